@@ -1,0 +1,122 @@
+//! What the cloud answers to an edge, as JSON.
+//!
+//! An ack says what is true (rule 2): `durable` is in this node's WAL, fsynced; `committed` is in the Delta table.
+//! Each carries the CRC of the batch it names, so an edge can tell its own history from a copy's. An edge frees up
+//! to `committed`, and only when the CRC is its own.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ids::{Seq, SpoolId, StreamName};
+
+/// A place in a sequence: the last number, and the CRC of that batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Mark {
+    pub seq: Seq,
+    pub crc: u32,
+}
+
+/// How far one (spool, stream) is on the node that answers. Invariant: `committed <= durable`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamAck {
+    pub spool: SpoolId,
+    pub stream: StreamName,
+    pub durable: Mark,
+    pub committed: Mark,
+}
+
+/// A batch that no node will ever take. The edge makes it void and keeps its rows in `quarantine`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusal {
+    pub spool: SpoolId,
+    pub stream: StreamName,
+    pub seq: Seq,
+    pub reason: String,
+}
+
+/// 200: the acks of every sequence that the request touched, and what of it was refused or pushed back.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Acks {
+    /// Identity of the node: `durable` counts for it alone.
+    pub node: String,
+    pub acks: Vec<StreamAck>,
+    #[serde(default)]
+    pub refused: Vec<Refusal>,
+}
+
+/// Answer of `GET /v1/edges/{edge}/positions`.
+pub type PositionsAnswer = Acks;
+
+/// What a request that was not taken is answered with; the status is in the comment of each.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(tag = "error", rename_all = "snake_case")]
+pub enum RefusedRequest {
+    /// 400
+    #[error("the request is damaged: {detail}")]
+    Damaged { detail: String },
+    /// 401
+    #[error("no valid token for edge `{edge}`")]
+    Unauthorized { edge: String },
+    /// 409
+    #[error("{stream}: batch {got} was sent, {expected} is the next of spool {spool}")]
+    Gap { spool: SpoolId, stream: StreamName, expected: Seq, got: Seq },
+    /// 409
+    #[error("{stream}: spool {spool} was forked at batch {at}")]
+    Forked { spool: SpoolId, stream: StreamName, at: Seq },
+    /// 412
+    #[error("a schema is not known: {schema}")]
+    SchemaUnknown { schema: String },
+    /// 413
+    #[error("the request has more than {bytes_max} bytes")]
+    TooLarge { bytes_max: usize },
+    /// 429
+    #[error("{stream}: no room for now")]
+    PushedBack { stream: StreamName, retry_after_ms: u64 },
+    /// 503
+    #[error("not ready: {detail}")]
+    NotReady { detail: String },
+}
+
+impl RefusedRequest {
+    /// The HTTP status of this answer.
+    pub fn status(&self) -> u16 {
+        match self {
+            Self::Damaged { .. } => 400,
+            Self::Unauthorized { .. } => 401,
+            Self::Gap { .. } | Self::Forked { .. } => 409,
+            Self::SchemaUnknown { .. } => 412,
+            Self::TooLarge { .. } => 413,
+            Self::PushedBack { .. } => 429,
+            Self::NotReady { .. } => 503,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_survive_json() {
+        let acks = Acks {
+            node: "a".into(),
+            acks: vec![StreamAck {
+                spool: SpoolId([7; 16]),
+                stream: "traffic".parse().unwrap(),
+                durable: Mark { seq: Seq(5), crc: 9 },
+                committed: Mark::default(),
+            }],
+            refused: vec![],
+        };
+        let text = serde_json::to_string(&acks).unwrap();
+        assert_eq!(serde_json::from_str::<Acks>(&text).unwrap(), acks);
+        let gap = RefusedRequest::Gap {
+            spool: SpoolId([7; 16]),
+            stream: "traffic".parse().unwrap(),
+            expected: Seq(3),
+            got: Seq(5),
+        };
+        let text = serde_json::to_string(&gap).unwrap();
+        assert_eq!(serde_json::from_str::<RefusedRequest>(&text).unwrap(), gap);
+        assert_eq!(gap.status(), 409);
+    }
+}
