@@ -1,0 +1,634 @@
+//! Opening a log: finds what is good, reports what is damaged, cuts the torn tail.
+//!
+//! One pass over all segments finds the good records, the ranges without any, and the highest
+//! `synced_to`. Below that a bad range is an incident; the first one above it is where the tail was
+//! torn, and all from there on is cut. A cut may be interrupted at any point and repeated: a note
+//! in the identity file says where to cut until the zeroed space and a marker at the new end are
+//! durable. What lies above `synced_to` but is good is written again before it is synced, because
+//! after a failed fdatasync the page cache may hold what the disk does not.
+//! Memory is bounded: one scan buffer, and 4,096 incidents, of which the last then covers the rest.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use crate::format::identity::{self, CutNote};
+use crate::format::{self, MARKER, SEGMENT_HEADER, SegmentHeader, VERSION};
+use crate::layer::{FileLayer, LayerFile};
+use crate::log::{AppendError, Segment, create_segment, is_full, sync_directory, sync_file};
+use crate::scan::{Scanner, Step};
+use crate::{LogId, Options, Position};
+
+/// Ranges remembered one by one.
+const GAPS_MAX: usize = 4096;
+/// Bytes copied or zeroed at once.
+const CHUNK_BYTES: u64 = 64 << 10;
+
+/// A range of the log that holds no readable record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Damage {
+    pub from: Position,
+    /// Exclusive. Equal to `from` where no record is affected ([`Reason::Header`],
+    /// [`Reason::Identity`]).
+    pub to: Position,
+    pub reason: Reason,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// Bytes that are no record.
+    Record,
+    /// Bytes that should be in a file that is not there, or is too short.
+    Missing,
+    /// The header of the segment that begins here; it was written anew.
+    Header,
+    /// The identity file; it was written anew, from a segment's header.
+    Identity,
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let what = match self.reason {
+            Reason::Record => "no readable record",
+            Reason::Missing => "missing bytes",
+            Reason::Header => "damaged segment header",
+            Reason::Identity => "damaged identity file",
+        };
+        write!(f, "{what} from {} to {}", self.from, self.to)
+    }
+}
+
+/// What opening a log found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Opening {
+    /// Damage below what had been synced, in order. Readers meet it again. Past 4,096 ranges the
+    /// last one covers all that follow.
+    pub incidents: Vec<Damage>,
+    /// What was cut behind the last record.
+    pub torn_tail: Option<Damage>,
+    pub start: Position,
+    pub end: Position,
+}
+
+#[derive(Debug, Error)]
+pub enum OpenError {
+    #[error("options of the log: {0}")]
+    Options(&'static str),
+    #[error("the log in {0} is open already, here or in another process")]
+    Locked(PathBuf),
+    #[error("{path} has format version {version}; this program knows 1")]
+    Version { path: PathBuf, version: u8 },
+    /// Neither the identity file nor any segment header can be read, but there is data.
+    #[error("{0} holds segments, but nothing there says which log they belong to")]
+    Unidentified(PathBuf),
+    #[error("{path} belongs to another log than its neighbours")]
+    Mixed { path: PathBuf },
+    /// Positions would start anew under the same id. Who wants that removes `log.id`.
+    #[error("{0} is the directory of a log, but all its segments are gone")]
+    NoSegments(PathBuf),
+    #[error("write a marker to the log in {directory}")]
+    Marker { directory: PathBuf, source: AppendError },
+    #[error("open the log at {path}")]
+    Io { path: PathBuf, source: io::Error },
+}
+
+impl OpenError {
+    pub(crate) fn io(path: &Path, source: io::Error) -> Self {
+        Self::Io { path: path.to_path_buf(), source }
+    }
+}
+
+/// A log as recovery leaves it: all up to `end` is on disk, all behind is blank.
+#[derive(Debug)]
+pub(crate) struct Recovered<F> {
+    pub(crate) id: LogId,
+    /// The locked identity file.
+    pub(crate) identity: F,
+    /// A cut note stands in the identity file, to be cleared when a marker is durable.
+    pub(crate) noted: bool,
+    /// Never empty.
+    pub(crate) segments: Vec<Segment>,
+    pub(crate) newest: F,
+    pub(crate) end: u64,
+    /// Behind the last record that is not a marker.
+    pub(crate) content_end: u64,
+    /// No record that is kept proves that all was synced.
+    pub(crate) must_prove: bool,
+    pub(crate) incidents: Vec<Damage>,
+    pub(crate) torn_tail: Option<Damage>,
+}
+
+/// A segment file as it was found.
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    first: u64,
+    size: u64,
+    header: Option<SegmentHeader>,
+}
+
+impl Candidate {
+    fn file_end(&self) -> u64 {
+        self.first + self.size.saturating_sub(SEGMENT_HEADER)
+    }
+}
+
+/// What the pass over all segments found.
+#[derive(Debug, Default)]
+struct Survey {
+    /// Ranges without a good record, ascending.
+    gaps: Vec<Damage>,
+    /// The highest `synced_to` of any good record.
+    synced_to: u64,
+    /// Behind the last good record.
+    end: u64,
+    /// Behind the last good record that is not a marker.
+    content_end: u64,
+    /// The last good record is a marker for all before it.
+    sealed: bool,
+}
+
+/// What to keep.
+#[derive(Debug)]
+struct Verdict {
+    end: u64,
+    incidents: Vec<Damage>,
+    torn_tail: Option<Damage>,
+}
+
+pub(crate) fn recover<L: FileLayer>(
+    layer: &L,
+    directory: &Path,
+    options: &Options,
+) -> Result<Recovered<L::File>, OpenError> {
+    let io = |source| OpenError::io(directory, source);
+    make_directory(layer, directory).map_err(io)?;
+    let identity = lock_identity(layer, directory)?;
+    let found = read_up_to(&identity, identity::BYTES as usize).map_err(io)?;
+    let mut candidates = list_segments(layer, directory)?;
+    let (id, identity_lost) = match (identify(layer, directory, &found, &candidates)?, &candidates[..]) {
+        (Identified::NotYet, _) => {
+            for candidate in &candidates {
+                layer.remove(&path_of(directory, candidate.first)).map_err(io)?;
+            }
+            return birth(layer, directory, identity, options).map_err(io);
+        }
+        (Identified::ByFile(_), []) => return Err(OpenError::NoSegments(directory.to_path_buf())),
+        (Identified::ByFile(id), _) => (id, false),
+        (Identified::BySegment(id), _) => (id, true),
+    };
+    let seed = format::seed(id);
+    if identity_lost {
+        write_identity(layer, directory, &identity, id).map_err(io)?;
+    }
+    // A segment of another log counts as one whose header is damaged: no record in it will check.
+    for candidate in &mut candidates {
+        candidate.header = candidate.header.filter(|h| h.id == id && h.first == candidate.first);
+    }
+    drop_blank(layer, directory, &mut candidates)?;
+
+    let note = found.get(identity::NOTE_AT as usize..).and_then(|bytes| identity::decode_note(seed, bytes));
+    let mut survey = survey(layer, directory, seed, &candidates)?;
+    let verdict = judge(&mut survey, note);
+    let Verdict { end, mut incidents, torn_tail } = verdict;
+    let start = candidates[0].first;
+    if identity_lost && end > start.min(1) {
+        let at = Position(start);
+        incidents.insert(0, Damage { from: at, to: at, reason: Reason::Identity });
+    }
+
+    let last_end = candidates.last().map_or(end, Candidate::file_end);
+    let cut = note.is_some()
+        || torn_tail.is_some()
+        || end > last_end
+        || candidates.last().is_some_and(|last| last.first > end);
+    if cut {
+        let note = CutNote { at: Position(end), synced_to: Position(survey.synced_to.min(end)) };
+        identity
+            .write_all_at(&identity::encode_note(seed, note), identity::NOTE_AT)
+            .and_then(|()| sync_file(&identity))
+            .and_then(|()| remove_behind(layer, directory, end, &mut candidates))
+            .map_err(io)?;
+    }
+    repair_headers(layer, directory, id, &mut candidates, &mut incidents).map_err(io)?;
+    if cut {
+        blank_from(layer, directory, end, &candidates).map_err(io)?;
+        if candidates.last().is_none_or(|last| end > last.file_end()) {
+            candidates.push(new_segment(layer, directory, id, end, options).map_err(io)?);
+        }
+    }
+    write_again(layer, directory, id, survey.synced_to, end, &candidates).map_err(io)?;
+    let newest = open_newest(layer, directory, &mut candidates, options).map_err(io)?;
+    sync_directory(layer, directory).map_err(io)?;
+
+    let segments =
+        candidates.iter().map(|found| Segment { first: found.first, file_bytes: found.size, durable: true }).collect();
+    let empty = end == start;
+    Ok(Recovered {
+        id,
+        identity,
+        noted: cut,
+        segments,
+        newest,
+        end,
+        content_end: if cut { end } else { survey.content_end },
+        must_prove: end > 0 && (cut || !(survey.sealed || empty)),
+        incidents,
+        torn_tail,
+    })
+}
+
+/// Clears the cut note.
+pub(crate) fn clear_note<F: LayerFile>(identity: &F) -> io::Result<()> {
+    identity.write_all_at(&[0; identity::NOTE_BYTES], identity::NOTE_AT)?;
+    sync_file(identity)
+}
+
+fn path_of(directory: &Path, first: u64) -> PathBuf {
+    directory.join(format::segment_name(first))
+}
+
+/// Makes the directory and its missing ancestors, durably.
+fn make_directory<L: FileLayer>(layer: &L, directory: &Path) -> io::Result<()> {
+    let parent = match directory.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => return Ok(()),
+    };
+    if !layer.exists(directory)? {
+        make_directory(layer, parent)?;
+        match layer.create_dir(directory) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        sync_directory(layer, parent)?;
+    }
+    Ok(())
+}
+
+fn lock_identity<L: FileLayer>(layer: &L, directory: &Path) -> Result<L::File, OpenError> {
+    let path = directory.join(identity::NAME);
+    let file = match layer.create(&path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => layer.open(&path),
+        other => other,
+    }
+    .map_err(|source| OpenError::io(&path, source))?;
+    match file.try_lock() {
+        Ok(true) => Ok(file),
+        Ok(false) => Err(OpenError::Locked(directory.to_path_buf())),
+        Err(source) => Err(OpenError::io(&path, source)),
+    }
+}
+
+fn read_up_to<F: LayerFile>(file: &F, bytes: usize) -> io::Result<Vec<u8>> {
+    let mut buffer = vec![0; bytes];
+    let mut have = 0;
+    while have < bytes {
+        match file.read_at(&mut buffer[have..], have as u64)? {
+            0 => break,
+            count => have += count,
+        }
+    }
+    buffer.truncate(have);
+    Ok(buffer)
+}
+
+fn list_segments<L: FileLayer>(layer: &L, directory: &Path) -> Result<Vec<Candidate>, OpenError> {
+    let names = layer.list(directory).map_err(|source| OpenError::io(directory, source))?;
+    let mut firsts: Vec<u64> = names.iter().filter_map(|name| format::segment_first(name)).collect();
+    firsts.sort_unstable();
+    let mut candidates = Vec::with_capacity(firsts.len());
+    for first in firsts {
+        let path = path_of(directory, first);
+        let read = || {
+            let file = layer.open(&path)?;
+            Ok((file.size()?, read_up_to(&file, SEGMENT_HEADER as usize)?))
+        };
+        let (size, bytes) = read().map_err(|source| OpenError::io(&path, source))?;
+        let header = SegmentHeader::decode(&bytes);
+        if let Some(SegmentHeader { version, .. }) = header
+            && version != VERSION
+        {
+            return Err(OpenError::Version { path, version });
+        }
+        candidates.push(Candidate { first, size, header });
+    }
+    Ok(candidates)
+}
+
+enum Identified {
+    ByFile(LogId),
+    /// The identity file is damaged, lost or not written yet.
+    BySegment(LogId),
+    /// The log's birth was interrupted before anything could be appended, or never began.
+    NotYet,
+}
+
+fn identify<L: FileLayer>(
+    layer: &L,
+    directory: &Path,
+    found: &[u8],
+    candidates: &[Candidate],
+) -> Result<Identified, OpenError> {
+    if let Some((version, id)) = identity::decode_id(found) {
+        if version != VERSION {
+            return Err(OpenError::Version { path: directory.join(identity::NAME), version });
+        }
+        return Ok(Identified::ByFile(id));
+    }
+    let mut known = candidates.iter().filter_map(|found| Some((found.first, found.header?.id)));
+    if let Some((_, id)) = known.next() {
+        return match known.find(|(_, other)| *other != id) {
+            Some((first, _)) => Err(OpenError::Mixed { path: path_of(directory, first) }),
+            None => Ok(Identified::BySegment(id)),
+        };
+    }
+    match candidates {
+        [] => Ok(Identified::NotYet),
+        [only] if only.first == 0 && is_blank(layer, directory, only)? => Ok(Identified::NotYet),
+        _ => Err(OpenError::Unidentified(directory.to_path_buf())),
+    }
+}
+
+/// Whether nothing lies behind the segment's header.
+fn is_blank<L: FileLayer>(layer: &L, directory: &Path, candidate: &Candidate) -> Result<bool, OpenError> {
+    let path = path_of(directory, candidate.first);
+    let content_end = layer.open(&path).and_then(|file| {
+        Scanner::new(file, 0, candidate.first, candidate.first, candidate.file_end()).content_end(candidate.first)
+    });
+    Ok(content_end.map_err(|source| OpenError::io(&path, source))? == candidate.first)
+}
+
+fn birth<L: FileLayer>(
+    layer: &L,
+    directory: &Path,
+    identity: L::File,
+    options: &Options,
+) -> io::Result<Recovered<L::File>> {
+    let mut id = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut id)?;
+    let id = LogId(id);
+    // The segment first: an identity without a segment means that data was lost.
+    let newest = create_segment(layer, &path_of(directory, 0), id, 0, options.segment_bytes)?;
+    sync_file(&newest)?;
+    sync_directory(layer, directory)?;
+    if let Some(parent) = directory.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+        // An earlier birth may have made the directory and not lived to sync its name.
+        sync_directory(layer, parent)?;
+    }
+    write_identity(layer, directory, &identity, id)?;
+    Ok(Recovered {
+        id,
+        identity,
+        noted: false,
+        segments: vec![Segment { first: 0, file_bytes: options.segment_bytes, durable: true }],
+        newest,
+        end: 0,
+        content_end: 0,
+        must_prove: false,
+        incidents: Vec::new(),
+        torn_tail: None,
+    })
+}
+
+fn write_identity<L: FileLayer>(layer: &L, directory: &Path, identity: &L::File, id: LogId) -> io::Result<()> {
+    identity.allocate(identity::BYTES)?;
+    identity.write_all_at(&identity::encode_id(id), 0)?;
+    sync_file(identity)?;
+    sync_directory(layer, directory)
+}
+
+/// Removes segment files whose making was interrupted: no header, and nothing behind it. They must
+/// not bound the segment before them, which may have gone on.
+fn drop_blank<L: FileLayer>(layer: &L, directory: &Path, candidates: &mut Vec<Candidate>) -> Result<(), OpenError> {
+    let mut index = candidates.len();
+    while index > 0 && candidates.len() > 1 {
+        index -= 1;
+        if candidates[index].header.is_none() && is_blank(layer, directory, &candidates[index])? {
+            let path = path_of(directory, candidates.remove(index).first);
+            layer.remove(&path).map_err(|source| OpenError::io(&path, source))?;
+        }
+    }
+    Ok(())
+}
+
+fn survey<L: FileLayer>(layer: &L, directory: &Path, seed: u32, candidates: &[Candidate]) -> Result<Survey, OpenError> {
+    let start = candidates[0].first;
+    let mut survey = Survey { end: start, content_end: start, ..Survey::default() };
+    for (index, candidate) in candidates.iter().enumerate() {
+        let path = path_of(directory, candidate.first);
+        let behind = candidates.get(index + 1).map(|next| next.first);
+        layer
+            .open(&path)
+            .and_then(|file| survey.segment(file, seed, candidate, behind))
+            .map_err(|source| OpenError::io(&path, source))?;
+    }
+    Ok(survey)
+}
+
+impl Survey {
+    fn segment<F: LayerFile>(
+        &mut self,
+        file: F,
+        seed: u32,
+        candidate: &Candidate,
+        behind: Option<u64>,
+    ) -> io::Result<()> {
+        let first = candidate.first;
+        let limit = behind.unwrap_or(candidate.file_end());
+        let mut scanner = Scanner::new(file, seed, first, first, limit);
+        loop {
+            match scanner.step()? {
+                Step::End => return Ok(()),
+                Step::Record(found) => {
+                    self.synced_to = self.synced_to.max(found.synced_to);
+                    self.end = found.next;
+                    self.sealed = found.kind == MARKER && found.synced_to == found.position;
+                    if found.kind != MARKER {
+                        self.content_end = found.next;
+                    }
+                }
+                Step::Bad { from, mut to } => {
+                    if behind.is_none() && to == limit {
+                        // Blank space behind the last record is not damage.
+                        to = scanner.content_end(from)?;
+                    }
+                    if to > from {
+                        let missing = to > candidate.file_end();
+                        let reason = if missing { Reason::Missing } else { Reason::Record };
+                        self.gap(Damage { from: Position(from), to: Position(to), reason });
+                    }
+                }
+            }
+        }
+    }
+
+    fn gap(&mut self, gap: Damage) {
+        let full = self.gaps.len() == GAPS_MAX;
+        match self.gaps.last_mut() {
+            Some(last) if full => last.to = gap.to,
+            _ => self.gaps.push(gap),
+        }
+    }
+}
+
+/// Where the log ends, what below is an incident, and what behind is a torn tail.
+fn judge(survey: &mut Survey, note: Option<CutNote>) -> Verdict {
+    let seen_end = survey.gaps.last().map_or(survey.end, |gap| survey.end.max(gap.to.0));
+    let mut incidents = std::mem::take(&mut survey.gaps);
+    let end = match note {
+        // An earlier opening has judged, and was interrupted.
+        Some(CutNote { at, synced_to }) => {
+            survey.synced_to = survey.synced_to.max(synced_to.0).min(at.0);
+            if seen_end < at.0 {
+                let reason = Reason::Missing;
+                incidents.push(Damage { from: Position(seen_end), to: at, reason });
+            }
+            at.0
+        }
+        None => {
+            let torn = incidents.iter().find(|gap| gap.to.0 > survey.synced_to);
+            torn.map_or(survey.end, |gap| gap.from.0.max(survey.synced_to))
+        }
+    };
+    incidents.retain_mut(|gap| {
+        gap.to.0 = gap.to.0.min(end);
+        gap.from < gap.to
+    });
+    let torn_tail =
+        (seen_end > end).then_some(Damage { from: Position(end), to: Position(seen_end), reason: Reason::Record });
+    Verdict { end, incidents, torn_tail }
+}
+
+/// Removes the segments that begin behind `end`.
+fn remove_behind<L: FileLayer>(
+    layer: &L,
+    directory: &Path,
+    end: u64,
+    candidates: &mut Vec<Candidate>,
+) -> io::Result<()> {
+    while let [.., last] = candidates[..]
+        && (last.first > end || last.first == end && last.header.is_none() && candidates.len() > 1)
+    {
+        layer.remove(&path_of(directory, last.first))?;
+        candidates.pop();
+    }
+    sync_directory(layer, directory)
+}
+
+fn repair_headers<L: FileLayer>(
+    layer: &L,
+    directory: &Path,
+    id: LogId,
+    candidates: &mut [Candidate],
+    incidents: &mut Vec<Damage>,
+) -> io::Result<()> {
+    for candidate in candidates.iter_mut().filter(|candidate| candidate.header.is_none()) {
+        let file = layer.open(&path_of(directory, candidate.first))?;
+        file.write_all_at(&SegmentHeader::encode(id, candidate.first), 0)?;
+        sync_file(&file)?;
+        candidate.size = file.size()?;
+        let at = Position(candidate.first);
+        incidents.push(Damage { from: at, to: at, reason: Reason::Header });
+    }
+    incidents.sort_by_key(|damage| damage.from);
+    Ok(())
+}
+
+/// Zeroes what is not zero behind `end` in the last segment.
+fn blank_from<L: FileLayer>(layer: &L, directory: &Path, end: u64, candidates: &[Candidate]) -> io::Result<()> {
+    let Some(last) = candidates.last() else {
+        return Ok(());
+    };
+    let file = layer.open(&path_of(directory, last.first))?;
+    let mut buffer = vec![0; CHUNK_BYTES as usize];
+    let zeros = vec![0; CHUNK_BYTES as usize];
+    let mut offset = SEGMENT_HEADER + (end - last.first);
+    loop {
+        let count = file.read_at(&mut buffer, offset)?;
+        if count == 0 {
+            break;
+        }
+        if buffer[..count] != zeros[..count] {
+            file.write_all_at(&zeros[..count], offset)?;
+        }
+        offset += count as u64;
+    }
+    sync_file(&file)
+}
+
+fn new_segment<L: FileLayer>(
+    layer: &L,
+    directory: &Path,
+    id: LogId,
+    first: u64,
+    options: &Options,
+) -> io::Result<Candidate> {
+    let size = options.segment_bytes;
+    let file = create_segment(layer, &path_of(directory, first), id, first, size)?;
+    sync_file(&file)?;
+    let header = Some(SegmentHeader { version: VERSION, id, first });
+    Ok(Candidate { first, size, header })
+}
+
+/// Writes again and syncs what is not known to be on disk: records from `from` on, and the headers
+/// of segments that begin there or later.
+fn write_again<L: FileLayer>(
+    layer: &L,
+    directory: &Path,
+    id: LogId,
+    from: u64,
+    end: u64,
+    candidates: &[Candidate],
+) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK_BYTES as usize];
+    for (index, candidate) in candidates.iter().enumerate() {
+        let first = candidate.first;
+        let behind = candidates.get(index + 1).map_or(end, |next| next.first.min(end));
+        if behind <= from && first < from {
+            continue;
+        }
+        let file = layer.open(&path_of(directory, first))?;
+        if first >= from {
+            file.write_all_at(&SegmentHeader::encode(id, first), 0)?;
+        }
+        let mut at = first.max(from);
+        while at < behind {
+            let want = (behind - at).min(CHUNK_BYTES) as usize;
+            let offset = SEGMENT_HEADER + (at - first);
+            let count = file.read_at(&mut buffer[..want], offset)?;
+            if count == 0 {
+                break;
+            }
+            file.write_all_at(&buffer[..count], offset)?;
+            at += count as u64;
+        }
+        sync_file(&file)?;
+    }
+    Ok(())
+}
+
+/// Opens the newest segment, and preallocates it if a crash came between its making and its sync.
+fn open_newest<L: FileLayer>(
+    layer: &L,
+    directory: &Path,
+    candidates: &mut [Candidate],
+    options: &Options,
+) -> io::Result<L::File> {
+    let last = candidates.last_mut().expect("a cut leaves at least one segment");
+    let file = layer.open(&path_of(directory, last.first))?;
+    if last.size < options.segment_bytes {
+        match file.allocate(options.segment_bytes) {
+            Ok(()) => {
+                sync_file(&file)?;
+                last.size = options.segment_bytes;
+            }
+            // It stays short, and the next record opens another when there is room.
+            Err(error) if is_full(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(file)
+}
