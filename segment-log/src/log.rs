@@ -195,9 +195,8 @@ impl<L: FileLayer> SegmentLog<L> {
         if found.must_prove {
             log.prove().map_err(|source| OpenError::Marker { directory, source })?;
         }
-        if found.noted {
-            recover::clear_note(&log.identity).map_err(|source| OpenError::io(&log.shared.directory, source))?;
-        }
+        recover::settle_identity(&log.identity, found.id)
+            .map_err(|source| OpenError::io(&log.shared.directory, source))?;
         let opening =
             Opening { incidents: found.incidents, torn_tail: found.torn_tail, start: log.start(), end: log.end() };
         Ok((log, opening))

@@ -107,8 +107,6 @@ pub(crate) struct Recovered<F> {
     pub(crate) id: LogId,
     /// The locked identity file.
     pub(crate) identity: F,
-    /// A cut note stands in the identity file, to be cleared when a marker is durable.
-    pub(crate) noted: bool,
     /// Never empty.
     pub(crate) segments: Vec<Segment>,
     pub(crate) newest: F,
@@ -180,9 +178,6 @@ pub(crate) fn recover<L: FileLayer>(
         (Identified::BySegment(id), _) => (id, true),
     };
     let seed = format::seed(id);
-    if identity_lost {
-        write_identity(layer, directory, &identity, id).map_err(io)?;
-    }
     // A segment of another log counts as one whose header is damaged: no record in it will check.
     for candidate in &mut candidates {
         candidate.header = candidate.header.filter(|h| h.id == id && h.first == candidate.first);
@@ -205,21 +200,26 @@ pub(crate) fn recover<L: FileLayer>(
         || end > last_end
         || candidates.last().is_some_and(|last| last.first > end);
     if cut {
-        let note = CutNote { at: Position(end), synced_to: Position(survey.synced_to.min(end)) };
+        let cut_here = CutNote { at: Position(end), synced_to: Position(survey.synced_to.min(end)) };
         identity
-            .write_all_at(&identity::encode_note(seed, note), identity::NOTE_AT)
+            .write_all_at(&identity::encode_note(seed, cut_here), identity::NOTE_AT)
             .and_then(|()| sync_file(&identity))
             .and_then(|()| remove_behind(layer, directory, end, &mut candidates))
             .map_err(io)?;
     }
-    repair_headers(layer, directory, id, &mut candidates, &mut incidents).map_err(io)?;
+    repair_headers(layer, directory, id, survey.synced_to, &mut candidates, &mut incidents).map_err(io)?;
     if cut {
-        blank_from(layer, directory, end, &candidates).map_err(io)?;
+        blank_from(layer, directory, end, note.is_some(), &candidates).map_err(io)?;
         if candidates.last().is_none_or(|last| end > last.file_end()) {
             candidates.push(new_segment(layer, directory, id, end, options).map_err(io)?);
         }
     }
     write_again(layer, directory, id, survey.synced_to, end, &candidates).map_err(io)?;
+    if identity_lost {
+        // Perhaps a birth that was interrupted: as there, the segments come first.
+        sync_directory(layer, directory).and_then(|()| sync_ancestors(layer, directory)).map_err(io)?;
+        write_identity(layer, directory, &identity, id).map_err(io)?;
+    }
     let newest = open_newest(layer, directory, &mut candidates, options).map_err(io)?;
     sync_directory(layer, directory).map_err(io)?;
 
@@ -229,7 +229,6 @@ pub(crate) fn recover<L: FileLayer>(
     Ok(Recovered {
         id,
         identity,
-        noted: cut,
         segments,
         newest,
         end,
@@ -240,8 +239,10 @@ pub(crate) fn recover<L: FileLayer>(
     })
 }
 
-/// Clears the cut note.
-pub(crate) fn clear_note<F: LayerFile>(identity: &F) -> io::Result<()> {
+/// Writes the identity file as it should be between openings, whatever it seems to hold: after a
+/// failed sync, the disk may still have an old note that the page cache does not show.
+pub(crate) fn settle_identity<F: LayerFile>(identity: &F, id: LogId) -> io::Result<()> {
+    identity.write_all_at(&identity::encode_id(id), 0)?;
     identity.write_all_at(&[0; identity::NOTE_BYTES], identity::NOTE_AT)?;
     sync_file(identity)
 }
@@ -250,20 +251,30 @@ fn path_of(directory: &Path, first: u64) -> PathBuf {
     directory.join(format::segment_name(first))
 }
 
-/// Makes the directory and its missing ancestors, durably.
+/// Makes the directory and its missing ancestors; birth makes them durable.
 fn make_directory<L: FileLayer>(layer: &L, directory: &Path) -> io::Result<()> {
-    let parent = match directory.parent() {
-        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
-        Some(parent) => parent,
-        None => return Ok(()),
-    };
-    if !layer.exists(directory)? {
+    if directory.as_os_str().is_empty() || layer.exists(directory)? {
+        return Ok(());
+    }
+    if let Some(parent) = directory.parent() {
         make_directory(layer, parent)?;
-        match layer.create_dir(directory) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
+    }
+    match layer.create_dir(directory) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Syncs the names of the directory and of all above it. An earlier birth that was interrupted may
+/// have made any of them.
+fn sync_ancestors<L: FileLayer>(layer: &L, directory: &Path) -> io::Result<()> {
+    for ancestor in directory.ancestors().skip(1) {
+        let ancestor = if ancestor.as_os_str().is_empty() { Path::new(".") } else { ancestor };
+        match sync_directory(layer, ancestor) {
+            // What we may not even read, we have not made anything in.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => break,
+            other => other?,
         }
-        sync_directory(layer, parent)?;
     }
     Ok(())
 }
@@ -374,15 +385,11 @@ fn birth<L: FileLayer>(
     let newest = create_segment(layer, &path_of(directory, 0), id, 0, options.segment_bytes)?;
     sync_file(&newest)?;
     sync_directory(layer, directory)?;
-    if let Some(parent) = directory.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        // An earlier birth may have made the directory and not lived to sync its name.
-        sync_directory(layer, parent)?;
-    }
+    sync_ancestors(layer, directory)?;
     write_identity(layer, directory, &identity, id)?;
     Ok(Recovered {
         id,
         identity,
-        noted: false,
         segments: vec![Segment { first: 0, file_bytes: options.segment_bytes, durable: true }],
         newest,
         end: 0,
@@ -522,6 +529,7 @@ fn repair_headers<L: FileLayer>(
     layer: &L,
     directory: &Path,
     id: LogId,
+    synced_to: u64,
     candidates: &mut [Candidate],
     incidents: &mut Vec<Damage>,
 ) -> io::Result<()> {
@@ -530,15 +538,25 @@ fn repair_headers<L: FileLayer>(
         file.write_all_at(&SegmentHeader::encode(id, candidate.first), 0)?;
         sync_file(&file)?;
         candidate.size = file.size()?;
-        let at = Position(candidate.first);
-        incidents.push(Damage { from: at, to: at, reason: Reason::Header });
+        // A header goes to disk with the first record behind it: above `synced_to` it may be torn.
+        if candidate.first < synced_to {
+            let at = Position(candidate.first);
+            incidents.push(Damage { from: at, to: at, reason: Reason::Header });
+        }
     }
     incidents.sort_by_key(|damage| damage.from);
     Ok(())
 }
 
-/// Zeroes what is not zero behind `end` in the last segment.
-fn blank_from<L: FileLayer>(layer: &L, directory: &Path, end: u64, candidates: &[Candidate]) -> io::Result<()> {
+/// Zeroes what is not zero behind `end` in the last segment. With `everything`, also what seems to
+/// be zero: an earlier try to zero it may have failed to reach the disk.
+fn blank_from<L: FileLayer>(
+    layer: &L,
+    directory: &Path,
+    end: u64,
+    everything: bool,
+    candidates: &[Candidate],
+) -> io::Result<()> {
     let Some(last) = candidates.last() else {
         return Ok(());
     };
@@ -551,7 +569,7 @@ fn blank_from<L: FileLayer>(layer: &L, directory: &Path, end: u64, candidates: &
         if count == 0 {
             break;
         }
-        if buffer[..count] != zeros[..count] {
+        if everything || buffer[..count] != zeros[..count] {
             file.write_all_at(&zeros[..count], offset)?;
         }
         offset += count as u64;

@@ -221,6 +221,7 @@ struct World {
     changes_left: Option<u64>,
     /// Syncs left until one fails.
     syncs_left: Option<u64>,
+    syncs_failed: u64,
     /// Bytes that all files together may have.
     capacity: u64,
     changes: u64,
@@ -255,6 +256,7 @@ impl SimLayer {
             powered: true,
             changes_left: None,
             syncs_left: None,
+            syncs_failed: 0,
             capacity: u64::MAX,
             changes: 0,
         };
@@ -286,6 +288,11 @@ impl SimLayer {
     /// Changes made so far.
     pub fn changes(&self) -> u64 {
         self.world().changes
+    }
+
+    /// Syncs that were made to fail so far.
+    pub fn syncs_failed(&self) -> u64 {
+        self.world().syncs_failed
     }
 
     /// The bytes that all files together may have; allocating more meets a full disk.
@@ -399,6 +406,7 @@ impl World {
         Ok(match &mut self.syncs_left {
             Some(0) => {
                 self.syncs_left = None;
+                self.syncs_failed += 1;
                 true
             }
             Some(left) => {
