@@ -1,1 +1,13 @@
+//! SQL over what arrived a moment ago and years of history, in one statement.
+//!
+//! A table is Delta files and hot rows behind one frozen state ([`fused_table`]); [`engine`] plans a statement once
+//! and pins its tables each time it runs; [`serve`] are the doors. Hot rows come through the contract in
+//! `wire::hot`, and cold ones from Delta snapshots that [`catalog::Tables`] hands out; nothing here writes.
 
+pub mod catalog;
+pub mod engine;
+pub mod fused_table;
+pub mod serve;
+
+pub use catalog::{ColdTable, Tables, TablesError};
+pub use engine::{Engine, EngineSettings, Prepared, QueryError};

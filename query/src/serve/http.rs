@@ -1,0 +1,302 @@
+//! `POST /v1/sql`: a statement in, rows out as JSON, NDJSON, CSV or an Arrow stream, by `Accept`.
+//!
+//! The body is the statement itself, or `{"sql": "…"}` as JSON. NDJSON, CSV and Arrow are streamed; JSON, an array of
+//! objects, has a row limit. The first rows are computed before the status is sent, so that most errors have one.
+//! Errors are `{"error": …, "hint": …}`.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use arrow::array::RecordBatch;
+use arrow::csv::WriterBuilder as CsvBuilder;
+use arrow::ipc::writer::StreamWriter;
+use arrow::json::writer::{JsonArray, LineDelimited, WriterBuilder as JsonBuilder};
+use arrow_schema::{ArrowError, SchemaRef};
+use axum::body::{Body, Bytes};
+use axum::extract::{ConnectInfo, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use datafusion::execution::SendableRecordBatchStream;
+use futures::{StreamExt, stream};
+use serde_json::json;
+
+use crate::engine::{Engine, QueryError, SQL_BYTES_MAX};
+use crate::serve::Readers;
+
+/// JSON quoting can make a statement longer than it is.
+const BODY_BYTES_MAX: usize = 2 * SQL_BYTES_MAX;
+
+#[derive(Debug, Clone)]
+struct Door {
+    engine: Arc<Engine>,
+    readers: Readers,
+}
+
+/// The routes of this door. The server must give `ConnectInfo<SocketAddr>`.
+pub fn router(engine: Arc<Engine>, readers: Readers) -> Router {
+    Router::new()
+        .route("/v1/sql", post(sql))
+        .route("/v1/streams", get(streams))
+        .layer(axum::extract::DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(Door { engine, readers })
+}
+
+async fn streams(State(door): State<Door>, ConnectInfo(peer): ConnectInfo<SocketAddr>, headers: HeaderMap) -> Response {
+    if let Err(refused) = admit(&door.readers, peer, &headers) {
+        return refused;
+    }
+    let statement = "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public' ORDER BY 1";
+    answer(&door.engine, statement, Format::Json).await.unwrap_or_else(|error| refuse(&error))
+}
+
+async fn sql(
+    State(door): State<Door>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response {
+    if let Err(refused) = admit(&door.readers, peer, &headers) {
+        return refused;
+    }
+    let statement = match statement(&headers, &body) {
+        Ok(statement) => statement,
+        Err(message) => return refuse(&QueryError::Invalid { message }),
+    };
+    let Some(format) = Format::wanted(&headers) else {
+        let message =
+            "Accept: one of application/json, application/x-ndjson, text/csv, application/vnd.apache.arrow.stream";
+        return (StatusCode::NOT_ACCEPTABLE, Json(json!({ "error": message }))).into_response();
+    };
+    answer(&door.engine, &statement, format).await.unwrap_or_else(|error| refuse(&error))
+}
+
+/// Name and password by HTTP Basic when readers are set; otherwise a caller on this machine.
+#[expect(clippy::result_large_err, reason = "the error is the response that is sent")]
+fn admit(readers: &Readers, peer: SocketAddr, headers: &HeaderMap) -> Result<(), Response> {
+    if readers.accept_unnamed(peer.ip()) {
+        return Ok(());
+    }
+    let named = headers
+        .get(header::AUTHORIZATION)
+        .and_then(|value| value.to_str().ok())
+        .and_then(|value| value.strip_prefix("Basic "))
+        .and_then(base64)
+        .and_then(|decoded| String::from_utf8(decoded).ok());
+    if let Some((name, password)) = named.as_deref().and_then(|text| text.split_once(':'))
+        && readers.accept(name, password)
+    {
+        return Ok(());
+    }
+    let message = if readers.are_set() {
+        "name and password of a reader are needed (HTTP Basic)"
+    } else {
+        "no reader is set, so only this machine may ask: add a [[reader]] to the configuration"
+    };
+    let challenge = [(header::WWW_AUTHENTICATE, "Basic realm=\"weir\"")];
+    Err((StatusCode::UNAUTHORIZED, challenge, Json(json!({ "error": message }))).into_response())
+}
+
+/// Standard base64 (RFC 4648), padding optional.
+fn base64(text: &str) -> Option<Vec<u8>> {
+    let mut out = Vec::with_capacity(text.len() * 3 / 4);
+    let (mut bits, mut held) = (0_u32, 0);
+    for byte in text.trim_end_matches('=').bytes() {
+        let value = match byte {
+            b'A'..=b'Z' => byte - b'A',
+            b'a'..=b'z' => byte - b'a' + 26,
+            b'0'..=b'9' => byte - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        bits = (bits << 6 | u32::from(value)) & 0xff_ffff;
+        held += 6;
+        if held >= 8 {
+            held -= 8;
+            out.push((bits >> held) as u8);
+        }
+    }
+    Some(out)
+}
+
+fn statement(headers: &HeaderMap, body: &[u8]) -> Result<String, String> {
+    let text = std::str::from_utf8(body).map_err(|_| "the body is not UTF-8".to_owned())?;
+    let is_json = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| value.starts_with("application/json"));
+    if !is_json && !text.trim_start().starts_with('{') {
+        return Ok(text.to_owned());
+    }
+    let json: serde_json::Value =
+        serde_json::from_str(text).map_err(|error| format!("the body is no JSON: {error}"))?;
+    json["sql"].as_str().map(str::to_owned).ok_or_else(|| "the body needs a text `sql`".to_owned())
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Format {
+    Json,
+    NdJson,
+    Csv,
+    Arrow,
+}
+
+impl Format {
+    fn wanted(headers: &HeaderMap) -> Option<Self> {
+        let accept = headers.get(header::ACCEPT).map_or(Ok("*/*"), |value| value.to_str()).ok()?;
+        accept.split(',').find_map(|kind| match kind.split(';').next().unwrap_or_default().trim() {
+            "application/json" | "*/*" | "application/*" | "" => Some(Self::Json),
+            "application/x-ndjson" | "application/jsonl" => Some(Self::NdJson),
+            "text/csv" | "text/*" => Some(Self::Csv),
+            "application/vnd.apache.arrow.stream" => Some(Self::Arrow),
+            _ => None,
+        })
+    }
+
+    fn content_type(self) -> &'static str {
+        match self {
+            Self::Json => "application/json",
+            Self::NdJson => "application/x-ndjson",
+            Self::Csv => "text/csv; charset=utf-8",
+            Self::Arrow => "application/vnd.apache.arrow.stream",
+        }
+    }
+}
+
+async fn answer(engine: &Arc<Engine>, statement: &str, format: Format) -> Result<Response, QueryError> {
+    let prepared = engine.prepare(statement).await?;
+    let mut rows = engine.execute(&prepared, None).await?;
+    let schema = rows.schema();
+    let body = if format == Format::Json {
+        Body::from(json_array(engine, rows).await?)
+    } else {
+        let first = rows.next().await.transpose().map_err(|error| engine.explain(error))?;
+        streamed(format, schema, first, rows)
+    };
+    Ok(([(header::CONTENT_TYPE, format.content_type())], body).into_response())
+}
+
+async fn json_array(engine: &Engine, mut rows: SendableRecordBatchStream) -> Result<Vec<u8>, QueryError> {
+    let mut writer = JsonBuilder::new().with_explicit_nulls(true).build::<_, JsonArray>(Vec::new());
+    let rows_max = engine.settings().json_rows_max;
+    let mut count = 0;
+    while let Some(batch) = rows.next().await {
+        let batch = batch.map_err(|error| engine.explain(error))?;
+        count += batch.num_rows();
+        if count > rows_max {
+            let message = format!("more than {rows_max} rows: add a LIMIT, or ask for NDJSON, CSV or Arrow");
+            return Err(QueryError::Invalid { message });
+        }
+        writer.write(&batch).map_err(unwritable)?;
+    }
+    writer.finish().map_err(unwritable)?;
+    let body = writer.into_inner();
+    Ok(if body.is_empty() { b"[]".to_vec() } else { body })
+}
+
+fn unwritable(error: ArrowError) -> QueryError {
+    QueryError::Failed { message: format!("write the rows: {error}") }
+}
+
+/// One piece of body for each batch. An error in the middle breaks the body off: the client sees it is not whole.
+fn streamed(format: Format, schema: SchemaRef, first: Option<RecordBatch>, rows: SendableRecordBatchStream) -> Body {
+    let rows = stream::iter(first.map(Ok)).chain(rows);
+    let encoder = match Encoder::new(format, &schema) {
+        Ok(encoder) => encoder,
+        Err(error) => return Body::from_stream(stream::iter([Err::<Bytes, _>(error)])),
+    };
+    Body::from_stream(stream::unfold(Some((encoder, rows)), |state| async move {
+        let (mut encoder, mut rows) = state?;
+        Some(match rows.next().await {
+            Some(Ok(batch)) => match encoder.write(&batch) {
+                Ok(bytes) => (Ok(bytes), Some((encoder, rows))),
+                Err(error) => (Err(error), None),
+            },
+            Some(Err(error)) => (Err(ArrowError::ExternalError(Box::new(error))), None),
+            None => (encoder.finish(), None),
+        })
+    }))
+}
+
+enum Encoder {
+    NdJson,
+    Csv { header: Option<SchemaRef> },
+    Arrow(Box<StreamWriter<Vec<u8>>>),
+}
+
+impl Encoder {
+    fn new(format: Format, schema: &SchemaRef) -> Result<Self, ArrowError> {
+        Ok(match format {
+            Format::Arrow => Self::Arrow(Box::new(StreamWriter::try_new(Vec::new(), schema)?)),
+            Format::Csv => Self::Csv { header: Some(Arc::clone(schema)) },
+            Format::Json | Format::NdJson => Self::NdJson,
+        })
+    }
+
+    fn write(&mut self, batch: &RecordBatch) -> Result<Bytes, ArrowError> {
+        match self {
+            Self::NdJson => {
+                let mut writer = JsonBuilder::new().with_explicit_nulls(true).build::<_, LineDelimited>(Vec::new());
+                writer.write(batch)?;
+                Ok(writer.into_inner().into())
+            }
+            Self::Csv { header } => {
+                let mut out = Vec::new();
+                CsvBuilder::new().with_header(header.take().is_some()).build(&mut out).write(batch)?;
+                Ok(out.into())
+            }
+            Self::Arrow(writer) => {
+                writer.write(batch)?;
+                Ok(std::mem::take(writer.get_mut()).into())
+            }
+        }
+    }
+
+    fn finish(self) -> Result<Bytes, ArrowError> {
+        match self {
+            Self::Csv { header: Some(schema) } => {
+                let mut out = Vec::new();
+                CsvBuilder::new().with_header(true).build(&mut out).write(&RecordBatch::new_empty(schema))?;
+                Ok(out.into())
+            }
+            Self::NdJson | Self::Csv { header: None } => Ok(Bytes::new()),
+            Self::Arrow(mut writer) => {
+                writer.finish()?;
+                Ok(std::mem::take(writer.get_mut()).into())
+            }
+        }
+    }
+}
+
+fn refuse(error: &QueryError) -> Response {
+    let status = match error {
+        QueryError::Syntax { .. }
+        | QueryError::UnknownTable { .. }
+        | QueryError::UnknownColumn { .. }
+        | QueryError::ReadOnly { .. }
+        | QueryError::Invalid { .. } => StatusCode::BAD_REQUEST,
+        QueryError::Timeout { .. } => StatusCode::REQUEST_TIMEOUT,
+        QueryError::Memory { .. } => StatusCode::SERVICE_UNAVAILABLE,
+        QueryError::Failed { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    let mut body = json!({ "error": error.to_string() });
+    if let Some(hint) = error.hint() {
+        body["hint"] = hint.into();
+    }
+    (status, Json(body)).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base64_is_read_as_rfc_4648_writes_it() {
+        for (text, plain) in [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9vYmFy", "foobar"), ("YTpi", "a:b")] {
+            assert_eq!(base64(text).unwrap(), plain.as_bytes());
+        }
+        assert!(base64("Z*").is_none());
+    }
+}
