@@ -25,6 +25,8 @@ struct Machine {
     end: Position,
     /// Freed up to here: what is below may be gone.
     freed: Position,
+    /// Records are as long as a number of markers.
+    even: bool,
     /// Makes each payload unlike any other.
     numbers: u64,
     log: Option<SegmentLog<SimLayer>>,
@@ -44,6 +46,7 @@ impl Machine {
             unsynced: Vec::new(),
             end: Position(0),
             freed: Position(0),
+            even: seed % 2 == 1,
             numbers: 0,
             log: None,
         }
@@ -95,22 +98,8 @@ impl Machine {
         let choice = self.random.below(16);
         let log = self.log.as_mut().expect("an open log");
         match choice {
-            0..9 => {
-                self.numbers += 1;
-                let room = self.options.payload_bytes_max() as u64;
-                let limit = if self.random.one_in(6) { room } else { room.min(120) };
-                let mut payload = vec![self.random.bits() as u8; self.random.below(limit + 1) as usize];
-                for (byte, mark) in payload.iter_mut().zip(self.numbers.to_le_bytes()) {
-                    *byte = mark;
-                }
-                let kind = 1 + self.random.below(255) as u8;
-                let appended = if choice < 8 { log.append(kind, &payload) } else { log.append_control(kind, &payload) };
-                match appended {
-                    Ok(appended) => self.unsynced.push((appended.position, kind, payload)),
-                    Err(AppendError::Full) => return self.free(),
-                    Err(_) => return false,
-                }
-            }
+            0..8 => return self.append(),
+            8 => return (0..self.random.below(20)).all(|_| self.append()),
             9..13 => {
                 let Ok(synced) = log.sync() else { return false };
                 self.acknowledge(synced);
@@ -128,6 +117,30 @@ impl Machine {
                     return false;
                 }
             }
+        }
+        true
+    }
+
+    fn append(&mut self) -> bool {
+        let log = self.log.as_mut().expect("an open log");
+        self.numbers += 1;
+        let room = self.options.payload_bytes_max() as u64;
+        let length = match self.even {
+            // With even lengths, records from before a cut lie where later ones end.
+            true => 25 * self.random.below(8),
+            false if self.random.one_in(6) => self.random.below(room + 1),
+            false => self.random.below(120),
+        };
+        let mut payload = vec![self.random.bits() as u8; length as usize];
+        for (byte, mark) in payload.iter_mut().zip(self.numbers.to_le_bytes()) {
+            *byte = mark;
+        }
+        let kind = 1 + self.random.below(255) as u8;
+        let control = self.random.one_in(8);
+        match if control { log.append_control(kind, &payload) } else { log.append(kind, &payload) } {
+            Ok(appended) => self.unsynced.push((appended.position, kind, payload)),
+            Err(AppendError::Full) => return self.free(),
+            Err(_) => return false,
         }
         true
     }
