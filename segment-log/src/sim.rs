@@ -496,6 +496,21 @@ impl FileLayer for SimLayer {
         world.finish()
     }
 
+    fn link(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut world = self.world();
+        world.begin()?;
+        if from.parent() != to.parent() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let node = world.find(from)?;
+        let (dir, name) = world.entry(to)?;
+        if dir.seen.contains_key(&name) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        dir.change(NameChange::Set(name, node));
+        world.finish()
+    }
+
     fn sync_dir(&self, directory: &Path) -> io::Result<()> {
         let mut world = self.world();
         let fails = world.begin_sync()?;

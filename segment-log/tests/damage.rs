@@ -1,6 +1,8 @@
 //! Rot and torn tails, on exact images: each byte of the tail cut, each bit of a small log flipped,
 //! files lost. A wrong record is never read, and damage is reported with its exact range.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at what it did not expect")]
+
 use std::path::{Path, PathBuf};
 
 use segment_log::sim::{Random, SimLayer};

@@ -2,6 +2,8 @@
 //! nothing is invented; and the log goes on to work, through many cuts of one image, some of them
 //! in the middle of recovery. `POWER_CUT_SEEDS=100000` tries more seeds, `POWER_CUT_SEED=17` only one.
 
+#![allow(clippy::unwrap_used, reason = "a test stops at what it did not expect")]
+
 use segment_log::sim::{Random, SimLayer};
 use segment_log::{AppendError, Opening, Options, Position, SegmentLog};
 
