@@ -70,6 +70,7 @@ pub enum SyncError {
     Poisoned,
 }
 
+/// Final, like a failed sync.
 #[derive(Debug, Error)]
 #[error("free segments of the log in {directory}")]
 pub struct FreeError {
@@ -128,7 +129,7 @@ pub(crate) struct Segment {
     pub(crate) durable: bool,
 }
 
-/// The writing end of a log. See the crate's documentation.
+/// The writing end of a log. See the crate's documentation. Dropping it syncs nothing.
 #[derive(Debug)]
 pub struct SegmentLog<L: FileLayer = Disk> {
     layer: L,
@@ -294,6 +295,10 @@ impl<L: FileLayer> SegmentLog<L> {
     /// Removes the segments that lie wholly below `position`, and at most what is synced; never
     /// the newest. Returns the bytes of the removed files.
     pub fn free_before(&mut self, position: Position) -> Result<u64, FreeError> {
+        if self.failed {
+            let source = io::Error::other(SyncError::Poisoned);
+            return Err(FreeError { directory: self.shared.directory.clone(), source });
+        }
         let mut freed = 0;
         while self.segments.len() > 1 {
             let behind = self.segments[1];
@@ -307,12 +312,15 @@ impl<L: FileLayer> SegmentLog<L> {
             let directory = &self.shared.directory;
             let path = directory.join(format::segment_name(oldest.first));
             // One by one: a power cut may keep any subset of removals, and a hole is an incident.
-            match self.layer.remove(&path) {
+            let removed = match self.layer.remove(&path) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
                 other => other,
+            };
+            if let Err(source) = removed.and_then(|()| sync_directory(&self.layer, directory)) {
+                let directory = directory.clone();
+                self.failed = true;
+                return Err(FreeError { directory, source });
             }
-            .and_then(|()| sync_directory(&self.layer, directory))
-            .map_err(|source| FreeError { directory: directory.clone(), source })?;
             self.shared.firsts().pop_front();
             self.segments.pop_front();
             freed += oldest.file_bytes;

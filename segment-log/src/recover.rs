@@ -8,6 +8,9 @@
 //! after a failed fdatasync the page cache may hold what the disk does not.
 //! Memory is bounded: one scan buffer, and 4,096 incidents, of which the last then covers the rest.
 
+mod repair;
+mod survey;
+
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,16 +19,14 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use crate::format::identity::{self, CutNote};
-use crate::format::{self, MARKER, SEGMENT_HEADER, SegmentHeader, VERSION};
+use crate::format::{self, SEGMENT_HEADER, SegmentHeader, VERSION};
 use crate::layer::{FileLayer, LayerFile};
-use crate::log::{AppendError, Segment, create_segment, is_full, sync_directory, sync_file};
-use crate::scan::{Scanner, Step};
+use crate::log::{AppendError, Segment, create_segment, sync_directory, sync_file};
+use crate::scan::Scanner;
 use crate::{LogId, Options, Position};
 
-/// Ranges remembered one by one.
-const GAPS_MAX: usize = 4096;
-/// Bytes copied or zeroed at once.
-const CHUNK_BYTES: u64 = 64 << 10;
+use repair::{blank_from, drop_blank, new_segment, open_newest, remove_behind, repair_headers, write_again};
+use survey::{Verdict, judge, survey};
 
 /// A range of the log that holds no readable record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,31 +130,8 @@ struct Candidate {
 
 impl Candidate {
     fn file_end(&self) -> u64 {
-        self.first + self.size.saturating_sub(SEGMENT_HEADER)
+        self.first.saturating_add(self.size.saturating_sub(SEGMENT_HEADER))
     }
-}
-
-/// What the pass over all segments found.
-#[derive(Debug, Default)]
-struct Survey {
-    /// Ranges without a good record, ascending.
-    gaps: Vec<Damage>,
-    /// The highest `synced_to` of any good record.
-    synced_to: u64,
-    /// Behind the last good record.
-    end: u64,
-    /// Behind the last good record that is not a marker.
-    content_end: u64,
-    /// The last good record is a marker for all before it.
-    sealed: bool,
-}
-
-/// What to keep.
-#[derive(Debug)]
-struct Verdict {
-    end: u64,
-    incidents: Vec<Damage>,
-    torn_tail: Option<Damage>,
 }
 
 pub(crate) fn recover<L: FileLayer>(
@@ -405,248 +383,4 @@ fn write_identity<L: FileLayer>(layer: &L, directory: &Path, identity: &L::File,
     identity.write_all_at(&identity::encode_id(id), 0)?;
     sync_file(identity)?;
     sync_directory(layer, directory)
-}
-
-/// Removes segment files whose making was interrupted: no header, and nothing behind it. They must
-/// not bound the segment before them, which may have gone on.
-fn drop_blank<L: FileLayer>(layer: &L, directory: &Path, candidates: &mut Vec<Candidate>) -> Result<(), OpenError> {
-    let mut index = candidates.len();
-    while index > 0 && candidates.len() > 1 {
-        index -= 1;
-        if candidates[index].header.is_none() && is_blank(layer, directory, &candidates[index])? {
-            let path = path_of(directory, candidates.remove(index).first);
-            layer.remove(&path).map_err(|source| OpenError::io(&path, source))?;
-        }
-    }
-    Ok(())
-}
-
-fn survey<L: FileLayer>(layer: &L, directory: &Path, seed: u32, candidates: &[Candidate]) -> Result<Survey, OpenError> {
-    let start = candidates[0].first;
-    let mut survey = Survey { end: start, content_end: start, ..Survey::default() };
-    for (index, candidate) in candidates.iter().enumerate() {
-        let path = path_of(directory, candidate.first);
-        let behind = candidates.get(index + 1).map(|next| next.first);
-        layer
-            .open(&path)
-            .and_then(|file| survey.segment(file, seed, candidate, behind))
-            .map_err(|source| OpenError::io(&path, source))?;
-    }
-    Ok(survey)
-}
-
-impl Survey {
-    fn segment<F: LayerFile>(
-        &mut self,
-        file: F,
-        seed: u32,
-        candidate: &Candidate,
-        behind: Option<u64>,
-    ) -> io::Result<()> {
-        let first = candidate.first;
-        let limit = behind.unwrap_or(candidate.file_end());
-        let mut scanner = Scanner::new(file, seed, first, first, limit);
-        loop {
-            match scanner.step()? {
-                Step::End => return Ok(()),
-                Step::Record(found) => {
-                    self.synced_to = self.synced_to.max(found.synced_to);
-                    self.end = found.next;
-                    self.sealed = found.kind == MARKER && found.synced_to == found.position;
-                    if found.kind != MARKER {
-                        self.content_end = found.next;
-                    }
-                }
-                Step::Bad { from, mut to } => {
-                    if behind.is_none() && to == limit {
-                        // Blank space behind the last record is not damage.
-                        to = scanner.content_end(from)?;
-                    }
-                    if to > from {
-                        let missing = to > candidate.file_end();
-                        let reason = if missing { Reason::Missing } else { Reason::Record };
-                        self.gap(Damage { from: Position(from), to: Position(to), reason });
-                    }
-                }
-            }
-        }
-    }
-
-    fn gap(&mut self, gap: Damage) {
-        let full = self.gaps.len() == GAPS_MAX;
-        match self.gaps.last_mut() {
-            Some(last) if full => last.to = gap.to,
-            _ => self.gaps.push(gap),
-        }
-    }
-}
-
-/// Where the log ends, what below is an incident, and what behind is a torn tail.
-fn judge(survey: &mut Survey, note: Option<CutNote>) -> Verdict {
-    let seen_end = survey.gaps.last().map_or(survey.end, |gap| survey.end.max(gap.to.0));
-    let mut incidents = std::mem::take(&mut survey.gaps);
-    let end = match note {
-        // An earlier opening has judged, and was interrupted.
-        Some(CutNote { at, synced_to }) => {
-            survey.synced_to = survey.synced_to.max(synced_to.0).min(at.0);
-            if seen_end < at.0 {
-                let reason = Reason::Missing;
-                incidents.push(Damage { from: Position(seen_end), to: at, reason });
-            }
-            at.0
-        }
-        None => {
-            let torn = incidents.iter().find(|gap| gap.to.0 > survey.synced_to);
-            torn.map_or(survey.end, |gap| gap.from.0.max(survey.synced_to))
-        }
-    };
-    incidents.retain_mut(|gap| {
-        gap.to.0 = gap.to.0.min(end);
-        gap.from < gap.to
-    });
-    let torn_tail =
-        (seen_end > end).then_some(Damage { from: Position(end), to: Position(seen_end), reason: Reason::Record });
-    Verdict { end, incidents, torn_tail }
-}
-
-/// Removes the segments that begin behind `end`.
-fn remove_behind<L: FileLayer>(
-    layer: &L,
-    directory: &Path,
-    end: u64,
-    candidates: &mut Vec<Candidate>,
-) -> io::Result<()> {
-    while let [.., last] = candidates[..]
-        && (last.first > end || last.first == end && last.header.is_none() && candidates.len() > 1)
-    {
-        layer.remove(&path_of(directory, last.first))?;
-        candidates.pop();
-    }
-    sync_directory(layer, directory)
-}
-
-fn repair_headers<L: FileLayer>(
-    layer: &L,
-    directory: &Path,
-    id: LogId,
-    synced_to: u64,
-    candidates: &mut [Candidate],
-    incidents: &mut Vec<Damage>,
-) -> io::Result<()> {
-    for candidate in candidates.iter_mut().filter(|candidate| candidate.header.is_none()) {
-        let file = layer.open(&path_of(directory, candidate.first))?;
-        file.write_all_at(&SegmentHeader::encode(id, candidate.first), 0)?;
-        sync_file(&file)?;
-        candidate.size = file.size()?;
-        // A header goes to disk with the first record behind it: above `synced_to` it may be torn.
-        if candidate.first < synced_to {
-            let at = Position(candidate.first);
-            incidents.push(Damage { from: at, to: at, reason: Reason::Header });
-        }
-    }
-    incidents.sort_by_key(|damage| damage.from);
-    Ok(())
-}
-
-/// Zeroes what is not zero behind `end` in the last segment. With `everything`, also what seems to
-/// be zero: an earlier try to zero it may have failed to reach the disk.
-fn blank_from<L: FileLayer>(
-    layer: &L,
-    directory: &Path,
-    end: u64,
-    everything: bool,
-    candidates: &[Candidate],
-) -> io::Result<()> {
-    let Some(last) = candidates.last() else {
-        return Ok(());
-    };
-    let file = layer.open(&path_of(directory, last.first))?;
-    let mut buffer = vec![0; CHUNK_BYTES as usize];
-    let zeros = vec![0; CHUNK_BYTES as usize];
-    let mut offset = SEGMENT_HEADER + (end - last.first);
-    loop {
-        let count = file.read_at(&mut buffer, offset)?;
-        if count == 0 {
-            break;
-        }
-        if everything || buffer[..count] != zeros[..count] {
-            file.write_all_at(&zeros[..count], offset)?;
-        }
-        offset += count as u64;
-    }
-    sync_file(&file)
-}
-
-fn new_segment<L: FileLayer>(
-    layer: &L,
-    directory: &Path,
-    id: LogId,
-    first: u64,
-    options: &Options,
-) -> io::Result<Candidate> {
-    let size = options.segment_bytes;
-    let file = create_segment(layer, &path_of(directory, first), id, first, size)?;
-    sync_file(&file)?;
-    let header = Some(SegmentHeader { version: VERSION, id, first });
-    Ok(Candidate { first, size, header })
-}
-
-/// Writes again and syncs what is not known to be on disk: records from `from` on, and the headers
-/// of segments that begin there or later.
-fn write_again<L: FileLayer>(
-    layer: &L,
-    directory: &Path,
-    id: LogId,
-    from: u64,
-    end: u64,
-    candidates: &[Candidate],
-) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK_BYTES as usize];
-    for (index, candidate) in candidates.iter().enumerate() {
-        let first = candidate.first;
-        let behind = candidates.get(index + 1).map_or(end, |next| next.first.min(end));
-        if behind <= from && first < from {
-            continue;
-        }
-        let file = layer.open(&path_of(directory, first))?;
-        if first >= from {
-            file.write_all_at(&SegmentHeader::encode(id, first), 0)?;
-        }
-        let mut at = first.max(from);
-        while at < behind {
-            let want = (behind - at).min(CHUNK_BYTES) as usize;
-            let offset = SEGMENT_HEADER + (at - first);
-            let count = file.read_at(&mut buffer[..want], offset)?;
-            if count == 0 {
-                break;
-            }
-            file.write_all_at(&buffer[..count], offset)?;
-            at += count as u64;
-        }
-        sync_file(&file)?;
-    }
-    Ok(())
-}
-
-/// Opens the newest segment, and preallocates it if a crash came between its making and its sync.
-fn open_newest<L: FileLayer>(
-    layer: &L,
-    directory: &Path,
-    candidates: &mut [Candidate],
-    options: &Options,
-) -> io::Result<L::File> {
-    let last = candidates.last_mut().expect("a cut leaves at least one segment");
-    let file = layer.open(&path_of(directory, last.first))?;
-    if last.size < options.segment_bytes {
-        match file.allocate(options.segment_bytes) {
-            Ok(()) => {
-                sync_file(&file)?;
-                last.size = options.segment_bytes;
-            }
-            // It stays short, and the next record opens another when there is room.
-            Err(error) if is_full(&error) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(file)
 }

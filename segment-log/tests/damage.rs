@@ -261,6 +261,29 @@ fn a_segment_lost_while_the_log_is_open_is_reported_by_its_readers() {
 }
 
 #[test]
+fn thousands_of_damaged_ranges_are_reported_within_bounds_and_all_other_records_are_read() {
+    let options = Options { segment_bytes: 1 << 20, max_bytes: 8 << 20, reserve_bytes: 0 };
+    let layer = SimLayer::new();
+    let (mut log, _) = SegmentLog::open(layer.clone(), DIRECTORY, options).unwrap();
+    let appended: Vec<_> = (0..10_000u16).map(|number| log.append(1, &number.to_le_bytes()).unwrap()).collect();
+    log.mark().unwrap();
+    drop(log);
+    let damaged = appended.iter().step_by(2);
+    layer
+        .edit(&segment(0), |bytes| {
+            damaged.clone().for_each(|record| bytes[(SEGMENT_HEADER + record.next.0) as usize - 1] ^= 1)
+        })
+        .unwrap();
+    let (log, opening) = SegmentLog::open(layer, DIRECTORY, options).unwrap();
+    let exact: Vec<Damage> =
+        damaged.map(|record| Damage { from: record.position, to: record.next, reason: Reason::Record }).collect();
+    assert_eq!((opening.incidents.len(), &opening.incidents[..4095]), (4096, &exact[..4095]));
+    assert_eq!(opening.incidents[4095].to, exact.last().unwrap().to);
+    let read: Vec<u64> = read(&log, &exact).iter().map(|(position, _)| *position).collect();
+    assert!(read.iter().eq(appended.iter().skip(1).step_by(2).map(|record| &record.position.0)));
+}
+
+#[test]
 fn a_segment_of_another_log_is_never_read() {
     let image = image(40, true);
     let other = self::image(40, true);

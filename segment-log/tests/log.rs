@@ -147,6 +147,7 @@ fn a_failed_sync_is_final_for_the_log() {
     assert!(matches!(log.mark(), Err(SyncError::Poisoned)));
     assert!(matches!(log.append(1, b"no"), Err(AppendError::Failed(SyncError::Poisoned))));
     assert!(matches!(log.start_segment(), Err(AppendError::Failed(SyncError::Poisoned))));
+    assert!(log.free_before(synced).is_err());
     assert_eq!(log.synced(), synced);
     assert_eq!(read_all(&mut log.reader(Position(0)).unwrap()).len(), 1, "readers see what was synced");
 }
