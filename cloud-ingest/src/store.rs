@@ -81,7 +81,7 @@ impl Store {
             parsed.set_path(&format!("{}/", parsed.path()));
         }
         match parsed.scheme() {
-            "file" => {
+            "file" if url.starts_with("file:///") => {
                 let directory = parsed.to_file_path().map_err(|()| address())?;
                 std::fs::create_dir_all(&directory)
                     .map_err(|source| StoreError::Open { url: url.to_owned(), source })?;
