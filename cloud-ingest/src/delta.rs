@@ -337,4 +337,6 @@ fn table_fields(stream: &StreamName, columns: &Schema) -> Result<Vec<StreamField
 }
 
 #[cfg(test)]
+mod power_cut;
+#[cfg(test)]
 mod tests;

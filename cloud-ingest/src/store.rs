@@ -85,23 +85,27 @@ impl Store {
                 let directory = parsed.to_file_path().map_err(|()| address())?;
                 std::fs::create_dir_all(&directory)
                     .map_err(|source| StoreError::Open { url: url.to_owned(), source })?;
-                Self::on_files(Disk, &directory, Arc::new(LocalFileSystem::new()))
+                Self::on_files(Disk, &directory, parsed, Arc::new(LocalFileSystem::new()))
             }
             "s3" => Self::on_s3(parsed, s3),
             _ => Err(address()),
         }
     }
 
-    /// A store in `directory` of a file layer. `reads` is an object store that shows the same files, rooted at `/`.
+    /// A store in `directory` of a file layer, which tables know by the address `url`, whose path is that directory.
+    /// `reads` is an object store that shows the same files, rooted at `/`.
     ///
     /// # Errors
-    /// When the directory cannot be synced.
-    pub fn on_files<L: FileLayer>(layer: L, directory: &Path, reads: Arc<dyn ObjectStore>) -> Result<Self, StoreError> {
-        let name = directory.display().to_string();
-        let url = Url::from_directory_path(directory).map_err(|()| StoreError::Address { url: name.clone() })?;
+    /// When a directory above cannot be synced.
+    pub fn on_files<L: FileLayer>(
+        layer: L,
+        directory: &Path,
+        url: Url,
+        reads: Arc<dyn ObjectStore>,
+    ) -> Result<Self, StoreError> {
         let sync_failure = Arc::new(OnceLock::new());
         let files = SyncedFiles::open(layer, directory, reads, sync_failure.clone())
-            .map_err(|source| StoreError::Open { url: name, source })?;
+            .map_err(|source| StoreError::Open { url: url.to_string(), source })?;
         let settle = files.names();
         Ok(Self { root: Arc::new(files), url, local: Some((directory.to_owned(), settle)), sync_failure })
     }
@@ -180,4 +184,4 @@ pub async fn list_streams(store: &Store) -> Result<Vec<StreamName>, StoreError> 
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

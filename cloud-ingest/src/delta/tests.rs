@@ -30,7 +30,7 @@ fn reopen(directory: &tempfile::TempDir) -> Store {
     Store::open(url::Url::from_directory_path(path).unwrap().as_str()).unwrap()
 }
 
-fn stream() -> StreamName {
+pub(super) fn stream() -> StreamName {
     "traffic".parse().unwrap()
 }
 
@@ -38,24 +38,24 @@ fn field(name: &str, kind: FieldType) -> StreamField {
     StreamField { name: name.parse().unwrap(), kind }
 }
 
-fn speed() -> Vec<StreamField> {
+pub(super) fn speed() -> Vec<StreamField> {
     vec![field("speed", FieldType::Float64)]
 }
 
-fn spool(id: u8) -> SpoolId {
+pub(super) fn spool(id: u8) -> SpoolId {
     SpoolId([id; 16])
 }
 
-fn mark(seq: u64) -> Mark {
+pub(super) fn mark(seq: u64) -> Mark {
     Mark { seq: Seq(seq), crc: 0xffff_0000 + seq as u32 }
 }
 
-fn span(id: u8, first: u64, last: u64) -> (SpoolId, Seq, Mark) {
+pub(super) fn span(id: u8, first: u64, last: u64) -> (SpoolId, Seq, Mark) {
     (spool(id), Seq(first), mark(last))
 }
 
 /// Batch `seq` of a spool: ten rows over three dates, speeds 10·seq … 10·seq + 9.
-fn rows(id: u8, seq: u64, fields: &[StreamField]) -> RecordBatch {
+pub(super) fn rows(id: u8, seq: u64, fields: &[StreamField]) -> RecordBatch {
     let schema = StreamSchema::new(speed()).unwrap();
     let ts = (0..10).map(|row: i64| START_US + (row % 3) * DAY_US + seq as i64);
     let devices: StringArray = (0..10).map(|row| Some(format!("d{}", (row * 7) % 4))).collect();

@@ -102,7 +102,9 @@ pub(crate) fn sim_machine() -> SimLayer {
 
 /// The store on a simulated machine, as a process that has just started opens it.
 pub(crate) fn sim_store(layer: &SimLayer) -> Result<Store, StoreError> {
-    Store::on_files(layer.clone(), Path::new("/tables"), Arc::new(SimReads(layer.clone())))
+    // Not file:///: there delta-rs looks for the directory on the real disk.
+    let url = Url::parse("memory:///tables/").unwrap();
+    Store::on_files(layer.clone(), Path::new("/tables"), url, Arc::new(SimReads(layer.clone())))
 }
 
 /// A store whose objects are below `/tables` of a simulated machine, and what its user knows of them.

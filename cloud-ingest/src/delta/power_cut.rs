@@ -1,0 +1,84 @@
+//! Power cuts and killed processes at random points of a table's life, on the simulated disk: what a commit or an
+//! opened table has shown as committed is there ever after, with all of its rows; a number is never there twice.
+//! `POWER_CUT_SEED=17` tries only one seed.
+
+use std::path::Path;
+
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use segment_log::sim::{Random, SimLayer};
+use segment_log::{FileLayer, LayerFile};
+
+use super::tests::{rows, span, speed, spool, stream};
+use super::*;
+use crate::store::tests::{sim_machine, sim_store};
+
+const SEEDS: u64 = 120;
+const CYCLES: u64 = 4;
+const COMMITS: u64 = 4;
+
+/// Rows of a table's files, read from the simulated disk.
+fn rows_on_disk(layer: &SimLayer, snapshot: &TableSnapshot) -> u64 {
+    let files = snapshot.state.log_data();
+    let counts = files.iter().map(|file| {
+        let path = Path::new("/tables").join(stream().as_str()).join(file.path().as_ref());
+        let file = layer.open(&path).unwrap();
+        let mut bytes = vec![0; file.size().unwrap() as usize];
+        file.read_at(&mut bytes, 0).unwrap();
+        let reader = ParquetRecordBatchReaderBuilder::try_new(bytes::Bytes::from(bytes)).unwrap().build().unwrap();
+        reader.map(|batch| batch.unwrap().num_rows() as u64).sum::<u64>()
+    });
+    counts.sum()
+}
+
+/// One life of a process: opens the table, checks it, commits until something fails. What it saw committed.
+async fn life(layer: &SimLayer, committed: u64, random: &mut Random) -> Result<u64, (u64, String)> {
+    let failed = |seen: u64| move |error: &dyn std::fmt::Debug| (seen, format!("{error:?}"));
+    let store = sim_store(layer).map_err(|error| failed(committed)(&error))?;
+    let table = DeltaTable::create(&store, &stream(), &speed()).await;
+    let mut table = table.map_err(|error| failed(committed)(&error))?;
+    let mut seen = table.snapshot().txn.get(&spool(1)).map_or(0, |mark| mark.seq.0);
+    assert!(seen >= committed, "{committed} was committed, {seen} is there");
+    if layer.powered() {
+        let on_disk = rows_on_disk(layer, &table.snapshot());
+        assert_eq!(on_disk, 10 * seen);
+    }
+    for _ in 0..COMMITS {
+        let last = seen + 1 + random.below(2);
+        let batches: Vec<RecordBatch> = (seen + 1..=last).map(|seq| rows(1, seq, &speed())).collect();
+        let snapshot = table.commit(&batches, &[span(1, seen + 1, last)]).await;
+        seen = snapshot.map_err(|error| failed(seen)(&error))?.txn[&spool(1)].seq.0;
+    }
+    Ok(seen)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_committed_survives_power_cuts() {
+    let seeds = match std::env::var("POWER_CUT_SEED") {
+        Ok(seed) => seed.parse().map(|seed| seed..=seed).unwrap(),
+        Err(_) => 1..=SEEDS,
+    };
+    let mut commits = 0;
+    for seed in seeds {
+        println!("POWER_CUT_SEED={seed}");
+        let mut random = Random::new(seed);
+        let layer = sim_machine();
+        let mut committed = 0;
+        for _ in 0..CYCLES {
+            layer.fail_after(random.below(110));
+            committed = match life(&layer, committed, &mut random).await {
+                Ok(seen) => seen,
+                Err((seen, _)) => seen,
+            };
+            // A process was killed, and the next one opens the table before the power goes.
+            if random.one_in(2) && layer.powered() {
+                layer.fail_after(u64::MAX);
+                continue;
+            }
+            layer.power_cut(&mut random);
+        }
+        layer.power_cut(&mut random);
+        layer.fail_after(u64::MAX);
+        commits += life(&layer, committed, &mut random).await.unwrap();
+    }
+    assert!(commits > 0);
+}
