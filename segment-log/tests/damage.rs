@@ -284,17 +284,20 @@ fn thousands_of_damaged_ranges_are_reported_within_bounds_and_all_other_records_
 }
 
 #[test]
-fn a_segment_of_another_log_is_never_read() {
+fn a_segment_of_another_log_or_from_another_place_is_never_read() {
     let image = image(40, true);
-    let other = self::image(40, true);
     let first = image.firsts[1];
-    let foreign = bytes(&other.layer, &segment(first));
-    image.layer.edit(&segment(first), |bytes| *bytes = foreign).unwrap();
-    let (log, opening) = SegmentLog::open(image.layer.clone(), DIRECTORY, OPTIONS).unwrap();
-    let damaged: Vec<_> = opening.incidents.iter().filter(|damage| damage.from < damage.to).collect();
-    let [damage] = damaged[..] else { panic!("{opening:?}") };
-    assert_eq!((damage.from.0, damage.to.0), (first, image.firsts[2]));
-    read(&log, &[*damage]);
+    let elsewhere = bytes(&image.layer, &segment(image.firsts[0]));
+    let foreign = bytes(&self::image(40, true).layer, &segment(first));
+    for strange in [elsewhere, foreign] {
+        let layer = image.layer.copy();
+        layer.edit(&segment(first), |bytes| *bytes = strange).unwrap();
+        let (log, opening) = SegmentLog::open(layer, DIRECTORY, OPTIONS).unwrap();
+        let damaged: Vec<_> = opening.incidents.iter().filter(|damage| damage.from < damage.to).collect();
+        let [damage] = damaged[..] else { panic!("{opening:?}") };
+        assert_eq!((damage.from.0, damage.to.0), (first, image.firsts[2]));
+        read(&log, &[*damage]);
+    }
 }
 
 #[test]
