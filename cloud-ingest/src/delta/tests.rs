@@ -10,6 +10,7 @@ use wire::schema::StreamSchema;
 use super::*;
 use crate::rescue::{Provenance, rescue};
 use crate::store::list_streams;
+use crate::store::tests::{sim_machine, sim_store, sim_store_whose_lists_fail};
 
 const DAY_US: i64 = 86_400_000_000;
 /// 2024-06-01T00:00:00Z
@@ -174,6 +175,35 @@ async fn of_two_writers_with_one_snapshot_one_has_to_start_again() {
         let again = table.commit(&batch, &[span(1, 1, 1)]).await;
         assert!(matches!(again, Err(CommitError::Covered { committed: Seq(1), .. })), "{again:?}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_that_hides_a_success_does_not_make_a_second_commit() {
+    let layer = sim_machine();
+    let gone_at = std::path::Path::new("/tables/traffic/_delta_log/00000000000000000001.json");
+    let cut_off = sim_store_whose_lists_fail(&layer, Some(gone_at)).unwrap();
+    let mut table = DeltaTable::create(&cut_off, &stream(), &speed()).await.unwrap();
+    let (batch, marks) = ([rows(1, 1, &speed())], [span(1, 1, 1)]);
+    let unknown = table.commit(&batch, &marks).await;
+    assert!(matches!(unknown, Err(CommitError::Unknown { .. })), "{unknown:?}");
+    table.reload().await.unwrap_err();
+    assert_eq!(table.snapshot().version, 0);
+
+    let mut table = DeltaTable::open(&sim_store(&layer).unwrap(), &stream()).await.unwrap().unwrap();
+    assert_eq!((table.snapshot().version, table.snapshot().txn[&spool(1)]), (1, mark(1)));
+    let again = table.commit(&batch, &marks).await;
+    assert!(matches!(again, Err(CommitError::Covered { .. })), "{again:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn marks_of_one_spool_in_pieces_are_one_transaction() {
+    let place = place();
+    let mut table = DeltaTable::create(&place.store, &stream(), &speed()).await.unwrap();
+    table.commit(&[], &[span(1, 1, 2), span(2, 1, 1), span(1, 3, 7)]).await.unwrap();
+    let opened = DeltaTable::open(&place.store, &stream()).await.unwrap().unwrap().snapshot();
+    assert_eq!(*opened.txn, HashMap::from([(spool(1), mark(7)), (spool(2), mark(1))]));
+    let log = opened.log_store.read_commit_entry(1).await.unwrap().unwrap();
+    assert_eq!(String::from_utf8(log.to_vec()).unwrap().matches("\"txn\"").count(), 4);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -3,7 +3,7 @@
 //! Two per spool: `appId` = the spool's 32 hexadecimal digits, `version` = the last batch's number; and
 //! `appId` = the same with `/crc` behind it, `version` = that batch's CRC. Others are not ours and are left alone.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::Int64Type;
@@ -20,15 +20,16 @@ use super::{Marks, TableError};
 /// Ends the `appId` of a CRC.
 const CRC: &str = "/crc";
 
-/// The transactions of a commit.
+/// The transactions of a commit; one pair per spool, since readers may take either of two.
 pub(super) fn actions(marks: &[(SpoolId, Seq, Mark)]) -> Vec<Transaction> {
     let now = Some(chrono::Utc::now().timestamp_millis());
-    let both = marks.iter().flat_map(|(spool, _, last)| {
+    let last_of_spool: BTreeMap<SpoolId, Mark> = marks.iter().map(|(spool, _, last)| (*spool, *last)).collect();
+    let pairs = last_of_spool.iter().flat_map(|(spool, last)| {
         let seq = Transaction::new_with_last_update(spool, last.seq.0.cast_signed(), now);
         let crc = Transaction::new_with_last_update(format!("{spool}{CRC}"), i64::from(last.crc), now);
         [seq, crc]
     });
-    both.collect()
+    pairs.collect()
 }
 
 /// The transactions of a table at a version: all of its log, newest first, the first of each `appId`.

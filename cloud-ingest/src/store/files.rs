@@ -189,6 +189,9 @@ impl<L: FileLayer> Names<L> {
 impl<L: FileLayer> Settle for Names<L> {
     fn settle(&self, directory: &FilePath) -> io::Result<()> {
         self.check()?;
+        if !self.layer.exists(directory)? {
+            return Err(io::ErrorKind::NotFound.into());
+        }
         self.make_directory(directory)?;
         self.sync_directory(directory)
     }

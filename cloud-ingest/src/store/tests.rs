@@ -18,9 +18,9 @@ const SEEDS: u64 = 600;
 const CYCLES: u64 = 4;
 const STEPS: u64 = 12;
 
-/// Reads the simulated disk.
+/// Reads the simulated disk. Lists fail once there is the file that the second names.
 #[derive(Debug, Clone)]
-struct SimReads(SimLayer);
+pub(crate) struct SimReads(SimLayer, Option<PathBuf>);
 
 impl fmt::Display for SimReads {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -65,6 +65,10 @@ impl ObjectStore for SimReads {
         Ok(ListResult { common_prefixes: Vec::new(), objects })
     }
     fn list(&self, prefix: Option<&ObjectPath>) -> BoxStream<'static, Result<ObjectMeta>> {
+        if self.1.as_ref().is_some_and(|path| self.0.exists(path).unwrap()) {
+            let error = object_store::Error::Generic { store: "simulated", source: "the network is gone".into() };
+            return futures::stream::iter([Err(error)]).boxed();
+        }
         let directory = Path::new("/").join(prefix.map_or("", ObjectPath::as_ref));
         let mut found = Vec::new();
         self.walk(&directory, &mut found);
@@ -102,9 +106,14 @@ pub(crate) fn sim_machine() -> SimLayer {
 
 /// The store on a simulated machine, as a process that has just started opens it.
 pub(crate) fn sim_store(layer: &SimLayer) -> Result<Store, StoreError> {
+    sim_store_whose_lists_fail(layer, None)
+}
+
+/// A store that lists nothing any more once there is this file.
+pub(crate) fn sim_store_whose_lists_fail(layer: &SimLayer, at: Option<&Path>) -> Result<Store, StoreError> {
     // Not file:///: there delta-rs looks for the directory on the real disk.
     let url = Url::parse("memory:///tables/").unwrap();
-    Store::on_files(layer.clone(), Path::new("/tables"), url, Arc::new(SimReads(layer.clone())))
+    Store::on_files(layer.clone(), Path::new("/tables"), url, Arc::new(SimReads(layer.clone(), at.map(Path::to_owned))))
 }
 
 /// A store whose objects are below `/tables` of a simulated machine, and what its user knows of them.
@@ -157,7 +166,7 @@ impl Machine {
     }
 
     async fn check(&mut self) {
-        let reads = SimReads(self.layer.clone());
+        let reads = SimReads(self.layer.clone(), None);
         let found: Vec<ObjectMeta> = reads.list(None).try_collect().await.unwrap();
         for object in &found {
             let seen = reads.get(&object.location).await.unwrap().bytes().await.unwrap().to_vec();
@@ -230,7 +239,7 @@ async fn a_failed_sync_stops_all_writing() {
     assert!(store.sync_failure().unwrap().contains("/tables/t/x"), "{:?}", store.sync_failure());
     store.root.put(&ObjectPath::from("tables/t/y"), "three".into()).await.unwrap_err();
     assert_eq!(layer.syncs_failed(), 1);
-    let seen = SimReads(layer).get(&location).await.unwrap().bytes().await.unwrap();
+    let seen = SimReads(layer, None).get(&location).await.unwrap().bytes().await.unwrap();
     assert_eq!(seen, "one");
 }
 
