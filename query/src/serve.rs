@@ -3,6 +3,7 @@
 //! With no reader set, only callers on this machine may ask. With readers set, every door asks for name and password.
 
 pub mod http;
+pub mod postgres;
 
 use std::net::IpAddr;
 use std::sync::Arc;
