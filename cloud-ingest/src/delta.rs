@@ -46,15 +46,21 @@ pub type Marks = HashMap<SpoolId, Mark>;
 #[derive(Debug, thiserror::Error)]
 pub enum TableError {
     #[error("read or make the table of stream {stream}")]
-    Delta { stream: StreamName, source: DeltaTableError },
+    Delta { stream: StreamName, source: Box<DeltaTableError> },
     #[error("read the transactions of stream {stream}")]
-    Transactions { stream: StreamName, source: buoyant_kernel::Error },
+    Transactions { stream: StreamName, source: Box<buoyant_kernel::Error> },
     #[error("the table of stream {stream} is not one of ours: {detail}")]
     Foreign { stream: StreamName, detail: String },
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error("the thread that read the table of stream {stream} died")]
     Thread { stream: StreamName },
+}
+
+impl TableError {
+    fn delta(stream: &StreamName, source: DeltaTableError) -> Self {
+        Self::Delta { stream: stream.clone(), source: Box::new(source) }
+    }
 }
 
 /// Why a commit was not made, or may not have been.
@@ -71,10 +77,10 @@ pub enum CommitError {
     Covered { spool: SpoolId, committed: Seq },
     /// Nothing was written to the log: the rows could not be made into files.
     #[error("write the rows of a commit to {stream}")]
-    Rows { stream: StreamName, source: DeltaTableError },
+    Rows { stream: StreamName, source: Box<DeltaTableError> },
     /// The commit may be there or not: reload and look at `txn`. If [`Store::sync_failure`] says something, stop.
     #[error("commit to {stream}: the outcome is not known")]
-    Unknown { stream: StreamName, source: DeltaTableError },
+    Unknown { stream: StreamName, source: Box<DeltaTableError> },
     /// The commit is there or not: reload. The table could not be read.
     #[error(transparent)]
     Store(#[from] TableError),
@@ -108,7 +114,7 @@ impl DeltaTable {
     /// # Errors
     /// When the store does not answer, or the table is not one that Weir made.
     pub async fn open(store: &Store, stream: &StreamName) -> Result<Option<Self>, TableError> {
-        let delta = |source| TableError::Delta { stream: stream.clone(), source };
+        let delta = |source| TableError::delta(stream, source);
         let log_store = store.log_store(stream);
         if !log_store.is_delta_table_location().await.map_err(delta)? {
             return Ok(None);
@@ -125,7 +131,7 @@ impl DeltaTable {
     /// # Errors
     /// When the store does not answer.
     pub async fn create(store: &Store, stream: &StreamName, fields: &[StreamField]) -> Result<Self, TableError> {
-        let delta = |source| TableError::Delta { stream: stream.clone(), source };
+        let delta = |source| TableError::delta(stream, source);
         let columns = kernel_schema(&table_schema(fields)).map_err(delta)?;
         let created = CreateBuilder::new()
             .with_log_store(store.log_store(stream))
@@ -158,7 +164,7 @@ impl DeltaTable {
         if state.update(&log_store, None).await.is_err() {
             // The log below us may have been cleaned away: read the table from its checkpoint.
             let read = DeltaTableState::try_new(&log_store, None).await;
-            state = read.map_err(|source| TableError::Delta { stream: self.stream.clone(), source })?;
+            state = read.map_err(|source| TableError::delta(&self.stream, source))?;
         }
         // Only now: what was listed before is durable after this.
         self.store.settle(&self.stream).await?;
@@ -191,7 +197,7 @@ impl DeltaTable {
         if added.is_empty() {
             return Ok(self.snapshot());
         }
-        let rows = |source| CommitError::Rows { stream: self.stream.clone(), source };
+        let rows = |source| CommitError::Rows { stream: self.stream.clone(), source: Box::new(source) };
         let schema = kernel_schema(&table_schema(&all)).map_err(rows)?;
         let new_columns = schema.fields().filter(|column| added.iter().any(|new| new.name.as_str() == column.name()));
         let operation = DeltaOperation::AddColumn { fields: new_columns.cloned().collect() };
@@ -213,7 +219,8 @@ impl DeltaTable {
     ) -> Result<TableSnapshot, CommitError> {
         let txn = next_marks(&self.snapshot.txn, marks)?;
         let adds = write::write_rows(&self.snapshot, rows).await;
-        let adds = adds.map_err(|source| CommitError::Rows { stream: self.stream.clone(), source })?;
+        let adds =
+            adds.map_err(|source| CommitError::Rows { stream: self.stream.clone(), source: Box::new(source) })?;
         let operation = DeltaOperation::Write {
             mode: SaveMode::Append,
             partition_by: Some(vec![DATE.to_owned()]),
@@ -240,7 +247,7 @@ impl DeltaTable {
             Err(DeltaTableError::Transaction { source: TransactionError::MaxCommitAttempts(_) }) => {
                 Err(CommitError::Moved { stream: self.stream.clone(), version: self.snapshot.version })
             }
-            Err(source) => Err(CommitError::Unknown { stream: self.stream.clone(), source }),
+            Err(source) => Err(CommitError::Unknown { stream: self.stream.clone(), source: Box::new(source) }),
         }
     }
 
@@ -270,7 +277,7 @@ impl TableSnapshot {
 /// # Errors
 /// When the store does not answer; nothing is lost by that.
 pub async fn maintain(stream: &StreamName, snapshot: &TableSnapshot) -> Result<bool, TableError> {
-    let delta = |source: DeltaTableError| TableError::Delta { stream: stream.clone(), source };
+    let delta = |source| TableError::delta(stream, source);
     let hint = object_store::path::Path::from("_delta_log/_last_checkpoint");
     let last = match snapshot.log_store.object_store(None).get(&hint).await {
         Ok(found) => {

@@ -30,7 +30,7 @@ pub enum StoreError {
     #[error("open the store {url}")]
     Open { url: String, source: std::io::Error },
     #[error("use the store {url}")]
-    Object { url: String, source: object_store::Error },
+    Object { url: String, source: Box<object_store::Error> },
 }
 
 /// How to reach an S3 store. What is not set comes from the environment (`AWS_ACCESS_KEY_ID`, …).
@@ -122,7 +122,8 @@ impl Store {
         if let Some(region) = &s3.region {
             builder = builder.with_region(region);
         }
-        let bucket = builder.build().map_err(|source| StoreError::Object { url: url.to_string(), source })?;
+        let bucket =
+            builder.build().map_err(|source| StoreError::Object { url: url.to_string(), source: Box::new(source) })?;
         Ok(Self { root: Arc::new(bucket), url, local: None, sync_failure: Arc::default() })
     }
 
@@ -159,7 +160,8 @@ impl Store {
     async fn table_names(&self) -> Result<Vec<String>, StoreError> {
         let prefix = object_path(&self.url);
         let listed = self.root.list_with_delimiter(Some(&prefix)).await;
-        let listed = listed.map_err(|source| StoreError::Object { url: self.url.to_string(), source })?;
+        let listed =
+            listed.map_err(|source| StoreError::Object { url: self.url.to_string(), source: Box::new(source) })?;
         let names = listed.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned));
         Ok(names.collect())
     }

@@ -49,7 +49,7 @@ pub(super) async fn load(stream: &StreamName, log_store: &LogStoreRef, version: 
     let transactions: HashMap<String, i64> = tokio::task::spawn_blocking(read)
         .await
         .map_err(|_| TableError::Thread { stream: stream.clone() })?
-        .map_err(|source| TableError::Transactions { stream: stream.clone(), source })?;
+        .map_err(|source| TableError::Transactions { stream: stream.clone(), source: Box::new(source) })?;
     let mut marks = Marks::new();
     for (app_id, version) in &transactions {
         apply(&mut marks, app_id, *version);
@@ -77,7 +77,7 @@ pub(super) async fn follow(
     from: u64,
     to: u64,
 ) -> Result<Option<Marks>, TableError> {
-    let delta = |source| TableError::Delta { stream: stream.clone(), source };
+    let delta = |source| TableError::delta(stream, source);
     let mut marks: HashMap<SpoolId, Mark> = txn.clone();
     for version in from + 1..=to {
         let Some(bytes) = log_store.read_commit_entry(version).await.map_err(delta)? else {
