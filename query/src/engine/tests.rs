@@ -1,1 +1,253 @@
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use arrow_array::cast::AsArray;
+use arrow_array::types::Int64Type;
+use arrow_array::{ArrayRef, Date32Array, Int64Array, StringArray, TimestampMicrosecondArray, new_null_array};
+use arrow_schema::SchemaRef;
+use async_trait::async_trait;
+use deltalake_core::kernel::{DataType as DeltaType, PrimitiveType};
+use deltalake_core::operations::create::CreateBuilder;
+use wire::hot::{HotAnswer, HotError, HotRows, HotRun, HotSource};
+use wire::schema::{FieldType, StreamField, table_schema};
+use wire::{DAY_US, Seq, SpoolId, StreamName};
+
+use super::*;
+use crate::catalog::{ColdTable, TablesError};
+
+const ROWS: usize = 10;
+/// Batches of one Delta commit.
+const BATCHES_PER_COMMIT: usize = 4;
+const COMMITS: usize = 5;
+const BATCHES: usize = COMMITS * BATCHES_PER_COMMIT;
+/// Older versions than this many behind are answered `Stale`.
+const GRACE: usize = 1;
+
+/// The table `traffic` with a new state at every question: batch after batch arrives hot, and is committed later.
+#[derive(Debug)]
+pub(crate) struct Traffic {
+    dir: PathBuf,
+    versions: Vec<ColdTable>,
+    batches: Vec<RecordBatch>,
+    arrived: AtomicUsize,
+    /// Batches that arrive between two questions.
+    step: AtomicUsize,
+    stale: AtomicUsize,
+}
+
+impl Drop for Traffic {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}
+
+/// Batch `index`: one row a minute, all on day `index` after the epoch's day 19,000.
+fn batch(schema: &SchemaRef, index: usize) -> RecordBatch {
+    let day = 19_000 + index as i64;
+    let ts = (0..ROWS as i64).map(|row| day * DAY_US + row * 60_000_000);
+    let columns: Vec<ArrayRef> = schema
+        .fields()
+        .iter()
+        .map(|field| match field.name().as_str() {
+            "ts" => Arc::new(TimestampMicrosecondArray::from_iter_values(ts.clone()).with_timezone("UTC")) as ArrayRef,
+            "device" => Arc::new(StringArray::from_iter_values((0..ROWS).map(|row| format!("d{}", row % 2)))),
+            "vehicle_count" => Arc::new(Int64Array::from_iter_values((0..ROWS).map(|row| (index * ROWS + row) as i64))),
+            "_date" => Arc::new(Date32Array::from_value(day as i32, ROWS)),
+            _ => new_null_array(field.data_type(), ROWS),
+        })
+        .collect();
+    RecordBatch::try_new(Arc::clone(schema), columns).unwrap()
+}
+
+fn delta_type(kind: &arrow_schema::DataType) -> DeltaType {
+    DeltaType::Primitive(match kind {
+        arrow_schema::DataType::Utf8 => PrimitiveType::String,
+        arrow_schema::DataType::Int64 => PrimitiveType::Long,
+        arrow_schema::DataType::Date32 => PrimitiveType::Date,
+        arrow_schema::DataType::Timestamp(..) => PrimitiveType::Timestamp,
+        other => panic!("no such column here: {other}"),
+    })
+}
+
+impl Traffic {
+    /// With `arrived` batches, and `step` more at every question.
+    pub(crate) async fn new(arrived: usize, step: usize) -> Arc<Self> {
+        let dir = std::env::temp_dir().join(format!("weir-query-{:032x}", rand::random::<u128>()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let field = StreamField { name: "vehicle_count".parse().unwrap(), kind: FieldType::Int64 };
+        let schema: SchemaRef = Arc::new(table_schema(&[field]));
+        let mut create = CreateBuilder::new().with_location(dir.to_str().unwrap()).with_partition_columns(["_date"]);
+        for column in schema.fields() {
+            create = create.with_column(column.name(), delta_type(column.data_type()), column.is_nullable(), None);
+        }
+        let mut table = create.await.unwrap();
+        let batches: Vec<RecordBatch> = (0..BATCHES).map(|index| batch(&schema, index)).collect();
+        let cold = |table: &deltalake_core::DeltaTable| ColdTable {
+            version: table.version().unwrap() as u64,
+            log_store: table.log_store(),
+            snapshot: table.snapshot().unwrap().snapshot().clone(),
+            schema: Arc::clone(&schema),
+        };
+        let mut versions = vec![cold(&table)];
+        for commit in batches.chunks(BATCHES_PER_COMMIT) {
+            table = table.write(commit.to_vec()).await.unwrap();
+            versions.push(cold(&table));
+        }
+        let (arrived, step) = (AtomicUsize::new(arrived), AtomicUsize::new(step));
+        Arc::new(Self { dir, versions, batches, arrived, step, stale: AtomicUsize::new(0) })
+    }
+
+    /// How many batches are there now; then the state moves on.
+    fn now(&self) -> usize {
+        self.arrived.fetch_add(self.step.load(Ordering::SeqCst), Ordering::SeqCst).min(BATCHES)
+    }
+
+    pub(crate) fn arrive(&self, batches: usize) {
+        self.arrived.fetch_add(batches, Ordering::SeqCst);
+    }
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct Handle(pub(crate) Arc<Traffic>);
+
+#[async_trait]
+impl HotSource for Handle {
+    async fn hot(&self, _: &StreamName, at: u64) -> Result<HotAnswer, HotError> {
+        let now = self.0.now();
+        let (at, committed) = (at as usize, now / BATCHES_PER_COMMIT);
+        if at + GRACE < committed {
+            self.0.stale.fetch_add(1, Ordering::SeqCst);
+            return Ok(HotAnswer::Stale(committed as u64));
+        }
+        let first = at * BATCHES_PER_COMMIT;
+        let rows = (first..now.max(first)).map(|index| HotRows {
+            rows: self.0.batches[index].clone(),
+            runs: vec![HotRun { spool: SpoolId([1; 16]), seq: Seq(index as u64 + 1), start: 0, rows: ROWS }],
+        });
+        Ok(HotAnswer::Rows(rows.collect()))
+    }
+}
+
+#[async_trait]
+impl Tables for Handle {
+    fn streams(&self) -> Vec<StreamName> {
+        vec!["traffic".parse().unwrap()]
+    }
+
+    fn cold(&self, stream: &StreamName) -> Option<ColdTable> {
+        (stream.as_str() == "traffic").then(|| self.0.versions[self.0.now() / BATCHES_PER_COMMIT].clone())
+    }
+
+    async fn reload(&self, _: &StreamName, at_least: u64) -> Result<ColdTable, TablesError> {
+        Ok(self.0.versions[at_least as usize].clone())
+    }
+
+    fn hot(&self) -> Arc<dyn HotSource> {
+        Arc::new(self.clone())
+    }
+}
+
+/// An engine over `traffic` as [`Traffic::new`] makes it.
+pub(crate) async fn engine(arrived: usize, step: usize, timeout: Duration) -> (Arc<Engine>, Arc<Traffic>) {
+    let traffic = Traffic::new(arrived, step).await;
+    let settings = EngineSettings { timeout, ..EngineSettings::default() };
+    (Arc::new(Engine::new(Arc::new(Handle(Arc::clone(&traffic))), settings).unwrap()), traffic)
+}
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+async fn numbers(engine: &Engine, sql: &str) -> Vec<i64> {
+    let rows = engine.rows(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+    let batch = &rows[0];
+    batch.columns().iter().map(|column| column.as_primitive::<Int64Type>().value(0)).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_mention_of_a_table_in_one_statement_sees_the_same_state() {
+    let statements = [
+        "SELECT (SELECT count(*) FROM traffic) AS a, (SELECT count(*) FROM traffic) AS b",
+        "WITH a AS (SELECT count(*) n FROM traffic), b AS (SELECT count(*) n FROM traffic) SELECT a.n, b.n FROM a, b",
+        "SELECT min(n), max(n) FROM (SELECT count(*) n FROM traffic UNION ALL SELECT count(*) FROM traffic)",
+        "SELECT count(*) AS n, (SELECT count(*) FROM traffic) AS m FROM traffic a JOIN traffic b USING (vehicle_count)",
+        "SELECT count(*) AS n, (SELECT count(*) FROM traffic) AS m FROM traffic \
+         WHERE vehicle_count IN (SELECT vehicle_count FROM traffic)",
+    ];
+    for sql in statements {
+        let (engine, _traffic) = engine(0, 1, MINUTE).await;
+        let mut before = -1;
+        for _ in 0..6 {
+            let counts = numbers(&engine, sql).await;
+            assert_eq!(counts[0], counts[1], "{sql}");
+            assert!(counts[0] >= before, "{sql}: {} after {before}", counts[0]);
+            assert_eq!(counts[0] % ROWS as i64, 0, "{sql}");
+            before = counts[0];
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_that_was_overtaken_is_loaded_again() {
+    let (engine, traffic) = engine(1, 2 * BATCHES_PER_COMMIT + 1, MINUTE).await;
+    assert_eq!(numbers(&engine, "SELECT count(*) FROM traffic").await, [(BATCHES * ROWS) as i64]);
+    assert!(traffic.stale.load(Ordering::SeqCst) > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prepared_statement_sees_fresh_rows_each_time() {
+    let (engine, traffic) = engine(1, 0, MINUTE).await;
+    let prepared = engine.prepare("SELECT count(*) FROM traffic").await.unwrap();
+    for arrived in 1..10 {
+        let mut rows = engine.execute(&prepared, None).await.unwrap();
+        let count = rows.next().await.unwrap().unwrap().column(0).as_primitive::<Int64Type>().value(0);
+        assert_eq!(count, (arrived * ROWS) as i64);
+        traffic.arrive(1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn filters_and_columns_hold_on_both_halves() {
+    // Six batches: four cold, two hot; batch i is day 19,000 + i (2022-01-08 is 19,000).
+    let (engine, _traffic) = engine(6, 0, MINUTE).await;
+    let cases = [
+        ("SELECT count(*) FROM traffic", 60),
+        ("SELECT count(*) FROM traffic WHERE ts >= '2022-01-10T00:00:00Z'", 40),
+        ("SELECT count(*) FROM traffic WHERE ts < '2022-01-09T00:05:00Z'", 15),
+        ("SELECT count(*) FROM traffic WHERE _date = DATE '2022-01-13'", 10),
+        ("SELECT count(*) FROM traffic WHERE _date = DATE '2022-01-08'", 10),
+        ("SELECT count(*) FROM traffic WHERE device = 'd1' AND vehicle_count >= 30", 15),
+        ("SELECT sum(vehicle_count) FROM traffic", 59 * 60 / 2),
+    ];
+    for (sql, expected) in cases {
+        assert_eq!(numbers(&engine, sql).await, [expected], "{sql}");
+    }
+    let rows = engine.rows("SELECT * FROM traffic").await.unwrap();
+    let names: Vec<String> = rows[0].schema().fields().iter().map(|field| field.name().clone()).collect();
+    assert_eq!(names[..4], ["ts", "device", "vehicle_count", "quality"]);
+    assert_eq!(names.last().unwrap(), "_date");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn statements_that_change_something_are_refused() {
+    let (engine, _traffic) = engine(1, 0, MINUTE).await;
+    for sql in [
+        "INSERT INTO traffic SELECT * FROM traffic",
+        "CREATE TABLE other AS SELECT 1",
+        "DROP TABLE traffic",
+        "COPY traffic TO 'traffic.csv'",
+        "SET datafusion.execution.batch_size = 1",
+    ] {
+        assert!(engine.rows(sql).await.is_err(), "{sql}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn misspelt_names_get_a_hint() {
+    let (engine, _traffic) = engine(1, 0, MINUTE).await;
+    let table = engine.rows("SELECT * FROM trafic").await.unwrap_err();
+    assert!(matches!(table, QueryError::UnknownTable { .. }), "{table:?}");
+    assert_eq!(table.hint(), Some("did you mean `traffic`?"));
+    let column = engine.rows("SELECT vehicle_cuont FROM traffic").await.unwrap_err();
+    assert!(matches!(column, QueryError::UnknownColumn { .. }), "{column:?}");
+    assert_eq!(column.hint(), Some("did you mean `vehicle_count`?"));
+    assert!(matches!(engine.rows("SELEC 1").await.unwrap_err(), QueryError::Syntax { .. }));
+}
