@@ -172,6 +172,9 @@ impl<L: FileLayer> Spool<L> {
             rows_freed: 0,
             settings,
         };
+        // Void batches and losses carry it.
+        let losses = losses::schema();
+        spool.schemas.insert(losses.id(), losses.canonical().to_owned());
         let mut incidents = Vec::new();
         let mut found = Vec::new();
         for (index, lane) in spool.settings.lanes.clone().into_iter().enumerate() {
@@ -559,7 +562,9 @@ impl<L: FileLayer> Spool<L> {
     fn free_segments(&mut self, lane: usize) -> Result<(), SpoolError> {
         let lane = &mut self.lanes[lane];
         let until = lane.live.first_key_value().map_or(lane.log.end(), |(group, _)| Position(*group));
-        if until > lane.log.newest_segment() || until > lane.log.start() {
+        if until > lane.log.start() && lane.log.start() != lane.log.newest_segment() {
+            // What says that they are not needed must outlive the segments.
+            lane.log.sync()?;
             lane.log.free_before(until)?;
         }
         Ok(())
