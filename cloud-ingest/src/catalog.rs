@@ -1,0 +1,62 @@
+//! The readable state of every table: one immutable value behind one atomic pointer (rule 4).
+//!
+//! [`TableState`] is {snapshot, hot}. The ingest thread alone replaces it; a commit swaps both halves at once. Readers
+//! load it without waiting. [`Catalogue`] is also the in-process implementation of the hot contract: it answers for
+//! every version that its grace time still covers, and `Stale` otherwise.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use async_trait::async_trait;
+use parking_lot::RwLock;
+use wire::StreamName;
+use wire::hot::{HotAnswer, HotError, HotSource};
+
+use crate::delta::TableSnapshot;
+use crate::hot::HotSet;
+
+/// What a table holds at one moment.
+#[derive(Debug)]
+pub struct TableState {
+    pub snapshot: TableSnapshot,
+    pub hot: HotSet,
+}
+
+/// All tables of this node.
+#[derive(Debug, Default)]
+pub struct Catalogue {
+    tables: RwLock<BTreeMap<StreamName, Arc<ArcSwap<TableState>>>>,
+}
+
+impl Catalogue {
+    /// Every stream that has a table, in order of name.
+    pub fn streams(&self) -> Vec<StreamName> {
+        self.tables.read().keys().cloned().collect()
+    }
+
+    /// The state of a table now.
+    pub fn state(&self, stream: &StreamName) -> Option<Arc<TableState>> {
+        self.tables.read().get(stream).map(|state| state.load_full())
+    }
+
+    /// Replaces the state of a table, or adds it. For the ingest thread.
+    pub(crate) fn replace(&self, stream: &StreamName, state: TableState) {
+        let state = Arc::new(state);
+        if let Some(known) = self.tables.read().get(stream) {
+            known.store(state);
+            return;
+        }
+        self.tables.write().insert(stream.clone(), Arc::new(ArcSwap::new(state)));
+    }
+}
+
+#[async_trait]
+impl HotSource for Catalogue {
+    async fn hot(&self, stream: &StreamName, at: u64) -> Result<HotAnswer, HotError> {
+        let state = self
+            .state(stream)
+            .ok_or_else(|| HotError { stream: stream.clone(), detail: "this node has no such table".to_owned() })?;
+        Ok(state.hot.answer(at, state.snapshot.version))
+    }
+}

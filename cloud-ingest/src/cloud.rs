@@ -1,0 +1,152 @@
+//! Puts the rooms together: store, WAL, tables, the ingest thread, and the HTTP server.
+//!
+//! [`Cloud::start`] opens and recovers everything before the port answers ready. Stopping: no more requests are
+//! taken, what is hot is committed, the WAL is marked.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use axum::Router;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use url::Url;
+
+use crate::catalog::Catalogue;
+use crate::config::Settings;
+use crate::http::{self, Door};
+use crate::ingest::{Ingest, Job, StartError};
+use crate::metrics::Metrics;
+use crate::store::Store;
+
+/// Why a node does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum CloudError {
+    #[error("make the directory {path}")]
+    Directory { path: String, source: std::io::Error },
+    #[error("listen on {address}")]
+    Listen { address: SocketAddr, source: std::io::Error },
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error("recover")]
+    Recover(#[from] tokio::task::JoinError),
+}
+
+/// A node that has recovered and does not listen yet: the tables can be given to the doors for questions.
+#[derive(Debug)]
+pub struct Cloud {
+    settings: Settings,
+    catalogue: Arc<Catalogue>,
+    metrics: Arc<Metrics>,
+    door: Arc<Door>,
+    thread: JoinHandle<()>,
+}
+
+/// A node that listens.
+#[derive(Debug)]
+pub struct CloudHandle {
+    /// Where it really listens.
+    pub http: SocketAddr,
+    door: Arc<Door>,
+    server: tokio::task::JoinHandle<std::io::Result<()>>,
+    thread: JoinHandle<()>,
+}
+
+impl Cloud {
+    /// Opens the store, replays the WAL, starts the ingest thread.
+    ///
+    /// # Errors
+    /// When a directory, the WAL or a table cannot be opened.
+    pub async fn open(settings: Settings) -> Result<Self, CloudError> {
+        std::fs::create_dir_all(&settings.data_dir)
+            .map_err(|source| CloudError::Directory { path: settings.data_dir.display().to_string(), source })?;
+        let store = Store::open(&store_url(&settings)?).map_err(StartError::Store)?;
+        let (catalogue, metrics) = (Arc::new(Catalogue::default()), Arc::new(Metrics::default()));
+        let runtime = tokio::runtime::Handle::current();
+        let opening = {
+            let (settings, catalogue, metrics) = (settings.clone(), Arc::clone(&catalogue), Arc::clone(&metrics));
+            move || Ingest::open(settings, store, catalogue, metrics, runtime)
+        };
+        let (ingest, jobs) = tokio::task::spawn_blocking(opening).await??;
+        let thread = std::thread::Builder::new()
+            .name("weir-ingest".to_owned())
+            .spawn(move || ingest.run())
+            .map_err(StartError::Thread)?;
+        let door = Arc::new(Door {
+            edges: settings.edge.clone(),
+            request_bytes_max: settings.limits.request_bytes.bytes(),
+            jobs,
+            metrics: Arc::clone(&metrics),
+            ready: AtomicBool::new(false),
+            schemas: Default::default(),
+        });
+        Ok(Self { settings, catalogue, metrics, door, thread })
+    }
+
+    /// The tables of this node.
+    pub fn catalogue(&self) -> Arc<Catalogue> {
+        Arc::clone(&self.catalogue)
+    }
+
+    /// What this node counts.
+    pub fn metrics(&self) -> Arc<Metrics> {
+        Arc::clone(&self.metrics)
+    }
+
+    /// Listens, with `questions` on the same port, until the token is cancelled.
+    ///
+    /// # Errors
+    /// When the address is taken.
+    pub async fn listen(self, questions: Router, token: CancellationToken) -> Result<CloudHandle, CloudError> {
+        let address = self.settings.listen.http;
+        let listen = |source| CloudError::Listen { address, source };
+        let listener = TcpListener::bind(address).await.map_err(listen)?;
+        let http = listener.local_addr().map_err(listen)?;
+        let routes = http::router(Arc::clone(&self.door)).merge(questions);
+        let service = routes.into_make_service_with_connect_info::<SocketAddr>();
+        self.door.ready.store(true, Ordering::Relaxed);
+        let door = Arc::clone(&self.door);
+        let server = tokio::spawn(async move {
+            let stop = async move {
+                token.cancelled().await;
+                door.ready.store(false, Ordering::Relaxed);
+            };
+            axum::serve(listener, service).with_graceful_shutdown(stop).await
+        });
+        Ok(CloudHandle { http, door: self.door, server, thread: self.thread })
+    }
+}
+
+impl CloudHandle {
+    /// After the token is cancelled: waits for open requests a moment, then commits what is hot.
+    pub async fn stopped(self) {
+        const REQUESTS_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+        if tokio::time::timeout(REQUESTS_MAX, self.server).await.is_err() {
+            tracing::warn!("open requests are broken off");
+        }
+        let (door, thread) = (self.door, self.thread);
+        let joined = tokio::task::spawn_blocking(move || {
+            door.jobs.send(Job::Stop).ok();
+            thread.join()
+        });
+        if !matches!(joined.await, Ok(Ok(()))) {
+            tracing::error!("the ingest thread died; the wal has what is not committed");
+        }
+    }
+}
+
+/// `store.url`, or the directory `tables` beside the WAL.
+fn store_url(settings: &Settings) -> Result<String, CloudError> {
+    if let Some(url) = &settings.store.url {
+        return Ok(url.clone());
+    }
+    let tables = settings.data_dir.join("tables");
+    let directory = |source| CloudError::Directory { path: tables.display().to_string(), source };
+    std::fs::create_dir_all(&tables).map_err(directory)?;
+    let absolute = Path::canonicalize(&tables).map_err(directory)?;
+    Url::from_directory_path(&absolute)
+        .map(String::from)
+        .map_err(|()| directory(std::io::ErrorKind::InvalidInput.into()))
+}

@@ -1,0 +1,314 @@
+//! The cloud's configuration: TOML as people write it, read into values that are right.
+//!
+//! Unknown keys are refused, with the nearest right one. Durations are `"60s"`, sizes `"64MiB"`.
+//! `configs/cloud.toml` shows every key; a test parses it.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+use wire::{BATCH_DATES_MAX, EdgeId};
+
+/// Everything that can be set.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// WAL; and the tables, unless `store.url` says otherwise.
+    pub data_dir: PathBuf,
+    #[serde(default)]
+    pub store: StoreSettings,
+    #[serde(default)]
+    pub listen: ListenSettings,
+    #[serde(default)]
+    pub commit: CommitSettings,
+    #[serde(default)]
+    pub wal: WalSettings,
+    #[serde(default)]
+    pub hot: HotSettings,
+    #[serde(default)]
+    pub limits: LimitSettings,
+    /// Who may write, and as whom.
+    #[serde(default)]
+    pub edge: Vec<EdgeSettings>,
+    /// Who may ask; with none set, only callers on this machine.
+    #[serde(default)]
+    pub reader: Vec<ReaderSettings>,
+}
+
+/// Where tables are.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreSettings {
+    pub url: Option<String>,
+}
+
+/// Addresses; port 0 takes a free one.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ListenSettings {
+    pub http: SocketAddr,
+    pub postgres: SocketAddr,
+}
+
+impl Default for ListenSettings {
+    fn default() -> Self {
+        Self { http: SocketAddr::from(([127, 0, 0, 1], 7300)), postgres: SocketAddr::from(([127, 0, 0, 1], 7302)) }
+    }
+}
+
+/// When hot rows become files.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CommitSettings {
+    pub max_age: Span,
+    pub max_bytes: Size,
+    pub max_partitions: usize,
+}
+
+impl Default for CommitSettings {
+    fn default() -> Self {
+        Self { max_age: Span(Duration::from_secs(60)), max_bytes: Size(64 << 20), max_partitions: BATCH_DATES_MAX }
+    }
+}
+
+/// The write-ahead log.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WalSettings {
+    pub max_bytes: Size,
+    pub segment_bytes: Size,
+}
+
+impl Default for WalSettings {
+    fn default() -> Self {
+        Self { max_bytes: Size(8 << 30), segment_bytes: Size(128 << 20) }
+    }
+}
+
+/// Rows in memory.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HotSettings {
+    pub max_bytes: Size,
+    /// How long committed rows stay for queries that froze an older state.
+    pub grace: Span,
+}
+
+impl Default for HotSettings {
+    fn default() -> Self {
+        Self { max_bytes: Size(1 << 30), grace: Span(Duration::from_secs(10)) }
+    }
+}
+
+/// Limits on what comes from outside.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LimitSettings {
+    /// Bytes of one request.
+    pub request_bytes: Size,
+    /// Requests that wait for the WAL.
+    pub requests_waiting: usize,
+}
+
+impl Default for LimitSettings {
+    fn default() -> Self {
+        Self { request_bytes: Size(64 << 20), requests_waiting: 256 }
+    }
+}
+
+/// One edge that may write.
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EdgeSettings {
+    pub id: EdgeId,
+    pub token: String,
+}
+
+impl fmt::Debug for EdgeSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("EdgeSettings").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+/// One who may ask.
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReaderSettings {
+    pub name: String,
+    pub password: String,
+}
+
+impl fmt::Debug for ReaderSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReaderSettings").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// A duration as people write it: `"250ms"`, `"60s"`, `"5m"`, `"24h"`, `"7d"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span(pub Duration);
+
+/// A size as people write it: `"512KiB"`, `"64MiB"`, `"8GiB"`, or a number of bytes with `B`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size(pub u64);
+
+impl Size {
+    /// The number of bytes in memory's unit.
+    pub fn bytes(self) -> usize {
+        usize::try_from(self.0).unwrap_or(usize::MAX)
+    }
+}
+
+fn number_and_unit<'a>(text: &'a str, units: &[(&str, u64)]) -> Option<u64> {
+    let split: usize = text.find(|c: char| !c.is_ascii_digit())?;
+    let (number, unit): (&'a str, &'a str) = text.split_at(split);
+    let factor = units.iter().find(|(name, _)| *name == unit.trim())?.1;
+    number.parse::<u64>().ok()?.checked_mul(factor)
+}
+
+impl FromStr for Span {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let units = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
+        let ms = number_and_unit(text, &units).ok_or_else(|| {
+            format!("`{text}` is no duration: write it as \"250ms\", \"60s\", \"5m\", \"24h\", \"7d\"")
+        })?;
+        Ok(Self(Duration::from_millis(ms)))
+    }
+}
+
+impl FromStr for Size {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let units = [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];
+        let bytes = number_and_unit(text, &units)
+            .ok_or_else(|| format!("`{text}` is no size: write it as \"512KiB\", \"64MiB\", \"8GiB\""))?;
+        Ok(Self(bytes))
+    }
+}
+
+impl<'de> Deserialize<'de> for Span {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl<'de> Deserialize<'de> for Size {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// Why a configuration is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("read {path}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{path}: {message}")]
+    Wrong { path: PathBuf, message: String },
+}
+
+impl Settings {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// When it cannot be read, or something in it is wrong; the text names the place and the nearest right key.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text =
+            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Self::parse(&text).map_err(|message| ConfigError::Wrong { path: path.to_owned(), message })
+    }
+
+    /// Reads and checks a text.
+    ///
+    /// # Errors
+    /// What is wrong, for people.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let settings: Self = toml::from_str(text).map_err(|error| with_nearest_key(&error.to_string()))?;
+        settings.check()?;
+        Ok(settings)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let mut ids = HashSet::new();
+        for edge in &self.edge {
+            if !ids.insert(&edge.id) {
+                return Err(format!("[[edge]] `{}` is there twice", edge.id));
+            }
+            if edge.token.is_empty() {
+                return Err(format!("[[edge]] `{}` has an empty token", edge.id));
+            }
+        }
+        let mut names = HashSet::new();
+        if let Some(reader) = self.reader.iter().find(|reader| !names.insert(&reader.name)) {
+            return Err(format!("[[reader]] `{}` is there twice", reader.name));
+        }
+        if let Some(reader) = self.reader.iter().find(|reader| reader.password.is_empty()) {
+            return Err(format!("[[reader]] `{}` has an empty password", reader.name));
+        }
+        if self.commit.max_partitions < BATCH_DATES_MAX {
+            return Err(format!(
+                "commit.max_partitions is less than {BATCH_DATES_MAX}, the dates that one batch may span"
+            ));
+        }
+        if self.wal.max_bytes.0 < self.wal.segment_bytes.0.saturating_mul(2) {
+            return Err("wal.max_bytes must be at least two times wal.segment_bytes".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// Adds "did you mean" to serde's list of expected keys.
+fn with_nearest_key(message: &str) -> String {
+    let mut quoted = message.split('`').skip(1).step_by(2);
+    if !message.contains("unknown field") {
+        return message.to_owned();
+    }
+    let Some(wrong) = quoted.next() else { return message.to_owned() };
+    let best = quoted.map(|key| (strsim::jaro_winkler(wrong, key), key)).max_by(|a, b| a.0.total_cmp(&b.0));
+    match best {
+        Some((likeness, key)) if likeness > 0.7 => format!("{message}\ndid you mean `{key}`?"),
+        _ => message.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_shipped_configuration_is_right() {
+        let settings = Settings::parse(include_str!("../../configs/cloud.toml")).unwrap();
+        assert_eq!(settings.commit.max_age, Span(Duration::from_secs(60)));
+        assert_eq!(settings.edge.len(), 1);
+    }
+
+    #[test]
+    fn wrong_configurations_say_what_is_wrong() {
+        let check = |text: &str, expected: &str| {
+            let error = Settings::parse(&format!("data_dir = \"x\"\n{text}")).unwrap_err();
+            assert!(error.contains(expected), "{text}: {error}");
+        };
+        check("[commit]\nmax_agee = \"1s\"", "did you mean `max_age`?");
+        check("[commit]\nmax_age = \"soon\"", "\"250ms\"");
+        check("[wal]\nmax_bytes = \"many\"", "\"64MiB\"");
+        check("[commit]\nmax_partitions = 3", "less than 64");
+        check("[[edge]]\nid = \"a b\"\ntoken = \"x\"", "not an edge id");
+        check("[[edge]]\nid = \"a\"\ntoken = \"\"", "empty token");
+        check("[[edge]]\nid = \"a\"\ntoken = \"x\"\n[[edge]]\nid = \"a\"\ntoken = \"y\"", "twice");
+        check("[[reader]]\nname = \"a\"\npassword = \"\"", "empty password");
+        check("[listen]\nhttp = \"nowhere\"", "http");
+    }
+
+    #[test]
+    fn no_secret_is_shown() {
+        let settings =
+            Settings::parse("data_dir = \"x\"\n[[edge]]\nid = \"a\"\ntoken = \"secret\"\n[[reader]]\nname = \"n\"\npassword = \"secret\"")
+                .unwrap();
+        assert!(!format!("{settings:?}").contains("secret"));
+    }
+}

@@ -1,0 +1,68 @@
+//! `weir cloud --config FILE`: ingest and SQL in one process.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Context;
+use cloud_ingest::{Cloud, Settings};
+use query::serve::{Reader, Readers};
+use query::{Engine, EngineSettings};
+use tokio_util::sync::CancellationToken;
+
+use crate::tables::NodeTables;
+
+/// Arguments of `weir cloud`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct CloudArguments {
+    /// Configuration, as in configs/cloud.toml
+    #[arg(long)]
+    config: PathBuf,
+}
+
+/// Runs until SIGINT or SIGTERM.
+pub(crate) async fn cloud(arguments: CloudArguments) -> anyhow::Result<()> {
+    let settings = Settings::load(&arguments.config)?;
+    let token = CancellationToken::new();
+    let stopper = token.clone();
+    tokio::spawn(async move {
+        if let Err(error) = stop_signal().await {
+            tracing::error!(%error, "signals are not heard");
+        }
+        stopper.cancel();
+    });
+    run(settings, token).await
+}
+
+async fn run(settings: Settings, token: CancellationToken) -> anyhow::Result<()> {
+    let readers: Vec<Reader> = settings
+        .reader
+        .iter()
+        .map(|reader| Reader { name: reader.name.clone(), password: reader.password.clone() })
+        .collect();
+    if readers.is_empty() {
+        tracing::warn!("no [[reader]] is set: only callers on this machine may ask");
+    }
+    if settings.edge.is_empty() {
+        tracing::warn!("no [[edge]] is set: nobody may write");
+    }
+    let cloud = Cloud::open(settings).await.context("start the cloud")?;
+    let tables = Arc::new(NodeTables(cloud.catalogue()));
+    let engine = Arc::new(Engine::new(tables, EngineSettings::default()).context("start the engine")?);
+    let questions = query::serve::http::router(engine, Readers::new(readers));
+    let cloud = cloud.listen(questions, token.clone()).await?;
+    tracing::info!(http = %cloud.http, "ready");
+    token.cancelled().await;
+    tracing::info!("stopping: what is hot is committed");
+    cloud.stopped().await;
+    Ok(())
+}
+
+async fn stop_signal() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut term = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    tokio::select! {
+        _ = term.recv() => {}
+        interrupted = tokio::signal::ctrl_c() => interrupted.context("listen for SIGINT")?,
+    }
+    Ok(())
+}

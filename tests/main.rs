@@ -1,0 +1,12 @@
+//! End to end: a real cloud process, real sockets, kill -9, real data. One binary.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test stops at what it does not expect, and prints its seed"
+)]
+
+mod faults;
+mod fusion;
+mod harness;
+mod real_data;
