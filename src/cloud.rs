@@ -7,6 +7,7 @@ use anyhow::Context;
 use cloud_ingest::{Cloud, Settings};
 use query::serve::{Reader, Readers};
 use query::{Engine, EngineSettings};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::tables::NodeTables;
@@ -45,10 +46,20 @@ async fn run(settings: Settings, token: CancellationToken) -> anyhow::Result<()>
     if settings.edge.is_empty() {
         tracing::warn!("no [[edge]] is set: nobody may write");
     }
+    let postgres = settings.listen.postgres;
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
     let tables = Arc::new(NodeTables(cloud.catalogue()));
     let engine = Arc::new(Engine::new(tables, EngineSettings::default()).context("start the engine")?);
-    let questions = query::serve::http::router(engine, Readers::new(readers));
+    let readers = Readers::new(readers);
+    let listener = TcpListener::bind(postgres).await.with_context(|| format!("listen on {postgres}"))?;
+    tracing::info!(postgres = %listener.local_addr()?, "psql may connect");
+    let door = query::serve::postgres::serve(listener, Arc::clone(&engine), readers.clone(), token.clone());
+    tokio::spawn(async move {
+        if let Err(error) = door.await {
+            tracing::error!(%error, "the postgres door ended");
+        }
+    });
+    let questions = query::serve::http::router(engine, readers);
     let cloud = cloud.listen(questions, token.clone()).await?;
     tracing::info!(http = %cloud.http, "ready");
     token.cancelled().await;

@@ -17,6 +17,7 @@ use arrow_array::{RecordBatch, RecordBatchOptions, new_null_array};
 use segment_log::{AppendError, Options, Position};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+use wire::schema::StreamField;
 use wire::sealed::BodyError;
 use wire::{Acks, Mark, Refusal, RefusedRequest, SealedBatch, Seq, SpoolId, StreamAck, StreamName, StreamSchema};
 
@@ -233,22 +234,22 @@ impl Ingest {
                     Found::Batch(replayed) => replayed,
                 };
                 let header = replayed.batch.header();
+                let fields = if header.void.is_some() { &[] } else { replayed.schema.fields() };
                 if !streams.contains_key(&header.stream) {
-                    let fields = replayed.schema.fields();
-                    let table = runtime.block_on(DeltaTable::create(store, &header.stream, fields))?;
+                        let table = runtime.block_on(DeltaTable::create(store, &header.stream, fields))?;
                     streams.insert(header.stream.clone(), Stream::new(table));
                 }
                 let Some(stream) = streams.get_mut(&header.stream) else { return Ok(()) };
-                if stream.sequence(header.spool).judge(header, replayed.batch.crc()) != Verdict::Accept {
+                if stream.sequence(header.spool).judge(header, replayed.batch.chain_crc()) != Verdict::Accept {
                     return Ok(());
                 }
                 let Ok(rows) = replayed.batch.decode(&replayed.schema) else {
                     tracing::error!(stream = %header.stream, seq = %header.seq, "a batch of the wal does not decode");
                     return Ok(());
                 };
-                extend_fields(stream, &header.stream, &replayed.schema, settings.hot.grace.0, runtime)?;
+                extend_fields(stream, &header.stream, fields, settings.hot.grace.0, runtime)?;
                 again += u64::from(header.rows);
-                let mark = Mark { seq: header.seq, crc: replayed.batch.crc() };
+                let mark = Mark { seq: header.seq, crc: replayed.batch.chain_crc() };
                 let rows = provenanced(&rows, &replayed.batch, replayed.received_at_us, &stream.snapshot);
                 stream.sequence(header.spool).advance(mark);
                 stream.hot.push(Chunk::new(rows, header.spool, mark, replayed.position, Instant::now()));
@@ -370,10 +371,12 @@ impl Ingest {
 
     fn admit_batch(&mut self, arrived: Arrived, staged: &mut Vec<Staged>) -> Result<Verdict, Turned> {
         let header = arrived.batch.header();
-        let (name, spool, crc) = (header.stream.clone(), header.spool, arrived.batch.crc());
+        let (name, spool, crc) = (header.stream.clone(), header.spool, arrived.batch.chain_crc());
         // First of all, and from the bytes alone: a batch at fault makes no table and every node refuses it.
         let rows = arrived.rows.map_err(|error| Turned::Refused(error.to_string()))?;
-        self.ensure_table(&name, &arrived.schema).map_err(|error| Turned::unready(&name, &error))?;
+        // A void batch has no rows, so its schema says nothing about the table.
+        let fields = if header.void.is_some() { &[] } else { arrived.schema.fields() };
+        self.ensure_table(&name, fields).map_err(|error| Turned::unready(&name, &error))?;
         let Some(stream) = self.streams.get_mut(&name) else { return Err(Turned::back(&name)) };
         let mut verdict = stream.sequence(spool).judge(header, crc);
         if matches!(verdict, Verdict::Gap { .. } | Verdict::Forked) {
@@ -417,16 +420,16 @@ impl Ingest {
     }
 
     /// The stream's table, with every field of the batch that it can have.
-    fn ensure_table(&mut self, name: &StreamName, schema: &StreamSchema) -> Result<(), StartError> {
+    fn ensure_table(&mut self, name: &StreamName, fields: &[StreamField]) -> Result<(), StartError> {
         if !self.streams.contains_key(name) {
-            let table = self.runtime.block_on(DeltaTable::create(&self.store, name, schema.fields()))?;
+            let table = self.runtime.block_on(DeltaTable::create(&self.store, name, fields))?;
             tracing::info!(stream = %name, "table appears");
             self.streams.insert(name.clone(), Stream::new(table));
             self.publish(name);
         }
         let Some(stream) = self.streams.get_mut(name) else { return Ok(()) };
         let before = stream.snapshot.version;
-        let extended = extend_fields(stream, name, schema, self.settings.hot.grace.0, &self.runtime);
+        let extended = extend_fields(stream, name, fields, self.settings.hot.grace.0, &self.runtime);
         if stream.snapshot.version != before {
             self.publish(name);
         }
@@ -595,18 +598,18 @@ fn die(error: &dyn std::fmt::Display) -> ! {
 fn extend_fields(
     stream: &mut Stream,
     name: &StreamName,
-    schema: &StreamSchema,
+    fields: &[StreamField],
     grace: Duration,
     runtime: &Handle,
 ) -> Result<(), StartError> {
     let known: HashSet<&str> = stream.snapshot.fields.iter().map(|field| field.name.as_str()).collect();
-    if schema.fields().iter().all(|field| known.contains(field.name.as_str())) {
+    if fields.iter().all(|field| known.contains(field.name.as_str())) {
         return Ok(());
     }
-    let snapshot = match runtime.block_on(stream.table.add_fields(schema.fields())) {
+    let snapshot = match runtime.block_on(stream.table.add_fields(fields)) {
         Err(CommitError::Moved { .. }) => {
             runtime.block_on(stream.table.reload())?;
-            runtime.block_on(stream.table.add_fields(schema.fields()))?
+            runtime.block_on(stream.table.add_fields(fields))?
         }
         other => other?,
     };

@@ -52,7 +52,8 @@ impl Sequence {
         self.committed
     }
 
-    /// What this batch is; changes nothing.
+    /// What this batch is; changes nothing. `crc` is the one that stands for it in the chain: a void batch of a known
+    /// number has that of the batch it replaces, and the node keeps what it has.
     pub fn judge(&self, header: &BatchHeader, crc: u32) -> Verdict {
         let seq = header.seq;
         if seq.0 == 0 {
@@ -64,10 +65,8 @@ impl Sequence {
         if seq > self.durable.seq {
             return Verdict::Gap { expected: self.durable.seq.next() };
         }
-        // A void batch of a known number carries the CRC that it replaces: the node keeps what it has.
-        let claimed = header.void.as_ref().map_or(crc, |void| void.replaces);
         match self.crc_of(seq) {
-            Some(known) if known != claimed && known != crc => Verdict::Forked,
+            Some(known) if known != crc => Verdict::Forked,
             _ => Verdict::Duplicate,
         }
     }
@@ -114,7 +113,7 @@ pub type Sequences = HashMap<SpoolId, Sequence>;
 #[cfg(test)]
 mod tests {
     use wire::schema::SchemaId;
-    use wire::sealed::{NO_WATERMARK, Void};
+    use wire::sealed::NO_WATERMARK;
 
     use super::*;
 
@@ -184,18 +183,6 @@ mod tests {
         // Not remembered here: it is committed all the same.
         assert_eq!(sequence.judge(&header(5, 0), 1), Verdict::Duplicate);
         assert!(!three().agrees_with(mark(3, 99)));
-    }
-
-    #[test]
-    fn a_void_batch_stands_for_the_one_it_replaces() {
-        let mut void = header(3, 12);
-        void.void = Some(Void { reason: "rotten".into(), replaces: 13 });
-        assert_eq!(three().judge(&void, 500), Verdict::Duplicate);
-        void.void = Some(Void { reason: "rotten".into(), replaces: 99 });
-        assert_eq!(three().judge(&void, 500), Verdict::Forked);
-        void = header(4, 13);
-        void.void = Some(Void { reason: "rotten".into(), replaces: 0 });
-        assert_eq!(three().judge(&void, 500), Verdict::Accept);
     }
 
     #[test]

@@ -339,6 +339,12 @@ impl SealedBatch {
         self.crc
     }
 
+    /// The checksum that stands for this number in the chain: a void batch has that of the batch it replaces, so that
+    /// nodes that took the one and nodes that took the other agree on what follows.
+    pub fn chain_crc(&self) -> u32 {
+        self.header.void.as_ref().map(|void| void.replaces).filter(|replaced| *replaced != 0).unwrap_or(self.crc)
+    }
+
     /// Decodes the rows: the columns of `schema`, whose id must be the header's. A void batch has none.
     ///
     /// # Errors
