@@ -570,22 +570,32 @@ impl<L: FileLayer> Spool<L> {
         Ok(())
     }
 
-    /// Drops the oldest waiting batches of the lane's first segment, never losses themselves. False: nothing to drop.
+    /// Drops the oldest waiting batches of the lane's first segment; losses among them are summed into the new ones, so
+    /// that they pin no segment. False: nothing to drop.
     fn drop_oldest(&mut self, lane: usize, now_us: i64) -> Result<bool, SpoolError> {
         let own = wire::schema::own::LOSSES;
         let reach = self.lanes[lane].settings.segment_bytes;
-        let candidates = self.lanes[lane].waiting.iter().filter(|waiting| waiting.stream.as_str() != own);
-        let mut victims = candidates.take(DROPPED_MAX).cloned().collect::<Vec<_>>();
+        let mut victims = self.lanes[lane].waiting.iter().take(DROPPED_MAX).cloned().collect::<Vec<_>>();
         let Some(first) = victims.first().map(|waiting| waiting.place.group) else { return Ok(false) };
         victims.retain(|waiting| waiting.place.group < first.saturating_add(reach));
-        let losses = losses::batch(&victims, &self.settings, &self.lanes[lane].settings.name, now_us)?;
+        if victims.iter().all(|waiting| waiting.stream.as_str() == own) {
+            return Ok(false);
+        }
+        let mut carried = Vec::new();
+        for victim in victims.iter().filter(|waiting| waiting.stream.as_str() == own) {
+            let Some(earlier) = self.read(victim.place)? else { continue };
+            let numbered = earlier.number(&self.settings.edge, self.id, Seq(1), 0);
+            carried.extend(numbered.decode(&losses::schema()).ok());
+        }
+        let losses = losses::batch(&victims, &carried, &self.settings, &self.lanes[lane].settings.name, now_us)?;
         let places = victims.iter().map(|waiting| waiting.place).collect::<Vec<_>>();
         let schema = losses::schema();
         self.schemas.entry(schema.id()).or_insert_with(|| schema.canonical().to_owned());
         let payload = record::dropped(&places, &losses);
         let appended = self.put(lane, record::DROPPED, &payload, &[schema.id()], true)?;
         self.lanes[lane].log.sync()?;
-        self.rows_lost += victims.iter().map(|waiting| u64::from(waiting.rows)).sum::<u64>();
+        let dropped = victims.iter().filter(|waiting| waiting.stream.as_str() != own);
+        self.rows_lost += dropped.map(|waiting| u64::from(waiting.rows)).sum::<u64>();
         self.forget(lane, &places);
         self.admit(lane, appended.position, std::slice::from_ref(&losses));
         self.free_segments(lane)?;

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Int64Type, TimestampMicrosecondType};
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
 use wire::schema::own;
 use wire::sealed::NO_WATERMARK;
@@ -24,14 +26,29 @@ struct Lost {
 
 pub(super) fn batch(
     victims: &[Waiting],
+    carried: &[RecordBatch],
     settings: &SpoolSettings,
     lane: &str,
     now_us: i64,
 ) -> Result<CutBatch, SpoolError> {
-    let mut lost: BTreeMap<&StreamName, Lost> = BTreeMap::new();
-    for victim in victims {
-        let entry =
-            lost.entry(&victim.stream).or_insert(Lost { rows: 0, bytes: 0, from_ts: i64::MAX, to_ts: i64::MIN });
+    let mut lost: BTreeMap<String, Lost> = BTreeMap::new();
+    let none = || Lost { rows: 0, bytes: 0, from_ts: i64::MAX, to_ts: i64::MIN };
+    // Losses that stood in what is dropped are lost rows already counted: they are summed into the new ones.
+    for earlier in carried {
+        let streams = earlier.column(2).as_string::<i32>();
+        let number = |column: usize, row: usize| earlier.column(column).as_primitive::<Int64Type>().value(row);
+        let time =
+            |column: usize, row: usize| earlier.column(column).as_primitive::<TimestampMicrosecondType>().value(row);
+        for row in 0..earlier.num_rows() {
+            let entry = lost.entry(streams.value(row).to_owned()).or_insert_with(none);
+            entry.rows += number(5, row);
+            entry.bytes += number(6, row);
+            entry.from_ts = entry.from_ts.min(time(7, row));
+            entry.to_ts = entry.to_ts.max(time(8, row));
+        }
+    }
+    for victim in victims.iter().filter(|victim| victim.stream.as_str() != own::LOSSES) {
+        let entry = lost.entry(victim.stream.to_string()).or_insert_with(none);
         entry.rows += i64::from(victim.rows);
         entry.bytes += victim.bytes as i64;
         entry.from_ts = entry.from_ts.min(victim.min_ts);
