@@ -8,7 +8,7 @@ use arrow_array::types::{Int64Type, TimestampMicrosecondType};
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
 use wire::schema::own;
 use wire::sealed::NO_WATERMARK;
-use wire::{CutBatch, StreamName, StreamSchema};
+use wire::{CutBatch, StreamSchema};
 
 use super::{SpoolError, SpoolSettings, Waiting};
 

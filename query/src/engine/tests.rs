@@ -83,7 +83,7 @@ impl Traffic {
         let mut table = create.await.unwrap();
         let batches: Vec<RecordBatch> = (0..BATCHES).map(|index| batch(&schema, index)).collect();
         let cold = |table: &deltalake_core::DeltaTable| ColdTable {
-            version: table.version().unwrap() as u64,
+            version: table.version().unwrap(),
             log_store: table.log_store(),
             snapshot: table.snapshot().unwrap().snapshot().clone(),
             schema: Arc::clone(&schema),
