@@ -119,7 +119,7 @@ fn outside(table: &Path) {
     let script = "import sys, duckdb, deltalake\n\
         t = deltalake.DeltaTable(sys.argv[1]).to_pyarrow_table()\n\
         q = 'select count(*), count(distinct (device, ts)), sum(vehicle_count) from t'\n\
-        print(*duckdb.sql(q).fetchone())";
+        print(*duckdb.sql(q).fetchall()[0])";
     let output = Command::new(python).args(["-c", script]).arg(table).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), format!("{ROWS} {DISTINCT} {VEHICLES}"));

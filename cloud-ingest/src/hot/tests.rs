@@ -75,12 +75,12 @@ fn every_answered_version_is_whole() {
     let seed = rand::random::<u64>();
     println!("seed {seed}");
     let mut random = StdRng::seed_from_u64(seed);
-    for _ in 0..60 {
+    for _ in 0..15 {
         let mut hot = HotSet::new(0);
         let mut next = [1_u64; 2];
         let mut committed_at = vec![[0_u64; 2]];
         let mut all = Vec::new();
-        for _ in 0..200 {
+        for _ in 0..100 {
             let newest = committed_at.len() as u64 - 1;
             match random.random_range(0..12) {
                 0..=7 => {
