@@ -7,10 +7,11 @@ use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer};
+use serde::Deserialize;
+use wire::written::with_nearest_key;
+pub use wire::written::{Size, Span};
 use wire::{BATCH_DATES_MAX, EdgeId};
 
 /// Everything that can be set.
@@ -148,61 +149,6 @@ impl fmt::Debug for ReaderSettings {
     }
 }
 
-/// A duration as people write it: `"250ms"`, `"60s"`, `"5m"`, `"24h"`, `"7d"`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Span(pub Duration);
-
-/// A size as people write it: `"512KiB"`, `"64MiB"`, `"8GiB"`, or a number of bytes with `B`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Size(pub u64);
-
-impl Size {
-    /// The number of bytes in memory's unit.
-    pub fn bytes(self) -> usize {
-        usize::try_from(self.0).unwrap_or(usize::MAX)
-    }
-}
-
-fn number_and_unit<'a>(text: &'a str, units: &[(&str, u64)]) -> Option<u64> {
-    let split: usize = text.find(|c: char| !c.is_ascii_digit())?;
-    let (number, unit): (&'a str, &'a str) = text.split_at(split);
-    let factor = units.iter().find(|(name, _)| *name == unit.trim())?.1;
-    number.parse::<u64>().ok()?.checked_mul(factor)
-}
-
-impl FromStr for Span {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        let units = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
-        let ms = number_and_unit(text, &units).ok_or_else(|| {
-            format!("`{text}` is no duration: write it as \"250ms\", \"60s\", \"5m\", \"24h\", \"7d\"")
-        })?;
-        Ok(Self(Duration::from_millis(ms)))
-    }
-}
-
-impl FromStr for Size {
-    type Err = String;
-    fn from_str(text: &str) -> Result<Self, String> {
-        let units = [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];
-        let bytes = number_and_unit(text, &units)
-            .ok_or_else(|| format!("`{text}` is no size: write it as \"512KiB\", \"64MiB\", \"8GiB\""))?;
-        Ok(Self(bytes))
-    }
-}
-
-impl<'de> Deserialize<'de> for Span {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-impl<'de> Deserialize<'de> for Size {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
 /// Why a configuration is not used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -259,20 +205,6 @@ impl Settings {
             return Err("wal.max_bytes must be at least two times wal.segment_bytes".to_owned());
         }
         Ok(())
-    }
-}
-
-/// Adds "did you mean" to serde's list of expected keys.
-fn with_nearest_key(message: &str) -> String {
-    let mut quoted = message.split('`').skip(1).step_by(2);
-    if !message.contains("unknown field") {
-        return message.to_owned();
-    }
-    let Some(wrong) = quoted.next() else { return message.to_owned() };
-    let best = quoted.map(|key| (strsim::jaro_winkler(wrong, key), key)).max_by(|a, b| a.0.total_cmp(&b.0));
-    match best {
-        Some((likeness, key)) if likeness > 0.7 => format!("{message}\ndid you mean `{key}`?"),
-        _ => message.to_owned(),
     }
 }
 

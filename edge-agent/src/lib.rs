@@ -1,5 +1,7 @@
-//! The edge side of Weir, as far as it stands: the spool that keeps sealed batches until the lake has them, and the
-//! decisions of the uplink. Sources, journal, decoding and the binary come next.
+//! The edge side of Weir. The path, in order: `source` → `journal` → `decode` → `validate` → `window` → `pipeline` →
+//! `spool` → `uplink`; `agent` wires it, `admin` shows it.
 
+pub mod config;
+pub mod entry;
 pub mod spool;
 pub mod uplink;

@@ -9,6 +9,7 @@ pub mod ids;
 pub mod request;
 pub mod schema;
 pub mod sealed;
+pub mod written;
 
 pub use ack::{Acks, Mark, PositionsAnswer, Refusal, RefusedRequest, StreamAck};
 pub use ids::{EdgeId, FieldName, NameError, Seq, SpoolId, StreamName};

@@ -1,0 +1,351 @@
+//! The edge's configuration: TOML as people write it, read into values that are right.
+//!
+//! Unknown keys are refused, with the nearest right one. A [`Settings`] that exists is valid: names are names, every
+//! field that is mapped has a type, every stream that is named is there. `configs/edge.toml` shows every key; a test
+//! parses it. Secrets are never printed.
+
+mod source;
+mod stream;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, HashSet};
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+use url::Url;
+use wire::schema::own;
+use wire::written::with_nearest_key;
+pub use wire::written::{Size, Span};
+use wire::{BATCH_ROWS_MAX, EdgeId, StreamName};
+
+pub use self::source::{
+    Format, HostSettings, MapSettings, MqttSettings, MqttVersion, Place, SourceSettings, TimeFormat, TimePlace,
+};
+pub use self::stream::{FieldSettings, StreamSettings, WindowSettings};
+
+/// Everything that can be set.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    pub edge: EdgeSettings,
+    #[serde(default)]
+    pub admin: AdminSettings,
+    pub cloud: CloudSettings,
+    #[serde(default)]
+    pub journal: JournalSettings,
+    #[serde(default)]
+    pub cut: CutSettings,
+    #[serde(default)]
+    pub source: Vec<SourceSettings>,
+    #[serde(default)]
+    pub stream: BTreeMap<StreamName, StreamSettings>,
+    /// What goes first when the link is thin; [`Settings::lanes`] adds what is not named.
+    #[serde(default)]
+    lane: Vec<LaneSettings>,
+    /// A hash of the text that this was read from; travels with every batch.
+    #[serde(skip)]
+    pub version: u64,
+}
+
+/// Who this agent is, and where it keeps what it must not forget.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EdgeSettings {
+    pub id: EdgeId,
+    pub data_dir: PathBuf,
+    /// How long a stop may take before what is left is left to the next start.
+    #[serde(default = "stop_within")]
+    pub stop_within: Span,
+}
+
+fn stop_within() -> Span {
+    Span(Duration::from_secs(10))
+}
+
+/// Health, metrics and status; port 0 takes a free one.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdminSettings {
+    pub listen: SocketAddr,
+}
+
+impl Default for AdminSettings {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 7310)) }
+    }
+}
+
+/// Where batches go.
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CloudSettings {
+    /// In order of preference.
+    #[serde(deserialize_with = "urls")]
+    pub urls: Vec<Url>,
+    #[serde(default)]
+    pub token: Option<String>,
+    /// A file whose first line is the token; instead of `token`.
+    #[serde(default)]
+    pub token_file: Option<PathBuf>,
+    /// Certificates (PEM) to trust for https, instead of the built-in ones.
+    #[serde(default)]
+    pub ca_file: Option<PathBuf>,
+    /// How long a request may take.
+    #[serde(default = "request_timeout")]
+    pub timeout: Span,
+    /// Bytes of sealed batches in one request.
+    #[serde(default = "request_bytes")]
+    pub request_bytes: Size,
+}
+
+fn urls<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Url>, D::Error> {
+    #[derive(Deserialize)]
+    struct Address(#[serde(deserialize_with = "source::url")] Url);
+    Ok(Vec::<Address>::deserialize(deserializer)?.into_iter().map(|address| address.0).collect())
+}
+
+fn request_timeout() -> Span {
+    Span(Duration::from_secs(30))
+}
+
+fn request_bytes() -> Size {
+    Size(4 << 20)
+}
+
+impl fmt::Debug for CloudSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CloudSettings").field("urls", &self.urls).finish_non_exhaustive()
+    }
+}
+
+/// The journal: every message as it came, before it is acknowledged.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct JournalSettings {
+    /// When it is full, sources that can wait get no acknowledgement; what the others send is counted in `losses`.
+    pub max_bytes: Size,
+    pub segment_bytes: Size,
+    /// How long the first message of a group waits for others before the disk is asked to sync.
+    pub group_wait: Span,
+}
+
+impl Default for JournalSettings {
+    fn default() -> Self {
+        Self { max_bytes: Size(1 << 30), segment_bytes: Size(16 << 20), group_wait: Span(Duration::from_millis(5)) }
+    }
+}
+
+/// When rows become a batch.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CutSettings {
+    /// Never more often than this: each cut costs a sync.
+    pub seal_min: Span,
+    /// Rows wait at most this long, also when the cloud is away.
+    pub seal_max: Span,
+    /// So many rows are a batch at once.
+    pub rows: usize,
+}
+
+impl Default for CutSettings {
+    fn default() -> Self {
+        Self { seal_min: Span(Duration::from_millis(10)), seal_max: Span(Duration::from_secs(1)), rows: 8_192 }
+    }
+}
+
+/// What happens when a lane of the spool is full.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnFull {
+    /// The pipeline waits; the journal fills, and then the sources are not acknowledged.
+    Refuse,
+    /// The oldest batches that were never sent go, and are counted in `losses`.
+    DropOldest,
+}
+
+/// A lane: streams that share a priority and a part of the disk.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LaneSettings {
+    /// Also the name of its directory.
+    pub name: StreamName,
+    pub streams: Vec<StreamName>,
+    /// 1 goes before 2.
+    #[serde(default = "priority")]
+    pub priority: u32,
+    #[serde(default = "lane_bytes")]
+    pub max_bytes: Size,
+    #[serde(default = "on_full")]
+    pub on_full: OnFull,
+}
+
+fn priority() -> u32 {
+    1
+}
+
+fn lane_bytes() -> Size {
+    Size(256 << 20)
+}
+
+fn on_full() -> OnFull {
+    OnFull::Refuse
+}
+
+/// The lane of windows, quarantine, losses and alerts, when the configuration has none of its own for them.
+pub const FIRST_LANE: &str = "first";
+/// The lane of all that no other lane names.
+pub const REST_LANE: &str = "rest";
+/// A segment of a lane's log; a lane is at least two.
+pub const LANE_SEGMENT_BYTES: u64 = 16 << 20;
+/// What the rest lane may take on disk, unless a lane named `rest` says otherwise.
+const REST_BYTES: u64 = 4 << 30;
+
+/// Why a configuration is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("read {path}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{path}: {message}")]
+    Wrong { path: PathBuf, message: String },
+}
+
+impl Settings {
+    /// Reads and checks a file.
+    ///
+    /// # Errors
+    /// When it cannot be read, or something in it is wrong; the text names the place and the nearest right key.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let read = |path: &Path| {
+            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })
+        };
+        let mut settings =
+            Self::parse(&read(path)?).map_err(|message| ConfigError::Wrong { path: path.to_owned(), message })?;
+        if let Some(file) = &settings.cloud.token_file {
+            settings.cloud.token = Some(read(file)?.lines().next().unwrap_or_default().trim().to_owned());
+        }
+        Ok(settings)
+    }
+
+    /// Reads and checks a text. A `token_file` is not opened.
+    ///
+    /// # Errors
+    /// What is wrong, for people.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut settings: Self = toml::from_str(text).map_err(|error| with_nearest_key(&error.to_string()))?;
+        settings.version = u64::from(crc32c::crc32c(text.as_bytes()));
+        settings.name_sources();
+        settings.check()?;
+        Ok(settings)
+    }
+
+    /// The lanes in order of priority: those of the configuration, then what it does not name.
+    pub fn lanes(&self) -> Vec<LaneSettings> {
+        let mut lanes = self.lane.clone();
+        let named = |lanes: &[LaneSettings], stream: &str| {
+            lanes.iter().any(|lane| lane.streams.iter().any(|other| other.as_str() == stream))
+        };
+        let own = [own::QUARANTINE, own::LOSSES, "alerts"].map(str::to_owned);
+        let windows =
+            self.stream.iter().flat_map(|(name, stream)| stream.windows(name)).map(|(name, _)| name.to_string());
+        let first = own
+            .into_iter()
+            .chain(windows)
+            .filter(|stream| !named(&lanes, stream))
+            .map(|stream| stream.parse().expect("checked when the settings were read"))
+            .collect::<Vec<StreamName>>();
+        if !first.is_empty() {
+            lanes.push(LaneSettings {
+                name: FIRST_LANE.parse().expect("a name"),
+                streams: first,
+                priority: 0,
+                max_bytes: lane_bytes(),
+                on_full: OnFull::Refuse,
+            });
+        }
+        if !lanes.iter().any(|lane| lane.name.as_str() == REST_LANE) {
+            lanes.push(LaneSettings {
+                name: REST_LANE.parse().expect("a name"),
+                streams: Vec::new(),
+                priority: u32::MAX,
+                max_bytes: Size(REST_BYTES),
+                on_full: OnFull::Refuse,
+            });
+        }
+        lanes.sort_by_key(|lane| lane.priority);
+        lanes
+    }
+
+    /// Sources without a name take that of their kind and stream: it is part of the client id, so it must not depend
+    /// on the order in the file.
+    fn name_sources(&mut self) {
+        for source in &mut self.source {
+            match source {
+                SourceSettings::Mqtt(mqtt) if mqtt.name.is_empty() => mqtt.name = mqtt.stream.to_string(),
+                SourceSettings::Host(host) if host.name.is_empty() => host.name = host.stream.to_string(),
+                _ => {}
+            }
+        }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.cloud.urls.is_empty() {
+            return Err("[cloud] urls is empty: name at least one".to_owned());
+        }
+        if let Some(url) = self.cloud.urls.iter().find(|url| !matches!(url.scheme(), "http" | "https")) {
+            return Err(format!("[cloud] urls: `{url}` is neither http nor https"));
+        }
+        match (&self.cloud.token, &self.cloud.token_file) {
+            (Some(_), Some(_)) => return Err("[cloud] has both token and token_file: leave one out".to_owned()),
+            (None, None) => return Err("[cloud] has no token: write the one that the cloud's [[edge]] has".to_owned()),
+            (Some(token), None) if token.is_empty() => return Err("[cloud] token is empty".to_owned()),
+            _ => {}
+        }
+        if self.journal.max_bytes.0 < self.journal.segment_bytes.0.saturating_mul(2) {
+            return Err("journal.max_bytes must be at least two times journal.segment_bytes".to_owned());
+        }
+        if self.cut.rows == 0 || self.cut.rows > BATCH_ROWS_MAX {
+            return Err(format!("cut.rows must be from 1 to {BATCH_ROWS_MAX}"));
+        }
+        if self.source.is_empty() {
+            return Err("no [[source]]: nothing would ever come in".to_owned());
+        }
+        let mut names = HashSet::new();
+        for source in &self.source {
+            if !names.insert(source.name()) {
+                return Err(format!("two [[source]] are called `{}`: give one another `name`", source.name()));
+            }
+            source.check(self.stream.get(source.stream()), self.journal.segment_bytes)?;
+        }
+        for (name, stream) in &self.stream {
+            stream.check(name)?;
+        }
+        self.check_lanes()
+    }
+
+    fn check_lanes(&self) -> Result<(), String> {
+        let (mut names, mut streams) = (HashSet::new(), HashSet::new());
+        for lane in &self.lane {
+            if !names.insert(&lane.name) {
+                return Err(format!("[[lane]] `{}` is there twice", lane.name));
+            }
+            if lane.name.as_str() == FIRST_LANE {
+                return Err(format!("[[lane]] `{FIRST_LANE}`: the name is taken by what Weir sends first"));
+            }
+            if let Some(twice) = lane.streams.iter().find(|stream| !streams.insert(*stream)) {
+                return Err(format!("stream `{twice}` is in two lanes"));
+            }
+            if lane.max_bytes.0 < 2 * LANE_SEGMENT_BYTES {
+                return Err(format!(
+                    "[[lane]] `{}`: max_bytes is less than {} MiB",
+                    lane.name,
+                    LANE_SEGMENT_BYTES >> 19
+                ));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,96 @@
+use super::*;
+
+const HEAD: &str = r#"
+[edge]
+id = "gw-1"
+data_dir = "x"
+[cloud]
+urls = ["http://127.0.0.1:7300"]
+token = "secret"
+"#;
+const TRAFFIC: &str = r#"
+[[source]]
+kind = "mqtt"
+url = "mqtt://127.0.0.1:1883"
+topics = ["city/traffic/+"]
+stream = "traffic"
+[source.map]
+device = "topic:2"
+ts = { at = "/TIMESTAMP", format = "%Y-%m-%dT%H:%M:%S", zone = "Europe/Copenhagen" }
+speed = "/avgSpeed"
+[stream.traffic.fields]
+speed = { type = "float64", min = 0 }
+count = { type = "int64" }
+[stream.traffic.window.5m]
+size = "5m"
+"#;
+
+#[test]
+fn the_shipped_configuration_is_right() {
+    let settings = Settings::parse(include_str!("../../../configs/edge.toml")).unwrap();
+    assert!(matches!(&settings.source[0], SourceSettings::Mqtt(mqtt) if mqtt.stream.as_str() == "traffic"));
+}
+
+#[test]
+fn columns_keep_the_order_of_the_file_and_names_come_from_the_streams() {
+    let settings = Settings::parse(&format!("{HEAD}{TRAFFIC}")).unwrap();
+    let stream = settings.stream.values().next().unwrap();
+    let names = stream.fields.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>();
+    assert_eq!(names, ["speed", "count"]);
+    let SourceSettings::Mqtt(mqtt) = &settings.source[0] else { panic!() };
+    assert_eq!(mqtt.client(&settings.edge.id, 0), "weir-gw-1-traffic");
+    assert_eq!(mqtt.client(&settings.edge.id, 1), "weir-gw-1-traffic-2");
+    assert_eq!(mqtt.map.device, Some(Place::Topic(2)));
+    let lanes = settings.lanes();
+    assert_eq!(lanes.iter().map(|lane| lane.name.as_str()).collect::<Vec<_>>(), ["first", "rest"]);
+    assert_eq!(
+        lanes[0].streams.iter().map(StreamName::as_str).collect::<Vec<_>>(),
+        ["quarantine", "losses", "alerts", "traffic_5m"]
+    );
+}
+
+#[test]
+fn wrong_configurations_say_what_is_wrong() {
+    let check = |from: &str, to: &str, expected: &str| {
+        let text = format!("{HEAD}{TRAFFIC}");
+        assert!(text.contains(from), "{from}");
+        let error = Settings::parse(&text.replacen(from, to, 1)).unwrap_err();
+        assert!(error.contains(expected), "{to}: {error}");
+    };
+    check("data_dir", "data_dri", "did you mean `data_dir`?");
+    check("topics = ", "topic = ", "did you mean `topics`?");
+    check("kind = \"mqtt\"", "kind = \"mqqt\"", "mqtt");
+    check("urls = [\"http://127.0.0.1:7300\"]", "urls = []", "at least one");
+    check("token = \"secret\"", "", "no token");
+    check("mqtt://127.0.0.1:1883", "http://127.0.0.1:1883", "mqtt://host:1883");
+    check("mqtt://127.0.0.1:1883", "mqtt://a:b@127.0.0.1:1883", "not into the url");
+    check("city/traffic/+", "city/traff+", "no topic filter");
+    check("city/traffic/+", "city/#/x", "no topic filter");
+    check("city/traffic/+", "$share/g/x", "set `share`");
+    check("topics = ", "connections = 2\ntopics = ", "need `share`");
+    check("stream = \"traffic\"", "stream = \"other\"", "no [stream.other]");
+    check("device = \"topic:2\"", "", "no `device`");
+    check("device = \"topic:2\"", "device = \"topic:two\"", "names no place");
+    check("device = \"topic:2\"", "device = \"REPORT_ID\"", "names no place");
+    check("speed = \"/avgSpeed\"", "sped = \"/avgSpeed\"", "did you mean `speed`?");
+    check("speed = \"/avgSpeed\"", "quality = \"/q\"", "reserved");
+    check("speed = { type", "_speed = { type", "reserved");
+    check("speed = { type = \"float64\"", "speed = { type = \"float\"", "float64");
+    check("speed = { type = \"float64\"", "speed = { type = \"text\"", "for numbers");
+    check("min = 0", "min = 2, max = 1", "min is above max");
+    check("Europe/Copenhagen", "Copenhagen", "no time zone");
+    check(", zone = \"Europe/Copenhagen\"", "", "add zone");
+    check("format = \"%Y", "format = \"%!", "strftime");
+    check("size = \"5m\"", "size = \"0s\"", "1 ms to 366 days");
+    check("size = \"5m\"", "size = \"five\"", "no duration");
+    check("[stream.traffic.window.5m]", "[stream.traffic.window.5-m]", "not a name");
+    check("[edge]", "[journal]\nsegment_bytes = \"1GiB\"\n[edge]", "two times");
+    check("[edge]", "[cut]\nrows = 0\n[edge]", "cut.rows");
+    check("topics = ", "max_payload = \"8MiB\"\ntopics = ", "a quarter");
+}
+
+#[test]
+fn no_secret_is_shown() {
+    let text = format!("{HEAD}{TRAFFIC}").replace("topics = ", "username = \"u\"\npassword = \"secret\"\ntopics = ");
+    assert!(!format!("{:?}", Settings::parse(&text).unwrap()).contains("secret"));
+}

@@ -1,0 +1,327 @@
+//! What the journal records, in the order in which it happened: the only input of the pipeline.
+//!
+//! Layout, version 1, little-endian (`str8` is a length byte and UTF-8, `str16` a u16 length, `bytes32` a u32 length):
+//! ```text
+//! version u8 = 1 | kind u8
+//! kind 1 message   source str8 | topic str16 | arrival i64 | delivery? u8
+//!                  [ client str8 | session u64 | packet id u16 | dup u8 | crc u32 ]
+//!                  | oversized? u8 [ length u64 | crc u32 ] | payload, or its head, to the end
+//! kind 2 session   client str8 | session u64 | resumed u8
+//! kind 3 forgotten client str8
+//! kind 4 refused   spool [16] | seq u64 | reason str16 | one cut batch (wire::CutBatch::write) to the end
+//! kind 5 missed    source str8 | messages u64 | bytes u64 | first i64 | last i64
+//! ```
+//! Times are µs since 1970 UTC by the gateway's clock.
+
+use bytes::{Buf, Bytes};
+use wire::{CutBatch, Seq, SpoolId};
+
+/// The journal's record kind of an entry.
+pub const RECORD_KIND: u8 = 1;
+const VERSION: u8 = 1;
+
+/// One thing that happened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Entry {
+    Message(Message),
+    /// A broker answered a connection: it kept the client's session, or began the one with this number.
+    Session {
+        client: String,
+        session: u64,
+        resumed: bool,
+    },
+    /// A client id is no longer configured, and its session has been ended.
+    Forgotten {
+        client: String,
+    },
+    /// The cloud refused a batch for good: its rows go to quarantine before the batch becomes void.
+    Refused {
+        spool: SpoolId,
+        seq: Seq,
+        reason: String,
+        batch: CutBatch,
+    },
+    /// Messages of a source that cannot wait, while the journal was full.
+    Missed {
+        source: String,
+        messages: u64,
+        bytes: u64,
+        first_us: i64,
+        last_us: i64,
+    },
+}
+
+/// A message as it came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    pub source: String,
+    pub topic: String,
+    pub payload: Payload,
+    pub arrival_us: i64,
+    /// None where nothing is redelivered.
+    pub delivery: Option<Delivery>,
+}
+
+/// The bytes of a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Payload {
+    Whole(Bytes),
+    /// Longer than the source's `max_payload`: its beginning, its length, the CRC32C of all of it.
+    Oversized {
+        head: Bytes,
+        len: u64,
+        crc: u32,
+    },
+}
+
+/// How a broker delivered it: what a redelivery is recognised by (decision 0001).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Delivery {
+    pub client: String,
+    pub session: u64,
+    pub packet_id: u16,
+    pub dup: bool,
+    /// CRC32C of topic, 0x00 and payload.
+    pub crc: u32,
+}
+
+/// Why bytes are no entry: the record's checksum was right, so another version wrote it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a journal record of another version (version {version}, kind {kind})")]
+pub struct EntryError {
+    pub version: u8,
+    pub kind: u8,
+}
+
+impl Entry {
+    /// Appends the entry's bytes.
+    pub fn write(&self, out: &mut Vec<u8>) {
+        out.push(VERSION);
+        match self {
+            Self::Message(message) => {
+                out.push(1);
+                message.write(out);
+            }
+            Self::Session { client, session, resumed } => {
+                out.push(2);
+                put_str8(out, client);
+                out.extend(session.to_le_bytes());
+                out.push(u8::from(*resumed));
+            }
+            Self::Forgotten { client } => {
+                out.push(3);
+                put_str8(out, client);
+            }
+            Self::Refused { spool, seq, reason, batch } => {
+                out.push(4);
+                out.extend(spool.0);
+                out.extend(seq.0.to_le_bytes());
+                put_str16(out, reason);
+                batch.write(out);
+            }
+            Self::Missed { source, messages, bytes, first_us, last_us } => {
+                out.push(5);
+                put_str8(out, source);
+                out.extend(messages.to_le_bytes());
+                out.extend(bytes.to_le_bytes());
+                out.extend(first_us.to_le_bytes());
+                out.extend(last_us.to_le_bytes());
+            }
+        }
+    }
+
+    /// Reads what [`Entry::write`] wrote; payloads are slices of `bytes`.
+    ///
+    /// # Errors
+    /// When the bytes are of another version or kind, or cut short.
+    pub fn read(bytes: Bytes) -> Result<Self, EntryError> {
+        let error =
+            EntryError { version: bytes.first().copied().unwrap_or(0), kind: bytes.get(1).copied().unwrap_or(0) };
+        if error.version != VERSION || bytes.len() < 2 {
+            return Err(error);
+        }
+        let rest = bytes.slice(2..);
+        match error.kind {
+            1 => Message::read(rest).map(Self::Message),
+            2 => read_session(rest),
+            3 => read_forgotten(rest),
+            4 => read_refused(rest),
+            5 => read_missed(rest),
+            _ => None,
+        }
+        .ok_or(error)
+    }
+}
+
+impl Message {
+    fn write(&self, out: &mut Vec<u8>) {
+        put_str8(out, &self.source);
+        put_str16(out, &self.topic);
+        out.extend(self.arrival_us.to_le_bytes());
+        out.push(u8::from(self.delivery.is_some()));
+        if let Some(delivery) = &self.delivery {
+            put_str8(out, &delivery.client);
+            out.extend(delivery.session.to_le_bytes());
+            out.extend(delivery.packet_id.to_le_bytes());
+            out.push(u8::from(delivery.dup));
+            out.extend(delivery.crc.to_le_bytes());
+        }
+        match &self.payload {
+            Payload::Whole(payload) => {
+                out.push(0);
+                out.extend_from_slice(payload);
+            }
+            Payload::Oversized { head, len, crc } => {
+                out.push(1);
+                out.extend(len.to_le_bytes());
+                out.extend(crc.to_le_bytes());
+                out.extend_from_slice(head);
+            }
+        }
+    }
+
+    fn read(mut bytes: Bytes) -> Option<Self> {
+        let source = take_str8(&mut bytes)?;
+        let topic = take_str16(&mut bytes)?;
+        let arrival_us = bytes.try_get_i64_le().ok()?;
+        let delivery = match bytes.try_get_u8().ok()? {
+            0 => None,
+            _ => Some(Delivery {
+                client: take_str8(&mut bytes)?,
+                session: bytes.try_get_u64_le().ok()?,
+                packet_id: bytes.try_get_u16_le().ok()?,
+                dup: bytes.try_get_u8().ok()? == 1,
+                crc: bytes.try_get_u32_le().ok()?,
+            }),
+        };
+        let payload = match bytes.try_get_u8().ok()? {
+            0 => Payload::Whole(bytes),
+            _ => {
+                let (len, crc) = (bytes.try_get_u64_le().ok()?, bytes.try_get_u32_le().ok()?);
+                Payload::Oversized { head: bytes, len, crc }
+            }
+        };
+        Some(Self { source, topic, payload, arrival_us, delivery })
+    }
+}
+
+fn read_session(mut bytes: Bytes) -> Option<Entry> {
+    let client = take_str8(&mut bytes)?;
+    let session = bytes.try_get_u64_le().ok()?;
+    Some(Entry::Session { client, session, resumed: bytes.try_get_u8().ok()? == 1 })
+}
+
+fn read_forgotten(mut bytes: Bytes) -> Option<Entry> {
+    Some(Entry::Forgotten { client: take_str8(&mut bytes)? })
+}
+
+fn read_refused(mut bytes: Bytes) -> Option<Entry> {
+    let mut spool = [0; 16];
+    bytes.try_copy_to_slice(&mut spool).ok()?;
+    let seq = Seq(bytes.try_get_u64_le().ok()?);
+    let reason = take_str16(&mut bytes)?;
+    let batch = CutBatch::read(&mut bytes).ok()?;
+    Some(Entry::Refused { spool: SpoolId(spool), seq, reason, batch })
+}
+
+fn read_missed(mut bytes: Bytes) -> Option<Entry> {
+    Some(Entry::Missed {
+        source: take_str8(&mut bytes)?,
+        messages: bytes.try_get_u64_le().ok()?,
+        bytes: bytes.try_get_u64_le().ok()?,
+        first_us: bytes.try_get_i64_le().ok()?,
+        last_us: bytes.try_get_i64_le().ok()?,
+    })
+}
+
+fn clip(text: &str, bytes_max: usize) -> &str {
+    &text[..text.floor_char_boundary(bytes_max)]
+}
+
+fn put_str8(out: &mut Vec<u8>, text: &str) {
+    let text = clip(text, usize::from(u8::MAX));
+    out.push(text.len() as u8);
+    out.extend_from_slice(text.as_bytes());
+}
+
+fn put_str16(out: &mut Vec<u8>, text: &str) {
+    let text = clip(text, usize::from(u16::MAX));
+    out.extend((text.len() as u16).to_le_bytes());
+    out.extend_from_slice(text.as_bytes());
+}
+
+fn take_text(bytes: &mut Bytes, len: usize) -> Option<String> {
+    if bytes.len() < len {
+        return None;
+    }
+    std::str::from_utf8(&bytes.split_to(len)).ok().map(str::to_owned)
+}
+
+fn take_str8(bytes: &mut Bytes) -> Option<String> {
+    let len = bytes.try_get_u8().ok()?;
+    take_text(bytes, usize::from(len))
+}
+
+fn take_str16(bytes: &mut Bytes) -> Option<String> {
+    let len = bytes.try_get_u16_le().ok()?;
+    take_text(bytes, usize::from(len))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entries() -> Vec<Entry> {
+        let delivery = Delivery { client: "weir-gw".into(), session: 3, packet_id: 65_535, dup: true, crc: 9 };
+        let message = |payload, delivery| {
+            Entry::Message(Message { source: "s".into(), topic: "a/ü".into(), payload, arrival_us: -5, delivery })
+        };
+        let batch = CutBatch {
+            stream: "traffic".parse().unwrap(),
+            schema: wire::SchemaId([1; 16]),
+            rows: 2,
+            min_ts: 1,
+            max_ts: 2,
+            watermark: 3,
+            agent: "0".into(),
+            configuration: 7,
+            body: Bytes::from_static(b"body"),
+        };
+        vec![
+            message(Payload::Whole(Bytes::from_static(b"{}")), Some(delivery)),
+            message(Payload::Oversized { head: Bytes::from_static(b"x"), len: 1 << 40, crc: 8 }, None),
+            Entry::Session { client: "c".into(), session: 1, resumed: true },
+            Entry::Forgotten { client: "c".into() },
+            Entry::Refused { spool: SpoolId([4; 16]), seq: Seq(6), reason: "no".into(), batch },
+            Entry::Missed { source: "host".into(), messages: 1, bytes: 2, first_us: 3, last_us: 4 },
+        ]
+    }
+
+    #[test]
+    fn entries_come_back_as_they_were_written() {
+        for entry in entries() {
+            let mut bytes = Vec::new();
+            entry.write(&mut bytes);
+            assert_eq!(Entry::read(Bytes::from(bytes)).unwrap(), entry);
+        }
+    }
+
+    #[test]
+    fn the_bytes_of_version_1_never_change() {
+        let mut bytes = Vec::new();
+        entries().iter().for_each(|entry| entry.write(&mut bytes));
+        assert_eq!(crc32c::crc32c(&bytes), 2_167_803_341, "{} bytes", bytes.len());
+    }
+
+    #[test]
+    fn what_is_cut_short_or_of_another_version_is_no_entry() {
+        for entry in &entries()[2..] {
+            let mut bytes = Vec::new();
+            entry.write(&mut bytes);
+            for cut in 0..bytes.len() {
+                assert!(Entry::read(Bytes::copy_from_slice(&bytes[..cut])).is_err(), "{entry:?} {cut}");
+            }
+        }
+        assert_eq!(Entry::read(Bytes::from_static(&[2, 1])), Err(EntryError { version: 2, kind: 1 }));
+    }
+}
