@@ -23,7 +23,7 @@ pub use wire::written::{Size, Span};
 use wire::{BATCH_ROWS_MAX, EdgeId, StreamName};
 
 pub use self::source::{
-    Format, HostSettings, MapSettings, MqttSettings, MqttVersion, Place, SourceSettings, TimeFormat, TimePlace,
+    Format, HostSettings, MapSettings, MqttSettings, MqttVersion, Place, Pointer, SourceSettings, TimeFormat, TimePlace,
 };
 pub use self::stream::{FieldSettings, StreamSettings, WindowSettings};
 

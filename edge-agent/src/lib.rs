@@ -2,6 +2,11 @@
 //! `spool` → `uplink`; `agent` wires it, `admin` shows it.
 
 pub mod config;
+pub mod decode;
 pub mod entry;
+pub mod journal;
+pub mod redelivery;
 pub mod spool;
 pub mod uplink;
+pub mod validate;
+pub mod window;

@@ -150,6 +150,15 @@ impl CutBatch {
         )
     }
 
+    /// Decodes the rows: the columns of `schema`, whose id must be the batch's.
+    ///
+    /// # Errors
+    /// When the body is not what its header says.
+    pub fn decode(&self, schema: &StreamSchema) -> Result<RecordBatch, BodyError> {
+        debug_assert_eq!(schema.id(), self.schema, "the caller looks the schema up by its id");
+        decode_body(&self.body, schema)
+    }
+
     /// The batch as bytes for the spool: `stream str8 | rows u32 | schema | min | max | watermark | agent str8 |
     /// configuration u64 | body_len u32 | body`.
     pub fn write(&self, out: &mut Vec<u8>) {

@@ -61,6 +61,8 @@ pub struct WindowSettings {
     pub size: Span,
 }
 
+/// Names of fields that windows append `_first` to.
+const WINDOW_FIELD_BYTES_MAX: usize = wire::ids::NAME_BYTES_MAX - "_first".len();
 /// The longest window.
 const WINDOW_MAX: Duration = Duration::from_secs(366 * 86_400);
 
@@ -97,6 +99,13 @@ impl StreamSettings {
             {
                 return Err(format!("[stream.{name}.fields] {field}: min is above max"));
             }
+        }
+        let longest = self.fields.iter().find(|(field, _)| field.as_str().len() > WINDOW_FIELD_BYTES_MAX);
+        if let Some((field, _)) = longest.filter(|_| !self.window.is_empty()) {
+            return Err(format!(
+                "[stream.{name}.fields] {field}: with windows a name has at most {WINDOW_FIELD_BYTES_MAX} characters, so that \
+                 `{field}_first` is one, too"
+            ));
         }
         for (window, settings) in &self.window {
             format!("{name}_{window}")

@@ -1,0 +1,198 @@
+use super::*;
+use crate::config::{Settings, SourceSettings};
+
+const ARRIVAL: i64 = 1_700_000_000_000_000;
+
+fn decoder(source: &str, map: &str) -> Decoder {
+    let text = format!(
+        "[edge]\nid = \"e\"\ndata_dir = \"x\"\n[cloud]\nurls = [\"http://h\"]\ntoken = \"t\"\n\
+         [[source]]\nkind = \"mqtt\"\nurl = \"mqtt://h\"\ntopics = [\"#\"]\nstream = \"s\"\n{source}\n[source.map]\n{map}\n\
+         [stream.s.fields]\nf = {{ type = \"float64\" }}\ni = {{ type = \"int64\" }}\nb = {{ type = \"bool\" }}\n\
+         t = {{ type = \"text\" }}\n"
+    );
+    let settings = Settings::parse(&text).unwrap();
+    let SourceSettings::Mqtt(mqtt) = &settings.source[0] else { panic!() };
+    let stream = settings.stream.values().next().unwrap();
+    Decoder::new(&mqtt.map, mqtt.readings.as_ref(), stream)
+}
+
+fn decode(decoder: &Decoder, payload: &[u8]) -> Vec<Result<Reading, Rejected>> {
+    let mut out = Vec::new();
+    decoder.decode("city/traffic/d7", &Bytes::copy_from_slice(payload), ARRIVAL, &mut out);
+    out
+}
+
+const FLAT: &str = "device = \"/d\"\nf = \"/f\"\ni = \"/i\"\nb = \"/b\"\nt = \"/t\"";
+
+fn reasons(results: &[Result<Reading, Rejected>]) -> Vec<&str> {
+    results.iter().map(|result| result.as_ref().map_or_else(|rejected| rejected.reason, |_| "ok")).collect()
+}
+
+#[test]
+fn values_have_the_type_of_their_field_or_the_reading_is_rejected() {
+    let decoder = decoder("", FLAT);
+    let check = |json: &str, expected: Result<[Option<Value>; 4], &str>| {
+        let results = decode(&decoder, format!("{{\"d\":\"x\",{json}}}").as_bytes());
+        let [result] = results.as_slice() else { panic!("{results:?}") };
+        match expected {
+            Ok(values) => assert_eq!(result.as_ref().unwrap().values, values, "{json}"),
+            Err(reason) => assert_eq!(result.as_ref().unwrap_err().reason, reason, "{json} {result:?}"),
+        }
+    };
+    let float = |value| Ok([Some(Value::Float(value)), None, None, None]);
+    let int = |value| Ok([None, Some(Value::Int(value)), None, None]);
+    check(r#""f":1.5"#, float(1.5));
+    check(r#""f":2"#, float(2.0));
+    check(r#""f":18446744073709551615"#, float(18_446_744_073_709_551_615.0));
+    check(r#""f":null"#, Ok([None, None, None, None]));
+    check(r#""x":1"#, Ok([None, None, None, None]));
+    check(r#""f":"1.5""#, Err("wrong_type"));
+    check(r#""f":true"#, Err("wrong_type"));
+    check(r#""f":{"x":1}"#, Err("wrong_type"));
+    check(r#""f":[1]"#, Err("wrong_type"));
+    check(r#""i":9007199254740993"#, int(9_007_199_254_740_993));
+    check(r#""i":-9223372036854775808"#, int(i64::MIN));
+    check(r#""i":9223372036854775808"#, Err("wrong_type"));
+    check(r#""i":3.0"#, int(3));
+    check(r#""i":3.5"#, Err("wrong_type"));
+    check(r#""i":1e300"#, Err("wrong_type"));
+    check(r#""b":true"#, Ok([None, None, Some(Value::Bool(true)), None]));
+    check(r#""b":1"#, Err("wrong_type"));
+    check(r#""t":"a\u00e9\n""#, Ok([None, None, None, Some(Value::Text("aé\n".into()))]));
+    check(r#""t":5"#, Err("wrong_type"));
+    check(r#""f":1,"f":2"#, float(2.0));
+    check(r#""f":1,"f":null"#, Ok([None, None, None, None]));
+    check(r#""f":1e400"#, Err("malformed"));
+    check(r#""f":NaN"#, Err("malformed"));
+    check(r#""f":Infinity"#, Err("malformed"));
+    check(r#""f":-inf"#, Err("malformed"));
+}
+
+#[test]
+fn what_is_no_message_is_rejected_once_with_its_bytes() {
+    let decoder = decoder("", FLAT);
+    let check = |payload: &[u8], reason: &str| {
+        let results = decode(&decoder, payload);
+        assert_eq!(reasons(&results), [reason], "{}", String::from_utf8_lossy(payload));
+        assert_eq!(results[0].as_ref().unwrap_err().payload, payload);
+    };
+    check(b"", "malformed");
+    check(b"{", "malformed");
+    check(b"{\"d\":\"x\"", "malformed");
+    check(b"{\"d\":\"x\"} trailing", "malformed");
+    check(b"{'d':'x'}", "malformed");
+    check(b"{\"d\":\"\xff\"}", "not_utf8");
+    check(b"[]", "empty");
+    check(b"5", "no_device");
+    check(b"\"text\"", "no_device");
+    check(b"null", "no_device");
+    check(b"{}", "no_device");
+    check("[".repeat(200).as_bytes(), "malformed");
+    check(format!("{{\"d\":{}}}", "{\"a\":".repeat(200)).as_bytes(), "malformed");
+    let deep = format!("{{\"d\":\"x\",\"f\":{}1{}}}", "[".repeat(200), "]".repeat(200));
+    assert!(matches!(reasons(&decode(&decoder, deep.as_bytes()))[..], ["wrong_type" | "too_deep"]));
+    let many = format!("[{}]", vec!["1"; READINGS_MAX + 1].join(","));
+    check(many.as_bytes(), "too_many");
+}
+
+#[test]
+fn one_bad_reading_never_rejects_its_neighbours() {
+    let decoder = decoder("", FLAT);
+    let payload = br#" [ {"d":"a","i":1}, {"d":"b","i":"x"} ,7, {"i":1}, {"d":"c","i":3} ]"#;
+    let results = decode(&decoder, payload);
+    assert_eq!(reasons(&results), ["ok", "wrong_type", "no_device", "no_device", "ok"]);
+    let rejected = results[1].as_ref().unwrap_err();
+    assert_eq!(
+        (rejected.payload.as_ref(), rejected.device.as_deref()),
+        (br#"{"d":"b","i":"x"}"#.as_slice(), Some("b"))
+    );
+    let reading = results[4].as_ref().unwrap();
+    assert_eq!(&payload[reading.span.clone()], br#"{"d":"c","i":3}"#);
+}
+
+#[test]
+fn readings_may_lie_within_a_message_with_values_of_its_own() {
+    let map = "device = \"message:/gateway/id\"\nts = { at = \"message:/at\", format = \"epoch_ms\" }\nt = \"/name\"\n\
+               f = \"/values/1\"\ni = \"topic:3\"\nb = \"const:true\"";
+    let decoder = decoder("readings = \"/data/list\"", map);
+    let payload = br#"{"at":1500,"data":{"list":[{"name":"x","values":[1,2.5]},{"name":"y"}]},"gateway":{"id":17}}"#;
+    let mut out = Vec::new();
+    decoder.decode("a/b/c/42", &Bytes::from_static(payload), ARRIVAL, &mut out);
+    let reading = out[0].as_ref().unwrap();
+    assert_eq!((reading.ts, reading.device.as_str()), (1_500_000, "17"));
+    let text = |text: &str| Some(Value::Text(text.into()));
+    assert_eq!(reading.values, [Some(Value::Float(2.5)), Some(Value::Int(42)), Some(Value::Bool(true)), text("x")]);
+    assert_eq!(out[1].as_ref().unwrap().values[0], None);
+    out.clear();
+    decoder.decode("a/b/c/x", &Bytes::from_static(payload), ARRIVAL, &mut out);
+    assert_eq!(reasons(&out), ["wrong_type", "wrong_type"]);
+    assert_eq!(reasons(&decode(&decoder, br#"{"data":{"list":5}}"#)), ["no_readings"]);
+    assert_eq!(reasons(&decode(&decoder, br#"{"data":5}"#)), ["no_readings"]);
+}
+
+#[test]
+fn devices_have_names_that_topics_and_people_can_bear() {
+    let decoder = decoder("", "device = \"/d\"");
+    let check = |json: &str, expected: Result<&str, &str>| {
+        let results = decode(&decoder, format!("{{\"d\":{json}}}").as_bytes());
+        let device = results[0].as_ref().map(|reading| reading.device.as_str()).map_err(|rejected| rejected.reason);
+        assert_eq!(device, expected, "{json}");
+    };
+    check("\"158536\"", Ok("158536"));
+    check("158536", Ok("158536"));
+    check("\"straße/7\"", Ok("straße/7"));
+    check("1.5", Err("bad_device"));
+    check("true", Err("bad_device"));
+    check("\"\"", Err("bad_device"));
+    check("\"a+\"", Err("bad_device"));
+    check("\"#\"", Err("bad_device"));
+    check("\"a\\u0000\"", Err("bad_device"));
+    check("\"a\\u0085\"", Err("bad_device"));
+    check(&format!("\"{}\"", "x".repeat(257)), Err("bad_device"));
+}
+
+#[test]
+fn times_are_read_as_they_are_written() {
+    let check = |format: &str, json: &str, expected: Result<&str, &str>| {
+        let place = if format.is_empty() { "\"/ts\"".to_owned() } else { format!("{{ at = \"/ts\", {format} }}") };
+        let decoder = decoder("", &format!("device = \"topic:2\"\nts = {place}"));
+        let results = decode(&decoder, format!("{{\"ts\":{json}}}").as_bytes());
+        let time = results[0].as_ref().map_err(|rejected| rejected.reason).map(|reading| {
+            chrono::DateTime::from_timestamp_micros(reading.ts).unwrap().format("%FT%T%.fZ").to_string()
+        });
+        assert_eq!(time.as_deref().map_err(|reason| *reason), expected, "{format} {json}");
+    };
+    check("", "\"2014-08-01T07:50:00Z\"", Ok("2014-08-01T07:50:00Z"));
+    check("", "\"2014-08-01 07:50:00.1234567+02:00\"", Ok("2014-08-01T05:50:00.123456Z"));
+    check("", "\"2014-08-01T07:50:00\"", Err("bad_time"));
+    check("", "1406879400", Err("bad_time"));
+    check("", "null", Err("no_time"));
+    check("format = \"epoch_s\"", "1406879400", Ok("2014-08-01T07:50:00Z"));
+    check("format = \"epoch_s\"", "1406879400.25", Ok("2014-08-01T07:50:00.250Z"));
+    check("format = \"epoch_s\"", "\"1406879400\"", Ok("2014-08-01T07:50:00Z"));
+    check("format = \"epoch_s\"", "-1", Ok("1969-12-31T23:59:59Z"));
+    check("format = \"epoch_s\"", "1e300", Err("bad_time"));
+    check("format = \"epoch_ms\"", "1406879400123", Ok("2014-08-01T07:50:00.123Z"));
+    check("format = \"epoch_us\"", "1406879400123456", Ok("2014-08-01T07:50:00.123456Z"));
+    check("format = \"epoch_ns\"", "1406879400123456789", Ok("2014-08-01T07:50:00.123456Z"));
+    check("format = \"epoch_ns\"", "true", Err("bad_time"));
+    let aarhus = "format = \"%Y-%m-%dT%H:%M:%S\", zone = \"Europe/Copenhagen\"";
+    check(aarhus, "\"2014-08-01T07:50:00\"", Ok("2014-08-01T05:50:00Z"));
+    check(aarhus, "\"2014-01-01T07:50:00\"", Ok("2014-01-01T06:50:00Z"));
+    check(aarhus, "\"2014-10-26T02:30:00\"", Ok("2014-10-26T00:30:00Z"));
+    check(aarhus, "\"2014-03-30T02:30:00\"", Err("bad_time"));
+    check(aarhus, "\"2014-02-30T02:30:00\"", Err("bad_time"));
+    check(aarhus, "\"yesterday\"", Err("bad_time"));
+    check(aarhus, "5", Err("bad_time"));
+    check("format = \"%d.%m.%Y\", zone = \"UTC\"", "\"01.08.2014\"", Ok("2014-08-01T00:00:00Z"));
+    check("format = \"%Y-%m-%d %H:%M:%S %z\"", "\"2014-08-01 07:50:00 +0200\"", Ok("2014-08-01T05:50:00Z"));
+}
+
+#[test]
+fn a_history_of_400_days_in_one_message_is_read() {
+    let decoder = decoder("", "device = \"const:well\"\nts = { at = \"/h\", format = \"epoch_s\" }\nf = \"/f\"");
+    let hours = (0..9_600).map(|hour| format!("{{\"h\":{},\"f\":{hour}}}", 1_600_000_000 + hour * 3_600));
+    let results = decode(&decoder, format!("[{}]", hours.collect::<Vec<_>>().join(",")).as_bytes());
+    assert_eq!(results.len(), 9_600);
+    assert!(results.iter().all(Result::is_ok));
+}

@@ -1,0 +1,336 @@
+//! The middle of the path: from journalled entries to rows in lanes. Pure and deterministic: the same entries in the
+//! same order give the same rows, which is what makes recovery exact (rule 1).
+//!
+//! [`Pipeline::apply`] takes an entry with its position; [`Pipeline::cut`] takes all rows so far, lane by lane.
+//! [`Pipeline::snapshot`], taken when no row is pending, holds windows, counters and redelivery lists. After a crash the
+//! entries behind the snapshot are applied again, and a lane takes only rows of entries at or behind its own position.
+//! What does not decode or fails a check becomes a row of `quarantine`. (Rules and alerts will stand between the
+//! windows and the outputs.)
+
+mod counters;
+mod output;
+mod quarantine;
+mod snapshot;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, HashMap};
+
+use segment_log::Position;
+use wire::schema::own;
+use wire::sealed::{CutError, NO_WATERMARK};
+use wire::{CutBatch, Seq, SpoolId, StreamName, StreamSchema};
+
+pub use self::counters::{Counters, SourceTotals, StreamTotals};
+use self::output::{Cell, Output};
+pub use self::snapshot::SnapshotError;
+use crate::config::{MqttSettings, Settings, SourceSettings, StreamSettings};
+use crate::decode::{Decoder, Reading, Rejected, Value};
+use crate::entry::{Entry, Message, Payload};
+use crate::redelivery::Lists;
+use crate::source::host;
+use crate::validate::Checks;
+use crate::window::{self, Late, Windows};
+
+/// The version of this agent, in every batch.
+pub const AGENT_VERSION: &str = concat!("weir ", env!("CARGO_PKG_VERSION"));
+/// `quality` of a row with nothing against it.
+const GOOD: &str = "good";
+/// `quality` of a row that came too late for its windows (rule 5).
+const LATE: &str = "late";
+
+/// One cut: for each lane what it gets; all entries before `position` are in it.
+#[derive(Debug)]
+pub struct Cut {
+    pub position: Position,
+    pub lanes: Vec<LaneCut>,
+}
+
+/// What one lane gets: batches, and the schemas that they use.
+#[derive(Debug, Default)]
+pub struct LaneCut {
+    pub batches: Vec<CutBatch>,
+    pub schemas: Vec<StreamSchema>,
+}
+
+/// One source's way through the middle.
+#[derive(Debug)]
+struct Source {
+    decoder: Decoder,
+    stream: usize,
+}
+
+/// A configured stream.
+#[derive(Debug)]
+struct Stream {
+    name: StreamName,
+    checks: Checks,
+    windows: Windows,
+    output: usize,
+    /// The outputs of its windows, in the order of the settings, with the window's size in µs.
+    window_outputs: Vec<(usize, i64)>,
+}
+
+/// The state of the middle. See the module's documentation.
+#[derive(Debug)]
+pub struct Pipeline {
+    configuration: u64,
+    /// Behind the last entry that was applied.
+    position: Position,
+    sources: HashMap<String, Source>,
+    streams: Vec<Stream>,
+    outputs: Vec<Output>,
+    quarantine: usize,
+    losses: usize,
+    edge: String,
+    lane_names: Vec<String>,
+    counters: Counters,
+    lists: Lists,
+    /// The highest number of each sequence whose refusal is in quarantine: a crash between journal and spool makes the
+    /// cloud refuse it again.
+    refused: BTreeMap<(SpoolId, StreamName), Seq>,
+    /// Streams that changed their lane since the snapshot that this began with.
+    moved: BTreeMap<StreamName, snapshot::Moved>,
+    pending_rows: usize,
+    pending_bytes: usize,
+    scratch: Vec<Result<Reading, Rejected>>,
+}
+
+impl Pipeline {
+    /// An empty one at `position`. `lanes` are the positions up to which each lane has its rows, in the order of
+    /// [`Settings::lanes`].
+    pub fn new(settings: &Settings, position: Position, lanes: &[Position]) -> Self {
+        let lane_settings = settings.lanes();
+        let rest = lane_settings.len() - 1;
+        let mut pipeline = Self {
+            configuration: settings.version,
+            position,
+            sources: HashMap::new(),
+            streams: Vec::new(),
+            outputs: Vec::new(),
+            quarantine: 0,
+            losses: 0,
+            edge: settings.edge.id.to_string(),
+            lane_names: lane_settings.iter().map(|lane| lane.name.to_string()).collect(),
+            counters: Counters::default(),
+            lists: Lists::default(),
+            refused: BTreeMap::new(),
+            moved: BTreeMap::new(),
+            pending_rows: 0,
+            pending_bytes: 0,
+            scratch: Vec::new(),
+        };
+        let lane_of = |stream: &StreamName| {
+            let named = lane_settings.iter().position(|lane| lane.streams.contains(stream));
+            let rest = lane_settings.iter().position(|lane| lane.name.as_str() == crate::config::REST_LANE).unwrap_or(rest);
+            named.unwrap_or(rest)
+        };
+        let mut output = |stream: StreamName, schema: StreamSchema| {
+            let lane = lane_of(&stream);
+            pipeline.outputs.push(Output::new(stream, schema, lane, lanes.get(lane).copied().unwrap_or_default()));
+            pipeline.outputs.len() - 1
+        };
+        pipeline.quarantine = output(own_name(own::QUARANTINE), own::quarantine());
+        pipeline.losses = output(own_name(own::LOSSES), own::losses());
+        let mut streams = settings.stream.clone();
+        if settings.source.iter().any(|source| matches!(source, SourceSettings::Host(_))) {
+            streams.insert(own_name("host"), host::stream_settings());
+        }
+        for (name, stream) in &streams {
+            let main = output(name.clone(), stream.schema());
+            let windows = stream.windows(name);
+            let window_outputs = windows
+                .iter()
+                .map(|(window, settings)| (output(window.clone(), window::schema(stream)), settings.size.micros()))
+                .collect();
+            pipeline.streams.push(Stream {
+                name: name.clone(),
+                checks: Checks::new(stream),
+                windows: Windows::new(name, stream),
+                output: main,
+                window_outputs,
+            });
+        }
+        pipeline.add_sources(settings, &streams);
+        pipeline
+    }
+
+    /// Takes one entry: `position` is its own, `next` lies behind it.
+    pub fn apply(&mut self, position: Position, next: Position, entry: &Entry) {
+        self.position = next;
+        self.lists.apply(entry);
+        match entry {
+            Entry::Message(message) => self.message(position, message),
+            Entry::Session { .. } | Entry::Forgotten { .. } => {}
+            Entry::Refused { spool, seq, reason, schema, batch } => {
+                let key = (*spool, batch.stream.clone());
+                if self.refused.get(&key).is_none_or(|highest| highest < seq) {
+                    self.refused.insert(key, *seq);
+                    self.refused_rows(position, *seq, reason, schema, batch);
+                }
+            }
+            Entry::Missed { source, messages, bytes, first_us, last_us } => {
+                self.missed(position, source, *messages, *bytes, (*first_us, *last_us));
+            }
+        }
+    }
+
+    /// The journal is damaged before `next`: what was there is lost, which the counters say.
+    pub fn damaged(&mut self, from: Position, next: Position) {
+        self.position = next;
+        self.counters.journal_bytes_damaged += next.0 - from.0;
+    }
+
+    /// Behind the last entry that was applied.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// Rows that wait for a cut.
+    pub fn pending_rows(&self) -> usize {
+        self.pending_rows
+    }
+
+    /// About what they take in memory.
+    pub fn pending_bytes(&self) -> usize {
+        self.pending_bytes
+    }
+
+    /// Takes all pending rows.
+    ///
+    /// # Errors
+    /// When Arrow cannot encode them, which no input brings about.
+    pub fn cut(&mut self) -> Result<Cut, CutError> {
+        let mut lanes = Vec::new();
+        lanes.resize_with(self.lane_names.len(), LaneCut::default);
+        for output in &mut self.outputs {
+            let batches = output.cut(AGENT_VERSION, self.configuration)?;
+            if !batches.is_empty() {
+                lanes[output.lane].batches.extend(batches);
+                lanes[output.lane].schemas.push(output.schema().clone());
+            }
+        }
+        (self.pending_rows, self.pending_bytes) = (0, 0);
+        self.moved.clear();
+        Ok(Cut { position: self.position, lanes })
+    }
+
+    /// What was counted, over all restarts.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Redeliveries never reach the journal; the sources tell them here, for the next snapshot.
+    pub fn set_redelivered(&mut self, source: &str, messages: u64) {
+        self.counters.source(source).redelivered = messages;
+    }
+
+    /// What is known of the brokers' deliveries up to [`Pipeline::position`].
+    pub fn lists(&self) -> &Lists {
+        &self.lists
+    }
+
+    /// The streams with their watermarks (µs), and the rows that wait for a cut.
+    pub fn streams(&self) -> impl Iterator<Item = (&StreamName, i64, usize)> {
+        self.outputs.iter().map(|output| (&output.stream, output.watermark, output.rows()))
+    }
+
+    fn add_sources(&mut self, settings: &Settings, streams: &BTreeMap<StreamName, StreamSettings>) {
+        let index = |name: &StreamName| self.streams.iter().position(|stream| stream.name == *name);
+        let mut sources = HashMap::new();
+        for source in &settings.source {
+            let Some(stream) = index(source.stream()) else { continue };
+            let stream_settings = &streams[source.stream()];
+            let decoder = match source {
+                SourceSettings::Mqtt(mqtt) => Decoder::new(mqtt, stream_settings),
+                SourceSettings::Host(_) => Decoder::new(&host_mapping(), stream_settings),
+            };
+            sources.insert(source.name().to_owned(), Source { decoder, stream });
+        }
+        self.sources = sources;
+    }
+
+    fn message(&mut self, position: Position, message: &Message) {
+        self.counters.source(&message.source).journalled += 1;
+        let Some(source) = self.sources.get(&message.source) else {
+            let rejected = quarantine::whole(message, "unknown_source", "no [[source]] has this name any more".to_owned());
+            return self.reject(position, message, &rejected, None, true);
+        };
+        let stream = source.stream;
+        let payload = match &message.payload {
+            Payload::Whole(payload) => payload,
+            Payload::Oversized { len, crc, .. } => {
+                let detail = format!("{len} bytes are more than max_payload; crc32c {crc:08x}");
+                let rejected = quarantine::whole(message, "too_large", detail);
+                return self.reject(position, message, &rejected, Some(stream), true);
+            }
+        };
+        let mut readings = std::mem::take(&mut self.scratch);
+        source.decoder.decode(&message.topic, payload, message.arrival_us, &mut readings);
+        for (index, reading) in readings.drain(..).enumerate() {
+            match reading {
+                Ok(reading) => self.accept(position, message, stream, &reading),
+                Err(rejected) => self.reject(position, message, &rejected, Some(stream), index == 0),
+            }
+        }
+        self.scratch = readings;
+        self.close_windows(position, stream);
+    }
+
+    fn accept(&mut self, position: Position, message: &Message, stream: usize, reading: &Reading) {
+        let totals = self.counters.source(&message.source);
+        totals.read += 1;
+        totals.accepted += 1;
+        let stream = &mut self.streams[stream];
+        let quality = match stream.windows.add(reading) {
+            Late::Good => GOOD,
+            Late::Late => LATE,
+        };
+        let output = &mut self.outputs[stream.output];
+        output.watermark = output.watermark.max(stream.windows.watermark());
+        let totals = self.counters.stream(&output.stream);
+        totals.rows += 1;
+        totals.late += u64::from(quality == LATE);
+        if position < output.skip_before {
+            return;
+        }
+        let before = output.bytes();
+        output.push(reading.ts, Some(&reading.device), reading.values.iter().map(cell), quality);
+        self.pending_rows += 1;
+        self.pending_bytes += output.bytes() - before;
+    }
+
+    fn close_windows(&mut self, position: Position, stream: usize) {
+        let stream = &mut self.streams[stream];
+        let watermark = stream.windows.watermark();
+        for row in stream.windows.advance() {
+            let (output, size) = stream.window_outputs[row.window];
+            let output = &mut self.outputs[output];
+            if watermark != NO_WATERMARK {
+                output.watermark = output.watermark.max(watermark.saturating_sub(size));
+            }
+            self.counters.stream(&output.stream).rows += 1;
+            if position < output.skip_before {
+                continue;
+            }
+            let before = output.bytes();
+            output.push(row.start, Some(&row.device), row.cells(), GOOD);
+            self.pending_rows += 1;
+            self.pending_bytes += output.bytes() - before;
+        }
+    }
+}
+
+fn own_name(name: &str) -> StreamName {
+    name.parse().expect("an own name is valid")
+}
+
+fn cell(value: &Option<Value>) -> Cell<'_> {
+    match value {
+        None => Cell::Null,
+        Some(Value::Float(value)) => Cell::Float(*value),
+        Some(Value::Int(value)) => Cell::Int(*value),
+        Some(Value::Bool(value)) => Cell::Bool(*value),
+        Some(Value::Text(value)) => Cell::Text(value),
+    }
+}

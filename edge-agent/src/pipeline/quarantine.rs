@@ -1,0 +1,177 @@
+//! Bad input is data (rule 6): rows of `quarantine` for what does not decode, fails a check, or was refused by the
+//! cloud, and rows of `losses` for what a full journal could not take.
+
+use arrow_array::RecordBatch;
+use arrow_array::cast::AsArray;
+use arrow_array::types::TimestampMicrosecondType;
+use arrow_cast::display::{ArrayFormatter, FormatOptions};
+use bytes::Bytes;
+use segment_log::Position;
+use wire::schema::own;
+use wire::{CutBatch, Seq, StreamSchema, TS_MIN_US};
+
+use super::output::Cell;
+use super::{GOOD, Pipeline};
+use crate::decode::Rejected;
+use crate::entry::{Message, Payload};
+
+/// `detail` is for people.
+const DETAIL_BYTES_MAX: usize = 1_000;
+
+/// A whole message is rejected.
+pub(super) fn whole(message: &Message, reason: &'static str, detail: String) -> Rejected {
+    let payload = match &message.payload {
+        Payload::Whole(payload) => payload.clone(),
+        Payload::Oversized { head, .. } => head.clone(),
+    };
+    Rejected { reason, detail, device: None, ts: None, payload }
+}
+
+/// A row of quarantine.
+struct Row<'a> {
+    ts: i64,
+    device: Option<&'a str>,
+    stream: Option<&'a str>,
+    source: &'a str,
+    topic: &'a str,
+    reason: &'a str,
+    detail: &'a str,
+    payload: &'a [u8],
+    payload_bytes: i64,
+}
+
+impl Pipeline {
+    /// `first`: the message's first rejection. Later ones that have no bytes of their own do not repeat the message's.
+    pub(super) fn reject(
+        &mut self,
+        position: Position,
+        message: &Message,
+        rejected: &Rejected,
+        stream: Option<usize>,
+        first: bool,
+    ) {
+        let totals = self.counters.source(&message.source);
+        totals.read += 1;
+        totals.quarantined += 1;
+        self.counters.reason(rejected.reason);
+        let (is_whole, payload_bytes) = match &message.payload {
+            Payload::Whole(whole) => (rejected.payload.len() == whole.len(), rejected.payload.len() as i64),
+            Payload::Oversized { len, .. } => (false, i64::try_from(*len).unwrap_or(i64::MAX)),
+        };
+        let payload = if is_whole && !first { &[] } else { rejected.payload.as_ref() };
+        let stream = stream.map(|index| self.streams[index].name.clone());
+        self.quarantine(
+            position,
+            &Row {
+                ts: message.arrival_us,
+                device: rejected.device.as_deref(),
+                stream: stream.as_ref().map(|name| name.as_str()),
+                source: &message.source,
+                topic: &message.topic,
+                reason: rejected.reason,
+                detail: &rejected.detail,
+                payload,
+                payload_bytes,
+            },
+        );
+    }
+
+    /// The rows of a batch that the cloud refused for good. They were counted as readings before.
+    pub(super) fn refused_rows(&mut self, position: Position, seq: Seq, reason: &str, schema: &str, batch: &CutBatch) {
+        let rows = StreamSchema::parse(schema).ok().and_then(|schema| batch.decode(&schema).ok());
+        let stream = batch.stream.clone();
+        let row = |ts, device, payload: &[u8], pipeline: &mut Self| {
+            pipeline.quarantine(
+                position,
+                &Row {
+                    ts,
+                    device,
+                    stream: Some(stream.as_str()),
+                    source: "cloud",
+                    topic: &format!("batch {seq}"),
+                    reason: "refused",
+                    detail: reason,
+                    payload,
+                    payload_bytes: payload.len() as i64,
+                },
+            );
+        };
+        self.counters.reason("refused");
+        match rows {
+            Some(rows) if stream.as_str() != own::QUARANTINE => {
+                let times = rows.column(0).as_primitive::<TimestampMicrosecondType>().clone();
+                let devices = rows.column(1).as_string::<i32>().clone();
+                for (index, payload) in as_json(&rows).into_iter().enumerate() {
+                    row(times.value(index), Some(devices.value(index)), &payload, self);
+                }
+            }
+            // Of quarantine itself only the fact: rows that were refused once would be refused for ever.
+            _ => row(batch.max_ts, None, &Bytes::new(), self),
+        }
+    }
+
+    /// Messages that never reached the journal.
+    pub(super) fn missed(&mut self, position: Position, source: &str, messages: u64, bytes: u64, span: (i64, i64)) {
+        self.counters.source(source).missed += messages;
+        let stream = self.sources.get(source).map(|source| self.streams[source.stream].name.to_string());
+        let edge = self.edge.clone();
+        let output = &mut self.outputs[self.losses];
+        self.counters.stream(&output.stream).rows += 1;
+        if position < output.skip_before {
+            return;
+        }
+        let before = output.bytes();
+        let number = |value: u64| Cell::Int(i64::try_from(value).unwrap_or(i64::MAX));
+        let cells = [
+            Cell::Text(stream.as_deref().unwrap_or(source)),
+            Cell::Text("journal"),
+            Cell::Text("journal_full"),
+            number(messages),
+            number(bytes),
+            Cell::Time(span.0.max(TS_MIN_US)),
+            Cell::Time(span.1.max(TS_MIN_US)),
+        ];
+        output.push(span.1.max(TS_MIN_US), Some(&edge), cells.into_iter(), GOOD);
+        self.pending_rows += 1;
+        self.pending_bytes += output.bytes() - before;
+    }
+
+    fn quarantine(&mut self, position: Position, row: &Row<'_>) {
+        let output = &mut self.outputs[self.quarantine];
+        self.counters.stream(&output.stream).rows += 1;
+        if position < output.skip_before {
+            return;
+        }
+        let before = output.bytes();
+        let detail = &row.detail[..row.detail.floor_char_boundary(DETAIL_BYTES_MAX)];
+        let cells = [
+            row.stream.map_or(Cell::Null, Cell::Text),
+            Cell::Text(row.source),
+            Cell::Text(row.topic),
+            Cell::Text(row.reason),
+            Cell::Text(detail),
+            Cell::Bytes(row.payload),
+            Cell::Int(row.payload_bytes),
+        ];
+        // A clock before 2000 must not make the row itself unstorable.
+        output.push(row.ts.max(TS_MIN_US), row.device, cells.into_iter(), GOOD);
+        self.pending_rows += 1;
+        self.pending_bytes += output.bytes() - before;
+    }
+}
+
+/// Each row as a JSON object of texts, for people to read and for nobody to parse.
+fn as_json(rows: &RecordBatch) -> Vec<Vec<u8>> {
+    let options = FormatOptions::default();
+    let columns = rows.columns().iter().map(|column| ArrayFormatter::try_new(column, &options));
+    let Ok(columns) = columns.collect::<Result<Vec<_>, _>>() else { return vec![Vec::new(); rows.num_rows()] };
+    let schema = rows.schema();
+    let object = |row: usize| {
+        let fields = schema.fields().iter().zip(&columns).zip(rows.columns());
+        let values = fields
+            .filter(|(_, column)| column.is_valid(row))
+            .map(|((field, format), _)| (field.name().clone(), serde_json::Value::from(format.value(row).to_string())));
+        serde_json::to_vec(&values.collect::<serde_json::Map<_, _>>()).expect("texts are JSON")
+    };
+    (0..rows.num_rows()).map(object).collect()
+}

@@ -1,0 +1,184 @@
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::*;
+use crate::config::Settings;
+
+const SECOND: i64 = 1_000_000;
+
+fn settings(more: &str) -> StreamSettings {
+    let text = format!(
+        "[edge]\nid = \"e\"\ndata_dir = \"x\"\n[cloud]\nurls = [\"http://h\"]\ntoken = \"t\"\n\
+         [[source]]\nkind = \"host\"\n[stream.s]\n{more}\n[stream.s.fields]\n\
+         speed = {{ type = \"float64\" }}\ncars = {{ type = \"int64\" }}\nstate = {{ type = \"text\" }}\n\
+         [stream.s.window.10s]\nsize = \"10s\"\n"
+    );
+    Settings::parse(&text).unwrap().stream.into_values().next().unwrap()
+}
+
+fn windows(settings: &StreamSettings) -> Windows {
+    Windows::new(&"s".parse().unwrap(), settings)
+}
+
+fn reading(second: f64, device: &str, speed: f64, cars: i64) -> Reading {
+    Reading {
+        ts: (second * SECOND as f64) as i64,
+        device: device.to_owned(),
+        values: vec![Some(Value::Float(speed)), Some(Value::Int(cars)), Some(Value::Text(format!("{cars}")))],
+        span: 0..0,
+    }
+}
+
+fn results(rows: &[WindowRow]) -> Vec<(i64, &str, i64, i64)> {
+    rows.iter().map(|row| (row.start / SECOND, row.device.as_str(), row.count, row.revision)).collect()
+}
+
+#[test]
+fn a_window_closes_when_the_watermark_reaches_its_end() {
+    let mut windows = windows(&settings("lateness = \"5s\""));
+    windows.add(&reading(1.0, "a", 1.0, 1));
+    windows.add(&reading(9.999, "a", 3.0, 2));
+    windows.add(&reading(14.999, "b", 5.0, 3));
+    assert_eq!(windows.advance(), []);
+    windows.add(&reading(15.0, "b", 6.0, 4));
+    let rows = windows.advance();
+    assert_eq!(results(&rows), [(0, "a", 2, 1)]);
+    let float = |value| Some(Value::Float(value));
+    let int = |value| Some(Value::Int(value));
+    let expected = [float(1.0), float(3.0), float(2.0), float(4.0), float(1.0), float(3.0)];
+    assert_eq!(rows[0].values[..6], expected);
+    assert_eq!(rows[0].values[6..12], [int(1), int(2), float(1.5), int(3), int(1), int(2)]);
+    assert_eq!(rows[0].values[12..], [Some(Value::Text("1".into())), Some(Value::Text("2".into()))]);
+    assert_eq!(schema(&settings("")).fields().len(), 3 + rows[0].values.len() + 1);
+}
+
+#[test]
+fn a_late_row_reopens_exactly_its_window() {
+    let mut windows = windows(&settings("lateness = \"0s\"\nreopen_within = \"60s\""));
+    for second in [1.0, 12.0, 25.0] {
+        windows.add(&reading(second, "a", second, 1));
+    }
+    assert_eq!(results(&windows.advance()), [(0, "a", 1, 1), (10, "a", 1, 1)]);
+    assert_eq!(windows.add(&reading(0.5, "a", 9.0, 1)), Late::Good);
+    assert_eq!(windows.add(&reading(2.0, "b", 9.0, 1)), Late::Good);
+    let rows = windows.advance();
+    assert_eq!(results(&rows), [(0, "a", 2, 2), (0, "b", 1, 1)]);
+    assert_eq!(rows[0].values[4], Some(Value::Float(9.0)), "first goes by event time");
+    assert_eq!(windows.advance(), []);
+}
+
+#[test]
+fn a_row_too_far_behind_enters_no_window() {
+    let mut windows = windows(&settings("lateness = \"10s\"\nreopen_within = \"20s\""));
+    windows.add(&reading(100.0, "a", 1.0, 1));
+    assert_eq!(windows.watermark(), 90 * SECOND);
+    assert_eq!(windows.add(&reading(69.999, "a", 1.0, 1)), Late::Late);
+    assert_eq!(windows.add(&reading(70.0, "a", 1.0, 1)), Late::Good);
+    assert_eq!(results(&windows.advance()), [(70, "a", 1, 1)]);
+}
+
+#[test]
+fn what_does_not_fit_is_null() {
+    let mut windows = windows(&settings("lateness = \"0s\""));
+    for _ in 0..2 {
+        windows.add(&reading(1.0, "a", f64::MAX, i64::MAX));
+    }
+    windows.add(&Reading { ts: 10 * SECOND, device: "a".into(), values: vec![None, None, None], span: 0..0 });
+    windows.add(&reading(20.0, "a", 1.0, 1));
+    let rows = windows.advance();
+    assert_eq!((rows[0].values[3].clone(), rows[0].values[9].clone()), (None, None), "sums");
+    assert_eq!(rows[0].values[6], Some(Value::Int(i64::MAX)));
+    assert_eq!((rows[1].count, rows[1].values.iter().flatten().count()), (1, 0), "nulls count in count alone");
+}
+
+#[test]
+fn the_oldest_windows_go_when_there_are_too_many() {
+    let mut windows = windows(&settings("lateness = \"0s\"\nreopen_within = \"1h\""));
+    windows.held_max = 3;
+    for device in ["a", "b", "c", "d", "e"] {
+        windows.add(&reading(1.0, device, 1.0, 1));
+    }
+    assert_eq!(windows.advance().len(), 5, "closed early");
+    assert_eq!(windows.add(&reading(2.0, "a", 1.0, 1)), Late::Late);
+    assert_eq!(windows.add(&reading(12.0, "a", 1.0, 1)), Late::Good);
+    assert_eq!(windows.held, 1);
+}
+
+/// Rows in random order, some very late; snapshots at random points change nothing; the last revision of each window is
+/// what a recomputation over the rows that were in time gives.
+#[test]
+fn windows_equal_a_recomputation_whatever_the_order_and_the_restarts() {
+    let seed = rand::rng().random();
+    println!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    for _ in 0..60 {
+        let settings = settings("lateness = \"7s\"\nreopen_within = \"40s\"");
+        let (mut windows_one, mut windows_two) = (windows(&settings), windows(&settings));
+        let mut last: BTreeMap<(i64, String), WindowRow> = BTreeMap::new();
+        let mut in_time: BTreeMap<(i64, String), Vec<Reading>> = BTreeMap::new();
+        let mut now = 0.0;
+        for _ in 0..400 {
+            now += random.random_range(0.0..0.6);
+            let back =
+                if random.random_bool(0.1) { random.random_range(0.0..80.0) } else { random.random_range(0.0..9.0) };
+            let device = ["a", "b", "c"][random.random_range(0..3)];
+            let row = reading(f64::max(now - back, 0.0), device, random.random_range(-50.0..50.0), random.random());
+            let late = windows_one.add(&row);
+            assert_eq!(late, windows_two.add(&row));
+            if late == Late::Good {
+                in_time.entry((row.ts / (10 * SECOND), row.device.clone())).or_default().push(row);
+            }
+            let rows = windows_one.advance();
+            assert_eq!(rows, windows_two.advance());
+            for row in rows {
+                let key = (row.start / (10 * SECOND), row.device.clone());
+                let before = last.insert(key, row.clone()).map_or(0, |row| row.revision);
+                assert_eq!(row.revision, before + 1);
+            }
+            if random.random_bool(0.05) {
+                let mut bytes = Vec::new();
+                windows_two.write(&mut bytes);
+                windows_two = windows(&settings);
+                windows_two.restore(&Bytes::from(bytes)).unwrap();
+            }
+        }
+        windows_one.add(&reading(now + 1_000.0, "end", 0.0, 0));
+        for row in windows_one.advance() {
+            last.insert((row.start / (10 * SECOND), row.device.clone()), row);
+        }
+        assert_eq!(last.keys().collect::<Vec<_>>(), in_time.keys().collect::<Vec<_>>());
+        for (key, rows) in in_time {
+            let result = &last[&key];
+            let speeds = rows.iter().map(|row| match row.values[0] {
+                Some(Value::Float(speed)) => speed,
+                _ => panic!(),
+            });
+            assert_eq!(result.count, rows.len() as i64);
+            assert_eq!(result.values[0], speeds.clone().reduce(f64::min).map(Value::Float));
+            assert_eq!(result.values[1], speeds.clone().reduce(f64::max).map(Value::Float));
+            assert_eq!(result.values[3], Some(Value::Float(speeds.clone().fold(0.0, |sum, speed| sum + speed))));
+            let first = rows.iter().min_by_key(|row| row.ts).unwrap();
+            let newest = rows.iter().max_by_key(|row| row.ts).unwrap();
+            assert_eq!(result.values[4], first.values[0]);
+            assert_eq!(result.values[5], newest.values[0]);
+        }
+    }
+}
+
+#[test]
+fn a_state_of_other_fields_is_not_taken() {
+    let mut one = windows(&settings(""));
+    one.add(&reading(1.0, "a", 1.0, 1));
+    one.advance();
+    let mut bytes = Vec::new();
+    one.write(&mut bytes);
+    let mut other = settings("");
+    other.fields.pop();
+    assert_eq!(windows(&other).restore(&Bytes::from(bytes.clone())), Err(StateError::Fields));
+    for cut in 0..bytes.len() {
+        assert!(windows(&settings("")).restore(&Bytes::copy_from_slice(&bytes[..cut])).is_err(), "{cut}");
+    }
+}
