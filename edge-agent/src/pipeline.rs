@@ -24,7 +24,7 @@ use wire::{CutBatch, Seq, SpoolId, StreamName, StreamSchema};
 pub use self::counters::{Counters, SourceTotals, StreamTotals};
 use self::output::{Cell, Output};
 pub use self::snapshot::SnapshotError;
-use crate::config::{MqttSettings, Settings, SourceSettings, StreamSettings};
+use crate::config::{REST_LANE, Settings, SourceSettings, StreamSettings};
 use crate::decode::{Decoder, Reading, Rejected, Value};
 use crate::entry::{Entry, Message, Payload};
 use crate::redelivery::Lists;
@@ -101,7 +101,6 @@ impl Pipeline {
     /// [`Settings::lanes`].
     pub fn new(settings: &Settings, position: Position, lanes: &[Position]) -> Self {
         let lane_settings = settings.lanes();
-        let rest = lane_settings.len() - 1;
         let mut pipeline = Self {
             configuration: settings.version,
             position,
@@ -122,8 +121,8 @@ impl Pipeline {
         };
         let lane_of = |stream: &StreamName| {
             let named = lane_settings.iter().position(|lane| lane.streams.contains(stream));
-            let rest = lane_settings.iter().position(|lane| lane.name.as_str() == crate::config::REST_LANE).unwrap_or(rest);
-            named.unwrap_or(rest)
+            let rest = || lane_settings.iter().position(|lane| lane.name.as_str() == REST_LANE);
+            named.or_else(rest).expect("there is always a lane for the rest")
         };
         let mut output = |stream: StreamName, schema: StreamSchema| {
             let lane = lane_of(&stream);
@@ -242,8 +241,8 @@ impl Pipeline {
             let Some(stream) = index(source.stream()) else { continue };
             let stream_settings = &streams[source.stream()];
             let decoder = match source {
-                SourceSettings::Mqtt(mqtt) => Decoder::new(mqtt, stream_settings),
-                SourceSettings::Host(_) => Decoder::new(&host_mapping(), stream_settings),
+                SourceSettings::Mqtt(mqtt) => Decoder::new(&mqtt.map, mqtt.readings.as_ref(), stream_settings),
+                SourceSettings::Host(_) => Decoder::new(&host::map(), None, stream_settings),
             };
             sources.insert(source.name().to_owned(), Source { decoder, stream });
         }
@@ -268,7 +267,16 @@ impl Pipeline {
         let mut readings = std::mem::take(&mut self.scratch);
         source.decoder.decode(&message.topic, payload, message.arrival_us, &mut readings);
         for (index, reading) in readings.drain(..).enumerate() {
-            match reading {
+            let checked = reading.and_then(|reading| {
+                match self.streams[stream].checks.check(&reading, message.arrival_us) {
+                    Ok(()) => Ok(reading),
+                    Err((reason, detail)) => {
+                        let payload = payload.slice(reading.span);
+                        Err(Rejected { reason, detail, device: Some(reading.device), payload })
+                    }
+                }
+            });
+            match checked {
                 Ok(reading) => self.accept(position, message, stream, &reading),
                 Err(rejected) => self.reject(position, message, &rejected, Some(stream), index == 0),
             }
@@ -314,7 +322,9 @@ impl Pipeline {
                 continue;
             }
             let before = output.bytes();
-            output.push(row.start, Some(&row.device), row.cells(), GOOD);
+            let bounds = [Cell::Time(row.start), Cell::Time(row.end), Cell::Int(row.count)];
+            let cells = bounds.into_iter().chain(row.values.iter().map(cell)).chain([Cell::Int(row.revision)]);
+            output.push(row.start, Some(&row.device), cells, GOOD);
             self.pending_rows += 1;
             self.pending_bytes += output.bytes() - before;
         }

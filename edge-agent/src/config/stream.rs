@@ -67,6 +67,11 @@ const WINDOW_FIELD_BYTES_MAX: usize = wire::ids::NAME_BYTES_MAX - "_first".len()
 const WINDOW_MAX: Duration = Duration::from_secs(366 * 86_400);
 
 impl StreamSettings {
+    /// A stream of these fields with the defaults for all else.
+    pub fn of_fields(fields: Vec<(FieldName, FieldSettings)>) -> Self {
+        Self { fields, ..Self::default() }
+    }
+
     /// The windows of this stream with the names of their own streams: `<stream>_<window>`.
     pub fn windows(&self, stream: &StreamName) -> Vec<(StreamName, &WindowSettings)> {
         let name = |window: &str| format!("{stream}_{window}").parse().expect("checked when the settings were read");

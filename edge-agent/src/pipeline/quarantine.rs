@@ -24,7 +24,7 @@ pub(super) fn whole(message: &Message, reason: &'static str, detail: String) -> 
         Payload::Whole(payload) => payload.clone(),
         Payload::Oversized { head, .. } => head.clone(),
     };
-    Rejected { reason, detail, device: None, ts: None, payload }
+    Rejected { reason, detail, device: None, payload }
 }
 
 /// A row of quarantine.

@@ -1,0 +1,42 @@
+//! Where messages come from. A source gives each message to the journal and does nothing else with it.
+
+pub mod host;
+pub mod mqtt;
+
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use parking_lot::Mutex;
+
+/// What a source tells about itself, for status and metrics. Totals are since the agent's directory was made.
+#[derive(Debug, Default)]
+pub struct SourceState {
+    /// Messages that were given to the journal, or were there already: received = journalled + redelivered (rule 6).
+    pub received: AtomicU64,
+    pub redelivered: AtomicU64,
+    pub connected: AtomicBool,
+    pub connects: AtomicU64,
+    /// µs since 1970 UTC; 0 before the first.
+    pub last_arrival_us: AtomicI64,
+    pub last_error: Mutex<Option<String>>,
+}
+
+impl SourceState {
+    /// Counts go on from what a snapshot and the journal say.
+    pub fn from_totals(journalled: u64, redelivered: u64) -> Self {
+        let state = Self::default();
+        state.received.store(journalled + redelivered, Ordering::Relaxed);
+        state.redelivered.store(redelivered, Ordering::Relaxed);
+        state
+    }
+
+    fn error(&self, text: String) {
+        *self.last_error.lock() = Some(text);
+    }
+}
+
+/// The gateway's clock, µs since 1970 UTC.
+pub fn now_us() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,269 @@
+//! Topics of a broker, MQTT 5 or 3.1.1, at QoS 1 with a session that the broker keeps.
+//!
+//! A PUBACK is sent when the message is in the journal on disk, in the order of arrival, on the connection that brought
+//! the message. A redelivery that the journal has is acknowledged and dropped ([`crate::redelivery`]). Each connection
+//! subscribes again, because a broker may keep a session and forget its subscriptions; after a new session only when the
+//! journal says that it is new. When the journal has no room this stops reading: the broker waits, and after a long while
+//! closes the connection, which is then made again.
+//!
+//! The state of a connection has one owner, [`Connection::run`]; it ends by its token or with the journal.
+
+mod client;
+
+use std::collections::VecDeque;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use rand::Rng;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use self::client::{Client, Event, EventLoop, Publish};
+pub use self::client::TlsError;
+use super::{SourceState, now_us};
+use crate::config::MqttSettings;
+use crate::entry::{Delivery, Entry, Message, Payload};
+use crate::journal::{Closed, JournalSender, Ticket};
+use crate::redelivery;
+
+/// The first wait after a lost connection, before jitter.
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+/// The longest wait.
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
+/// How much of an oversized payload is kept.
+const HEAD_BYTES: usize = 4 << 10;
+/// A drained client that hears nothing for so long has nothing more to get.
+const DRAINED_AFTER: Duration = Duration::from_secs(2);
+
+/// What a connection is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Task {
+    /// Subscribe, and take messages until the token ends it.
+    Collect,
+    /// The client id is no longer configured: take what the broker still holds for it, unsubscribe, end the session.
+    Drain,
+}
+
+/// One connection to a broker.
+#[derive(Debug)]
+pub struct Connection {
+    pub settings: MqttSettings,
+    /// Fixed for ever: the broker keeps a session for it.
+    pub client: String,
+    pub journal: JournalSender,
+    /// What the journal has of this client.
+    pub known: redelivery::Client,
+    pub state: Arc<SourceState>,
+    pub task: Task,
+}
+
+/// What waits for the journal, in the order of arrival.
+#[derive(Debug)]
+struct Pending {
+    ticket: Ticket,
+    publish: Publish,
+}
+
+/// The state of one run.
+struct Run {
+    connection: Connection,
+    client: Client,
+    /// Of the present connection only: a PUBACK of an old one could name another message.
+    pending: VecDeque<Pending>,
+    /// Subscribe when this is durable.
+    subscribe_after: Option<Ticket>,
+    failures: u32,
+}
+
+impl Connection {
+    /// Runs until the token is cancelled, the client is drained, or the journal has ended.
+    ///
+    /// # Errors
+    /// When the certificates cannot be used.
+    pub async fn run(self, token: CancellationToken) -> Result<(), TlsError> {
+        let (client, mut events) = client::new(&self.settings, &self.client)?;
+        let mut durable = self.journal.durable();
+        let drain = self.task == Task::Drain;
+        let mut run = Run { connection: self, client, pending: VecDeque::new(), subscribe_after: None, failures: 0 };
+        while !token.is_cancelled() {
+            let step = run.turn(&mut events, &mut durable, &token);
+            let step = if drain { tokio::time::timeout(DRAINED_AFTER, step).await } else { Ok(step.await) };
+            match step {
+                Ok(Ok(())) => {}
+                Ok(Err(Closed)) => break,
+                Err(_) if run.is_drained() => {
+                    run.forget(&mut events).await;
+                    break;
+                }
+                Err(_) => {}
+            }
+        }
+        if !drain {
+            run.client.disconnect();
+            // One more turn writes it; a broker that does not listen any more is no matter.
+            let _ = tokio::time::timeout(Duration::from_millis(200), events.next()).await;
+        }
+        run.connection.state.connected.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+impl Run {
+    /// One event of the broker; meanwhile acknowledgements go out as the journal becomes durable.
+    async fn turn(
+        &mut self,
+        events: &mut EventLoop,
+        durable: &mut watch::Receiver<Ticket>,
+        token: &CancellationToken,
+    ) -> Result<(), Closed> {
+        let event = {
+            // It is kept over acknowledgements: dropping it would end a connection that is just being made.
+            let mut next = pin!(events.next());
+            loop {
+                tokio::select! {
+                    event = &mut next => break event,
+                    changed = durable.changed() => {
+                        changed.map_err(|_| Closed)?;
+                        self.acknowledge(*durable.borrow_and_update());
+                    }
+                    () = token.cancelled() => return Ok(()),
+                }
+            }
+        };
+        match event {
+            Event::Connected { session_present } => self.connected(session_present).await?,
+            Event::Message(publish) => self.message(publish, token).await?,
+            Event::Refused(reason) => {
+                tracing::error!(client = %self.connection.client, reason, "the broker refused a subscription");
+                self.connection.state.error(format!("subscription refused: {reason}"));
+            }
+            Event::Other => {}
+            Event::Lost(reason) => {
+                self.lost(reason);
+                let wait = (BACKOFF_MIN * 2_u32.pow(self.failures.min(16))).min(BACKOFF_MAX);
+                self.failures += 1;
+                let wait = wait.mul_f64(rand::rng().random_range(0.5..=1.0));
+                tokio::select! {
+                    () = tokio::time::sleep(wait) => {}
+                    () = token.cancelled() => {}
+                }
+            }
+        }
+        self.acknowledge(*durable.borrow());
+        Ok(())
+    }
+
+    async fn connected(&mut self, session_present: bool) -> Result<(), Closed> {
+        self.pending.clear();
+        self.failures = 0;
+        let Connection { client, known, journal, state, .. } = &mut self.connection;
+        state.connected.store(true, Ordering::Relaxed);
+        state.connects.fetch_add(1, Ordering::Relaxed);
+        *state.last_error.lock() = None;
+        tracing::info!(%client, session_present, "connected to the broker");
+        let resumed = session_present && known.session > 0;
+        if !resumed {
+            known.session += 1;
+            known.list.clear();
+            let entry = Entry::Session { client: client.clone(), session: known.session, resumed };
+            // Before the first message of the new session, or an old entry might be taken for it after a crash.
+            self.subscribe_after = Some(journal.append(&entry).await?);
+        } else {
+            self.subscribe_after = Some(0);
+        }
+        Ok(())
+    }
+
+    fn lost(&mut self, reason: String) {
+        let state = &self.connection.state;
+        if state.connected.swap(false, Ordering::Relaxed) || self.failures == 0 {
+            tracing::warn!(client = %self.connection.client, reason, "no connection to the broker");
+        }
+        state.error(reason);
+        self.pending.clear();
+        self.subscribe_after = None;
+    }
+
+    async fn message(&mut self, publish: Publish, token: &CancellationToken) -> Result<(), Closed> {
+        let Connection { settings, client, known, journal, state, .. } = &mut self.connection;
+        let arrival_us = now_us();
+        state.last_arrival_us.store(arrival_us, Ordering::Relaxed);
+        let id = publish.packet_id();
+        let mut delivery = None;
+        if id != 0 {
+            let crc = publish.crc();
+            if let Some(ticket) = known.list.recognise(id, publish.dup(), crc) {
+                state.redelivered.fetch_add(1, Ordering::Relaxed);
+                state.received.fetch_add(1, Ordering::Relaxed);
+                self.pending.push_back(Pending { ticket, publish });
+                return Ok(());
+            }
+            let (client, session) = (client.clone(), known.session);
+            delivery = Some(Delivery { client, session, packet_id: id, dup: publish.dup(), crc });
+        }
+        let payload = publish.payload();
+        let payload = if payload.len() as u64 > settings.max_payload.0 {
+            let head = payload.slice(..HEAD_BYTES.min(payload.len()));
+            Payload::Oversized { head, len: payload.len() as u64, crc: crc32c::crc32c(payload) }
+        } else {
+            Payload::Whole(payload.clone())
+        };
+        let entry = Entry::Message(Message {
+            source: settings.name.clone(),
+            topic: publish.topic(),
+            payload,
+            arrival_us,
+            delivery,
+        });
+        let ticket = tokio::select! {
+            ticket = journal.append(&entry) => ticket?,
+            // Not acknowledged: the broker sends it again.
+            () = token.cancelled() => return Ok(()),
+        };
+        state.received.fetch_add(1, Ordering::Relaxed);
+        if id != 0 {
+            let crc = publish.crc();
+            known.list.add(id, publish.dup(), crc, ticket);
+            self.pending.push_back(Pending { ticket, publish });
+        }
+        Ok(())
+    }
+
+    /// Sends what is due: all whose journal record is durable, in the order of arrival.
+    fn acknowledge(&mut self, durable: Ticket) {
+        if self.subscribe_after.is_some_and(|after| after <= durable) {
+            self.subscribe_after = None;
+            if self.connection.task == Task::Collect {
+                self.client.subscribe(&self.connection.settings.filters());
+            }
+        }
+        while let Some(front) = self.pending.front() {
+            // A full request channel empties with the next turn.
+            if front.ticket > durable || !self.client.acknowledge(&front.publish) {
+                break;
+            }
+            self.pending.pop_front();
+        }
+    }
+
+    fn is_drained(&self) -> bool {
+        self.connection.state.connected.load(Ordering::Relaxed) && self.pending.is_empty()
+    }
+
+    /// Ends the session at the broker, and then in the journal.
+    async fn forget(&mut self, events: &mut EventLoop) {
+        self.client.unsubscribe(&self.connection.settings.filters());
+        self.client.disconnect();
+        while !matches!(tokio::time::timeout(DRAINED_AFTER, events.next()).await, Ok(Event::Lost(_)) | Err(_)) {}
+        if let Err(error) = client::end_session(&self.connection.settings, &self.connection.client).await {
+            tracing::warn!(client = %self.connection.client, error, "the session was not ended; the next start tries again");
+            return;
+        }
+        let entry = Entry::Forgotten { client: self.connection.client.clone() };
+        if self.connection.journal.append(&entry).await.is_ok() {
+            tracing::info!(client = %self.connection.client, "drained and forgotten");
+        }
+    }
+}
