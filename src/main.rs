@@ -7,6 +7,7 @@ mod sql;
 mod tables;
 
 use clap::Parser;
+use edge_agent::command::EdgeCommand;
 use tracing_subscriber::EnvFilter;
 
 #[derive(Debug, Parser)]
@@ -15,6 +16,9 @@ use tracing_subscriber::EnvFilter;
     about = "Sensor streams from gateways at the edge to SQL in the cloud, with nothing lost on the way"
 )]
 enum Command {
+    /// Collect on this machine, as `edge-agent` does on a gateway
+    #[command(subcommand)]
+    Edge(EdgeCommand),
     /// Take batches from edges, keep them, and answer SQL
     Cloud(cloud::CloudArguments),
     /// Ask one SQL statement
@@ -26,11 +30,12 @@ enum Command {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new("warn,weir=info,cloud_ingest=info,query=info"));
+        .unwrap_or_else(|_| EnvFilter::new("warn,weir=info,cloud_ingest=info,query=info,edge_agent=info"));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     // Another provider may be compiled in, too; a process needs one.
     rustls::crypto::ring::default_provider().install_default().ok();
     match Command::parse() {
+        Command::Edge(command) => edge_agent::command::execute(command).await,
         Command::Cloud(arguments) => cloud::cloud(arguments).await,
         Command::Sql(arguments) => sql::sql(arguments).await,
         Command::Replay(arguments) => replay::replay(arguments).await,

@@ -279,6 +279,15 @@ impl Settings {
         lanes
     }
 
+    /// A segment of a lane's log: what one cut may bring fits in it, also when a source allows long payloads.
+    pub fn lane_segment_bytes(&self) -> u64 {
+        let payloads = self.source.iter().map(|source| match source {
+            SourceSettings::Mqtt(mqtt) => mqtt.max_payload.0,
+            SourceSettings::Host(_) => 0,
+        });
+        LANE_SEGMENT_BYTES.max(payloads.max().unwrap_or(0).saturating_mul(4) + (8 << 20))
+    }
+
     /// Sources without a name take that of their kind and stream: it is part of the client id, so it must not depend
     /// on the order in the file.
     fn name_sources(&mut self) {

@@ -13,6 +13,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use segment_log::{
     AppendError, Disk, FreeError, LogId, OpenError, Opening, Options, Position, ReadError, Reader, SegmentLog,
     SyncError,
@@ -75,7 +76,7 @@ pub struct Journal {
     shared: Arc<Shared>,
     synced: watch::Receiver<Position>,
     failed: watch::Receiver<Option<Arc<JournalError>>>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// Gives entries to the journal; one for each source connection.
@@ -175,7 +176,7 @@ impl OpenJournal {
                 writer.shared.room.close();
             })
             .map_err(JournalError::Thread)?;
-        Ok(Journal { commands, shared, synced, failed, thread: Some(thread) })
+        Ok(Journal { commands, shared, synced, failed, thread: Mutex::new(Some(thread)) })
     }
 }
 
@@ -220,9 +221,9 @@ impl Journal {
     }
 
     /// Takes what waits, syncs, and ends the thread. Blocks; entries that find no room are given up, undurable.
-    pub fn stop(&mut self) {
+    pub fn stop(&self) {
         let _ = self.commands.send(Command::Stop);
-        if let Some(thread) = self.thread.take()
+        if let Some(thread) = self.thread.lock().take()
             && thread.join().is_err()
         {
             tracing::error!("the journal's thread panicked");
@@ -417,7 +418,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_durable_is_read_back_in_order_after_a_restart() {
         let directory = tempfile::tempdir().unwrap();
-        let mut journal = open(directory.path(), 1 << 20).run(Duration::from_millis(1)).unwrap();
+        let journal = open(directory.path(), 1 << 20).run(Duration::from_millis(1)).unwrap();
         let (mut one, mut two) = (journal.sender(), journal.sender());
         for n in 0..200 {
             one.append(&entry(&format!("one {n}"))).await.unwrap();

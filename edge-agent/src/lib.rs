@@ -1,10 +1,14 @@
 //! The edge side of Weir. The path, in order: `source` → `journal` → `decode` → `validate` → `window` → `pipeline` →
 //! `spool` → `uplink`; `agent` wires it, `admin` shows it.
 
+pub mod admin;
+pub mod agent;
+pub mod command;
 pub mod config;
 pub mod decode;
 pub mod entry;
 pub mod journal;
+pub mod metrics;
 pub mod pipeline;
 pub mod redelivery;
 pub mod source;

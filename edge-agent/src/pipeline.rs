@@ -252,7 +252,8 @@ impl Pipeline {
     fn message(&mut self, position: Position, message: &Message) {
         self.counters.source(&message.source).journalled += 1;
         let Some(source) = self.sources.get(&message.source) else {
-            let rejected = quarantine::whole(message, "unknown_source", "no [[source]] has this name any more".to_owned());
+            let rejected =
+                quarantine::whole(message, "unknown_source", "no [[source]] has this name any more".to_owned());
             return self.reject(position, message, &rejected, None, true);
         };
         let stream = source.stream;
@@ -267,15 +268,14 @@ impl Pipeline {
         let mut readings = std::mem::take(&mut self.scratch);
         source.decoder.decode(&message.topic, payload, message.arrival_us, &mut readings);
         for (index, reading) in readings.drain(..).enumerate() {
-            let checked = reading.and_then(|reading| {
-                match self.streams[stream].checks.check(&reading, message.arrival_us) {
+            let checked =
+                reading.and_then(|reading| match self.streams[stream].checks.check(&reading, message.arrival_us) {
                     Ok(()) => Ok(reading),
                     Err((reason, detail)) => {
                         let payload = payload.slice(reading.span);
                         Err(Rejected { reason, detail, device: Some(reading.device), payload })
                     }
-                }
-            });
+                });
             match checked {
                 Ok(reading) => self.accept(position, message, stream, &reading),
                 Err(rejected) => self.reject(position, message, &rejected, Some(stream), index == 0),

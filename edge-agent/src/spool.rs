@@ -6,39 +6,32 @@
 //! in the same record that drops it. A failed sync is final: the caller stops the process.
 //!
 //! The lane logs lie in `<spool>/<id>/<lane>`; `<spool>/id` names the id in force. The records are in `spool/record.rs`.
-//! Memory: about 100 bytes for each batch that waits; bodies stay on disk.
+//! A lane that the settings no longer have is opened behind the others and drained; it gets no new cuts. Memory: about
+//! 150 bytes for each batch that waits; bodies stay on disk.
 
+mod drop;
+mod fork;
 mod losses;
 mod record;
+mod recover;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use segment_log::{
-    AppendError, Appended, Damage, FileLayer, FreeError, LayerFile, OpenError, Options, Position, ReadError,
-    SegmentLog, SyncError,
+    AppendError, Appended, Damage, FileLayer, FreeError, OpenError, Options, Position, ReadError, SegmentLog, SyncError,
 };
 use serde::{Deserialize, Serialize};
 use wire::sealed::BatchHeader;
 use wire::{CutBatch, EdgeId, Mark, SchemaId, SealedBatch, Seq, SpoolId, StreamName, StreamSchema};
 
 use self::record::Place;
+pub use crate::config::OnFull;
 
 /// Kept in each lane for numbers, acks and losses when the lane is full.
 const RESERVE_BYTES: u64 = 64 << 10;
-/// Batches that one `dropped` record names at most, so that it fits in the reserve.
-const DROPPED_MAX: usize = 512;
-
-/// What happens to a cut that does not fit in its lane.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnFull {
-    /// The pipeline waits; the journal fills, and then the sources are not acknowledged.
-    Refuse,
-    /// The oldest batches without a number go, and are counted in `losses`.
-    DropOldest,
-}
 
 /// One lane, highest priority first in [`SpoolSettings::lanes`].
 #[derive(Debug, Clone)]
@@ -91,6 +84,35 @@ pub struct Incident {
     pub damage: Damage,
 }
 
+/// Rows that have left the spool, over all restarts, and those that are in it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RowCounts {
+    /// Acknowledged as committed.
+    pub freed: u64,
+    /// Dropped by a policy, or rotted on disk.
+    pub lost: u64,
+    /// Of batches that were made void because the cloud refused them.
+    pub voided: u64,
+    pub spooled: u64,
+}
+
+/// One lane, for status.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LaneInfo {
+    pub name: String,
+    pub bytes: u64,
+    pub max_bytes: u64,
+    pub batches_waiting: usize,
+}
+
+/// What a lane has counted: in each record that changes it, so a torn tail takes both or neither.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Totals {
+    freed: u64,
+    lost: u64,
+    voided: u64,
+}
+
 /// A batch on disk without a number.
 #[derive(Debug, Clone)]
 struct Waiting {
@@ -132,7 +154,9 @@ struct Lane<L: FileLayer> {
     log: SegmentLog<L>,
     /// Journal position of the newest cut in this lane.
     cut: Position,
-    waiting: VecDeque<Waiting>,
+    /// In order of arrival, by stream.
+    waiting: BTreeMap<StreamName, VecDeque<Waiting>>,
+    totals: Totals,
     /// How many batches of each record are still needed.
     live: BTreeMap<u64, u32>,
     /// Schemas in the newest segment, and which segment that is.
@@ -147,8 +171,8 @@ pub struct Spool<L: FileLayer> {
     lanes: Vec<Lane<L>>,
     sequences: HashMap<StreamName, Sequence>,
     schemas: HashMap<SchemaId, String>,
-    rows_lost: u64,
-    rows_freed: u64,
+    /// The batches of the record that was read last: a cut's batches are read one after the other.
+    read_last: Option<(usize, u64, Vec<CutBatch>)>,
 }
 
 impl<L: FileLayer> Spool<L> {
@@ -162,14 +186,33 @@ impl<L: FileLayer> Spool<L> {
         settings: SpoolSettings,
         fresh: SpoolId,
     ) -> Result<(Self, Vec<Incident>), SpoolError> {
-        let id = settle_id(layer, directory, fresh)?;
+        let id = recover::settle_id(layer, directory, fresh)?;
+        Self::open_as(layer, directory, settings, id)
+    }
+
+    /// Opens the lanes of one id, and behind the settings' lanes those that are only on disk.
+    fn open_as(
+        layer: &L,
+        directory: &Path,
+        mut settings: SpoolSettings,
+        id: SpoolId,
+    ) -> Result<(Self, Vec<Incident>), SpoolError> {
+        let path = directory.join(id.to_string());
+        let mut found = layer.list(&path).map_err(|source| SpoolError::Io { path: path.clone(), source })?;
+        found.sort();
+        for name in found {
+            if !settings.lanes.iter().any(|lane| lane.name == name) {
+                let widest = settings.lanes.iter().max_by_key(|lane| lane.max_bytes);
+                let Some(widest) = widest.cloned() else { continue };
+                settings.lanes.push(LaneSettings { name, on_full: OnFull::Refuse, ..widest });
+            }
+        }
         let mut spool = Self {
             id,
             lanes: Vec::new(),
             sequences: HashMap::new(),
             schemas: HashMap::new(),
-            rows_lost: 0,
-            rows_freed: 0,
+            read_last: None,
             settings,
         };
         // Void batches and losses carry it.
@@ -180,18 +223,17 @@ impl<L: FileLayer> Spool<L> {
         for (index, lane) in spool.settings.lanes.clone().into_iter().enumerate() {
             let options =
                 Options { segment_bytes: lane.segment_bytes, max_bytes: lane.max_bytes, reserve_bytes: RESERVE_BYTES };
-            let path = directory.join(id.to_string()).join(&lane.name);
-            let (log, opening) = SegmentLog::open(layer.clone(), path, options)?;
+            let (log, opening) = SegmentLog::open(layer.clone(), path.join(&lane.name), options)?;
             for damage in opening.incidents {
                 incidents.push(Incident { lane: lane.name.clone(), damage });
             }
             let schemas = (log.newest_segment(), Vec::new());
-            let cut = Position(0);
             spool.lanes.push(Lane {
                 settings: lane,
                 log,
-                cut,
-                waiting: VecDeque::new(),
+                cut: Position(0),
+                waiting: BTreeMap::new(),
+                totals: Totals::default(),
                 live: BTreeMap::new(),
                 schemas,
             });
@@ -213,19 +255,31 @@ impl<L: FileLayer> Spool<L> {
 
     /// Rows that are in the spool, numbered or not.
     pub fn rows(&self) -> u64 {
-        let waiting = self.lanes.iter().flat_map(|lane| &lane.waiting).map(|batch| u64::from(batch.rows));
-        let numbered = self.sequences.values().flat_map(|s| &s.numbered).map(|batch| u64::from(batch.rows));
-        waiting.sum::<u64>() + numbered.sum::<u64>()
+        let waiting = self.lanes.iter().flat_map(|lane| lane.waiting.values().flatten());
+        let numbered = self.sequences.values().flat_map(|s| &s.numbered);
+        waiting.map(|batch| u64::from(batch.rows)).sum::<u64>()
+            + numbered.map(|batch| u64::from(batch.rows)).sum::<u64>()
     }
 
-    /// Rows freed by an ack, and rows dropped by a policy, since opening.
-    pub fn rows_freed_and_lost(&self) -> (u64, u64) {
-        (self.rows_freed, self.rows_lost)
+    /// Where all rows that ever came here are now.
+    pub fn rows_counted(&self) -> RowCounts {
+        let sum = |value: fn(&Totals) -> u64| self.lanes.iter().map(|lane| value(&lane.totals)).sum();
+        RowCounts {
+            freed: sum(|totals| totals.freed),
+            lost: sum(|totals| totals.lost),
+            voided: sum(|totals| totals.voided),
+            spooled: self.rows(),
+        }
     }
 
-    /// Bytes on disk of a lane.
-    pub fn bytes_on_disk(&self, lane: usize) -> u64 {
-        self.lanes[lane].log.bytes_on_disk()
+    /// The lanes, in order of priority.
+    pub fn lanes(&self) -> impl Iterator<Item = LaneInfo> {
+        self.lanes.iter().map(|lane| LaneInfo {
+            name: lane.settings.name.clone(),
+            bytes: lane.log.bytes_on_disk(),
+            max_bytes: lane.settings.max_bytes,
+            batches_waiting: lane.waiting.values().map(VecDeque::len).sum(),
+        })
     }
 
     /// The canonical text of a schema that a batch here uses.
@@ -238,9 +292,29 @@ impl<L: FileLayer> Spool<L> {
         self.sequences.get(stream).map(|sequence| sequence.head).unwrap_or_default()
     }
 
-    /// The lane and stream of what has no number yet, first come first, lane by lane.
-    pub fn waiting(&self) -> impl Iterator<Item = (usize, &StreamName)> {
-        self.lanes.iter().enumerate().flat_map(|(index, lane)| lane.waiting.iter().map(move |w| (index, &w.stream)))
+    /// How far the stream was acknowledged as committed.
+    pub fn freed(&self, stream: &StreamName) -> Mark {
+        self.sequences.get(stream).map(|sequence| sequence.freed).unwrap_or_default()
+    }
+
+    /// Whether the batch has a number and is not freed.
+    pub fn holds(&self, stream: &StreamName, seq: Seq) -> bool {
+        self.find(stream, seq).is_some()
+    }
+
+    /// The lane and stream of what has no number yet, each once: lane by lane, the longest waiting first.
+    pub fn waiting(&self) -> Vec<(usize, &StreamName)> {
+        let mut waiting = Vec::new();
+        for (index, lane) in self.lanes.iter().enumerate() {
+            let mut streams = lane
+                .waiting
+                .iter()
+                .filter_map(|(stream, batches)| batches.front().map(|first| (first.place.group, stream)))
+                .collect::<Vec<_>>();
+            streams.sort_by_key(|(group, _)| *group);
+            waiting.extend(streams.into_iter().map(|(_, stream)| (index, stream)));
+        }
+        waiting
     }
 
     /// Streams with numbered batches above `freed`, and their last number.
@@ -295,7 +369,7 @@ impl<L: FileLayer> Spool<L> {
     ) -> Result<Vec<SealedBatch>, SpoolError> {
         let mut chosen = Vec::new();
         let mut bytes = 0;
-        for waiting in self.lanes[lane].waiting.iter().filter(|waiting| waiting.stream == *stream) {
+        for waiting in self.lanes[lane].waiting.get(stream).into_iter().flatten() {
             if !chosen.is_empty() && bytes + waiting.bytes > bytes_max {
                 break;
             }
@@ -317,15 +391,22 @@ impl<L: FileLayer> Spool<L> {
                 Err(SpoolError::Full(_)) if !sealed.is_empty() => break,
                 other => other?,
             };
-            let void = batch.header().void.is_some().then(|| batch.clone());
-            if void.is_some() {
-                self.put(lane, record::VOID, batch.bytes(), &[], true)?;
-            }
+            let rotted = batch.header().void.is_some();
             let sequence = self.sequences.entry(stream.clone()).or_default();
             sequence.head = mark;
-            let numbered = Numbered { place: waiting.place, mark, rows: waiting.rows, bytes: waiting.bytes, void };
-            sequence.numbered.push_back(numbered);
-            self.lanes[lane].waiting.retain(|other| other.place != waiting.place);
+            sequence.numbered.push_back(Numbered {
+                place: waiting.place,
+                mark,
+                rows: waiting.rows,
+                bytes: waiting.bytes,
+                void: None,
+            });
+            if let Some(queue) = self.lanes[lane].waiting.get_mut(stream) {
+                queue.pop_front();
+            }
+            if rotted {
+                self.put_void(&batch, false)?;
+            }
             sealed.push(batch);
         }
         self.sync_numbers(lane)?;
@@ -363,7 +444,7 @@ impl<L: FileLayer> Spool<L> {
                 .map(|cut| cut.number(&self.settings.edge, self.id, numbered.mark.seq, previous.crc));
             match batch {
                 Some(batch) if batch.crc() == numbered.mark.crc => sealed.push(batch),
-                _ => sealed.push(self.void(stream, numbered.mark.seq, "rotted on the edge's disk")?),
+                _ => sealed.push(self.make_void(stream, numbered.mark.seq, "rotted on the edge's disk", false)?),
             }
         }
         Ok(sealed)
@@ -383,15 +464,45 @@ impl<L: FileLayer> Spool<L> {
     /// # Errors
     /// When the disk fails.
     pub fn void(&mut self, stream: &StreamName, seq: Seq, reason: &str) -> Result<SealedBatch, SpoolError> {
+        self.make_void(stream, seq, reason, true)
+    }
+
+    /// `kept`: its rows are in the journal; else they are lost.
+    fn make_void(
+        &mut self,
+        stream: &StreamName,
+        seq: Seq,
+        reason: &str,
+        kept: bool,
+    ) -> Result<SealedBatch, SpoolError> {
         let (previous, numbered) = self.find(stream, seq).expect("only a batch that is held is made void");
+        if let Some(void) = &numbered.void {
+            return Ok(void.clone());
+        }
         let waiting =
             Waiting { place: numbered.place, stream: stream.clone(), rows: 0, bytes: 0, min_ts: 0, max_ts: 0 };
         let lane = numbered.place.lane;
         let void = SealedBatch::void(self.header(&waiting, previous), reason, numbered.mark.crc);
-        self.put(lane, record::VOID, void.bytes(), &[], true)?;
+        self.put_void(&void, kept)?;
         self.lanes[lane].log.sync()?;
-        self.set_void(void.clone());
         Ok(void)
+    }
+
+    /// Records a void batch in the lane of the batch whose number it has, and moves its rows to the totals.
+    fn put_void(&mut self, void: &SealedBatch, kept: bool) -> Result<(), SpoolError> {
+        let header = void.header();
+        let (_, numbered) = self.find(&header.stream, header.seq).expect("a void batch has a number that is held");
+        let (lane, rows) = (numbered.place.lane, u64::from(numbered.rows));
+        let totals = &mut self.lanes[lane].totals;
+        if kept {
+            totals.voided += rows;
+        } else {
+            totals.lost += rows;
+        }
+        let payload = record::with_totals(*totals, void.bytes());
+        self.put(lane, record::VOID, &payload, &[], true)?;
+        self.set_void(void.clone());
+        Ok(())
     }
 
     /// Whether a mark names a batch of this spool's own history; false also when that cannot be told any more.
@@ -417,7 +528,7 @@ impl<L: FileLayer> Spool<L> {
         let mut touched = Vec::new();
         while let Some(numbered) = sequence.numbered.pop_front_if(|numbered| numbered.mark.seq <= mark.seq) {
             sequence.freed = numbered.mark;
-            self.rows_freed += u64::from(numbered.rows);
+            self.lanes[numbered.place.lane].totals.freed += u64::from(numbered.rows);
             release(&mut self.lanes[numbered.place.lane].live, numbered.place.group);
             if !touched.contains(&numbered.place.lane) {
                 touched.push(numbered.place.lane);
@@ -426,7 +537,8 @@ impl<L: FileLayer> Spool<L> {
         let freed = sequence.freed;
         for &lane in &touched {
             // Not worth a sync of its own: if it is forgotten, the next `positions` says it again.
-            match self.put(lane, record::FREED, &record::freed(stream, freed), &[], true) {
+            let payload = record::with_totals(self.lanes[lane].totals, &record::freed(stream, freed));
+            match self.put(lane, record::FREED, &payload, &[], true) {
                 Ok(_) | Err(SpoolError::Full(_)) => {}
                 Err(error) => return Err(error),
             }
@@ -474,7 +586,11 @@ impl<L: FileLayer> Spool<L> {
         }
     }
 
-    fn read(&self, place: Place) -> Result<Option<CutBatch>, SpoolError> {
+    fn read(&mut self, place: Place) -> Result<Option<CutBatch>, SpoolError> {
+        let known = self.read_last.as_ref().filter(|(lane, group, _)| (*lane, *group) == (place.lane, place.group));
+        if let Some((_, _, batches)) = known {
+            return Ok(batches.get(place.index as usize).cloned());
+        }
         let mut reader = match self.lanes[place.lane].log.reader(Position(place.group)) {
             Ok(reader) => reader,
             Err(ReadError::Freed { .. }) => return Ok(None),
@@ -486,13 +602,16 @@ impl<L: FileLayer> Spool<L> {
             Err(error) => return Err(SpoolError::Read(error)),
         };
         let payload = Bytes::copy_from_slice(record.payload);
-        Ok(match record.kind {
-            record::GROUP => {
-                record::read_group(payload).and_then(|(_, batches)| batches.into_iter().nth(place.index as usize))
-            }
-            record::DROPPED => record::read_dropped(place.lane, payload).map(|(_, losses)| losses),
+        let batches = match record.kind {
+            record::GROUP => record::read_group(payload).map(|(_, batches)| batches),
+            record::DROPPED => record::read_dropped(place.lane, payload).map(|dropped| vec![dropped.losses]),
             _ => None,
-        })
+        };
+        let Some(batches) = batches else { return Ok(None) };
+        let batch = batches.get(place.index as usize).cloned();
+        // Nothing is kept of a record with one batch: it will not be asked for again soon.
+        self.read_last = (batches.len() > 1).then_some((place.lane, place.group, batches));
+        Ok(batch)
     }
 
     /// Appends a record, and before it what its segment still lacks: the state, and the schemas it uses.
@@ -504,7 +623,10 @@ impl<L: FileLayer> Spool<L> {
         ids: &[SchemaId],
         control: bool,
     ) -> Result<Appended, SpoolError> {
-        let state = self.state(lane);
+        let texts = |id: &SchemaId| self.schemas.get(id).map_or(0, |text| text.len() + 64);
+        let needed = payload.len() + ids.iter().map(texts).sum::<usize>();
+        // Only the first record of a segment needs it.
+        let state = self.lanes[lane].log.starts_segment(needed).then(|| self.state(lane));
         let schemas = &self.schemas;
         let lane = &mut self.lanes[lane];
         let name = &lane.settings.name;
@@ -512,9 +634,7 @@ impl<L: FileLayer> Spool<L> {
             AppendError::Full => SpoolError::Full(name.clone()),
             other => SpoolError::Append(other),
         };
-        let texts = |id: &SchemaId| schemas.get(id).map_or(0, |text| text.len() + 64);
-        let needed = payload.len() + ids.iter().map(texts).sum::<usize>();
-        if lane.log.starts_segment(needed) {
+        if let Some(state) = state {
             match lane.log.start_segment() {
                 Ok(()) => {
                     lane.log.append_control(record::STATE, &state).map_err(full)?;
@@ -537,7 +657,7 @@ impl<L: FileLayer> Spool<L> {
 
     fn state(&self, lane: usize) -> Vec<u8> {
         let heads = self.sequences.iter().map(|(stream, s)| (stream, Heads { head: s.head, freed: s.freed }));
-        let mut out = self.lanes[lane].cut.0.to_le_bytes().to_vec();
+        let mut out = record::with_totals(self.lanes[lane].totals, &self.lanes[lane].cut.0.to_le_bytes());
         let json = serde_json::to_vec(&heads.collect::<HashMap<_, _>>()).expect("names and numbers are JSON");
         out.extend(json);
         out
@@ -545,7 +665,7 @@ impl<L: FileLayer> Spool<L> {
 
     fn admit(&mut self, lane: usize, position: Position, batches: &[CutBatch]) {
         for (index, batch) in batches.iter().enumerate() {
-            self.lanes[lane].waiting.push_back(Waiting {
+            self.lanes[lane].waiting.entry(batch.stream.clone()).or_default().push_back(Waiting {
                 place: Place { lane, group: position.0, index: index as u32 },
                 stream: batch.stream.clone(),
                 rows: batch.rows,
@@ -570,41 +690,10 @@ impl<L: FileLayer> Spool<L> {
         Ok(())
     }
 
-    /// Drops the oldest waiting batches of the lane's first segment; losses among them are summed into the new ones, so
-    /// that they pin no segment. False: nothing to drop.
-    fn drop_oldest(&mut self, lane: usize, now_us: i64) -> Result<bool, SpoolError> {
-        let own = wire::schema::own::LOSSES;
-        let reach = self.lanes[lane].settings.segment_bytes;
-        let mut victims = self.lanes[lane].waiting.iter().take(DROPPED_MAX).cloned().collect::<Vec<_>>();
-        let Some(first) = victims.first().map(|waiting| waiting.place.group) else { return Ok(false) };
-        victims.retain(|waiting| waiting.place.group < first.saturating_add(reach));
-        if victims.iter().all(|waiting| waiting.stream.as_str() == own) {
-            return Ok(false);
-        }
-        let mut carried = Vec::new();
-        for victim in victims.iter().filter(|waiting| waiting.stream.as_str() == own) {
-            let Some(earlier) = self.read(victim.place)? else { continue };
-            let numbered = earlier.number(&self.settings.edge, self.id, Seq(1), 0);
-            carried.extend(numbered.decode(&losses::schema()).ok());
-        }
-        let losses = losses::batch(&victims, &carried, &self.settings, &self.lanes[lane].settings.name, now_us)?;
-        let places = victims.iter().map(|waiting| waiting.place).collect::<Vec<_>>();
-        let schema = losses::schema();
-        self.schemas.entry(schema.id()).or_insert_with(|| schema.canonical().to_owned());
-        let payload = record::dropped(&places, &losses);
-        let appended = self.put(lane, record::DROPPED, &payload, &[schema.id()], true)?;
-        self.lanes[lane].log.sync()?;
-        let dropped = victims.iter().filter(|waiting| waiting.stream.as_str() != own);
-        self.rows_lost += dropped.map(|waiting| u64::from(waiting.rows)).sum::<u64>();
-        self.forget(lane, &places);
-        self.admit(lane, appended.position, std::slice::from_ref(&losses));
-        self.free_segments(lane)?;
-        Ok(true)
-    }
-
     fn forget(&mut self, lane: usize, places: &[Place]) {
         let lane = &mut self.lanes[lane];
-        lane.waiting.retain(|waiting| !places.contains(&waiting.place));
+        let gone = places.iter().collect::<HashSet<_>>();
+        lane.waiting.values_mut().for_each(|batches| batches.retain(|waiting| !gone.contains(&waiting.place)));
         places.iter().for_each(|place| release(&mut lane.live, place.group));
     }
 
@@ -612,116 +701,10 @@ impl<L: FileLayer> Spool<L> {
         let sequence = self.sequences.get_mut(&void.header().stream);
         let numbered = sequence.and_then(|s| s.numbered.iter_mut().find(|n| n.mark.seq == void.header().seq));
         if let Some(numbered) = numbered {
+            numbered.rows = 0;
             numbered.void = Some(void);
         }
     }
-
-    /// Reads a lane from its start. Numbers are only gathered: a stream may have moved between lanes.
-    fn replay(&mut self, index: usize, found: &mut Vec<Found>) -> Result<(), SpoolError> {
-        let mut reader = self.lanes[index].log.reader(self.lanes[index].log.start()).map_err(SpoolError::Read)?;
-        loop {
-            let record = match reader.next() {
-                Ok(Some(record)) => record,
-                Ok(None) => return Ok(()),
-                // Reported at opening; a numbered batch in it becomes void when it is asked for.
-                Err(ReadError::Damaged { .. }) => continue,
-                Err(error) => return Err(SpoolError::Read(error)),
-            };
-            let (position, kind, payload) = (record.position, record.kind, Bytes::copy_from_slice(record.payload));
-            self.replay_record(index, position, kind, payload, found);
-        }
-    }
-
-    fn replay_record(&mut self, lane: usize, position: Position, kind: u8, payload: Bytes, found: &mut Vec<Found>) {
-        match kind {
-            record::SCHEMA => {
-                if let Some(schema) = std::str::from_utf8(&payload).ok().and_then(|t| StreamSchema::parse(t).ok()) {
-                    if position >= self.lanes[lane].log.newest_segment() {
-                        self.lanes[lane].schemas.1.push(schema.id());
-                    }
-                    self.schemas.insert(schema.id(), schema.canonical().to_owned());
-                }
-            }
-            record::GROUP => {
-                if let Some((cut, batches)) = record::read_group(payload) {
-                    self.lanes[lane].cut = self.lanes[lane].cut.max(cut);
-                    self.admit(lane, position, &batches);
-                }
-            }
-            record::NUMBERED => {
-                if let Some((place, stream, mark)) = record::read_numbered(lane, payload) {
-                    found.push(Found::Numbered(place, stream, mark));
-                }
-            }
-            record::FREED => {
-                if let Some((stream, mark)) = record::read_freed(payload) {
-                    found.push(Found::Freed(stream, mark));
-                }
-            }
-            record::DROPPED => {
-                if let Some((places, losses)) = record::read_dropped(lane, payload) {
-                    self.forget(lane, &places);
-                    self.admit(lane, position, std::slice::from_ref(&losses));
-                }
-            }
-            record::VOID => found.extend(SealedBatch::parse(payload).ok().map(Found::Void)),
-            record::STATE if payload.len() >= 8 => {
-                let (cut, json) = payload.split_at(8);
-                let cut = Position(u64::from_le_bytes(cut.try_into().expect("eight bytes were split off")));
-                self.lanes[lane].cut = self.lanes[lane].cut.max(cut);
-                let heads = serde_json::from_slice::<HashMap<StreamName, Heads>>(json).unwrap_or_default();
-                found.extend(heads.into_iter().map(|(stream, heads)| Found::Heads(stream, heads)));
-            }
-            _ => {}
-        }
-    }
-
-    fn settle(&mut self, found: Vec<Found>) {
-        let mut voids = Vec::new();
-        for fact in found {
-            match fact {
-                Found::Heads(stream, heads) => {
-                    let sequence = self.sequences.entry(stream).or_default();
-                    sequence.head = later(sequence.head, heads.head);
-                    sequence.freed = later(sequence.freed, heads.freed);
-                }
-                Found::Freed(stream, mark) => {
-                    let sequence = self.sequences.entry(stream).or_default();
-                    sequence.head = later(sequence.head, mark);
-                    sequence.freed = later(sequence.freed, mark);
-                }
-                Found::Numbered(place, stream, mark) => {
-                    let sequence = self.sequences.entry(stream).or_default();
-                    sequence.head = later(sequence.head, mark);
-                    let waiting = &mut self.lanes[place.lane].waiting;
-                    let at = waiting.iter().position(|waiting| waiting.place == place);
-                    let taken = at.and_then(|at| waiting.remove(at));
-                    let (rows, bytes) = taken.map_or((0, 0), |waiting| (waiting.rows, waiting.bytes));
-                    sequence.numbered.push_back(Numbered { place, mark, rows, bytes, void: None });
-                }
-                Found::Void(void) => voids.push(void),
-            }
-        }
-        for sequence in self.sequences.values_mut() {
-            sequence.numbered.make_contiguous().sort_by_key(|numbered| numbered.mark.seq);
-            while let Some(freed) = sequence.numbered.pop_front_if(|n| n.mark.seq <= sequence.freed.seq) {
-                release(&mut self.lanes[freed.place.lane].live, freed.place.group);
-            }
-        }
-        voids.into_iter().for_each(|void| self.set_void(void));
-    }
-}
-
-/// What replay gathers before the lanes are put together.
-enum Found {
-    Numbered(Place, StreamName, Mark),
-    Freed(StreamName, Mark),
-    Void(SealedBatch),
-    Heads(StreamName, Heads),
-}
-
-fn later(one: Mark, other: Mark) -> Mark {
-    if other.seq > one.seq { other } else { one }
 }
 
 fn release(live: &mut BTreeMap<u64, u32>, group: u64) {
@@ -731,42 +714,6 @@ fn release(live: &mut BTreeMap<u64, u32>, group: u64) {
             live.remove(&group);
         }
     }
-}
-
-/// Reads `<directory>/id`, or makes it durable with the directory.
-fn settle_id<L: FileLayer>(layer: &L, directory: &Path, fresh: SpoolId) -> Result<SpoolId, SpoolError> {
-    let io = |path: &Path, source| SpoolError::Io { path: path.to_owned(), source };
-    let make = |path: &Path| match layer.create_dir(path) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(io(path, error)),
-        _ => Ok(()),
-    };
-    make(directory)?;
-    if let Some(parent) = directory.parent() {
-        layer.sync_dir(parent).map_err(|e| io(parent, e))?;
-    }
-    let path = directory.join("id");
-    let id = if layer.exists(&path).map_err(|e| io(&path, e))? {
-        let mut text = [0; 32];
-        let file = layer.open(&path).map_err(|e| io(&path, e))?;
-        let read = file.read_at(&mut text, 0).map_err(|e| io(&path, e))?;
-        let text = std::str::from_utf8(&text[..read]).map_err(|_| SpoolError::Id(path.clone()))?;
-        text.parse().map_err(|_| SpoolError::Id(path.clone()))?
-    } else {
-        let temporary = directory.join("id.new");
-        match layer.remove(&temporary) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io(&temporary, error)),
-            _ => {}
-        }
-        let file = layer.create(&temporary).map_err(|e| io(&temporary, e))?;
-        file.write_all_at(fresh.to_string().as_bytes(), 0).map_err(|e| io(&temporary, e))?;
-        file.sync_data().map_err(|e| io(&temporary, e))?;
-        layer.rename(&temporary, &path).map_err(|e| io(&path, e))?;
-        fresh
-    };
-    make(&directory.join(id.to_string()))?;
-    // The name `id` and the directory it points to are durable before anything is written below.
-    layer.sync_dir(directory).map_err(|e| io(directory, e))?;
-    Ok(id)
 }
 
 #[cfg(test)]

@@ -1,3 +1,4 @@
-//! From the spool to the cloud. The decisions are in `uplink/state.rs`, which knows neither sockets nor clock.
+//! From the spool to the cloud: `state` decides and knows neither sockets nor clock; `http` carries.
 
+pub mod http;
 pub mod state;

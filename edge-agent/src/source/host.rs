@@ -63,7 +63,8 @@ fn field_name(name: &str) -> FieldName {
 pub async fn run(
     settings: HostSettings,
     edge: EdgeId,
-    mut journal: JournalSender, state: Arc<SourceState>,
+    mut journal: JournalSender,
+    state: Arc<SourceState>,
     token: CancellationToken,
 ) {
     let mut machine = Machine::new(edge);
@@ -182,7 +183,6 @@ impl Machine {
         format!("{}/{kind}/{}", self.edge, name.trim_start_matches('/'))
     }
 }
-
 
 #[cfg(test)]
 mod tests {

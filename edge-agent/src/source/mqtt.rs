@@ -20,8 +20,8 @@ use rand::Rng;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use self::client::{Client, Event, EventLoop, Publish};
 pub use self::client::TlsError;
+use self::client::{Client, Event, EventLoop, Publish};
 use super::{SourceState, now_us};
 use crate::config::MqttSettings;
 use crate::entry::{Delivery, Entry, Message, Payload};

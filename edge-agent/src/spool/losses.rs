@@ -16,6 +16,9 @@ pub(super) fn schema() -> StreamSchema {
     own::losses()
 }
 
+/// In place of a stream's name, which has no braces: losses that could not be read any more.
+const UNREADABLE: &str = "{unreadable}";
+
 /// What is lost of one stream: rows, bytes, first and last event time.
 struct Lost {
     rows: i64,
@@ -27,6 +30,7 @@ struct Lost {
 pub(super) fn batch(
     victims: &[Waiting],
     carried: &[RecordBatch],
+    unreadable: usize,
     settings: &SpoolSettings,
     lane: &str,
     now_us: i64,
@@ -54,6 +58,12 @@ pub(super) fn batch(
         entry.from_ts = entry.from_ts.min(victim.min_ts);
         entry.to_ts = entry.to_ts.max(victim.max_ts);
     }
+    if unreadable > 0 {
+        let span = victims.iter().fold((i64::MAX, i64::MIN), |s, v| (s.0.min(v.min_ts), s.1.max(v.max_ts)));
+        lost.entry(UNREADABLE.to_owned()).or_insert(Lost { rows: 0, bytes: 0, from_ts: span.0, to_ts: span.1 });
+    }
+    let reason = |stream: &String| if stream == UNREADABLE { "losses_unreadable" } else { "lane_full" };
+    let reasons = lost.keys().map(reason).collect::<Vec<_>>();
     let count = lost.len();
     let text = |value: &str| Arc::new(StringArray::from(vec![value; count])) as ArrayRef;
     let number =
@@ -69,7 +79,7 @@ pub(super) fn batch(
             text(settings.edge.as_str()),
             Arc::new(streams),
             text(lane),
-            text("lane_full"),
+            Arc::new(StringArray::from(reasons)),
             number(|lost| lost.rows),
             number(|lost| lost.bytes),
             time(lost.values().map(|lost| lost.from_ts).collect()),

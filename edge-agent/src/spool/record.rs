@@ -4,15 +4,18 @@
 //! 1 schema    canonical text; once per segment before the first batch that uses it
 //! 2 group     version u8 = 1 | cut position u64 | count u32 | cut batches (wire::CutBatch::write)
 //! 3 numbered  group u64 | index u32 | seq u64 | crc u32 | stream (the rest, UTF-8)
-//! 4 freed     seq u64 | crc u32 | stream (the rest): committed up to here, nothing below is needed
-//! 5 dropped   count u32 | (group u64, index u32)* | one cut batch of `losses`, index 0 of this record
-//! 6 void      the sealed void batch that takes the place of a numbered one
-//! 7 state     cut position u64 | JSON of streams: heads and freed marks; first record of each segment but the first
+//! 4 freed     totals | seq u64 | crc u32 | stream (the rest): committed up to here, nothing below is needed
+//! 5 dropped   totals | count u32 | (group u64, index u32)* | one cut batch of `losses`, index 0 of this record
+//! 6 void      totals | the sealed void batch that takes the place of a numbered one
+//! 7 state     totals | cut position u64 | JSON of streams: heads and freed marks; first of each segment but the first
 //! ```
+//! `totals` are the lane's rows so far: freed u64 | lost u64 | voided u64, this record included.
 
 use bytes::{Buf, Bytes};
 use segment_log::Position;
 use wire::{CutBatch, Mark, Seq, StreamName};
+
+use super::Totals;
 
 pub(crate) const SCHEMA: u8 = 1;
 pub(crate) const GROUP: u8 = 2;
@@ -80,8 +83,15 @@ pub(crate) fn read_freed(mut bytes: Bytes) -> Option<(StreamName, Mark)> {
     Some((std::str::from_utf8(&bytes).ok()?.parse().ok()?, mark))
 }
 
-pub(crate) fn dropped(places: &[Place], losses: &CutBatch) -> Vec<u8> {
-    let mut out = (places.len() as u32).to_le_bytes().to_vec();
+/// A record that takes places out of the lane.
+pub(crate) struct Dropped {
+    pub(crate) totals: Totals,
+    pub(crate) places: Vec<Place>,
+    pub(crate) losses: CutBatch,
+}
+
+pub(crate) fn dropped(totals: Totals, places: &[Place], losses: &CutBatch) -> Vec<u8> {
+    let mut out = with_totals(totals, &(places.len() as u32).to_le_bytes());
     for place in places {
         out.extend(place.group.to_le_bytes());
         out.extend(place.index.to_le_bytes());
@@ -90,16 +100,29 @@ pub(crate) fn dropped(places: &[Place], losses: &CutBatch) -> Vec<u8> {
     out
 }
 
-pub(crate) fn read_dropped(lane: usize, mut bytes: Bytes) -> Option<(Vec<Place>, CutBatch)> {
-    if bytes.len() < 4 {
-        return None;
-    }
-    let count = bytes.get_u32_le() as usize;
+pub(crate) fn read_dropped(lane: usize, bytes: Bytes) -> Option<Dropped> {
+    let (totals, mut bytes) = split_totals(bytes)?;
+    let count = bytes.try_get_u32_le().ok()? as usize;
     if bytes.len() < count.checked_mul(12)? {
         return None;
     }
     let places =
         (0..count).map(|_| Place { lane, group: bytes.get_u64_le(), index: bytes.get_u32_le() }).collect::<Vec<_>>();
     let losses = CutBatch::read(&mut bytes).ok()?;
-    bytes.is_empty().then_some((places, losses))
+    bytes.is_empty().then_some(Dropped { totals, places, losses })
+}
+
+pub(crate) fn with_totals(totals: Totals, rest: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(24 + rest.len());
+    for value in [totals.freed, totals.lost, totals.voided] {
+        out.extend(value.to_le_bytes());
+    }
+    out.extend_from_slice(rest);
+    out
+}
+
+pub(crate) fn split_totals(mut bytes: Bytes) -> Option<(Totals, Bytes)> {
+    let mut next = || bytes.try_get_u64_le().ok();
+    let totals = Totals { freed: next()?, lost: next()?, voided: next()? };
+    Some((totals, bytes))
 }

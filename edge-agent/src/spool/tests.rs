@@ -1,5 +1,7 @@
 use std::sync::Arc;
 
+use arrow_array::cast::AsArray;
+use arrow_array::types::Int64Type;
 use arrow_array::{Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
 use segment_log::sim::{Random, SimLayer};
 use wire::{FieldType, StreamField};
@@ -65,7 +67,7 @@ fn numbers_go_on_and_the_same_bytes_come_again_after_a_restart() {
     let rest = spool.number(1, &traffic(), usize::MAX).unwrap();
     assert_eq!(rest.iter().map(|batch| batch.header().seq.0).collect::<Vec<_>>(), [2, 3]);
     assert_eq!(rest[0].header().previous_crc, sent[0].crc());
-    assert_eq!(spool.waiting().count(), 0);
+    assert!(spool.waiting().is_empty());
 }
 
 #[test]
@@ -102,14 +104,17 @@ fn a_full_lane_drops_the_oldest_into_losses_or_refuses() {
     let layer = SimLayer::new();
     let mut spool = open(&layer, OnFull::DropOldest);
     (1..=3_000).for_each(|n| append(&mut spool, n, n as f64));
-    let (_, lost) = spool.rows_freed_and_lost();
-    assert!(lost > 0);
-    let kept = spool.waiting().filter(|(_, stream)| stream.as_str() == "traffic").count() as u64;
-    assert_eq!(kept + lost, 3_000);
-    assert!(spool.waiting().any(|(_, stream)| stream.as_str() == "losses"));
-    let rows = spool.rows();
+    let counts = spool.rows_counted();
+    assert!(counts.lost > 0);
+    let kept = spool.lanes[1].waiting[&traffic()].len() as u64;
+    let losses = spool.number(1, &"losses".parse().unwrap(), usize::MAX).unwrap();
+    let told = losses.iter().map(|batch| {
+        let rows = batch.decode(&losses::schema()).unwrap();
+        rows.column(5).as_primitive::<Int64Type>().values().iter().sum::<i64>() as u64
+    });
+    assert_eq!(kept + told.sum::<u64>(), 3_000, "what is not kept is told");
     drop(spool);
-    assert_eq!(open(&layer, OnFull::DropOldest).rows(), rows, "a restart neither loses nor repeats");
+    assert_eq!(open(&layer, OnFull::DropOldest).rows_counted(), counts, "a restart neither loses nor repeats");
 
     let mut spool = open(&SimLayer::new(), OnFull::Refuse);
     let batch = cut_batch("traffic", 0.0);
@@ -156,5 +161,102 @@ fn after_a_power_cut_no_number_has_two_contents() {
             drop(spool);
             layer.power_cut(&mut random);
         }
+    }
+}
+
+#[test]
+fn counts_survive_restarts_and_a_torn_tail() {
+    for seed in 0..40 {
+        let mut random = Random::new(seed);
+        let layer = SimLayer::new();
+        let mut cut = 0;
+        for _ in 0..4 {
+            let mut spool = open(&layer, OnFull::Refuse);
+            let counts = spool.rows_counted();
+            cut = cut.max(spool.cut_position(1).0);
+            assert_eq!(counts.freed + counts.spooled + counts.voided, cut, "seed {seed}: {counts:?}");
+            layer.fail_after(random.below(80));
+            for _ in 0..40 {
+                let batch = cut_batch("traffic", cut as f64);
+                if spool.append(1, Position(cut + 1), &[batch], &[schema()], NOW_US).is_err() {
+                    break;
+                }
+                cut += 1;
+                if random.one_in(3) && spool.number(1, &traffic(), usize::MAX).is_err() {
+                    break;
+                }
+                let sequence = &spool.sequences.get(&traffic());
+                let marks = sequence.map(|s| s.numbered.iter().map(|n| n.mark).collect::<Vec<_>>()).unwrap_or_default();
+                if random.one_in(9) && !marks.is_empty() && spool.void(&traffic(), marks[0].seq, "refused").is_err() {
+                    break;
+                }
+                if random.one_in(3) && !marks.is_empty() {
+                    let mark = marks[random.below(marks.len() as u64) as usize];
+                    if spool.free(&traffic(), mark).is_err() {
+                        break;
+                    }
+                }
+            }
+            cut = 0;
+            drop(spool);
+            layer.power_cut(&mut random);
+        }
+    }
+}
+
+#[test]
+fn a_lane_that_is_no_longer_configured_is_drained() {
+    let layer = SimLayer::new();
+    append(&mut open(&layer, OnFull::Refuse), 10, 1.0);
+    let mut fewer = settings(OnFull::Refuse);
+    fewer.lanes.pop();
+    let (mut spool, _) = Spool::open(&layer, Path::new(DIRECTORY), fewer, SpoolId([7; 16])).unwrap();
+    assert_eq!(spool.waiting(), [(1, &traffic())]);
+    assert_eq!(spool.number(1, &traffic(), usize::MAX).unwrap().len(), 1);
+}
+
+#[test]
+fn a_fork_keeps_what_is_not_committed_and_flags_what_may_be_there() {
+    let layer = SimLayer::new();
+    let mut spool = open(&layer, OnFull::Refuse);
+    (1..=5).for_each(|n| append(&mut spool, n * 10, n as f64));
+    let first = spool.number(1, &traffic(), 1).unwrap();
+    spool.free(&traffic(), Mark { seq: Seq(1), crc: first[0].crc() }).unwrap();
+    spool.number(1, &traffic(), 1).unwrap();
+    spool.number(1, &traffic(), 1).unwrap();
+    let before = spool.rows_counted();
+    let fresh = SpoolId([8; 16]);
+    let (forked, _) = spool.fork(&layer, Path::new(DIRECTORY), fresh, &|_| Seq(2)).unwrap();
+    drop(spool);
+    let spool = forked;
+    assert_eq!(spool.rows_counted(), before);
+    drop(spool);
+    let mut spool = open(&layer, OnFull::Refuse);
+    assert_eq!((spool.id(), spool.cut_position(1)), (fresh, Position(50)));
+    let sent = spool.number(1, &traffic(), usize::MAX).unwrap();
+    let seen = sent.iter().map(|batch| {
+        let rows = batch.decode(&schema()).unwrap();
+        let quality = rows.column(3).as_string::<i32>().value(0).to_owned();
+        (rows.column(2).as_primitive::<arrow_array::types::Float64Type>().value(0), quality)
+    });
+    let expected = [(2.0, "forked"), (3.0, "good"), (4.0, "good"), (5.0, "good")];
+    assert_eq!(seen.collect::<Vec<_>>(), expected.map(|(value, quality)| (value, quality.to_owned())));
+    assert_eq!(sent[0].header().seq, Seq(1));
+}
+
+#[test]
+fn a_crash_in_a_fork_leaves_the_old_spool_or_the_new_one_whole() {
+    for seed in 0..60 {
+        let mut random = Random::new(seed);
+        let layer = SimLayer::new();
+        let mut spool = open(&layer, OnFull::Refuse);
+        (1..=6).for_each(|n| append(&mut spool, n, n as f64));
+        spool.number(1, &traffic(), 1).unwrap();
+        layer.fail_after(random.below(40));
+        let _ = spool.fork(&layer, Path::new(DIRECTORY), SpoolId([8; 16]), &|_| Seq(0));
+        drop(spool);
+        layer.power_cut(&mut random);
+        let spool = open(&layer, OnFull::Refuse);
+        assert_eq!((spool.rows(), spool.cut_position(1)), (6, Position(6)), "seed {seed}");
     }
 }

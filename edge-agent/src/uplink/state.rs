@@ -23,8 +23,6 @@ pub enum Failure {
     Link,
     /// The node waits for another number of this stream.
     Gap { expected: Seq },
-    /// The node does not know a schema: the same batches again, with schemas.
-    SchemaUnknown,
     /// 429: this stream waits.
     PushedBack { retry_after_ms: u64 },
     /// 409 forked: the caller starts a new spool.
@@ -35,9 +33,9 @@ pub enum Failure {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
     /// Ask the address for its positions.
-    Positions { url: usize },
+    Positions { url: usize, epoch: u64 },
     /// Send the numbered batches of the stream from `from` on, and when there are none, number waiting ones.
-    Send { url: usize, stream: StreamName, from: Seq },
+    Send { url: usize, epoch: u64, stream: StreamName, from: Seq },
     /// Nothing before this moment, or before the next event.
     Wait { until_ms: u64 },
 }
@@ -56,6 +54,8 @@ pub struct Uplink {
     spool: SpoolId,
     urls: usize,
     url: usize,
+    /// Counts moves and forgettings: an answer of an earlier epoch says nothing about the present node.
+    epoch: u64,
     moved_ms: u64,
     /// The node that has told its positions.
     node: Option<String>,
@@ -72,6 +72,7 @@ impl Uplink {
             spool,
             urls: urls.max(1),
             url: 0,
+            epoch: 0,
             moved_ms: 0,
             node: None,
             asking: false,
@@ -96,7 +97,7 @@ impl Uplink {
                 return Action::Wait { until_ms: u64::MAX };
             }
             self.asking = true;
-            return Action::Positions { url: self.url };
+            return Action::Positions { url: self.url, epoch: self.epoch };
         }
         let mut until_ms = u64::MAX;
         for (stream, head, waiting) in candidates {
@@ -109,43 +110,45 @@ impl Uplink {
                 continue;
             }
             chain.in_flight = true;
-            return Action::Send { url: self.url, stream: stream.clone(), from: chain.durable.next() };
+            let (url, epoch, from) = (self.url, self.epoch, chain.durable.next());
+            return Action::Send { url, epoch, stream: stream.clone(), from };
         }
         Action::Wait { until_ms }
     }
 
-    /// The node answered with acks, to `positions` (`sent` is none) or to a request of one stream. Returns what is
-    /// committed, for the spool to free if the CRC is its own.
-    pub fn acked(&mut self, sent: Option<&StreamName>, acks: &Acks) -> Vec<(StreamName, Mark)> {
+    /// The node answered with acks, to `positions` (`sent` is none) or to a request of one stream; `epoch` is that of the
+    /// action. Returns what is committed, for the spool to free if the CRC is its own: that is true whoever says it.
+    pub fn acked(&mut self, sent: Option<&StreamName>, epoch: u64, acks: &Acks) -> Vec<(StreamName, Mark)> {
+        let own = || acks.acks.iter().filter(|ack| ack.spool == self.spool);
+        let committed = own().map(|ack| (ack.stream.clone(), ack.committed)).collect();
+        self.landed(sent);
+        if epoch != self.epoch {
+            return committed;
+        }
         self.failures = 0;
-        match sent {
-            Some(stream) => self.landed(stream),
-            None => {
-                self.asking = false;
-                self.forget();
-                self.node = Some(acks.node.clone());
-            }
-        }
         if self.node.as_ref() != Some(&acks.node) {
-            // Another node answers behind the same address: what the old one holds counts for nothing here.
+            // At the start; or another node answers behind the same address, and what the old one holds counts for
+            // nothing here.
+            let known = self.node.is_some();
             self.forget();
-        }
-        let mine = acks.acks.iter().filter(|ack| ack.spool == self.spool);
-        mine.map(|ack| {
-            if self.node.is_some() {
-                let chain = self.chains.entry(ack.stream.clone()).or_default();
-                chain.durable = chain.durable.max(ack.durable.seq).max(ack.committed.seq);
+            if known && sent.is_some() {
+                return committed;
             }
-            (ack.stream.clone(), ack.committed)
-        })
-        .collect()
+            self.node = Some(acks.node.clone());
+        }
+        let spool = self.spool;
+        for ack in acks.acks.iter().filter(|ack| ack.spool == spool) {
+            let chain = self.chains.entry(ack.stream.clone()).or_default();
+            chain.durable = chain.durable.max(ack.durable.seq).max(ack.committed.seq);
+        }
+        committed
     }
 
     /// A request ended without acks; `sent` is its stream, none for `positions`. `jitter` is in [0, 1].
-    pub fn failed(&mut self, sent: Option<&StreamName>, failure: &Failure, now_ms: u64, jitter: f64) {
-        match sent {
-            Some(stream) => self.landed(stream),
-            None => self.asking = false,
+    pub fn failed(&mut self, sent: Option<&StreamName>, epoch: u64, failure: &Failure, now_ms: u64, jitter: f64) {
+        self.landed(sent);
+        if epoch != self.epoch {
+            return;
         }
         let chain = sent.map(|stream| self.chains.entry(stream.clone()).or_default());
         match (failure, chain) {
@@ -153,7 +156,7 @@ impl Uplink {
             (Failure::PushedBack { retry_after_ms }, Some(chain)) => {
                 chain.not_before_ms = now_ms.saturating_add(*retry_after_ms);
             }
-            (Failure::SchemaUnknown, Some(_)) | (Failure::Forked, _) => {}
+            (Failure::Forked, _) => {}
             _ => {
                 let wait = (BACKOFF_MIN_MS << self.failures.min(16)).min(BACKOFF_MAX_MS);
                 self.failures = self.failures.saturating_add(1);
@@ -163,14 +166,22 @@ impl Uplink {
         }
     }
 
+    /// The node that answers, once it has told its positions, and the index of its address.
+    pub fn node(&self) -> (Option<&str>, usize) {
+        (self.node.as_deref(), self.url)
+    }
+
     /// A new spool took the place of the forked one: its sequences begin anew.
     pub fn restart(&mut self, spool: SpoolId) {
         self.spool = spool;
         self.forget();
     }
 
-    fn landed(&mut self, stream: &StreamName) {
-        self.chains.entry(stream.clone()).or_default().in_flight = false;
+    fn landed(&mut self, sent: Option<&StreamName>) {
+        match sent {
+            Some(stream) => self.chains.entry(stream.clone()).or_default().in_flight = false,
+            None => self.asking = false,
+        }
     }
 
     fn move_to(&mut self, url: usize, now_ms: u64) {
@@ -180,6 +191,7 @@ impl Uplink {
     }
 
     fn forget(&mut self) {
+        self.epoch += 1;
         self.node = None;
         self.chains.values_mut().for_each(|chain| chain.durable = Seq(0));
     }
@@ -208,44 +220,91 @@ mod tests {
         uplink.next(now_ms, [(&traffic(), Seq(head), waiting)].into_iter())
     }
 
-    fn send(url: usize, from: u64) -> Action {
-        Action::Send { url, stream: traffic(), from: Seq(from) }
+    fn send(from: u64) -> impl Fn(&Action) -> bool {
+        move |action| matches!(action, Action::Send { from: sent, .. } if sent.0 == from)
+    }
+
+    #[track_caller]
+    fn expect(action: Action, wanted: impl Fn(&Action) -> bool) -> u64 {
+        assert!(wanted(&action), "{action:?}");
+        match action {
+            Action::Positions { epoch, .. } | Action::Send { epoch, .. } => epoch,
+            Action::Wait { .. } => u64::MAX,
+        }
+    }
+
+    fn positions(at: usize) -> impl Fn(&Action) -> bool {
+        move |action| matches!(action, Action::Positions { url, .. } if *url == at)
+    }
+
+    fn wait(until: u64) -> impl Fn(&Action) -> bool {
+        move |action| *action == Action::Wait { until_ms: until }
+    }
+
+    /// An uplink that knows its node.
+    fn ready(urls: usize, durable: u64) -> Uplink {
+        let mut uplink = Uplink::new(SPOOL, urls);
+        let epoch = expect(next(&mut uplink, 0, 10, true), positions(0));
+        uplink.acked(None, epoch, &acks("a", durable, 0));
+        uplink
     }
 
     #[test]
     fn positions_come_first_and_one_request_of_a_stream_at_a_time() {
-        let mut uplink = Uplink::new(SPOOL, 1);
-        assert_eq!(next(&mut uplink, 0, 3, false), Action::Positions { url: 0 });
-        uplink.acked(None, &acks("a", 1, 0));
-        assert_eq!(next(&mut uplink, 0, 3, false), send(0, 2));
-        assert_eq!(next(&mut uplink, 0, 3, true), Action::Wait { until_ms: u64::MAX });
-        assert_eq!(uplink.acked(Some(&traffic()), &acks("a", 3, 2))[0].1.seq, Seq(2));
-        assert_eq!(next(&mut uplink, 0, 3, false), Action::Wait { until_ms: u64::MAX });
+        let mut uplink = ready(1, 1);
+        let epoch = expect(next(&mut uplink, 0, 3, false), send(2));
+        expect(next(&mut uplink, 0, 3, true), wait(u64::MAX));
+        assert_eq!(uplink.acked(Some(&traffic()), epoch, &acks("a", 3, 2))[0].1.seq, Seq(2));
+        expect(next(&mut uplink, 0, 3, false), wait(u64::MAX));
     }
 
     #[test]
     fn what_was_only_durable_on_one_node_is_sent_to_the_next() {
-        let mut uplink = Uplink::new(SPOOL, 2);
-        next(&mut uplink, 0, 10, false);
-        uplink.acked(None, &acks("a", 10, 0));
-        assert_eq!(next(&mut uplink, 0, 10, true), send(0, 11));
-        uplink.failed(Some(&traffic()), &Failure::Link, 0, 1.0);
-        assert_eq!(next(&mut uplink, 0, 10, true), Action::Wait { until_ms: BACKOFF_MIN_MS });
-        assert_eq!(next(&mut uplink, 100, 10, true), Action::Positions { url: 1 });
-        uplink.acked(None, &acks("b", 0, 0));
-        assert_eq!(next(&mut uplink, 100, 10, true), send(1, 1));
+        let mut uplink = ready(2, 10);
+        let epoch = expect(next(&mut uplink, 0, 10, true), send(11));
+        uplink.failed(Some(&traffic()), epoch, &Failure::Link, 0, 1.0);
+        expect(next(&mut uplink, 0, 10, true), wait(BACKOFF_MIN_MS));
+        let epoch = expect(next(&mut uplink, 100, 10, true), positions(1));
+        uplink.acked(None, epoch, &acks("b", 0, 0));
+        expect(next(&mut uplink, 100, 10, true), send(1));
+    }
+
+    #[test]
+    fn a_late_answer_of_the_old_node_frees_and_changes_nothing_else() {
+        let mut uplink = ready(2, 4);
+        let other: StreamName = "other".parse().unwrap();
+        let first = expect(next(&mut uplink, 0, 10, true), send(5));
+        let candidates = [(&other, Seq(3), false)];
+        let second = expect(uplink.next(0, candidates.into_iter()), send(1));
+        assert_eq!(first, second);
+        uplink.failed(Some(&other), second, &Failure::Link, 0, 1.0);
+        expect(next(&mut uplink, 100, 10, true), wait(u64::MAX));
+        let committed = uplink.acked(Some(&traffic()), first, &acks("a", 10, 7));
+        assert_eq!(committed[0].1.seq, Seq(7));
+        let epoch = expect(next(&mut uplink, 100, 10, true), positions(1));
+        uplink.failed(Some(&traffic()), first, &Failure::Link, 100, 1.0);
+        uplink.acked(None, epoch, &acks("b", 7, 7));
+        expect(next(&mut uplink, 100, 10, true), send(8));
+    }
+
+    #[test]
+    fn another_node_behind_the_same_address_is_asked_what_it_has() {
+        let mut uplink = ready(1, 8);
+        let epoch = expect(next(&mut uplink, 0, 10, true), send(9));
+        uplink.acked(Some(&traffic()), epoch, &acks("b", 10, 0));
+        let epoch = expect(next(&mut uplink, 0, 10, true), positions(0));
+        uplink.acked(None, epoch, &acks("b", 2, 0));
+        expect(next(&mut uplink, 0, 10, true), send(3));
     }
 
     #[test]
     fn a_gap_is_filled_from_the_number_that_is_expected() {
-        let mut uplink = Uplink::new(SPOOL, 1);
-        next(&mut uplink, 0, 9, false);
-        uplink.acked(None, &acks("a", 7, 0));
-        assert_eq!(next(&mut uplink, 0, 9, false), send(0, 8));
-        uplink.failed(Some(&traffic()), &Failure::Gap { expected: Seq(4) }, 0, 0.0);
-        assert_eq!(next(&mut uplink, 0, 9, false), send(0, 4));
-        uplink.failed(Some(&traffic()), &Failure::PushedBack { retry_after_ms: 50 }, 0, 0.0);
-        assert_eq!(next(&mut uplink, 0, 9, false), Action::Wait { until_ms: 50 });
-        assert_eq!(next(&mut uplink, 50, 9, false), send(0, 4));
+        let mut uplink = ready(1, 7);
+        let epoch = expect(next(&mut uplink, 0, 9, false), send(8));
+        uplink.failed(Some(&traffic()), epoch, &Failure::Gap { expected: Seq(4) }, 0, 0.0);
+        let epoch = expect(next(&mut uplink, 0, 9, false), send(4));
+        uplink.failed(Some(&traffic()), epoch, &Failure::PushedBack { retry_after_ms: 50 }, 0, 0.0);
+        expect(next(&mut uplink, 0, 9, false), wait(50));
+        expect(next(&mut uplink, 50, 9, false), send(4));
     }
 }

@@ -4,7 +4,6 @@
 //! incoming packet that the protocol knows: what is too long is quarantined, not refused, because a broker that may not
 //! send a message drops it (MQTT 5) or is disconnected by it for ever (3.1.1).
 
-
 use bytes::Bytes;
 use rumqttc::{TlsConfiguration, Transport, v5};
 
@@ -38,7 +37,9 @@ pub(super) enum Publish {
 
 /// What came from the broker.
 pub(super) enum Event {
-    Connected { session_present: bool },
+    Connected {
+        session_present: bool,
+    },
     Message(Publish),
     /// A subscription was refused.
     Refused(String),
@@ -131,9 +132,8 @@ fn transport(settings: &MqttSettings) -> Result<Transport, TlsError> {
     if settings.url.scheme() != "mqtts" {
         return Ok(Transport::Tcp);
     }
-    let read = |path: &std::path::PathBuf| {
-        std::fs::read(path).map_err(|source| TlsError::Read { path: path.clone(), source })
-    };
+    let read =
+        |path: &std::path::PathBuf| std::fs::read(path).map_err(|source| TlsError::Read { path: path.clone(), source });
     let client_auth = match (&settings.cert_file, &settings.key_file) {
         (Some(cert), Some(key)) => Some((read(cert)?, read(key)?)),
         _ => None,

@@ -1,0 +1,44 @@
+//! The agent's own door: `/health`, `/ready`, `/metrics` (Prometheus) and `/status` (JSON). It tells and changes nothing.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+use axum::{Json, Router};
+use parking_lot::Mutex;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use crate::agent::Status;
+use crate::metrics;
+
+/// Serves until the token is cancelled.
+pub async fn serve(listener: TcpListener, status: Arc<Mutex<Status>>, token: CancellationToken) {
+    let router = Router::new()
+        .route("/health", get(async || "ok\n"))
+        .route("/ready", get(ready))
+        .route("/metrics", get(prometheus))
+        .route("/status", get(async |State(status): State<Arc<Mutex<Status>>>| Json(status.lock().clone())))
+        .with_state(status);
+    let served = axum::serve(listener, router).with_graceful_shutdown(token.cancelled_owned()).await;
+    if let Err(error) = served {
+        tracing::error!(%error, "the admin door ended");
+    }
+}
+
+/// Ready: the engine runs and every source is connected.
+async fn ready(State(status): State<Arc<Mutex<Status>>>) -> impl IntoResponse {
+    let status = status.lock();
+    let missing = status.sources.iter().find(|source| !source.connected).map(|source| source.name.clone());
+    match missing {
+        _ if status.spool.is_empty() => (StatusCode::SERVICE_UNAVAILABLE, "starting\n".to_owned()),
+        Some(name) => (StatusCode::SERVICE_UNAVAILABLE, format!("source `{name}` is not connected\n")),
+        None => (StatusCode::OK, "ready\n".to_owned()),
+    }
+}
+
+async fn prometheus(State(status): State<Arc<Mutex<Status>>>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], metrics::render(&status.lock()))
+}

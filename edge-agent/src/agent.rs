@@ -1,0 +1,364 @@
+//! The agent, put together: journal, pipeline, spool, uplink, sources and the admin door, and their order of stopping.
+//!
+//! Start: recover the spool and the journal, restore the pipeline from its snapshot, read the journal once for the
+//! redelivery lists, then begin. Stop: sources first, then the journal, then the engine, which brings what is journalled
+//! to the spool and what the cloud takes at once to the cloud. A failed disk stops the agent by itself; nothing is
+//! retried that a disk refused.
+
+mod engine;
+mod rate;
+mod snapshot_file;
+mod status;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use rand::Rng;
+use segment_log::{Disk, Options, Position, ReadError};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use wire::SpoolId;
+
+pub use self::engine::EngineError;
+use self::engine::{Engine, Parts, incident, remove_other_spools, spool_directory};
+pub use self::snapshot_file::SnapshotFileError;
+pub use self::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
+use crate::admin;
+use crate::config::{LaneSettings as LaneConfig, MqttSettings, Settings, SourceSettings};
+use crate::entry::Entry;
+use crate::journal::{Journal, JournalError, OpenJournal};
+use crate::pipeline::{AGENT_VERSION, Pipeline, SnapshotError};
+use crate::redelivery::Lists;
+use crate::source::mqtt::{Connection, Task};
+use crate::source::{SourceState, host};
+use crate::spool::{LaneSettings, Spool, SpoolError, SpoolSettings};
+use crate::uplink::http::{ClientError, CloudClient};
+use crate::uplink::state::Uplink;
+
+/// Kept in the journal for the proof that all was synced.
+const JOURNAL_RESERVE_BYTES: u64 = 4 << 10;
+
+/// Why the agent does not start, or stopped by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error("make {path}")]
+    DataDir { path: PathBuf, source: std::io::Error },
+    #[error(
+        "the journal in {0} is not the one that the snapshot beside it belongs to: put the right one back, or move both \
+             and the spool away to begin anew"
+    )]
+    OtherJournal(PathBuf),
+    #[error("restore the pipeline from its snapshot")]
+    Restore(#[from] SnapshotError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotFileError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error("{0}")]
+    JournalEnded(Arc<JournalError>),
+    #[error(transparent)]
+    Spool(#[from] SpoolError),
+    #[error("read the journal")]
+    Read(#[from] ReadError),
+    #[error(transparent)]
+    Cloud(#[from] ClientError),
+    #[error("listen on {address} for admin")]
+    Listen { address: SocketAddr, source: std::io::Error },
+    #[error("start the engine's thread")]
+    Thread(#[source] std::io::Error),
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    #[error("the engine's thread panicked")]
+    Panicked,
+}
+
+/// A running agent.
+#[derive(Debug)]
+pub struct AgentHandle {
+    /// Where `/status` and the others are.
+    pub admin: SocketAddr,
+    status: Arc<Mutex<Status>>,
+    stopped: tokio::task::JoinHandle<Result<(), AgentError>>,
+}
+
+impl AgentHandle {
+    /// What it tells about itself now.
+    pub fn status(&self) -> Status {
+        self.status.lock().clone()
+    }
+
+    /// Waits until it has stopped, by its token or by itself.
+    ///
+    /// # Errors
+    /// When it stopped by itself.
+    pub async fn stopped(self) -> Result<(), AgentError> {
+        self.stopped.await.map_err(|_| AgentError::Panicked)?
+    }
+}
+
+/// Starts an agent; it runs until the token is cancelled.
+///
+/// # Errors
+/// When the data directory, the admin address or the certificates cannot be used.
+pub async fn start(settings: Settings, token: CancellationToken) -> Result<AgentHandle, AgentError> {
+    let data_dir = settings.edge.data_dir.clone();
+    std::fs::create_dir_all(&data_dir).map_err(|source| AgentError::DataDir { path: data_dir.clone(), source })?;
+    let address = settings.admin.listen;
+    let listener = TcpListener::bind(address).await.map_err(|source| AgentError::Listen { address, source })?;
+    let admin = listener.local_addr().map_err(|source| AgentError::Listen { address, source })?;
+    let cloud = CloudClient::new(&settings.cloud, &settings.edge.id)?;
+    let recovering = settings.clone();
+    // Recovery reads all of journal and spool.
+    let recovered = tokio::task::spawn_blocking(move || Recovered::open(&recovering));
+    let recovered = recovered.await.map_err(|_| AgentError::Panicked)??;
+
+    let status = Arc::new(Mutex::new(Status::default()));
+    let Recovered { journal, journal_id, reader, pipeline, snapshot, spool, lists, incidents } = recovered;
+    let sources = settings
+        .source
+        .iter()
+        .map(|source| {
+            let totals = lists.1.sources.get(source.name()).copied().unwrap_or_default();
+            let state = SourceState::from_totals(totals.journalled, totals.redelivered);
+            (source.name().to_owned(), Arc::new(state))
+        })
+        .collect::<Vec<_>>();
+    let uplink = Uplink::new(spool.id(), settings.cloud.urls.len());
+    let parts = Parts {
+        data_dir,
+        edge: settings.edge.id.to_string(),
+        stop_within: settings.edge.stop_within.0,
+        cut: settings.cut.clone(),
+        request_bytes: settings.cloud.request_bytes.bytes(),
+        journal_bytes_max: settings.journal.max_bytes.0,
+        sender: journal.sender(),
+        journal: Arc::clone(&journal),
+        journal_id,
+        reader,
+        pipeline,
+        snapshot,
+        spool,
+        uplink,
+        cloud,
+        sources: sources.clone(),
+        status: Arc::clone(&status),
+        incidents,
+    };
+    let engine_token = CancellationToken::new();
+    let engine = Engine::new(parts, tokio::runtime::Handle::current());
+    let (done, engine_done) = oneshot::channel();
+    let ends = engine_token.clone();
+    std::thread::Builder::new()
+        .name("engine".to_owned())
+        .spawn(move || {
+            // Nobody listens any more when the agent was dropped.
+            let _ = done.send(engine.run(&ends));
+        })
+        .map_err(AgentError::Thread)?;
+    let intake = token.child_token();
+    let tasks = start_sources(&settings, &journal, lists.0, &sources, &intake);
+    let admin_token = CancellationToken::new();
+    tokio::spawn(admin::serve(listener, Arc::clone(&status), admin_token.clone()));
+    tracing::info!(%admin, edge = %settings.edge.id, "the agent runs");
+    let stopped = tokio::spawn(supervise(token, intake, tasks, journal, engine_token, engine_done, admin_token));
+    Ok(AgentHandle { admin, status, stopped })
+}
+
+/// Waits for the end, and ends all in order.
+async fn supervise(
+    token: CancellationToken,
+    intake: CancellationToken,
+    mut tasks: JoinSet<()>,
+    journal: Arc<Journal>,
+    engine_token: CancellationToken,
+    mut engine_done: oneshot::Receiver<Result<(), EngineError>>,
+    admin: CancellationToken,
+) -> Result<(), AgentError> {
+    let mut failed = journal.failed();
+    let result = tokio::select! {
+        () = token.cancelled() => None,
+        engine = &mut engine_done => Some(engine.map_err(|_| AgentError::Panicked)?.map_err(AgentError::from)),
+        error = async { failed.wait_for(Option::is_some).await.ok().and_then(|error| error.clone()) } => {
+            Some(error.map_or(Err(AgentError::Panicked), |error| Err(AgentError::JournalEnded(error))))
+        }
+    };
+    intake.cancel();
+    while tasks.join_next().await.is_some() {}
+    let stopping = Arc::clone(&journal);
+    tokio::task::spawn_blocking(move || stopping.stop()).await.map_err(|_| AgentError::Panicked)?;
+    engine_token.cancel();
+    let result = match result {
+        Some(result) => result,
+        None => engine_done.await.map_err(|_| AgentError::Panicked)?.map_err(AgentError::from),
+    };
+    admin.cancel();
+    result
+}
+
+fn start_sources(
+    settings: &Settings,
+    journal: &Journal,
+    mut lists: Lists,
+    states: &[(String, Arc<SourceState>)],
+    token: &CancellationToken,
+) -> JoinSet<()> {
+    let mut tasks = JoinSet::new();
+    let edge = &settings.edge.id;
+    let connect = |tasks: &mut JoinSet<()>, connection: Connection| {
+        let token = token.clone();
+        tasks.spawn(async move {
+            let (client, state) = (connection.client.clone(), Arc::clone(&connection.state));
+            if let Err(error) = connection.run(token).await {
+                tracing::error!(%client, %error, "the source does not run");
+                *state.last_error.lock() = Some(error.to_string());
+            }
+        });
+    };
+    for (source, (_, state)) in settings.source.iter().zip(states) {
+        match source {
+            SourceSettings::Host(host) => {
+                let (host, state, token) = (host.clone(), Arc::clone(state), token.clone());
+                tasks.spawn(host::run(host, edge.clone(), journal.sender(), state, token));
+            }
+            SourceSettings::Mqtt(mqtt) => {
+                for index in 0..mqtt.connections {
+                    let client = mqtt.client(edge, index);
+                    let known = lists.0.remove(&client).unwrap_or_default();
+                    let (settings, state) = (mqtt.clone(), Arc::clone(state));
+                    connect(
+                        &mut tasks,
+                        Connection { settings, client, journal: journal.sender(), known, state, task: Task::Collect },
+                    );
+                }
+            }
+        }
+    }
+    // What is left belongs to clients that are not configured any more.
+    for (client, known) in lists.0 {
+        let Some(mqtt) = same_broker(settings, &known.source) else {
+            tracing::warn!(client, source = known.source, "its broker is not configured any more: it is not drained");
+            continue;
+        };
+        tracing::info!(client, "is no longer configured: what the broker holds for it is taken");
+        let settings = MqttSettings { name: known.source.clone(), ..mqtt.clone() };
+        let state = Arc::new(SourceState::default());
+        connect(
+            &mut tasks,
+            Connection { settings, client, journal: journal.sender(), known, state, task: Task::Drain },
+        );
+    }
+    tasks
+}
+
+/// The broker of a client that is no longer configured: that of the source that it belonged to, or the only one.
+fn same_broker<'a>(settings: &'a Settings, source: &str) -> Option<&'a MqttSettings> {
+    let mqtt = settings.source.iter().filter_map(|source| match source {
+        SourceSettings::Mqtt(mqtt) => Some(mqtt),
+        SourceSettings::Host(_) => None,
+    });
+    let mqtt = mqtt.collect::<Vec<_>>();
+    let named = mqtt.iter().find(|mqtt| mqtt.name == source).copied();
+    let one = mqtt.first().filter(|first| mqtt.iter().all(|other| other.url == first.url)).copied();
+    named.or(one)
+}
+
+/// What a start finds on disk.
+struct Recovered {
+    journal: Arc<Journal>,
+    journal_id: segment_log::LogId,
+    reader: segment_log::Reader<Disk>,
+    pipeline: Pipeline,
+    snapshot: (Position, u64),
+    spool: Spool<Disk>,
+    /// Up to the journal's end, and the counters there.
+    lists: (Lists, crate::pipeline::Counters),
+    incidents: Vec<String>,
+}
+
+impl Recovered {
+    fn open(settings: &Settings) -> Result<Self, AgentError> {
+        let data_dir = &settings.edge.data_dir;
+        let mut incidents = Vec::new();
+        let directory = spool_directory(data_dir);
+        let spool_settings = SpoolSettings {
+            edge: settings.edge.id.clone(),
+            agent: AGENT_VERSION.to_owned(),
+            configuration: settings.version,
+            lanes: settings.lanes().iter().map(|lane| spool_lane(lane, settings)).collect(),
+        };
+        let (spool, damage) = Spool::open(&Disk, &directory, spool_settings, SpoolId(rand::rng().random()))?;
+        damage.iter().for_each(|damage| incident(&mut incidents, format!("spool: {damage:?}")));
+        remove_other_spools(&directory, spool.id());
+        let options = Options {
+            segment_bytes: settings.journal.segment_bytes.0,
+            max_bytes: settings.journal.max_bytes.0,
+            reserve_bytes: JOURNAL_RESERVE_BYTES,
+        };
+        let (journal, opening) = OpenJournal::open(data_dir.join("journal"), options)?;
+        opening.incidents.iter().for_each(|damage| incident(&mut incidents, format!("journal: {damage:?}")));
+        let lanes = (0..settings.lanes().len()).map(|lane| spool.cut_position(lane)).collect::<Vec<_>>();
+        let (pipeline, bytes) = match snapshot_file::read(data_dir) {
+            Ok(Some(snapshot)) if snapshot.journal != journal.id() => {
+                return Err(AgentError::OtherJournal(data_dir.clone()));
+            }
+            Ok(Some(snapshot)) => {
+                let bytes = snapshot.state.len() as u64;
+                (Pipeline::restore(settings, &lanes, snapshot.state)?, bytes)
+            }
+            Ok(None) => (Pipeline::new(settings, opening.start, &lanes), 0),
+            Err(error @ SnapshotFileError::Damaged(_)) => {
+                // Rows are safe by the lanes' positions; open windows and counts before the journal's start are not.
+                incident(&mut incidents, format!("{error}: windows and counters begin anew"));
+                (Pipeline::new(settings, opening.start, &lanes), 0)
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let from = pipeline.position();
+        // Now, so that lanes and windows of this configuration are known before its first cut.
+        snapshot_file::write(data_dir, journal.id(), &pipeline.snapshot())?;
+        let reader = journal.reader(from)?;
+        let lists = up_to_the_end(&pipeline, &journal, from)?;
+        let journal_id = journal.id();
+        let journal = Arc::new(journal.run(settings.journal.group_wait.0)?);
+        Ok(Self { journal, journal_id, reader, pipeline, snapshot: (from, bytes), spool, lists, incidents })
+    }
+}
+
+/// The redelivery lists at the journal's end, and how many messages it has of each source.
+fn up_to_the_end(
+    pipeline: &Pipeline,
+    journal: &OpenJournal,
+    from: Position,
+) -> Result<(Lists, crate::pipeline::Counters), AgentError> {
+    let (mut lists, mut counters) = (pipeline.lists().clone(), pipeline.counters().clone());
+    let mut reader = journal.reader(from)?;
+    loop {
+        match reader.next() {
+            Ok(Some(record)) => {
+                let Ok(entry) = Entry::read(Bytes::copy_from_slice(record.payload)) else { continue };
+                if let Entry::Message(message) = &entry {
+                    counters.sources.entry(message.source.clone()).or_default().journalled += 1;
+                }
+                lists.apply(&entry);
+            }
+            Ok(None) => return Ok((lists, counters)),
+            // The pipeline reports it when it comes there.
+            Err(ReadError::Damaged { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn spool_lane(lane: &LaneConfig, settings: &Settings) -> LaneSettings {
+    LaneSettings {
+        name: lane.name.to_string(),
+        max_bytes: lane.max_bytes.0,
+        segment_bytes: settings.lane_segment_bytes(),
+        on_full: lane.on_full,
+    }
+}

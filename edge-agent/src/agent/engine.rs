@@ -1,0 +1,615 @@
+//! The one owner of pipeline, spool and uplink state: a thread that reads the journal, cuts, spools and sends.
+//!
+//! It is woken by the journal's synced end, by answers from the cloud, and by its own deadlines. A turn takes answers,
+//! writes cuts that a full lane held back, applies entries, cuts when that is due, sends, and now and then writes a
+//! snapshot. Requests run as tasks beside it and come back as answers. It stops by the token, after what is journalled is
+//! in the spool; any error is final, and the process stops.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use rand::Rng;
+use segment_log::{Disk, LogId, Position, ReadError, Reader};
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use wire::sealed::CutError;
+use wire::{Acks, Refusal, Seq, SpoolId, StreamAck, StreamName};
+
+use super::rate::Rates;
+use super::snapshot_file::{self, SnapshotFileError};
+use super::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
+use crate::config::CutSettings;
+use crate::entry::Entry;
+use crate::journal::{Journal, JournalSender};
+use crate::pipeline::{AGENT_VERSION, LaneCut, Pipeline};
+use crate::source::{SourceState, now_us};
+use crate::spool::{Spool, SpoolError};
+use crate::uplink::http::{CloudClient, Failed, body};
+use crate::uplink::state::{Action, Failure, Uplink};
+
+/// Entries applied in one turn, so that answers and deadlines are not kept waiting.
+const ENTRIES_PER_TURN: usize = 4_096;
+/// Pending rows are cut when they take so much, whatever their number.
+const PENDING_BYTES_MAX: usize = 2 << 20;
+/// A snapshot is due when the journal has grown by so many times its size, and by this much.
+const SNAPSHOT_FACTOR: u64 = 4;
+const SNAPSHOT_BYTES_MIN: u64 = 4 << 20;
+/// How often the status is published.
+const STATUS_EVERY: Duration = Duration::from_millis(200);
+/// After a full lane or a failed request the next try without an event.
+const RETRY: Duration = Duration::from_millis(100);
+/// Incidents that are shown.
+const INCIDENTS_MAX: usize = 100;
+
+/// Why the agent stopped by itself.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error(transparent)]
+    Spool(#[from] SpoolError),
+    #[error("read the journal")]
+    Read(#[from] ReadError),
+    #[error("seal rows")]
+    Cut(#[from] CutError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotFileError),
+    #[error("the journal has ended")]
+    Journal,
+}
+
+/// An answer to a request.
+#[derive(Debug)]
+struct Answer {
+    /// None for `positions`.
+    stream: Option<StreamName>,
+    epoch: u64,
+    result: Result<Acks, Failed>,
+}
+
+/// What the engine is made of; see [`Engine::run`].
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) data_dir: PathBuf,
+    pub(super) edge: String,
+    pub(super) stop_within: Duration,
+    pub(super) cut: CutSettings,
+    pub(super) request_bytes: usize,
+    pub(super) journal_bytes_max: u64,
+    pub(super) journal: Arc<Journal>,
+    pub(super) journal_id: LogId,
+    pub(super) sender: JournalSender,
+    pub(super) reader: Reader<Disk>,
+    pub(super) pipeline: Pipeline,
+    pub(super) snapshot: (Position, u64),
+    pub(super) spool: Spool<Disk>,
+    pub(super) uplink: Uplink,
+    pub(super) cloud: CloudClient,
+    pub(super) sources: Vec<(String, Arc<SourceState>)>,
+    pub(super) status: Arc<Mutex<Status>>,
+    pub(super) incidents: Vec<String>,
+}
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub(super) struct Engine {
+    parts: Parts,
+    runtime: Handle,
+    answers: (mpsc::UnboundedSender<Answer>, mpsc::UnboundedReceiver<Answer>),
+    in_flight: usize,
+    bytes_sent: u64,
+    last_error: Option<String>,
+    /// A cut whose lanes from here on were full.
+    held: Vec<(usize, LaneCut)>,
+    held_position: Position,
+    full_lanes: HashSet<usize>,
+    last_cut: Instant,
+    /// Since when rows are pending.
+    pending_since: Option<Instant>,
+    /// What the cloud was heard to have of each stream of this spool.
+    known: HashMap<StreamName, Seq>,
+    started: Instant,
+    published: Instant,
+    rates: Rates,
+}
+
+impl Engine {
+    pub(super) fn new(parts: Parts, runtime: Handle) -> Self {
+        let now = Instant::now();
+        Self {
+            parts,
+            runtime,
+            answers: mpsc::unbounded_channel(),
+            in_flight: 0,
+            bytes_sent: 0,
+            last_error: None,
+            held: Vec::new(),
+            held_position: Position(0),
+            full_lanes: HashSet::new(),
+            last_cut: now,
+            pending_since: None,
+            known: HashMap::new(),
+            started: now,
+            published: now,
+            rates: Rates::default(),
+        }
+    }
+
+    /// Runs until the token is cancelled. `drained` tells that all that was journalled before is in the spool.
+    ///
+    /// # Errors
+    /// Any is final.
+    pub(super) fn run(mut self, token: &CancellationToken) -> Result<(), EngineError> {
+        let mut synced = self.parts.journal.synced();
+        self.publish();
+        while !token.is_cancelled() {
+            synced.borrow_and_update();
+            let wait = self.turn()?;
+            if !wait.is_zero() {
+                self.wait(&mut synced, token, wait);
+            }
+        }
+        let until = Instant::now() + self.parts.stop_within / 2;
+        self.finish(until)
+    }
+
+    /// What is journalled goes to the spool, and a snapshot makes the next start quick.
+    fn finish(&mut self, until: Instant) -> Result<(), EngineError> {
+        loop {
+            let more = self.held.is_empty() && self.read()?;
+            self.write_held()?;
+            if self.held.is_empty() {
+                self.cut()?;
+            }
+            if !more {
+                break;
+            }
+        }
+        // What the cloud takes at once need not wait for the next start.
+        let never = CancellationToken::new();
+        let mut synced = self.parts.journal.synced();
+        while Instant::now() < until && self.parts.uplink.node().0.is_some() {
+            let wait = self.turn()?;
+            if self.in_flight == 0 && self.parts.spool.waiting().is_empty() {
+                break;
+            }
+            self.wait(&mut synced, &never, wait.min(RETRY));
+        }
+        if self.held.is_empty() {
+            self.snapshot()?;
+        }
+        self.parts.spool.mark()?;
+        self.publish();
+        Ok(())
+    }
+
+    fn wait(&mut self, synced: &mut watch::Receiver<Position>, token: &CancellationToken, wait: Duration) {
+        let (sender, answers) = &mut self.answers;
+        let answer = self.runtime.block_on(async {
+            tokio::select! {
+                changed = synced.changed() => {
+                    // The journal's end is told to the agent by the journal; until the token comes this must not spin.
+                    if changed.is_err() { tokio::time::sleep(wait).await; }
+                    None
+                }
+                answer = answers.recv() => answer,
+                () = tokio::time::sleep(wait) => None,
+                () = token.cancelled() => None,
+            }
+        });
+        if let Some(answer) = answer {
+            // Its turn takes it with the others; the receiver is here, so this cannot fail.
+            let _ = sender.send(answer);
+        }
+    }
+
+    /// One turn; returns how long nothing is due. Zero: there is more to do.
+    fn turn(&mut self) -> Result<Duration, EngineError> {
+        while let Ok(answer) = self.answers.1.try_recv() {
+            self.answered(answer)?;
+        }
+        self.write_held()?;
+        let more = self.held.is_empty() && self.read()?;
+        let mut wait = self.cut_when_due()?;
+        if self.snapshot_is_due() {
+            self.snapshot()?;
+        }
+        wait = wait.min(self.send()?);
+        if self.published.elapsed() >= STATUS_EVERY {
+            self.publish();
+        }
+        if !self.held.is_empty() {
+            wait = wait.min(RETRY);
+        }
+        Ok(if more { Duration::ZERO } else { wait.min(STATUS_EVERY) })
+    }
+
+    /// Applies entries; true when there may be more to apply at once.
+    fn read(&mut self) -> Result<bool, EngineError> {
+        let parts = &mut self.parts;
+        for _ in 0..ENTRIES_PER_TURN {
+            if parts.pipeline.pending_rows() >= parts.cut.rows || parts.pipeline.pending_bytes() >= PENDING_BYTES_MAX {
+                return Ok(true);
+            }
+            match parts.reader.next() {
+                Ok(Some(record)) => {
+                    let (position, next) = (record.position, record.next);
+                    match Entry::read(Bytes::copy_from_slice(record.payload)) {
+                        Ok(entry) => parts.pipeline.apply(position, next, &entry),
+                        Err(error) => {
+                            parts.pipeline.damaged(position, next);
+                            incident(&mut parts.incidents, format!("journal {position} to {next}: {error}"));
+                        }
+                    }
+                }
+                Ok(None) => return Ok(false),
+                Err(ReadError::Damaged { from, to }) => {
+                    parts.pipeline.damaged(from, to);
+                    incident(&mut parts.incidents, format!("journal {from} to {to}: damaged on disk"));
+                }
+                Err(error) => return Err(error.into()),
+            }
+            if self.pending_since.is_none() && parts.pipeline.pending_rows() > 0 {
+                self.pending_since = Some(Instant::now());
+            }
+        }
+        Ok(true)
+    }
+
+    /// Cuts when rows wait and it is time: at `seal_min` when the uplink has nothing else to send, and at the latest when
+    /// a batch is full or `seal_max` is over. Returns how long that is away.
+    fn cut_when_due(&mut self) -> Result<Duration, EngineError> {
+        let Some(since) = self.pending_since else { return Ok(STATUS_EVERY) };
+        if !self.held.is_empty() {
+            return Ok(STATUS_EVERY);
+        }
+        let parts = &self.parts;
+        let full =
+            parts.pipeline.pending_rows() >= parts.cut.rows || parts.pipeline.pending_bytes() >= PENDING_BYTES_MAX;
+        let has_room = parts.spool.waiting().is_empty();
+        let after = if full || has_room { Duration::ZERO } else { parts.cut.seal_max.0 };
+        let seal_min = if full { Duration::ZERO } else { parts.cut.seal_min.0 };
+        let due = (since + after).max(self.last_cut + seal_min);
+        let now = Instant::now();
+        if due > now {
+            return Ok(due - now);
+        }
+        self.cut()?;
+        Ok(Duration::ZERO)
+    }
+
+    fn cut(&mut self) -> Result<(), EngineError> {
+        self.pending_since = None;
+        if self.parts.pipeline.pending_rows() == 0 {
+            return Ok(());
+        }
+        let cut = self.parts.pipeline.cut()?;
+        self.last_cut = Instant::now();
+        self.held_position = cut.position;
+        // A lane that gets nothing needs no record: applied again, these entries give it nothing again.
+        self.held = cut.lanes.into_iter().enumerate().filter(|(_, lane)| !lane.batches.is_empty()).collect();
+        self.write_held()
+    }
+
+    /// Writes what a cut gives to each lane; a full lane that refuses holds it back, and reading stops.
+    fn write_held(&mut self) -> Result<(), EngineError> {
+        let mut held = Vec::new();
+        for (lane, cut) in std::mem::take(&mut self.held) {
+            match self.parts.spool.append(lane, self.held_position, &cut.batches, &cut.schemas, now_us()) {
+                Ok(()) => {
+                    if self.full_lanes.remove(&lane) {
+                        tracing::info!(lane, "the lane has room again");
+                    }
+                }
+                Err(SpoolError::Full(name)) => {
+                    if self.full_lanes.insert(lane) {
+                        tracing::warn!(lane = %name, "the lane is full: the pipeline waits");
+                    }
+                    held.push((lane, cut));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        self.held = held;
+        Ok(())
+    }
+
+    fn snapshot_is_due(&self) -> bool {
+        let (at, bytes) = self.parts.snapshot;
+        let grown = self.parts.pipeline.position().0.saturating_sub(at.0);
+        let idle = self.held.is_empty() && self.parts.pipeline.pending_rows() == 0;
+        idle && grown >= SNAPSHOT_BYTES_MIN.max(SNAPSHOT_FACTOR * bytes)
+    }
+
+    /// Only when no row is pending: all lanes have all before the position, or nothing of it.
+    fn snapshot(&mut self) -> Result<(), EngineError> {
+        let parts = &mut self.parts;
+        for (name, source) in &parts.sources {
+            parts.pipeline.set_redelivered(name, source.redelivered.load(Ordering::Relaxed));
+        }
+        let state = parts.pipeline.snapshot();
+        snapshot_file::write(&parts.data_dir, parts.journal_id, &state)?;
+        parts.snapshot = (parts.pipeline.position(), state.len() as u64);
+        parts.journal.free_before(parts.pipeline.position());
+        Ok(())
+    }
+
+    /// Starts all requests that are due; returns how long the next is away.
+    fn send(&mut self) -> Result<Duration, EngineError> {
+        loop {
+            let now_ms = self.now_ms();
+            let parts = &mut self.parts;
+            let mut seen = HashSet::new();
+            let waiting = parts.spool.waiting().into_iter().filter(|(_, stream)| seen.insert(*stream));
+            let waiting = waiting.map(|(_, stream)| (stream, parts.spool.head(stream).seq, true));
+            let numbered = parts.spool.numbered().map(|(stream, head)| (stream, head.seq, false));
+            let action = parts.uplink.next(now_ms, waiting.chain(numbered));
+            match action {
+                Action::Wait { until_ms } => return Ok(Duration::from_millis(until_ms.saturating_sub(now_ms).max(1))),
+                Action::Positions { url, epoch } => {
+                    let (cloud, spool, answers) = (parts.cloud.clone(), parts.spool.id(), self.answers.0.clone());
+                    self.in_flight += 1;
+                    self.runtime.spawn(async move {
+                        let result = cloud.positions(url, spool).await;
+                        // The engine has ended when nobody listens.
+                        let _ = answers.send(Answer { stream: None, epoch, result });
+                    });
+                }
+                Action::Send { url, epoch, stream, from } => {
+                    if let Some(body) = self.gather(&stream, from)? {
+                        let (cloud, answers) = (self.parts.cloud.clone(), self.answers.0.clone());
+                        self.in_flight += 1;
+                        self.bytes_sent += body.len() as u64;
+                        self.runtime.spawn(async move {
+                            let result = cloud.send(url, body).await;
+                            let _ = answers.send(Answer { stream: Some(stream), epoch, result });
+                        });
+                    } else {
+                        let failure = Failure::PushedBack { retry_after_ms: RETRY.as_millis() as u64 };
+                        self.parts.uplink.failed(Some(&stream), epoch, &failure, now_ms, 0.0);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The batches of a stream from a number on, as a body; None when the spool has no room for new numbers.
+    fn gather(&mut self, stream: &StreamName, from: Seq) -> Result<Option<Bytes>, EngineError> {
+        let spool = &mut self.parts.spool;
+        let mut batches = spool.again(stream, from, self.parts.request_bytes)?;
+        if batches.is_empty() {
+            let lane = spool.waiting().into_iter().find(|(_, waiting)| *waiting == stream).map(|(lane, _)| lane);
+            let Some(lane) = lane else { return Ok(None) };
+            batches = match spool.number(lane, stream, self.parts.request_bytes) {
+                Err(SpoolError::Full(_)) => return Ok(None),
+                other => other?,
+            };
+        }
+        let mut schemas = Vec::new();
+        for batch in &batches {
+            let schema = spool.schema(batch.header().schema);
+            schemas.extend(schema.filter(|schema| !schemas.contains(schema)));
+        }
+        Ok((!batches.is_empty()).then(|| body(&schemas, &batches)))
+    }
+
+    fn answered(&mut self, answer: Answer) -> Result<(), EngineError> {
+        self.in_flight -= 1;
+        let stream = answer.stream.as_ref();
+        match answer.result {
+            Ok(acks) => {
+                self.last_error = None;
+                let ours = self.parts.spool.id();
+                for ack in acks.acks.iter().filter(|ack| ack.spool == ours) {
+                    self.known
+                        .entry(ack.stream.clone())
+                        .and_modify(|seq| *seq = ack.durable.seq.max(*seq))
+                        .or_insert(ack.durable.seq);
+                }
+                if let Some(ack) = acks.acks.iter().find(|ack| ack.spool == ours && self.is_foreign(ack)) {
+                    self.parts.uplink.acked(stream, answer.epoch, &Acks { acks: Vec::new(), ..acks.clone() });
+                    return self.fork(&ack.stream.clone());
+                }
+                for refusal in acks.refused.iter().filter(|refusal| refusal.spool == ours) {
+                    self.refused(refusal)?;
+                }
+                for (stream, mark) in self.parts.uplink.acked(stream, answer.epoch, &acks) {
+                    if mark.seq.0 > 0 {
+                        self.parts.spool.free(&stream, mark)?;
+                    }
+                }
+            }
+            Err((failure, text)) => {
+                if self.last_error.as_ref() != Some(&text) {
+                    tracing::warn!(error = %text, "the cloud did not take a request; it is tried again");
+                }
+                self.last_error = Some(text);
+                let mut failure = failure;
+                if let (Failure::Gap { expected }, Some(stream)) = (&failure, stream) {
+                    // What the node asks for is gone from here because a node said that it was committed.
+                    let freed = self.parts.spool.freed(stream).seq;
+                    if *expected <= freed {
+                        tracing::error!(%stream, %expected, %freed, "the cloud lost batches that it called committed");
+                        failure = Failure::Link;
+                    }
+                }
+                let now_ms = self.now_ms();
+                let jitter = rand::rng().random_range(0.0..=1.0);
+                self.parts.uplink.failed(stream, answer.epoch, &failure, now_ms, jitter);
+                if failure == Failure::Forked
+                    && let Some(stream) = stream
+                {
+                    return self.fork(&stream.clone());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The rows go to the journal, durable, before the batch becomes void: a crash in between repeats both.
+    fn refused(&mut self, refusal: &Refusal) -> Result<(), EngineError> {
+        let parts = &mut self.parts;
+        tracing::error!(stream = %refusal.stream, seq = %refusal.seq, reason = refusal.reason, "the cloud refuses a batch");
+        if let Some(batch) = parts.spool.rows_of(&refusal.stream, refusal.seq)? {
+            let schema = parts.spool.schema(batch.schema).unwrap_or_default().to_owned();
+            let (spool, seq, reason) = (refusal.spool, refusal.seq, refusal.reason.clone());
+            let entry = Entry::Refused { spool, seq, reason, schema, batch };
+            // No room: the cloud refuses it again, and then there may be.
+            let Ok(ticket) = parts.sender.try_append(&entry) else { return Ok(()) };
+            let mut durable = parts.sender.durable();
+            let durable = self.runtime.block_on(async { durable.wait_for(|durable| *durable >= ticket).await.is_ok() });
+            if !durable {
+                return Err(EngineError::Journal);
+            }
+        }
+        if self.parts.spool.holds(&refusal.stream, refusal.seq) {
+            self.parts.spool.void(&refusal.stream, refusal.seq, &refusal.reason)?;
+        }
+        Ok(())
+    }
+
+    /// The node has more of this spool than was numbered here, or another batch under a number.
+    fn is_foreign(&self, ack: &StreamAck) -> bool {
+        let spool = &self.parts.spool;
+        [ack.durable, ack.committed].into_iter().any(|mark| {
+            mark.seq > spool.head(&ack.stream).seq
+                || (spool.holds(&ack.stream, mark.seq) && !spool.is_own(&ack.stream, mark))
+        })
+    }
+
+    /// A copy of this data directory, or an older one that was restored, has used numbers of this spool (rule 8).
+    fn fork(&mut self, stream: &StreamName) -> Result<(), EngineError> {
+        let parts = &mut self.parts;
+        let (old, fresh) = (parts.spool.id(), SpoolId(rand::rng().random()));
+        let text = format!("spool {old} is forked (seen in {stream}): what is not committed goes on in spool {fresh}");
+        incident(&mut parts.incidents, text);
+        let known = std::mem::take(&mut self.known);
+        let known = |stream: &StreamName| known.get(stream).copied().unwrap_or_default();
+        let directory = spool_directory(&parts.data_dir);
+        let (spool, incidents) = parts.spool.fork(&Disk, &directory, fresh, &known)?;
+        for damage in incidents {
+            incident(&mut parts.incidents, format!("spool: {damage:?}"));
+        }
+        parts.spool = spool;
+        parts.uplink.restart(fresh);
+        // Its logs are still open here; the next start would do it, too.
+        remove_other_spools(&directory, fresh);
+        Ok(())
+    }
+
+    fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn publish(&mut self) {
+        self.published = Instant::now();
+        let parts = &self.parts;
+        let counters = parts.pipeline.counters();
+        let load = |value: &std::sync::atomic::AtomicU64| value.load(Ordering::Relaxed);
+        let mut sources = Vec::new();
+        for (name, state) in &parts.sources {
+            let mut totals = counters.sources.get(name).copied().unwrap_or_default();
+            totals.redelivered = load(&state.redelivered);
+            let received = load(&state.received);
+            sources.push(SourceStatus {
+                name: name.clone(),
+                connected: state.connected.load(Ordering::Relaxed),
+                connects: load(&state.connects),
+                received,
+                rate: self.rates.of(name, received, self.published),
+                totals,
+                last_arrival_us: state.last_arrival_us.load(Ordering::Relaxed),
+                last_error: state.last_error.lock().clone(),
+            });
+        }
+        let streams = parts.pipeline.streams().map(|(name, watermark, pending)| StreamStatus {
+            name: name.to_string(),
+            totals: counters.streams.get(name).copied().unwrap_or_default(),
+            pending: pending as u64,
+            watermark_us: (watermark != wire::sealed::NO_WATERMARK).then_some(watermark),
+        });
+        let streams = streams.collect::<Vec<_>>();
+        let pending = streams.iter().map(|stream| stream.pending).sum::<u64>();
+        let held = self.held.iter().flat_map(|(_, lane)| &lane.batches).map(|batch| u64::from(batch.rows)).sum::<u64>();
+        let counted = parts.spool.rows_counted();
+        let rows = RowsStatus {
+            sealed: counters.streams.values().map(|totals| totals.rows).sum::<u64>() - pending - held,
+            committed: counted.freed,
+            spooled: counted.spooled,
+            lost: counted.lost,
+            voided: counted.voided,
+        };
+        let (bytes, bytes_written, syncs) = parts.journal.bytes_and_syncs();
+        let lag_bytes = parts.journal.synced().borrow().0.saturating_sub(parts.pipeline.position().0);
+        let (node, url) = parts.uplink.node();
+        let status = Status {
+            edge: parts.edge.clone(),
+            agent: AGENT_VERSION.to_owned(),
+            spool: parts.spool.id().to_string(),
+            uptime_s: self.started.elapsed().as_secs(),
+            drained: lag_bytes == 0 && pending == 0 && held == 0 && rows.spooled == 0,
+            sources,
+            streams,
+            lanes: parts
+                .spool
+                .lanes()
+                .enumerate()
+                .map(|(index, lane)| LaneStatus {
+                    name: lane.name,
+                    bytes: lane.bytes,
+                    bytes_max: lane.max_bytes,
+                    batches_waiting: lane.batches_waiting as u64,
+                    full: self.full_lanes.contains(&index),
+                })
+                .collect(),
+            journal: JournalStatus {
+                bytes,
+                bytes_max: parts.journal_bytes_max,
+                lag_bytes,
+                full: parts.journal.is_full(),
+                bytes_written,
+                syncs,
+            },
+            uplink: UplinkStatus {
+                url: parts.cloud.urls()[url].to_string(),
+                node: node.map(str::to_owned),
+                in_flight: self.in_flight,
+                bytes_sent: self.bytes_sent,
+                last_error: self.last_error.clone(),
+            },
+            rows,
+            quarantined: counters.reasons.clone(),
+            incidents: parts.incidents.clone(),
+        };
+        *parts.status.lock() = status;
+    }
+}
+
+/// Where the spools of a data directory lie.
+pub(super) fn spool_directory(data_dir: &Path) -> PathBuf {
+    data_dir.join("spool")
+}
+
+/// Removes what a fork left: spools that the file `id` does not name.
+pub(super) fn remove_other_spools(directory: &Path, current: SpoolId) {
+    let Ok(entries) = std::fs::read_dir(directory) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let id = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse::<SpoolId>().ok());
+        if id.is_some_and(|id| id != current)
+            && let Err(error) = std::fs::remove_dir_all(&path)
+        {
+            tracing::warn!(path = %path.display(), %error, "a spool that is no longer used stays on disk");
+        }
+    }
+}
+
+pub(super) fn incident(incidents: &mut Vec<String>, text: String) {
+    tracing::error!(incident = text, "damage");
+    if incidents.len() < INCIDENTS_MAX {
+        incidents.push(text);
+    }
+}

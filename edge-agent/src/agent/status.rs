@@ -1,0 +1,97 @@
+//! What the agent tells about itself: published by the engine some times a second, shown by `admin`.
+
+use serde::Serialize;
+
+use crate::pipeline::{SourceTotals, StreamTotals};
+
+/// All of it, from one moment.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Status {
+    pub edge: String,
+    pub agent: String,
+    pub spool: String,
+    pub uptime_s: u64,
+    /// Whether all that was journalled is applied, cut and committed by the cloud.
+    pub drained: bool,
+    pub sources: Vec<SourceStatus>,
+    pub streams: Vec<StreamStatus>,
+    pub lanes: Vec<LaneStatus>,
+    pub journal: JournalStatus,
+    pub uplink: UplinkStatus,
+    pub rows: RowsStatus,
+    /// Readings in quarantine, by reason.
+    pub quarantined: std::collections::BTreeMap<String, u64>,
+    /// Damage found on disk since the start.
+    pub incidents: Vec<String>,
+}
+
+/// One source. Counts are since the data directory was made.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct SourceStatus {
+    pub name: String,
+    pub connected: bool,
+    pub connects: u64,
+    pub received: u64,
+    /// Messages a second over the last seconds.
+    pub rate: f64,
+    #[serde(flatten)]
+    pub totals: SourceTotals,
+    pub last_arrival_us: i64,
+    pub last_error: Option<String>,
+}
+
+/// One stream.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct StreamStatus {
+    pub name: String,
+    #[serde(flatten)]
+    pub totals: StreamTotals,
+    /// Rows that wait for a cut.
+    pub pending: u64,
+    /// µs since 1970 UTC.
+    pub watermark_us: Option<i64>,
+}
+
+/// One lane of the spool.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct LaneStatus {
+    pub name: String,
+    pub bytes: u64,
+    pub bytes_max: u64,
+    pub batches_waiting: u64,
+    pub full: bool,
+}
+
+/// The journal.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct JournalStatus {
+    pub bytes: u64,
+    pub bytes_max: u64,
+    /// Journalled and not applied yet.
+    pub lag_bytes: u64,
+    pub full: bool,
+    pub bytes_written: u64,
+    pub syncs: u64,
+}
+
+/// The way to the cloud.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct UplinkStatus {
+    pub url: String,
+    /// The node that answers, when one does.
+    pub node: Option<String>,
+    pub in_flight: usize,
+    pub bytes_sent: u64,
+    pub last_error: Option<String>,
+}
+
+/// Rows from the pipeline on: sealed = committed + spooled + lost + voided (rule 6).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct RowsStatus {
+    pub sealed: u64,
+    pub committed: u64,
+    pub spooled: u64,
+    pub lost: u64,
+    /// Of batches that the cloud refused for good; their rows are in quarantine.
+    pub voided: u64,
+}

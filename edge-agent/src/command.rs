@@ -1,0 +1,112 @@
+//! The command line of the agent: `run` and `check`, for its own binary and for `weir edge`.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use tokio_util::sync::CancellationToken;
+
+use crate::agent;
+use crate::config::{OnFull, Settings, SourceSettings};
+
+/// What the agent is asked to do.
+#[derive(Debug, clap::Subcommand)]
+pub enum EdgeCommand {
+    /// Collect until SIGINT or SIGTERM
+    Run(ConfigArguments),
+    /// Read the configuration, say what it means, and end
+    Check(ConfigArguments),
+}
+
+/// Arguments of both.
+#[derive(Debug, clap::Args)]
+pub struct ConfigArguments {
+    /// Configuration, as in configs/edge.toml
+    #[arg(long)]
+    config: PathBuf,
+}
+
+/// Does it.
+///
+/// # Errors
+/// When the configuration is wrong, or the agent does not start or stops by itself.
+pub async fn execute(command: EdgeCommand) -> anyhow::Result<()> {
+    match command {
+        EdgeCommand::Run(arguments) => {
+            let settings = Settings::load(&arguments.config)?;
+            let stop_within = settings.edge.stop_within.0;
+            let token = CancellationToken::new();
+            let handle = agent::start(settings, token.clone()).await.context("start the agent")?;
+            let mut stopped = std::pin::pin!(handle.stopped());
+            tokio::select! {
+                result = &mut stopped => return result.context("the agent stopped by itself"),
+                signal = stop_signal() => signal?,
+            }
+            tracing::info!("stopping: what came in goes to the spool");
+            token.cancel();
+            tokio::time::timeout(stop_within, stopped)
+                .await
+                .context("stop in time; the next start goes on from disk")??;
+            Ok(())
+        }
+        EdgeCommand::Check(arguments) => {
+            let settings = Settings::load(&arguments.config)?;
+            say(&describe(&settings));
+            Ok(())
+        }
+    }
+}
+
+/// What a configuration means, for people.
+fn describe(settings: &Settings) -> String {
+    let mut lines = vec![format!("edge {}: the configuration is right", settings.edge.id)];
+    for source in &settings.source {
+        lines.push(match source {
+            SourceSettings::Mqtt(mqtt) => {
+                let clients = (0..mqtt.connections).map(|index| mqtt.client(&settings.edge.id, index));
+                let clients = clients.collect::<Vec<_>>().join(", ");
+                format!("source {}: {} {:?} as {clients}", mqtt.name, mqtt.url, mqtt.filters())
+            }
+            SourceSettings::Host(host) => format!("source {}: this machine, every {:?}", host.name, host.every.0),
+        });
+    }
+    for (name, stream) in &settings.stream {
+        let fields = stream.fields.iter().map(|(field, settings)| format!("{field} {}", settings.kind));
+        lines.push(format!("stream {name}: {}", fields.collect::<Vec<_>>().join(", ")));
+        for (window, settings) in stream.windows(name) {
+            lines.push(format!("stream {window}: windows of {:?}", settings.size.0));
+        }
+    }
+    for lane in settings.lanes() {
+        let streams = lane.streams.iter().map(|stream| stream.as_str()).collect::<Vec<_>>().join(", ");
+        let streams = if streams.is_empty() { "all others" } else { &streams };
+        let full = match lane.on_full {
+            OnFull::Refuse => "then sources wait",
+            OnFull::DropOldest => "then the oldest go, counted in losses",
+        };
+        lines.push(format!("lane {}: {streams}; at most {} MiB, {full}", lane.name, lane.max_bytes.0 >> 20));
+    }
+    for url in &settings.cloud.urls {
+        let loopback = matches!(url.host_str(), Some("127.0.0.1" | "localhost" | "[::1]"));
+        if url.scheme() == "http" && !loopback {
+            lines.push(format!(
+                "warning: {url} carries token and rows in the clear; use https outside a trusted network"
+            ));
+        }
+    }
+    lines.join("\n")
+}
+
+#[allow(clippy::print_stdout, reason = "a command's answer")]
+fn say(text: &str) {
+    println!("{text}");
+}
+
+async fn stop_signal() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut term = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    tokio::select! {
+        _ = term.recv() => {}
+        interrupted = tokio::signal::ctrl_c() => interrupted.context("listen for SIGINT")?,
+    }
+    Ok(())
+}

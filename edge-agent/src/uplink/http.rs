@@ -1,0 +1,142 @@
+//! Requests to the cloud over HTTP: positions, and batches with their schemas in front.
+//!
+//! Connections are kept; redirects are not followed; an answer is read up to [`ANSWER_BYTES_MAX`]. Every answer becomes
+//! acks or a [`Failure`] with a text for people. The token is sent and never shown.
+
+use bytes::Bytes;
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
+use reqwest::{Certificate, Client, Response, StatusCode, redirect};
+use url::Url;
+use wire::request::{KIND_BATCH, KIND_SCHEMA, push_frame};
+use wire::{Acks, EdgeId, RefusedRequest, SealedBatch, SpoolId};
+
+use super::state::Failure;
+use crate::config::CloudSettings;
+
+/// The longest answer that is read.
+const ANSWER_BYTES_MAX: usize = 4 << 20;
+/// When a node that pushes back does not say for how long.
+const RETRY_AFTER_MS: u64 = 1_000;
+
+/// A request that ended without acks: what it means, and why, for people.
+pub type Failed = (Failure, String);
+
+/// Why there is no client.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    #[error("read {path}")]
+    Read { path: std::path::PathBuf, source: std::io::Error },
+    #[error("the token has characters that no HTTP header can carry")]
+    Token,
+    #[error("make the HTTP client")]
+    Client(#[from] reqwest::Error),
+}
+
+/// Speaks to the cloud's addresses.
+#[derive(Debug, Clone)]
+pub struct CloudClient {
+    client: Client,
+    urls: Vec<Url>,
+    edge: EdgeId,
+}
+
+impl CloudClient {
+    /// For the addresses of the settings.
+    ///
+    /// # Errors
+    /// When certificates cannot be read or the token cannot be sent.
+    pub fn new(settings: &CloudSettings, edge: &EdgeId) -> Result<Self, ClientError> {
+        let token = settings.token.as_deref().unwrap_or_default();
+        let mut value = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| ClientError::Token)?;
+        value.set_sensitive(true);
+        let mut builder = Client::builder()
+            .default_headers(HeaderMap::from_iter([(AUTHORIZATION, value)]))
+            .timeout(settings.timeout.0)
+            .tcp_nodelay(true)
+            .redirect(redirect::Policy::none());
+        if let Some(path) = &settings.ca_file {
+            let pem = std::fs::read(path).map_err(|source| ClientError::Read { path: path.clone(), source })?;
+            builder = builder.tls_certs_only(Certificate::from_pem_bundle(&pem)?);
+        }
+        Ok(Self { client: builder.build()?, urls: settings.urls.clone(), edge: edge.clone() })
+    }
+
+    /// The addresses, in order of preference.
+    pub fn urls(&self) -> &[Url] {
+        &self.urls
+    }
+
+    /// What the node has of this spool.
+    ///
+    /// # Errors
+    /// When it does not answer with acks.
+    pub async fn positions(&self, url: usize, spool: SpoolId) -> Result<Acks, Failed> {
+        let mut address = self.address(url, "positions");
+        address.set_query(Some(&format!("spool={spool}")));
+        answer(self.client.get(address).send().await).await
+    }
+
+    /// Sends a body of [`body`].
+    ///
+    /// # Errors
+    /// When the node does not answer with acks.
+    pub async fn send(&self, url: usize, body: Bytes) -> Result<Acks, Failed> {
+        answer(self.client.post(self.address(url, "batches")).body(body).send().await).await
+    }
+
+    fn address(&self, url: usize, what: &str) -> Url {
+        let mut address = self.urls[url].clone();
+        let base = address.path().trim_end_matches('/').to_owned();
+        address.set_path(&format!("{base}/v1/edges/{}/{what}", self.edge));
+        address
+    }
+}
+
+/// Schemas (canonical texts), then batches, as frames.
+pub fn body(schemas: &[&str], batches: &[SealedBatch]) -> Bytes {
+    let mut body = Vec::with_capacity(batches.iter().map(|batch| batch.bytes().len() + 5).sum::<usize>() + 4_096);
+    schemas.iter().for_each(|schema| push_frame(&mut body, KIND_SCHEMA, schema.as_bytes()));
+    batches.iter().for_each(|batch| push_frame(&mut body, KIND_BATCH, batch.bytes()));
+    body.into()
+}
+
+async fn answer(response: Result<Response, reqwest::Error>) -> Result<Acks, Failed> {
+    let link = |text: String| (Failure::Link, text);
+    let mut response = response.map_err(|error| link(causes(&error)))?;
+    let status = response.status();
+    let mut text = Vec::new();
+    while let Some(part) = response.chunk().await.map_err(|error| link(causes(&error)))? {
+        text.extend_from_slice(&part);
+        if text.len() > ANSWER_BYTES_MAX {
+            return Err(link(format!("{status}: an answer of more than {ANSWER_BYTES_MAX} bytes")));
+        }
+    }
+    if status == StatusCode::OK {
+        return serde_json::from_slice(&text).map_err(|error| link(format!("an answer that is none: {error}")));
+    }
+    let Ok(refused) = serde_json::from_slice::<RefusedRequest>(&text) else {
+        return Err(link(format!("{status}: {}", String::from_utf8_lossy(&text[..text.len().min(200)]))));
+    };
+    let failure = match &refused {
+        RefusedRequest::Gap { expected, .. } => Failure::Gap { expected: *expected },
+        RefusedRequest::Forked { .. } => Failure::Forked,
+        RefusedRequest::PushedBack { retry_after_ms, .. } => {
+            Failure::PushedBack { retry_after_ms: if *retry_after_ms == 0 { RETRY_AFTER_MS } else { *retry_after_ms } }
+        }
+        // Schemas are in every request: a node that does not know them is not well.
+        _ => Failure::Link,
+    };
+    Err((failure, refused.to_string()))
+}
+
+/// An error with what lies under it; reqwest's own text ends at "error sending request".
+fn causes(error: &reqwest::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
