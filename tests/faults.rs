@@ -10,7 +10,8 @@ use rand::{Rng, SeedableRng};
 use wire::request::{KIND_BATCH, KIND_SCHEMA, push_frame};
 use wire::{FieldType, RefusedRequest, SealedBatch, Seq, StreamField, StreamSchema};
 
-use crate::harness::{Answer, Chain, Cloud, PATIENCE, Sender, load_rows, load_schema};
+use crate::harness::{Answer, Chain, Cloud, Sender, load_rows, load_schema};
+use crate::process::PATIENCE;
 
 /// Every row `0..rows` of `load` is there once, cold and hot together.
 async fn whole(cloud: &Cloud, rows: i64) {

@@ -1,10 +1,9 @@
-//! The parts of a test: `weir cloud` as a process that can be killed, and a sender that keeps the rules of an edge.
+//! The parts of a test: Mosquitto, `weir cloud` and an edge agent as processes that can be killed, and a sender that keeps
+//! the rules of an edge without being one.
 
-use std::net::TcpListener;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use arrow::array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
@@ -13,23 +12,15 @@ use wire::request::{KIND_BATCH, KIND_SCHEMA, push_frame};
 use wire::sealed::NO_WATERMARK;
 use wire::{Acks, CutBatch, FieldType, Mark, RefusedRequest, SealedBatch, Seq, SpoolId, StreamField, StreamSchema};
 
-/// How long a process may take until it answers.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
-const POLL: Duration = Duration::from_millis(20);
+use crate::process::{PATIENCE, POLL, Process, free_port};
+
 pub(crate) const EDGE: &str = "gw-test";
 pub(crate) const TOKEN: &str = "a-token-of-the-tests";
-
-/// A port that was free a moment ago. A process that is restarted has to keep its port, so it cannot be 0.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
 
 /// `weir cloud`, a process.
 #[derive(Debug)]
 pub(crate) struct Cloud {
-    config: PathBuf,
-    log: PathBuf,
-    child: Option<Child>,
+    process: Process,
     pub(crate) http: String,
     client: reqwest::Client,
 }
@@ -49,9 +40,9 @@ impl Cloud {
             tables.canonicalize().unwrap().display(),
         );
         std::fs::write(&config, text).unwrap();
-        let log = directory.join(format!("{name}.log"));
+        let process = Process::weir(name, &["cloud", "--config", config.to_str().unwrap()], directory);
         let http = format!("http://127.0.0.1:{port}");
-        let mut cloud = Self { config, log, child: None, http, client: reqwest::Client::new() };
+        let mut cloud = Self { process, http, client: reqwest::Client::new() };
         cloud.run();
         cloud.wait().await;
         cloud
@@ -59,56 +50,22 @@ impl Cloud {
 
     /// Starts the process, which must not run.
     pub(crate) fn run(&mut self) {
-        assert!(self.child.is_none(), "it runs already");
-        let log = std::fs::File::options().create(true).append(true).open(&self.log).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_weir"))
-            .args(["cloud", "--config"])
-            .arg(&self.config)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        self.child = Some(child);
+        self.process.start();
     }
 
     /// Waits until it is ready.
-    pub(crate) async fn wait(&self) {
-        let started = Instant::now();
-        while !self.ready().await {
-            assert!(started.elapsed() < PATIENCE, "the cloud is not ready:\n{}", self.log_tail());
-            tokio::time::sleep(POLL).await;
-        }
-    }
-
-    async fn ready(&self) -> bool {
-        let answer = self.client.get(format!("{}/ready", self.http)).send().await;
-        answer.is_ok_and(|answer| answer.status().is_success())
+    pub(crate) async fn wait(&mut self) {
+        wait_for_success(&self.client, &format!("{}/ready", self.http), &mut self.process).await;
     }
 
     /// kill -9.
     pub(crate) fn kill(&mut self) {
-        let mut child = self.child.take().expect("it runs");
-        assert!(child.try_wait().unwrap().is_none(), "the cloud ended by itself:\n{}", self.log_tail());
-        child.kill().unwrap();
-        child.wait().unwrap();
+        self.process.kill();
     }
 
     /// SIGTERM, and waits for the end.
     pub(crate) fn stop(&mut self) {
-        let mut child = self.child.take().expect("it runs");
-        assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
-        let started = Instant::now();
-        while child.try_wait().unwrap().is_none() {
-            assert!(started.elapsed() < PATIENCE, "the cloud does not stop:\n{}", self.log_tail());
-            std::thread::sleep(POLL);
-        }
-    }
-
-    fn log_tail(&self) -> String {
-        let text = std::fs::read_to_string(&self.log).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(30)..].join("\n")
+        self.process.stop();
     }
 
     /// Rows of a statement, as JSON objects.
@@ -137,12 +94,148 @@ impl Cloud {
     }
 }
 
-impl Drop for Cloud {
-    fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            child.kill().ok();
-            child.wait().ok();
+async fn wait_for_success(client: &reqwest::Client, url: &str, process: &mut Process) {
+    let started = Instant::now();
+    while !client.get(url).send().await.is_ok_and(|answer| answer.status().is_success()) {
+        process.check(started, "is not ready");
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// An edge agent, a process.
+#[derive(Debug)]
+pub(crate) struct Edge {
+    process: Process,
+    admin: String,
+    client: reqwest::Client,
+}
+
+impl Edge {
+    /// One that sends to `cloud`; `more` is added to its configuration: sources and streams.
+    pub(crate) async fn start(directory: &Path, cloud: &Cloud, more: &str) -> Self {
+        let port = free_port();
+        let config = directory.join("edge.toml");
+        let text = format!(
+            "[edge]\nid = \"{EDGE}\"\ndata_dir = \"{}\"\n[admin]\nlisten = \"127.0.0.1:{port}\"\n\
+             [cloud]\nurls = [\"{}\"]\ntoken = \"{TOKEN}\"\n{more}",
+            directory.join("edge").display(),
+            cloud.http
+        );
+        std::fs::write(&config, text).unwrap();
+        let process = Process::weir("edge", &["edge", "run", "--config", config.to_str().unwrap()], directory);
+        let admin = format!("http://127.0.0.1:{port}");
+        let mut edge = Self { process, admin, client: reqwest::Client::new() };
+        edge.run();
+        edge.wait().await;
+        edge
+    }
+
+    /// Starts the process, which must not run.
+    pub(crate) fn run(&mut self) {
+        self.process.start();
+    }
+
+    /// Waits until its sources are connected.
+    pub(crate) async fn wait(&mut self) {
+        wait_for_success(&self.client, &format!("{}/ready", self.admin), &mut self.process).await;
+    }
+
+    /// kill -9.
+    pub(crate) fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub(crate) fn stop(&mut self) {
+        self.process.stop();
+    }
+
+    pub(crate) async fn status(&self) -> Value {
+        self.client.get(format!("{}/status", self.admin)).send().await.unwrap().json().await.unwrap()
+    }
+
+    /// Waits until all that it has is committed, and checks that its counters balance (rule 6).
+    pub(crate) async fn drained(&mut self) -> Value {
+        let started = Instant::now();
+        loop {
+            let status = self.status().await;
+            if status["drained"] == true {
+                check_counters(&status);
+                return status;
+            }
+            self.process.check(started, &format!("is not drained: {status:#}"));
+            tokio::time::sleep(POLL).await;
         }
+    }
+}
+
+fn check_counters(status: &Value) {
+    for source in status["sources"].as_array().unwrap() {
+        let count = |name: &str| source[name].as_u64().unwrap();
+        assert_eq!(count("received"), count("journalled") + count("redelivered"), "{source:#}");
+        let decided = count("accepted") + count("quarantined") + count("duplicate") + count("waiting");
+        assert_eq!(count("read"), decided, "{source:#}");
+    }
+    let count = |name: &str| status["rows"][name].as_u64().unwrap();
+    let placed = count("committed") + count("spooled") + count("lost") + count("voided");
+    assert_eq!(count("sealed"), placed, "{:#}", status["rows"]);
+}
+
+/// Mosquitto with persistence and no limits on what it queues.
+#[derive(Debug)]
+pub(crate) struct Mosquitto {
+    process: Process,
+    pub(crate) port: u16,
+}
+
+impl Mosquitto {
+    /// None, and a word about it, when it is not installed.
+    pub(crate) fn start(directory: &Path) -> Option<Self> {
+        let places = ["/usr/sbin/mosquitto", "/usr/local/sbin/mosquitto", "/usr/bin/mosquitto"].map(Path::new);
+        let Some(program) = places.into_iter().find(|path| path.exists()) else {
+            println!("left out: Mosquitto is not installed");
+            return None;
+        };
+        let port = free_port();
+        let data = directory.join("mosquitto");
+        std::fs::create_dir_all(&data).unwrap();
+        let config = directory.join("mosquitto.conf");
+        // As root it would give up the right to its own directory.
+        let user = std::env::var("USER").unwrap_or_else(|_| "root".into());
+        let text = format!(
+            "listener {port} 127.0.0.1\nallow_anonymous true\npersistence true\npersistence_location {}/\n\
+             autosave_interval 1\nmax_queued_messages 0\nmax_inflight_messages 0\nuser {user}\n",
+            data.display()
+        );
+        std::fs::write(&config, text).unwrap();
+        let process = Process::new("mosquitto", program, &["-c", config.to_str().unwrap()], directory);
+        let mut broker = Self { process, port };
+        broker.run();
+        Some(broker)
+    }
+
+    /// Starts it, and waits until it listens.
+    pub(crate) fn run(&mut self) {
+        self.process.start();
+        let started = Instant::now();
+        while std::net::TcpStream::connect(("127.0.0.1", self.port)).is_err() {
+            self.process.check(started, "does not listen");
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// kill -9: it may lose what it acknowledged.
+    pub(crate) fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// SIGTERM: it writes what it has.
+    pub(crate) fn stop(&mut self) {
+        self.process.stop();
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("mqtt://127.0.0.1:{}", self.port)
     }
 }
 

@@ -9,4 +9,6 @@
 mod faults;
 mod fusion;
 mod harness;
+mod kills;
+mod process;
 mod real_data;

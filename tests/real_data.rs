@@ -1,113 +1,118 @@
-//! A month of the city of Aarhus through the door, the WAL and the tables, and the numbers that are known of it.
+//! The Aarhus file over a real Mosquitto into separate processes, and the numbers that are known of it.
 
 use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::time::Instant;
 
-use arrow::array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
-use wire::{FieldType, Seq, StreamField, StreamSchema};
+use crate::harness::{Cloud, Edge, Mosquitto};
+use crate::process::{PATIENCE, POLL};
 
-use crate::harness::{Chain, Cloud, Sender};
-
-const ROWS: usize = 323_422;
+const ROWS: i64 = 323_422;
 const DISTINCT: i64 = 323_296;
 const VEHICLES: i64 = 1_172_544;
+const LATE: i64 = 55;
 
-struct Reading {
-    ts: i64,
-    device: String,
-    speed: f64,
-    vehicles: i64,
-}
-
-fn aarhus() -> Option<Vec<Reading>> {
+fn aarhus() -> Option<PathBuf> {
     let path =
         PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/data/aarhus/traffic_2014-08_40_sensors.csv.gz");
     if !path.exists() {
         println!("left out: no Aarhus data beside the repository");
-        return None;
     }
+    path.exists().then_some(path)
+}
+
+const STREAM: &str = r#"
+[[source]]
+kind = "mqtt"
+url = "{url}"
+topics = ["city/traffic/+"]
+stream = "traffic"
+[source.map]
+device = "topic:2"
+ts = { at = "/TIMESTAMP", format = "%Y-%m-%dT%H:%M:%S", zone = "Europe/Copenhagen" }
+avg_speed = "/avgSpeed"
+vehicle_count = "/vehicleCount"
+avg_time = "/avgMeasuredTime"
+median_time = "/medianMeasuredTime"
+status = "/status"
+[stream.traffic]
+lateness = "30m"
+[stream.traffic.fields]
+avg_speed = { type = "float64", min = 0 }
+vehicle_count = { type = "int64", min = 0 }
+avg_time = { type = "float64" }
+median_time = { type = "float64" }
+status = { type = "text" }
+[stream.traffic.window.5m]
+size = "5m"
+"#;
+
+/// Average speed per sensor, from a plain read of the file.
+fn plain_averages(path: &Path) -> HashMap<String, f64> {
     let mut text = String::new();
     flate2::read::MultiGzDecoder::new(std::fs::File::open(path).unwrap()).read_to_string(&mut text).unwrap();
     let mut reader = csv::Reader::from_reader(text.as_bytes());
     let header = reader.headers().unwrap().clone();
     let at = |name: &str| header.iter().position(|column| column == name).unwrap();
-    let columns = (at("TIMESTAMP"), at("REPORT_ID"), at("avgSpeed"), at("vehicleCount"));
-    let readings = reader.records().map(|record| {
+    let (speed, sensor) = (at("avgSpeed"), at("REPORT_ID"));
+    let mut sums: HashMap<String, (f64, f64)> = HashMap::new();
+    for record in reader.records() {
         let record = record.unwrap();
-        // August in Denmark is UTC+2 throughout.
-        let local = chrono::NaiveDateTime::parse_from_str(&record[columns.0], "%Y-%m-%dT%H:%M:%S").unwrap();
-        Reading {
-            ts: (local.and_utc().timestamp() - 7_200) * 1_000_000,
-            device: record[columns.1].to_owned(),
-            speed: record[columns.2].parse().unwrap(),
-            vehicles: record[columns.3].parse().unwrap(),
-        }
-    });
-    Some(readings.collect())
-}
-
-fn schema() -> Arc<StreamSchema> {
-    let fields = [("avg_speed", FieldType::Float64), ("vehicle_count", FieldType::Int64)];
-    let fields = fields.map(|(name, kind)| StreamField { name: name.parse().unwrap(), kind });
-    Arc::new(StreamSchema::new(fields.to_vec()).unwrap())
-}
-
-fn rows(readings: &[Reading]) -> RecordBatch {
-    let ts = TimestampMicrosecondArray::from_iter_values(readings.iter().map(|reading| reading.ts));
-    let columns: Vec<ArrayRef> = vec![
-        Arc::new(ts.with_timezone("UTC")),
-        Arc::new(StringArray::from_iter_values(readings.iter().map(|reading| &reading.device))),
-        Arc::new(Float64Array::from_iter_values(readings.iter().map(|reading| reading.speed))),
-        Arc::new(Int64Array::from_iter_values(readings.iter().map(|reading| reading.vehicles))),
-        Arc::new(StringArray::from_iter_values(readings.iter().map(|_| "good"))),
-    ];
-    RecordBatch::try_new(schema().arrow().clone(), columns).unwrap()
+        let sum = sums.entry(record[sensor].to_owned()).or_default();
+        sum.0 += record[speed].parse::<f64>().unwrap();
+        sum.1 += 1.0;
+    }
+    sums.into_iter().map(|(sensor, (sum, count))| (sensor, sum / count)).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_month_of_aarhus_arrives_whole() {
-    let Some(readings) = aarhus() else { return };
-    assert_eq!(readings.len(), ROWS);
+    let Some(path) = aarhus() else { return };
     let directory = tempfile::tempdir().unwrap();
-    let mut cloud = Cloud::start(directory.path(), "a", "").await;
-    let (sender, mut chain) = (Sender::to(&cloud), Chain::new("traffic", schema()));
-    let batches: Vec<_> = readings.chunks(8_192).map(|part| chain.seal(&rows(part))).collect();
-    for part in batches.chunks(8) {
-        sender.send(&chain.schema, part).await.marks();
+    let Some(broker) = Mosquitto::start(directory.path()) else { return };
+    let mut cloud = Cloud::start(directory.path(), "a", "[commit]\nmax_age = \"5s\"\n").await;
+    let mut edge = Edge::start(directory.path(), &cloud, &STREAM.replace("{url}", &broker.url())).await;
+    let replay = tokio::process::Command::new(env!("CARGO_BIN_EXE_weir"))
+        .args(["replay", "--mqtt", &broker.url(), "--topic", "city/traffic/{REPORT_ID}", "--speed", "max", "--file"])
+        .arg(&path)
+        .status()
+        .await
+        .unwrap();
+    assert!(replay.success());
+    let started = Instant::now();
+    while cloud.integer("SELECT count(*) FROM traffic").await < ROWS {
+        assert!(started.elapsed() < PATIENCE, "not all arrives: {:#}", edge.status().await);
+        tokio::time::sleep(POLL).await;
     }
-    check(&cloud, &readings).await;
+    let status = edge.drained().await;
+    assert_eq!(status["sources"][0]["accepted"], ROWS);
+    assert_eq!(status["quarantined"], serde_json::json!({}));
+    let late = cloud.integer("SELECT count(*) FROM traffic WHERE quality = 'late'").await;
+    assert_eq!(late, LATE, "rows that come 6.9 days late enter no window and say so");
+    check(&cloud, &path).await;
     // A clean stop commits what is hot; outside readers find the tables alone.
+    edge.stop();
     cloud.stop();
     outside(&directory.path().join("tables/traffic"));
     cloud.run();
     cloud.wait().await;
-    assert_eq!(sender.positions(chain.spool).await.marks().1, Seq(batches.len() as u64));
-    check(&cloud, &readings).await;
+    check(&cloud, &path).await;
 }
 
-async fn check(cloud: &Cloud, readings: &[Reading]) {
-    assert_eq!(cloud.integer("SELECT count(*) FROM traffic").await, ROWS as i64);
+async fn check(cloud: &Cloud, path: &Path) {
+    assert_eq!(cloud.integer("SELECT count(*) FROM traffic").await, ROWS);
     let distinct = "SELECT count(*) FROM (SELECT DISTINCT device, ts FROM traffic)";
     assert_eq!(cloud.integer(distinct).await, DISTINCT);
     assert_eq!(cloud.integer("SELECT sum(vehicle_count) FROM traffic").await, VEHICLES);
-    let mut sums: HashMap<&str, (f64, f64)> = HashMap::new();
-    for reading in readings {
-        let sum = sums.entry(&reading.device).or_default();
-        *sum = (sum.0 + reading.speed, sum.1 + 1.0);
-    }
+    let averages = plain_averages(path);
     let rows = cloud.sql("SELECT device, avg(avg_speed) AS a FROM traffic GROUP BY device").await.unwrap();
-    assert_eq!(rows.len(), sums.len());
+    assert_eq!(rows.len(), averages.len());
     for row in rows {
         let (device, average) = (row["device"].as_str().unwrap(), row["a"].as_f64().unwrap());
-        let (sum, count) = sums[device];
-        assert!((sum / count - average).abs() < 1e-9, "{device}: {average} instead of {}", sum / count);
+        assert!((averages[device] - average).abs() < 1e-9, "{device}: {average} instead of {}", averages[device]);
     }
-    let day = "SELECT count(*) FROM traffic WHERE ts >= '2014-08-10' AND ts < '2014-08-11'";
-    let in_day = readings.iter().filter(|r| (1_407_628_800..1_407_715_200).contains(&(r.ts / 1_000_000))).count();
-    assert_eq!(cloud.integer(day).await, in_day as i64);
 }
 
 /// The same numbers from Python `deltalake` and DuckDB, which know nothing of Weir.

@@ -13,6 +13,10 @@ use wire::{Acks, Mark, Seq, SpoolId, StreamName};
 pub const BACKOFF_MIN_MS: u64 = 100;
 /// The longest wait after errors, before jitter.
 pub const BACKOFF_MAX_MS: u64 = 30_000;
+/// What is sent and not committed: the node is asked about it after so long without an answer, then after twice as long…
+pub const ASK_MIN_MS: u64 = 1_000;
+/// …and at least this often.
+pub const ASK_MAX_MS: u64 = 15_000;
 /// After this long on another address the preferred one is tried again.
 pub const RETURN_MS: u64 = 300_000;
 
@@ -60,6 +64,9 @@ pub struct Uplink {
     /// The node that has told its positions.
     node: Option<String>,
     asking: bool,
+    /// When to ask again what is committed, and how long that wait was.
+    ask_at_ms: u64,
+    ask_wait_ms: u64,
     failures: u32,
     not_before_ms: u64,
     chains: HashMap<StreamName, Chain>,
@@ -76,14 +83,16 @@ impl Uplink {
             moved_ms: 0,
             node: None,
             asking: false,
+            ask_at_ms: 0,
+            ask_wait_ms: ASK_MIN_MS,
             failures: 0,
             not_before_ms: 0,
             chains: HashMap::new(),
         }
     }
 
-    /// The next action. `candidates` are the streams that have something to send, most urgent first: for each the
-    /// last number given, and whether batches without a number wait.
+    /// The next action. `candidates` are the streams that have something to send or not committed, most urgent first: for
+    /// each the last number given, and whether batches without a number wait.
     pub fn next<'a>(&mut self, now_ms: u64, candidates: impl Iterator<Item = (&'a StreamName, Seq, bool)>) -> Action {
         if now_ms < self.not_before_ms {
             return Action::Wait { until_ms: self.not_before_ms };
@@ -100,7 +109,9 @@ impl Uplink {
             return Action::Positions { url: self.url, epoch: self.epoch };
         }
         let mut until_ms = u64::MAX;
+        let mut uncommitted = false;
         for (stream, head, waiting) in candidates {
+            uncommitted = true;
             let chain = self.chains.entry(stream.clone()).or_default();
             if chain.in_flight || (head <= chain.durable && !waiting) {
                 continue;
@@ -110,8 +121,19 @@ impl Uplink {
                 continue;
             }
             chain.in_flight = true;
+            (self.ask_wait_ms, self.ask_at_ms) = (ASK_MIN_MS, now_ms + ASK_MIN_MS);
             let (url, epoch, from) = (self.url, self.epoch, chain.durable.next());
             return Action::Send { url, epoch, stream: stream.clone(), from };
+        }
+        if uncommitted && !self.asking {
+            // A node commits in its own time and says so only when it is asked.
+            if now_ms >= self.ask_at_ms && idle {
+                self.ask_wait_ms = (self.ask_wait_ms * 2).min(ASK_MAX_MS);
+                self.ask_at_ms = now_ms + self.ask_wait_ms;
+                self.asking = true;
+                return Action::Positions { url: self.url, epoch: self.epoch };
+            }
+            until_ms = until_ms.min(self.ask_at_ms.max(now_ms + 1));
         }
         Action::Wait { until_ms }
     }
@@ -253,9 +275,24 @@ mod tests {
     fn positions_come_first_and_one_request_of_a_stream_at_a_time() {
         let mut uplink = ready(1, 1);
         let epoch = expect(next(&mut uplink, 0, 3, false), send(2));
-        expect(next(&mut uplink, 0, 3, true), wait(u64::MAX));
+        expect(next(&mut uplink, 0, 3, true), wait(ASK_MIN_MS));
         assert_eq!(uplink.acked(Some(&traffic()), epoch, &acks("a", 3, 2))[0].1.seq, Seq(2));
-        expect(next(&mut uplink, 0, 3, false), wait(u64::MAX));
+        expect(next(&mut uplink, 0, 3, false), wait(ASK_MIN_MS));
+    }
+
+    #[test]
+    fn what_is_not_committed_is_asked_about_less_and_less_often() {
+        let mut uplink = ready(1, 10);
+        expect(uplink.next(0, std::iter::empty()), wait(u64::MAX));
+        let mut now_ms = 0;
+        for gap in [0, 2_000, 4_000, 8_000, ASK_MAX_MS, ASK_MAX_MS] {
+            if gap > 0 {
+                expect(next(&mut uplink, now_ms, 10, false), wait(now_ms + gap));
+            }
+            now_ms += gap;
+            let epoch = expect(next(&mut uplink, now_ms, 10, false), positions(0));
+            uplink.acked(None, epoch, &acks("a", 10, 0));
+        }
     }
 
     #[test]

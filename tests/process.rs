@@ -1,0 +1,99 @@
+//! A process of a test: started with the same arguments again and again, killed with -9, or stopped.
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long a process may take until it answers or ends.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// Between two looks at whether it does.
+pub(crate) const POLL: Duration = Duration::from_millis(20);
+
+/// A port that was free a moment ago. A process that is restarted has to keep its port, so it cannot be 0.
+pub(crate) fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// A program with its arguments, and the child while it runs.
+#[derive(Debug)]
+pub(crate) struct Process {
+    name: String,
+    program: PathBuf,
+    arguments: Vec<String>,
+    log: PathBuf,
+    child: Option<Child>,
+}
+
+impl Process {
+    /// Not started. What it prints goes to `directory/name.log`.
+    pub(crate) fn new(name: &str, program: &Path, arguments: &[&str], directory: &Path) -> Self {
+        let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let log = directory.join(format!("{name}.log"));
+        Self { name: name.to_owned(), program: program.to_owned(), arguments, log, child: None }
+    }
+
+    /// `weir` with these arguments.
+    pub(crate) fn weir(name: &str, arguments: &[&str], directory: &Path) -> Self {
+        Self::new(name, Path::new(env!("CARGO_BIN_EXE_weir")), arguments, directory)
+    }
+
+    /// Starts it; it must not run.
+    pub(crate) fn start(&mut self) {
+        assert!(self.child.is_none(), "{} runs already", self.name);
+        let log = std::fs::File::options().create(true).append(true).open(&self.log).unwrap();
+        let child = Command::new(&self.program)
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap_or_else(|error| panic!("start {}: {error}", self.program.display()));
+        self.child = Some(child);
+    }
+
+    /// kill -9; it must not have ended by itself.
+    pub(crate) fn kill(&mut self) {
+        let mut child = self.child.take().expect("it runs");
+        assert!(child.try_wait().unwrap().is_none(), "{} ended by itself:\n{}", self.name, self.log_tail());
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    /// SIGTERM, and waits for a good end.
+    pub(crate) fn stop(&mut self) {
+        let mut child = self.child.take().expect("it runs");
+        assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+        let started = Instant::now();
+        let status = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(started.elapsed() < PATIENCE, "{} does not stop:\n{}", self.name, self.log_tail());
+            std::thread::sleep(POLL);
+        };
+        assert!(status.success(), "{} ended with {status}:\n{}", self.name, self.log_tail());
+    }
+
+    /// Panics with its log when it has ended by itself, or when `since` is too long ago.
+    pub(crate) fn check(&mut self, since: Instant, what: &str) {
+        let ended = self.child.as_mut().and_then(|child| child.try_wait().unwrap());
+        assert!(ended.is_none(), "{} ended with {ended:?}:\n{}", self.name, self.log_tail());
+        assert!(since.elapsed() < PATIENCE, "{}: {what}\n{}", self.name, self.log_tail());
+    }
+
+    pub(crate) fn log_tail(&self) -> String {
+        let text = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(30)..].join("\n")
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            child.kill().ok();
+            child.wait().ok();
+        }
+    }
+}
