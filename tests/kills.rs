@@ -18,6 +18,7 @@ use tokio::task::JoinHandle;
 
 use crate::harness::{Cloud, Edge, Mosquitto};
 use crate::process::{PATIENCE, POLL};
+use crate::proxy::Proxy;
 
 const DEVICES: u64 = 20;
 /// Messages go in bursts, so that a kill finds some that are journalled and not acknowledged.
@@ -135,9 +136,15 @@ size = "1s"
 
 async fn stage(directory: &Path) -> Option<(Mosquitto, Cloud, Edge)> {
     let broker = Mosquitto::start(directory)?;
-    let cloud = Cloud::start(directory, "a", "[commit]\nmax_age = \"2s\"\n").await;
-    let edge = Edge::start(directory, &cloud, &STREAM.replace("{url}", &broker.url())).await;
+    let (cloud, edge) = cloud_and_edge(directory, broker.port).await;
     Some((broker, cloud, edge))
+}
+
+async fn cloud_and_edge(directory: &Path, broker_port: u16) -> (Cloud, Edge) {
+    let cloud = Cloud::start(directory, "a", "[commit]\nmax_age = \"2s\"\n").await;
+    let url = format!("mqtt://127.0.0.1:{broker_port}");
+    let edge = Edge::start(directory, &cloud, &STREAM.replace("{url}", &url)).await;
+    (cloud, edge)
 }
 
 /// What the tests promise of the broker's acknowledgements.
@@ -149,7 +156,7 @@ enum Broker {
     Killed,
 }
 
-async fn check(cloud: &Cloud, edge: &mut Edge, ledger: &Ledger, broker: Broker) {
+async fn check(cloud: &Cloud, edge: &mut Edge, ledger: &Ledger, broker: Broker) -> serde_json::Value {
     let acknowledged = ledger.acknowledged.lock().unwrap().clone();
     assert!(acknowledged.len() > 500, "the load did not get through: {}", acknowledged.len());
     let started = Instant::now();
@@ -179,6 +186,7 @@ async fn check(cloud: &Cloud, edge: &mut Edge, ledger: &Ledger, broker: Broker) 
     assert_eq!(status["quarantined"], serde_json::json!({}), "nothing good belongs in quarantine");
     println!("{} stored, {} redelivered", stored.len(), status["sources"][0]["redelivered"]);
     check_windows(cloud).await;
+    status
 }
 
 /// Every window row of the highest revision equals what its readings give, and closed windows are all there.
@@ -225,16 +233,29 @@ async fn a_moment(random: &mut StdRng) {
 async fn nothing_is_lost_or_doubled_when_the_edge_agent_is_killed() {
     let mut random = seeded();
     let directory = tempfile::tempdir().unwrap();
-    let Some((broker, cloud, mut edge)) = stage(directory.path()).await else { return };
+    let Some(broker) = Mosquitto::start(directory.path()) else { return };
+    // Every other time the agent's last acknowledgements do not arrive, so the broker sends those messages again.
+    let proxy = Proxy::to(broker.port).await;
+    let (cloud, mut edge) = cloud_and_edge(directory.path(), proxy.port).await;
     let load = Load::start(broker.port);
-    for _ in 0..kills() {
+    for round in 0..kills() {
         a_moment(&mut random).await;
+        if round % 2 == 0 {
+            proxy.lose();
+            a_moment(&mut random).await;
+        }
         edge.kill();
+        proxy.cut();
         edge.run();
     }
     edge.wait().await;
+    proxy.lose();
     a_moment(&mut random).await;
-    check(&cloud, &mut edge, &*load.finish().await, Broker::Kept).await;
+    proxy.cut();
+    edge.wait().await;
+    a_moment(&mut random).await;
+    let status = check(&cloud, &mut edge, &*load.finish().await, Broker::Kept).await;
+    assert!(status["sources"][0]["redelivered"].as_u64() > Some(0), "nothing was redelivered: nothing was tried");
 }
 
 #[tokio::test(flavor = "multi_thread")]

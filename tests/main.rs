@@ -11,4 +11,5 @@ mod fusion;
 mod harness;
 mod kills;
 mod process;
+mod proxy;
 mod real_data;
