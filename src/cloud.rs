@@ -1,10 +1,11 @@
 //! `weir cloud --config FILE`: ingest and SQL in one process.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
-use cloud_ingest::{Cloud, Settings};
+use cloud_ingest::{Cloud, CloudHandle, Settings};
 use query::serve::{Reader, Readers};
 use query::{Engine, EngineSettings};
 use tokio::net::TcpListener;
@@ -20,21 +21,35 @@ pub(crate) struct CloudArguments {
     config: PathBuf,
 }
 
+/// A cloud that runs in this process.
+#[derive(Debug)]
+pub(crate) struct Node {
+    pub(crate) http: SocketAddr,
+    pub(crate) postgres: SocketAddr,
+    cloud: CloudHandle,
+}
+
+impl Node {
+    /// Waits until it has stopped, after its token was cancelled: what is hot is committed.
+    pub(crate) async fn stopped(self) {
+        self.cloud.stopped().await;
+    }
+}
+
 /// Runs until SIGINT or SIGTERM.
 pub(crate) async fn cloud(arguments: CloudArguments) -> anyhow::Result<()> {
     let settings = Settings::load(&arguments.config)?;
     let token = CancellationToken::new();
-    let stopper = token.clone();
-    tokio::spawn(async move {
-        if let Err(error) = stop_signal().await {
-            tracing::error!(%error, "signals are not heard");
-        }
-        stopper.cancel();
-    });
-    run(settings, token).await
+    let node = start(settings, token.clone()).await?;
+    stop_signal().await?;
+    tracing::info!("stopping: what is hot is committed");
+    token.cancel();
+    node.stopped().await;
+    Ok(())
 }
 
-async fn run(settings: Settings, token: CancellationToken) -> anyhow::Result<()> {
+/// Starts ingest and the doors of SQL.
+pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyhow::Result<Node> {
     let readers: Vec<Reader> = settings
         .reader
         .iter()
@@ -51,8 +66,9 @@ async fn run(settings: Settings, token: CancellationToken) -> anyhow::Result<()>
     let tables = Arc::new(NodeTables(cloud.catalogue()));
     let engine = Arc::new(Engine::new(tables, EngineSettings::default()).context("start the engine")?);
     let readers = Readers::new(readers);
-    let listener = TcpListener::bind(postgres).await.with_context(|| format!("listen on {postgres}"))?;
-    tracing::info!(postgres = %listener.local_addr()?, "psql may connect");
+    let listener = TcpListener::bind(postgres).await.with_context(|| format!("listen on {postgres} for Postgres"))?;
+    let postgres = listener.local_addr()?;
+    tracing::info!(%postgres, "psql may connect");
     let door = query::serve::postgres::serve(listener, Arc::clone(&engine), readers.clone(), token.clone());
     tokio::spawn(async move {
         if let Err(error) = door.await {
@@ -60,15 +76,13 @@ async fn run(settings: Settings, token: CancellationToken) -> anyhow::Result<()>
         }
     });
     let questions = query::serve::http::router(engine, readers);
-    let cloud = cloud.listen(questions, token.clone()).await?;
+    let cloud = cloud.listen(questions, token).await?;
     tracing::info!(http = %cloud.http, "ready");
-    token.cancelled().await;
-    tracing::info!("stopping: what is hot is committed");
-    cloud.stopped().await;
-    Ok(())
+    Ok(Node { http: cloud.http, postgres, cloud })
 }
 
-async fn stop_signal() -> anyhow::Result<()> {
+/// Returns at SIGINT or SIGTERM.
+pub(crate) async fn stop_signal() -> anyhow::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut term = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     tokio::select! {

@@ -1,6 +1,7 @@
 //! `weir`: the one binary for people.
 
 mod cloud;
+mod demo;
 mod publish;
 mod replay;
 mod sql;
@@ -16,6 +17,8 @@ use tracing_subscriber::EnvFilter;
     about = "Sensor streams from gateways at the edge to SQL in the cloud, with nothing lost on the way"
 )]
 enum Command {
+    /// A city, an edge agent and the cloud on this machine, to look at
+    Demo(demo::DemoArguments),
     /// Collect on this machine, as `edge-agent` does on a gateway
     #[command(subcommand)]
     Edge(EdgeCommand),
@@ -29,12 +32,18 @@ enum Command {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let filter = EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| EnvFilter::new("warn,weir=info,cloud_ingest=info,query=info,edge_agent=info"));
+    let command = Command::parse();
+    // The demo speaks for itself; a service's log says what changes.
+    let usual = match command {
+        Command::Demo(_) => "error,rumqttd=off",
+        _ => "warn,weir=info,cloud_ingest=info,query=info,edge_agent=info",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(usual));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     // Another provider may be compiled in, too; a process needs one.
     rustls::crypto::ring::default_provider().install_default().ok();
-    match Command::parse() {
+    match command {
+        Command::Demo(arguments) => demo::demo(arguments).await,
         Command::Edge(command) => edge_agent::command::execute(command).await,
         Command::Cloud(arguments) => cloud::cloud(arguments).await,
         Command::Sql(arguments) => sql::sql(arguments).await,

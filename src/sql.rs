@@ -80,3 +80,16 @@ fn refusal(body: &[u8]) -> String {
         Err(_) => String::from_utf8_lossy(body).into_owned(),
     }
 }
+
+/// The one number that a statement gives.
+pub(crate) async fn integer(url: &str, statement: &str) -> anyhow::Result<u64> {
+    let client = reqwest::Client::new();
+    let request = client.post(format!("{url}/v1/sql")).header("accept", "application/json").body(statement.to_owned());
+    let response = request.send().await?;
+    if !response.status().is_success() {
+        bail!("{}", refusal(&response.bytes().await?));
+    }
+    let rows: serde_json::Value = serde_json::from_slice(&response.bytes().await?)?;
+    let number = rows[0].as_object().and_then(|row| row.values().next()).and_then(serde_json::Value::as_u64);
+    number.with_context(|| format!("no number: {rows}"))
+}

@@ -1,0 +1,322 @@
+//! `weir demo`: the whole path in one process. A broker, a simulated city, this machine's own readings, an edge agent, and
+//! the cloud with SQL; data stay in the directory, and the next start goes on from them.
+//!
+//! The city knows what it has published ([`city::Truth`]). With `--seconds` the demo ends by itself, compares SQL with
+//! that truth, and fails when they differ. It stops from left to right: city, agent, cloud.
+
+mod broker;
+mod city;
+
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use edge_agent::agent::{self, AgentHandle};
+use tokio_util::sync::CancellationToken;
+
+use self::city::{City, SPEED_MAX, Truth};
+use crate::cloud;
+use crate::publish::{BrokerAddress, Publisher};
+use crate::sql;
+
+/// Arguments of `weir demo`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct DemoArguments {
+    /// Where everything is kept; a second start goes on from it
+    #[arg(long, default_value = "weir-demo")]
+    data_dir: PathBuf,
+    /// Road sensors of the city
+    #[arg(long, default_value_t = 300)]
+    sensors: usize,
+    /// Stop after so long, and compare what SQL answers with what was published
+    #[arg(long)]
+    seconds: Option<u64>,
+    /// A broker of your own, mqtt://host:port, in place of the built-in one
+    #[arg(long)]
+    url: Option<BrokerAddress>,
+    /// Take free ports in place of 7300, 7302, 7303 and 7310
+    #[arg(long)]
+    free_ports: bool,
+}
+
+/// Each sensor reports so often.
+const INTERVAL: Duration = Duration::from_secs(2);
+/// How often the city looks at its clock.
+const STEP: Duration = Duration::from_millis(50);
+/// A line about how it goes.
+const NEWS_EVERY: Duration = Duration::from_secs(20);
+/// How long what was published may take to be visible at the end.
+const DRAIN_MAX: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(50);
+const EDGE: &str = "demo";
+
+#[derive(Debug, Clone, Copy)]
+struct Ports {
+    http: u16,
+    postgres: u16,
+    broker: u16,
+    admin: u16,
+}
+
+impl Ports {
+    const USUAL: Self = Self { http: 7300, postgres: 7302, broker: 7303, admin: 7310 };
+
+    fn free() -> anyhow::Result<Self> {
+        // All held at once, so that they differ.
+        let held = [(); 4].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)));
+        let [http, postgres, broker, admin] = held.map(|held| held.and_then(|held| Ok(held.local_addr()?.port())));
+        Ok(Self { http: http?, postgres: postgres?, broker: broker?, admin: admin? })
+    }
+
+    fn check(self, with_broker: bool) -> anyhow::Result<()> {
+        let names =
+            [(self.http, "HTTP"), (self.postgres, "Postgres"), (self.admin, "the agent"), (self.broker, "MQTT")];
+        for (port, name) in &names[..if with_broker { 4 } else { 3 }] {
+            if let Err(error) = TcpListener::bind((Ipv4Addr::LOCALHOST, *port)) {
+                bail!("port {port} for {name} cannot be used: {error}; stop what has it, or use --free-ports");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Runs until Ctrl-C, SIGTERM, or the end of `--seconds`.
+pub(crate) async fn demo(arguments: DemoArguments) -> anyhow::Result<()> {
+    let ports = if arguments.free_ports { Ports::free()? } else { Ports::USUAL };
+    ports.check(arguments.url.is_none())?;
+    let data_dir = &arguments.data_dir;
+    std::fs::create_dir_all(data_dir).with_context(|| format!("make {}", data_dir.display()))?;
+    let data_dir = data_dir.canonicalize()?;
+    let broker = match &arguments.url {
+        Some(address) => address.clone(),
+        None => {
+            broker::start(SocketAddr::from((Ipv4Addr::LOCALHOST, ports.broker)))?;
+            BrokerAddress { host: Ipv4Addr::LOCALHOST.to_string(), port: ports.broker }
+        }
+    };
+    let before = take_truth(&data_dir)?;
+    let token = token(&data_dir)?;
+    let stop_cloud = CancellationToken::new();
+    let node = cloud::start(cloud_settings(&data_dir, &token, ports)?, stop_cloud.clone()).await?;
+    let stop_agent = CancellationToken::new();
+    let agent = agent::start(edge_settings(&data_dir, &token, ports, &broker)?, stop_agent.clone()).await?;
+    let url = format!("http://{}", node.http);
+
+    let mut city = City::new(rand::random(), arguments.sensors, micros(INTERVAL), now_us());
+    let mut publisher = Publisher::connect(&broker, &format!("weir-demo-city-{}", std::process::id()));
+    connected(&agent).await?;
+    say(&welcome(&url, node.postgres.port(), agent.admin, &data_dir, &arguments));
+
+    let ends = arguments.seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    let stopped = run(&mut city, &mut publisher, &agent, ends).await?;
+    say("stopping: what is on its way arrives first");
+    for publication in city.finish() {
+        publisher.publish(publication.topic, publication.payload).await?;
+    }
+    publisher.finish().await?;
+    let verdict = match before {
+        Some(before) => {
+            let truth = before.plus(city.truth());
+            keep_truth(&data_dir, truth)?;
+            compare(&url, truth).await
+        }
+        None => Ok("not compared with what was published: an earlier run was killed, and its count with it".to_owned()),
+    };
+    stop_agent.cancel();
+    agent.stopped().await?;
+    stop_cloud.cancel();
+    node.stopped().await;
+    match verdict {
+        Ok(text) => say(&text),
+        // Who pressed Ctrl-C did not ask for the comparison, but is told when something is missing.
+        Err(error) if stopped == Stopped::ByHand => say(&format!("{error:#}")),
+        Err(error) => return Err(error),
+    }
+    say(&format!("stopped; `weir demo` with the same --data-dir ({}) goes on from here", data_dir.display()));
+    Ok(())
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stopped {
+    ByHand,
+    InTime,
+}
+
+async fn run(
+    city: &mut City,
+    publisher: &mut Publisher,
+    agent: &AgentHandle,
+    ends: Option<Instant>,
+) -> anyhow::Result<Stopped> {
+    let mut signal = std::pin::pin!(cloud::stop_signal());
+    let mut steps = tokio::time::interval(STEP);
+    let mut news = Instant::now();
+    loop {
+        tokio::select! {
+            _ = steps.tick() => {}
+            signal = &mut signal => return signal.map(|()| Stopped::ByHand),
+        }
+        for publication in city.step(now_us()) {
+            publisher.publish(publication.topic, publication.payload).await?;
+        }
+        if ends.is_some_and(|ends| Instant::now() >= ends) {
+            return Ok(Stopped::InTime);
+        }
+        if news.elapsed() >= NEWS_EVERY {
+            news = Instant::now();
+            let status = agent.status();
+            let quarantined: u64 = status.quarantined.values().sum();
+            say(&format!(
+                "{} messages published, {} rows sealed at the edge, {} of them committed, {quarantined} readings in quarantine",
+                city.truth().messages,
+                status.rows.sealed,
+                status.rows.committed
+            ));
+        }
+    }
+}
+
+/// The city begins when the agent is subscribed: the built-in broker keeps nothing for clients that never were there.
+async fn connected(agent: &AgentHandle) -> anyhow::Result<()> {
+    let started = Instant::now();
+    while !agent.status().sources.iter().any(|source| source.name == "traffic" && source.connected) {
+        if started.elapsed() > DRAIN_MAX {
+            let error = agent.status().sources.into_iter().find_map(|source| source.last_error);
+            bail!("the agent does not reach the broker: {}", error.unwrap_or_else(|| "no answer".to_owned()));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    // The subscription follows the connection.
+    tokio::time::sleep(STEP).await;
+    Ok(())
+}
+
+/// What SQL answers against what was published, when all has arrived.
+async fn compare(url: &str, truth: Truth) -> anyhow::Result<String> {
+    let questions = [
+        ("readings in `traffic`", "SELECT count(*) AS n FROM traffic", truth.good),
+        ("vehicles counted", "SELECT coalesce(sum(vehicles), 0) AS n FROM traffic", truth.vehicles),
+        ("readings in `quarantine`", "SELECT count(*) AS n FROM quarantine WHERE source = 'traffic'", truth.bad),
+    ];
+    let mut lines = vec![format!("{:<26}{:>14}{:>14}", "", "published", "SQL says")];
+    let mut differ = false;
+    for (name, question, expected) in questions {
+        let started = Instant::now();
+        let mut found = sql::integer(url, question).await.unwrap_or(0);
+        while found < expected && started.elapsed() < DRAIN_MAX {
+            tokio::time::sleep(POLL).await;
+            found = sql::integer(url, question).await.unwrap_or(0);
+        }
+        differ |= found != expected;
+        lines.push(format!("{name:<26}{expected:>14}{found:>14}{}", if found == expected { "" } else { "   differs" }));
+    }
+    let text = lines.join("\n");
+    if differ {
+        bail!("SQL does not answer what was published:\n{text}");
+    }
+    Ok(text)
+}
+
+fn welcome(url: &str, postgres: u16, admin: SocketAddr, data_dir: &Path, arguments: &DemoArguments) -> String {
+    let weir = std::env::current_exe().map_or_else(|_| "weir".to_owned(), |path| path.display().to_string());
+    let broker = if arguments.url.is_some() { "your broker" } else { "its own broker" };
+    format!(
+        "\nWeir runs: {} road sensors publish to {broker}, an edge agent checks and windows them, the cloud answers SQL.\n\
+         Data are in {}. Ctrl-C stops it. In another terminal, try:\n\n\
+         {weir} sql --url {url} \"SELECT device, count(*), round(avg(speed), 1) AS speed FROM traffic GROUP BY device ORDER BY speed LIMIT 10\"\n\
+         {weir} sql --url {url} \"SELECT * FROM traffic_1m ORDER BY window_start DESC, device LIMIT 10\"\n\
+         {weir} sql --url {url} \"SELECT reason, count(*) FROM quarantine GROUP BY reason\"\n\
+         psql -h 127.0.0.1 -p {postgres} -c \"SELECT device, ts, load_1m, cpu_percent, memory_used_bytes FROM host WHERE kind = 'machine' ORDER BY ts DESC LIMIT 5\"\n\
+         curl -s {url}/v1/sql -d \"SELECT count(*) AS readings, max(ts) AS newest FROM traffic\"\n\
+         curl -s http://{admin}/status\n",
+        arguments.sensors,
+        data_dir.display(),
+    )
+}
+
+fn cloud_settings(data_dir: &Path, token: &str, ports: Ports) -> anyhow::Result<cloud_ingest::Settings> {
+    let text = format!(
+        "data_dir = {:?}\n[listen]\nhttp = \"127.0.0.1:{}\"\npostgres = \"127.0.0.1:{}\"\n[commit]\nmax_age = \"10s\"\n\
+         [[edge]]\nid = \"{EDGE}\"\ntoken = \"{token}\"\n",
+        data_dir.join("cloud").display().to_string(),
+        ports.http,
+        ports.postgres
+    );
+    cloud_ingest::Settings::parse(&text).map_err(anyhow::Error::msg)
+}
+
+fn edge_settings(
+    data_dir: &Path,
+    token: &str,
+    ports: Ports,
+    broker: &BrokerAddress,
+) -> anyhow::Result<edge_agent::config::Settings> {
+    let text = format!(
+        "[edge]\nid = \"{EDGE}\"\ndata_dir = {:?}\n[admin]\nlisten = \"127.0.0.1:{}\"\n\
+         [cloud]\nurls = [\"http://127.0.0.1:{}\"]\ntoken = \"{token}\"\n\
+         [[source]]\nkind = \"mqtt\"\nurl = \"mqtt://{}:{}\"\ntopics = [\"city/traffic/+\"]\nstream = \"traffic\"\n\
+         [source.map]\ndevice = \"topic:2\"\nts = {{ at = \"/ts\", format = \"epoch_us\" }}\nspeed = \"/speed\"\n\
+         vehicles = \"/vehicles\"\noccupancy = \"/occupancy\"\n\
+         [[source]]\nkind = \"host\"\nevery = \"5s\"\n\
+         [stream.traffic]\nlateness = \"10s\"\n[stream.traffic.fields]\n\
+         speed = {{ type = \"float64\", min = 0, max = {SPEED_MAX} }}\n\
+         vehicles = {{ type = \"int64\", min = 0 }}\noccupancy = {{ type = \"float64\", min = 0, max = 100 }}\n\
+         [stream.traffic.window.1m]\nsize = \"1m\"\n",
+        data_dir.join("edge").display().to_string(),
+        ports.admin,
+        ports.http,
+        broker.host,
+        broker.port
+    );
+    edge_agent::config::Settings::parse(&text).map_err(anyhow::Error::msg)
+}
+
+/// The demo's own token: random, kept beside the data, for its owner only.
+fn token(data_dir: &Path) -> anyhow::Result<String> {
+    use std::io::Write;
+    use std::os::unix::fs::OpenOptionsExt;
+    let path = data_dir.join("token");
+    if let Ok(token) = std::fs::read_to_string(&path) {
+        return Ok(token.trim().to_owned());
+    }
+    let token = format!("{:032x}", rand::random::<u128>());
+    let mut file = std::fs::File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("write {}", path.display()))?;
+    file.write_all(token.as_bytes())?;
+    Ok(token)
+}
+
+/// What earlier runs published; None when one of them was killed. It is taken away until this run ends well.
+fn take_truth(data_dir: &Path) -> anyhow::Result<Option<Truth>> {
+    let path = data_dir.join("truth.json");
+    match std::fs::read(&path) {
+        Ok(bytes) => {
+            std::fs::remove_file(&path).context("take truth.json")?;
+            serde_json::from_slice(&bytes).map(Some).context("read truth.json")
+        }
+        Err(_) if data_dir.join("edge").exists() => Ok(None),
+        Err(_) => Ok(Some(Truth::default())),
+    }
+}
+
+fn keep_truth(data_dir: &Path, truth: Truth) -> anyhow::Result<()> {
+    std::fs::write(data_dir.join("truth.json"), serde_json::to_vec(&truth)?).context("write truth.json")
+}
+
+fn now_us() -> i64 {
+    edge_agent::source::now_us()
+}
+
+fn micros(span: Duration) -> i64 {
+    i64::try_from(span.as_micros()).unwrap_or(i64::MAX)
+}
+
+#[allow(clippy::print_stdout, reason = "what the user asked to see")]
+fn say(text: &str) {
+    println!("{text}");
+}
