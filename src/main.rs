@@ -1,5 +1,6 @@
 //! `weir`: the one binary for people.
 
+mod bench;
 mod cloud;
 mod demo;
 mod publish;
@@ -26,6 +27,9 @@ enum Command {
     Cloud(cloud::CloudArguments),
     /// Ask one SQL statement
     Sql(sql::SqlArguments),
+    /// Measure on this machine, as JSON
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Publish a file of history as live MQTT messages
     Replay(replay::ReplayArguments),
 }
@@ -47,6 +51,7 @@ async fn main() -> anyhow::Result<()> {
         Command::Edge(command) => edge_agent::command::execute(command).await,
         Command::Cloud(arguments) => cloud::cloud(arguments).await,
         Command::Sql(arguments) => sql::sql(arguments).await,
+        Command::Bench(command) => bench::bench(command).await,
         Command::Replay(arguments) => replay::replay(arguments).await,
     }
 }

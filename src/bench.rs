@@ -1,0 +1,72 @@
+//! `weir bench`: measurements of separate processes on this machine, as JSON. Answers are checked before numbers are shown.
+//!
+//! CPU-seconds are user and system time of a process from its start (`/proc/<pid>/stat`), peak RSS is `VmHWM`, bytes to
+//! disk are `write_bytes` of `/proc/<pid>/io`. Every report names commit, date, machine and command.
+
+mod ingest;
+mod parts;
+mod path;
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Context;
+use serde_json::{Value, json};
+
+/// What is measured.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum BenchCommand {
+    /// The cloud alone: sealed batches from several connections, durable acks
+    Cloud(ingest::CloudBench),
+    /// The whole path: publisher, Mosquitto, edge agent, cloud; nothing lost
+    Path(path::PathBench),
+    /// From published to visible in SQL, at a steady rate
+    Freshness(path::FreshnessBench),
+}
+
+/// Options of every measurement.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Common {
+    /// Where the processes keep their data; it must not be there, and is removed at the end. A temporary place unless set
+    #[arg(long)]
+    data_dir: Option<PathBuf>,
+    /// The edge agent's binary; `weir edge` unless set
+    #[arg(long)]
+    edge_agent: Option<PathBuf>,
+}
+
+/// Measures and prints.
+pub(crate) async fn bench(command: BenchCommand) -> anyhow::Result<()> {
+    let result = match command {
+        BenchCommand::Cloud(bench) => bench.run().await?,
+        BenchCommand::Path(bench) => bench.run().await?,
+        BenchCommand::Freshness(bench) => bench.run().await?,
+    };
+    let report = json!({
+        "command": std::env::args().skip(1).collect::<Vec<_>>().join(" "),
+        "commit": commit(),
+        "date": chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
+        "machine": machine(),
+        "build": if cfg!(debug_assertions) { "debug" } else { "release" },
+        "result": result,
+    });
+    print(&serde_json::to_string_pretty(&report).context("write the report")?);
+    Ok(())
+}
+
+fn commit() -> Value {
+    let output = Command::new("git").args(["rev-parse", "--short", "HEAD"]).output();
+    let text = output.ok().filter(|output| output.status.success());
+    text.map_or(Value::Null, |output| json!(String::from_utf8_lossy(&output.stdout).trim()))
+}
+
+fn machine() -> Value {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|pair| pair.1));
+    json!({ "cpu": model, "cores": std::thread::available_parallelism().map_or(0, usize::from) })
+}
+
+#[allow(clippy::print_stdout, reason = "the report")]
+fn print(text: &str) {
+    println!("{text}");
+}

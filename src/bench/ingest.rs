@@ -1,0 +1,167 @@
+//! `weir bench cloud`: how many rows a second one cloud process makes durable.
+//!
+//! Each connection is a spool of its own that sends requests of a few batches and waits for the durable ack. Rows are
+//! made beforehand (ts, device, three fields, quality: six columns), so the sender costs little more than numbering.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, bail, ensure};
+use arrow::array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde_json::{Value, json};
+use wire::request::{KIND_BATCH, KIND_SCHEMA, push_frame};
+use wire::sealed::NO_WATERMARK;
+use wire::{Acks, CutBatch, EdgeId, FieldType, Mark, SpoolId, StreamField, StreamSchema};
+
+use super::Common;
+use super::parts::{Cloud, Directory, EDGE, PATIENCE, POLL, TOKEN};
+use crate::sql;
+
+/// Different batches of each connection; they come round again with other numbers.
+const PREPARED: usize = 24;
+const DEVICES: usize = 500;
+/// 2026-01-01T00:00:00Z
+const START_US: i64 = 1_767_225_600_000_000;
+
+/// Options of `weir bench cloud`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct CloudBench {
+    #[arg(long, default_value_t = 30_000_000)]
+    rows: u64,
+    #[arg(long, default_value_t = 4)]
+    connections: u64,
+    #[arg(long, default_value_t = 8_192)]
+    batch_rows: usize,
+    /// Batches in one request
+    #[arg(long, default_value_t = 8)]
+    request_batches: usize,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl CloudBench {
+    pub(super) async fn run(self) -> anyhow::Result<Value> {
+        let directory = Directory::new(&self.common)?;
+        let cloud = Cloud::start(&directory.0).await?;
+        let schema = schema()?;
+        let per_connection = self.rows.div_ceil(self.connections * self.batch_rows as u64);
+        let mut prepared = Vec::new();
+        for connection in 0..self.connections {
+            let batches = (0..PREPARED).map(|n| cut(&schema, connection, n, self.batch_rows));
+            prepared.push(batches.collect::<anyhow::Result<Vec<_>>>()?);
+        }
+        let started = Instant::now();
+        let mut tasks = tokio::task::JoinSet::new();
+        for batches in prepared {
+            let (schema, url) = (Arc::clone(&schema), format!("{}/v1/edges/{EDGE}/batches", cloud.http));
+            tasks.spawn(send(schema, batches, per_connection, self.request_batches, url));
+        }
+        let mut bytes = 0;
+        while let Some(sent) = tasks.join_next().await {
+            bytes += sent??;
+        }
+        let durable_s = started.elapsed().as_secs_f64();
+        let rows = per_connection * self.connections * self.batch_rows as u64;
+        let found = sql::integer(&cloud.http, "SELECT count(*) FROM load").await?;
+        ensure!(found == rows, "{rows} rows were acknowledged and {found} are there");
+        let committed = committed(&cloud, rows).await?;
+        let found = sql::integer(&cloud.http, "SELECT count(*) FROM load").await?;
+        ensure!(found == rows, "{rows} rows were committed and {found} are there");
+        let million = rows as f64 / 1e6;
+        Ok(json!({
+            "rows": rows,
+            "durable_s": durable_s,
+            "rows_per_second": (rows as f64 / durable_s).round(),
+            "all_committed_s": started.elapsed().as_secs_f64(),
+            "cloud_cpu_s_per_million_rows": committed / million,
+            "cloud_peak_rss_mb": cloud.part.memory_mb("VmHWM")?,
+            "wire_bytes_per_row": bytes as f64 / rows as f64,
+            "delta_bytes_per_row": cloud.table_bytes("load")? as f64 / rows as f64,
+        }))
+    }
+}
+
+/// Waits until everything is in the table; the CPU-seconds until then.
+async fn committed(cloud: &Cloud, rows: u64) -> anyhow::Result<f64> {
+    let (started, client) = (Instant::now(), reqwest::Client::new());
+    loop {
+        let text = client.get(format!("{}/metrics", cloud.http)).send().await?.text().await?;
+        let line = text.lines().find(|line| line.starts_with("weir_cloud_rows_committed_total "));
+        let done = line.and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).context("read the metrics")?;
+        if done >= rows {
+            return cloud.part.cpu_seconds();
+        }
+        ensure!(started.elapsed() < PATIENCE, "{done} of {rows} rows are committed");
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+async fn send(
+    schema: Arc<StreamSchema>,
+    batches: Vec<CutBatch>,
+    count: u64,
+    in_request: usize,
+    url: String,
+) -> anyhow::Result<u64> {
+    let (client, edge, spool) = (reqwest::Client::new(), EDGE.parse::<EdgeId>()?, SpoolId(rand::random()));
+    let mut last = Mark::default();
+    let mut bytes = 0;
+    let mut cuts = batches.iter().cycle();
+    while last.seq.0 < count {
+        let before = last;
+        let mut body = Vec::new();
+        push_frame(&mut body, KIND_SCHEMA, schema.canonical().as_bytes());
+        for cut in cuts.by_ref().take(in_request.min((count - last.seq.0) as usize)) {
+            let batch = cut.number(&edge, spool, last.seq.next(), last.crc);
+            last = Mark { seq: batch.header().seq, crc: batch.crc() };
+            push_frame(&mut body, KIND_BATCH, batch.bytes());
+        }
+        bytes += body.len() as u64;
+        loop {
+            let response = client.post(&url).bearer_auth(TOKEN).body(body.clone()).send().await?;
+            let status = response.status();
+            if status == reqwest::StatusCode::TOO_MANY_REQUESTS {
+                // What was accepted of it is a duplicate the next time.
+                tokio::time::sleep(POLL).await;
+                continue;
+            }
+            let text = response.text().await?;
+            if !status.is_success() {
+                bail!("after batch {}: {text}", before.seq);
+            }
+            let acks: Acks = serde_json::from_str(&text)?;
+            ensure!(acks.acks.iter().any(|ack| ack.durable == last), "not durable: {text}");
+            break;
+        }
+    }
+    Ok(bytes)
+}
+
+fn schema() -> anyhow::Result<Arc<StreamSchema>> {
+    let fields = [("speed", FieldType::Float64), ("vehicles", FieldType::Int64), ("occupancy", FieldType::Float64)];
+    let fields = fields.map(|(name, kind)| Ok(StreamField { name: name.parse()?, kind }));
+    Ok(Arc::new(StreamSchema::new(fields.into_iter().collect::<anyhow::Result<Vec<_>>>()?)?))
+}
+
+fn cut(schema: &StreamSchema, connection: u64, number: usize, rows: usize) -> anyhow::Result<CutBatch> {
+    let mut random = StdRng::seed_from_u64(connection * 1_000 + number as u64);
+    let first = START_US + (connection as i64 * PREPARED as i64 + number as i64) * rows as i64 * 1_000;
+    let rounded = |value: f64| (value * 10.0).round() / 10.0;
+    let columns: Vec<ArrayRef> = vec![
+        Arc::new(
+            TimestampMicrosecondArray::from_iter_values((0..rows as i64).map(|row| first + row * 1_000))
+                .with_timezone("UTC"),
+        ),
+        Arc::new(StringArray::from_iter_values(
+            (0..rows).map(|_| format!("road-{:04}", random.random_range(0..DEVICES))),
+        )),
+        Arc::new(Float64Array::from_iter_values((0..rows).map(|_| rounded(random.random_range(0.0..120.0))))),
+        Arc::new(Int64Array::from_iter_values((0..rows).map(|_| random.random_range(0..40)))),
+        Arc::new(Float64Array::from_iter_values((0..rows).map(|_| rounded(random.random_range(0.0..100.0))))),
+        Arc::new(StringArray::from_iter_values((0..rows).map(|_| "good"))),
+    ];
+    let rows = RecordBatch::try_new(schema.arrow().clone(), columns)?;
+    Ok(CutBatch::seal("load".parse()?, schema, &rows, NO_WATERMARK, "bench", 0)?)
+}
