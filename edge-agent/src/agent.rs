@@ -301,7 +301,7 @@ impl Recovered {
         };
         let (journal, opening) = OpenJournal::open(data_dir.join("journal"), options)?;
         opening.incidents.iter().for_each(|damage| incident(&mut incidents, format!("journal: {damage:?}")));
-        let lanes = (0..settings.lanes().len()).map(|lane| spool.cut_position(lane)).collect::<Vec<_>>();
+        let lanes = spool.cut_positions();
         let (pipeline, bytes) = match snapshot_file::read(data_dir) {
             Ok(Some(snapshot)) if snapshot.journal != journal.id() => {
                 return Err(AgentError::OtherJournal(data_dir.clone()));

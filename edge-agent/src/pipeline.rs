@@ -97,9 +97,8 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    /// An empty one at `position`. `lanes` are the positions up to which each lane has its rows, in the order of
-    /// [`Settings::lanes`].
-    pub fn new(settings: &Settings, position: Position, lanes: &[Position]) -> Self {
+    /// An empty one at `position`. `lanes` are the positions up to which each lane has its rows, by name.
+    pub fn new(settings: &Settings, position: Position, lanes: &BTreeMap<String, Position>) -> Self {
         let lane_settings = settings.lanes();
         let mut pipeline = Self {
             configuration: settings.version,
@@ -126,7 +125,8 @@ impl Pipeline {
         };
         let mut output = |stream: StreamName, schema: StreamSchema| {
             let lane = lane_of(&stream);
-            pipeline.outputs.push(Output::new(stream, schema, lane, lanes.get(lane).copied().unwrap_or_default()));
+            let stands = lanes.get(&pipeline.lane_names[lane]).copied().unwrap_or_default();
+            pipeline.outputs.push(Output::new(stream, schema, lane, stands));
             pipeline.outputs.len() - 1
         };
         pipeline.quarantine = output(own_name(own::QUARANTINE), own::quarantine());
@@ -195,11 +195,18 @@ impl Pipeline {
         self.pending_bytes
     }
 
-    /// Takes all pending rows.
+    /// Whether all entries are applied again that some lane has already. Before that a cut would stand before what its
+    /// lane has.
+    pub fn may_cut(&self) -> bool {
+        self.outputs.iter().all(|output| output.skip_before <= self.position)
+    }
+
+    /// Takes all pending rows; [`Pipeline::may_cut`] must hold.
     ///
     /// # Errors
     /// When Arrow cannot encode them, which no input brings about.
     pub fn cut(&mut self) -> Result<Cut, CutError> {
+        debug_assert!(self.may_cut(), "a cut before what a lane has");
         let mut lanes = Vec::new();
         lanes.resize_with(self.lane_names.len(), LaneCut::default);
         for output in &mut self.outputs {
@@ -210,7 +217,8 @@ impl Pipeline {
             }
         }
         (self.pending_rows, self.pending_bytes) = (0, 0);
-        self.moved.clear();
+        // What lies behind the old lane's position is still to come, and is there.
+        self.moved.retain(|_, moved| moved.has > self.position.0);
         Ok(Cut { position: self.position, lanes })
     }
 

@@ -253,6 +253,11 @@ impl<L: FileLayer> Spool<L> {
         self.lanes[lane].cut
     }
 
+    /// The same of all lanes, by name.
+    pub fn cut_positions(&self) -> BTreeMap<String, Position> {
+        self.lanes.iter().map(|lane| (lane.settings.name.clone(), lane.cut)).collect()
+    }
+
     /// Rows that are in the spool, numbered or not.
     pub fn rows(&self) -> u64 {
         let waiting = self.lanes.iter().flat_map(|lane| lane.waiting.values().flatten());

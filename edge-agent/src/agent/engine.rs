@@ -162,7 +162,7 @@ impl Engine {
         loop {
             let more = self.held.is_empty() && self.read()?;
             self.write_held()?;
-            if self.held.is_empty() {
+            if self.held.is_empty() && self.parts.pipeline.may_cut() {
                 self.cut()?;
             }
             if !more {
@@ -179,7 +179,7 @@ impl Engine {
             }
             self.wait(&mut synced, &never, wait.min(RETRY));
         }
-        if self.held.is_empty() {
+        if self.held.is_empty() && self.parts.pipeline.pending_rows() == 0 {
             self.snapshot()?;
         }
         self.parts.spool.mark()?;
@@ -232,7 +232,7 @@ impl Engine {
     fn read(&mut self) -> Result<bool, EngineError> {
         let parts = &mut self.parts;
         for _ in 0..ENTRIES_PER_TURN {
-            if parts.pipeline.pending_rows() >= parts.cut.rows || parts.pipeline.pending_bytes() >= PENDING_BYTES_MAX {
+            if parts.pipeline.may_cut() && is_full(parts) {
                 return Ok(true);
             }
             match parts.reader.next() {
@@ -264,7 +264,7 @@ impl Engine {
     /// a batch is full or `seal_max` is over. Returns how long that is away.
     fn cut_when_due(&mut self) -> Result<Duration, EngineError> {
         let Some(since) = self.pending_since else { return Ok(STATUS_EVERY) };
-        if !self.held.is_empty() {
+        if !self.held.is_empty() || !self.parts.pipeline.may_cut() {
             return Ok(STATUS_EVERY);
         }
         let parts = &self.parts;
@@ -587,6 +587,11 @@ impl Engine {
         };
         *parts.status.lock() = status;
     }
+}
+
+/// Whether the pending rows are a batch.
+fn is_full(parts: &Parts) -> bool {
+    parts.pipeline.pending_rows() >= parts.cut.rows || parts.pipeline.pending_bytes() >= PENDING_BYTES_MAX
 }
 
 /// Where the spools of a data directory lie.

@@ -1,14 +1,13 @@
 //! Bad input is data (rule 6): rows of `quarantine` for what does not decode, fails a check, or was refused by the
 //! cloud, and rows of `losses` for what a full journal could not take.
 
-use arrow_array::RecordBatch;
 use arrow_array::cast::AsArray;
-use arrow_array::types::TimestampMicrosecondType;
-use arrow_cast::display::{ArrayFormatter, FormatOptions};
+use arrow_array::types::{Float64Type, Int64Type, TimestampMicrosecondType};
+use arrow_array::{Array, RecordBatch};
 use bytes::Bytes;
 use segment_log::Position;
 use wire::schema::own;
-use wire::{CutBatch, Seq, StreamSchema, TS_MIN_US};
+use wire::{CutBatch, FieldType, Seq, StreamSchema, TS_MIN_US};
 
 use super::output::Cell;
 use super::{GOOD, Pipeline};
@@ -160,18 +159,30 @@ impl Pipeline {
     }
 }
 
-/// Each row as a JSON object of texts, for people to read and for nobody to parse.
-fn as_json(rows: &RecordBatch) -> Vec<Vec<u8>> {
-    let options = FormatOptions::default();
-    let columns = rows.columns().iter().map(|column| ArrayFormatter::try_new(column, &options));
-    let Ok(columns) = columns.collect::<Result<Vec<_>, _>>() else { return vec![Vec::new(); rows.num_rows()] };
+/// Each row as a JSON object of its values that are not null.
+pub(super) fn as_json(rows: &RecordBatch) -> Vec<Vec<u8>> {
     let schema = rows.schema();
     let object = |row: usize| {
-        let fields = schema.fields().iter().zip(&columns).zip(rows.columns());
-        let values = fields
-            .filter(|(_, column)| column.is_valid(row))
-            .map(|((field, format), _)| (field.name().clone(), serde_json::Value::from(format.value(row).to_string())));
-        serde_json::to_vec(&values.collect::<serde_json::Map<_, _>>()).expect("texts are JSON")
+        let fields = schema.fields().iter().zip(rows.columns());
+        let values = fields.filter(|(_, column)| column.is_valid(row));
+        let values = values.map(|(field, column)| (field.name().clone(), json(column.as_ref(), row)));
+        serde_json::to_vec(&values.collect::<serde_json::Map<_, _>>()).expect("values of a row are JSON")
     };
     (0..rows.num_rows()).map(object).collect()
+}
+
+/// A value that is not null; times as RFC 3339, bytes as text as far as they are.
+fn json(column: &dyn Array, row: usize) -> serde_json::Value {
+    match FieldType::from_arrow(column.data_type()) {
+        Some(FieldType::Float64) => column.as_primitive::<Float64Type>().value(row).into(),
+        Some(FieldType::Int64) => column.as_primitive::<Int64Type>().value(row).into(),
+        Some(FieldType::Bool) => column.as_boolean().value(row).into(),
+        Some(FieldType::Text) => column.as_string::<i32>().value(row).into(),
+        Some(FieldType::Timestamp) => {
+            let us = column.as_primitive::<TimestampMicrosecondType>().value(row);
+            chrono::DateTime::from_timestamp_micros(us).map(|time| time.to_rfc3339()).into()
+        }
+        Some(FieldType::Binary) => String::from_utf8_lossy(column.as_binary::<i32>().value(row)).into(),
+        None => serde_json::Value::Null,
+    }
 }

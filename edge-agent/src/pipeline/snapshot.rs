@@ -43,11 +43,18 @@ struct Meta {
     moved: BTreeMap<StreamName, Moved>,
 }
 
-/// A stream that changed its lane: its rows below `has` are in the spool, as long as its new lane stands at `lane_at`.
+/// A stream that changed its lane when the new one stood at `lane_at`: its rows below `has` are in the spool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Moved {
-    has: u64,
+    pub(super) has: u64,
     lane_at: u64,
+}
+
+impl Moved {
+    /// Up to where the spool has the stream's rows when its lane stands at `now`: a cut since the move brought them there.
+    fn has(self, now: Position) -> Position {
+        Position(if now.0 == self.lane_at { self.has } else { self.has.max(now.0) })
+    }
 }
 
 impl Pipeline {
@@ -82,11 +89,16 @@ impl Pipeline {
         out
     }
 
-    /// The pipeline as it was. `lanes` are the positions up to which each lane has its rows.
+    /// The pipeline as it was. `lanes` are the positions up to which each lane has its rows, by name; also lanes that the
+    /// configuration no longer has.
     ///
     /// # Errors
     /// When the bytes are none that [`Pipeline::snapshot`] made.
-    pub fn restore(settings: &Settings, lanes: &[Position], bytes: Bytes) -> Result<Self, SnapshotError> {
+    pub fn restore(
+        settings: &Settings,
+        lanes: &BTreeMap<String, Position>,
+        bytes: Bytes,
+    ) -> Result<Self, SnapshotError> {
         let mut bytes = bytes;
         let version = bytes.try_get_u8().map_err(|_| SnapshotError::Short)?;
         if version != VERSION {
@@ -110,17 +122,14 @@ impl Pipeline {
         }
         for output in &mut pipeline.outputs {
             output.watermark = meta.watermarks.get(&output.stream).copied().unwrap_or(output.watermark);
-            let now = output.skip_before;
-            let was = meta.lanes.get(&output.stream);
-            let old = was.and_then(|name| pipeline.lane_names.iter().position(|lane| lane == name));
-            let earlier = meta.moved.get(&output.stream).filter(|moved| moved.lane_at == now.0);
-            let has = match (earlier, old) {
-                (Some(moved), _) => Position(moved.has),
-                (None, Some(old)) if old != output.lane => lanes.get(old).copied().unwrap_or(now),
-                _ => continue,
-            };
+            let Some(was) = meta.lanes.get(&output.stream) else { continue };
+            let is = &pipeline.lane_names[output.lane];
+            let stands = |lane: &String| lanes.get(lane).copied().unwrap_or_default();
+            let earlier = meta.moved.get(&output.stream).copied();
+            let has = earlier.map_or_else(|| stands(was), |moved| moved.has(stands(was)));
             output.skip_before = has;
-            pipeline.moved.insert(output.stream.clone(), Moved { has: has.0, lane_at: now.0 });
+            let moved = if was == is { earlier } else { Some(Moved { has: has.0, lane_at: stands(is).0 }) };
+            pipeline.moved.extend(moved.map(|moved| (output.stream.clone(), moved)));
         }
         Ok(pipeline)
     }
