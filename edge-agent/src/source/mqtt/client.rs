@@ -13,6 +13,8 @@ use crate::config::{MqttSettings, MqttVersion};
 const PACKET_BYTES_MAX: u32 = 268_435_455;
 /// Requests, above all acknowledgements, that wait for the next turn of the event loop.
 const REQUESTS: usize = 4_096;
+/// Nothing is published here. rumqttc keeps 200 bytes for each message that might be: 13 MB with its own limit.
+const PUBLISHED_MAX: u16 = 16;
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT_S: u64 = 10;
 
@@ -99,6 +101,7 @@ fn options_v4(settings: &MqttSettings, client: &str, transport: Transport, clean
     let (host, port) = address(settings);
     let mut options = rumqttc::MqttOptions::new(client, host, port);
     options.set_transport(transport).set_keep_alive(settings.keep_alive.0).set_clean_session(clean);
+    options.set_inflight(PUBLISHED_MAX);
     options.set_manual_acks(true).set_max_packet_size(PACKET_BYTES_MAX as usize, 1 << 16);
     if let Some(username) = &settings.username {
         options.set_credentials(username, settings.password.as_deref().unwrap_or_default());
@@ -112,6 +115,7 @@ fn options_v5(settings: &MqttSettings, client: &str, transport: Transport, clean
     options.set_transport(transport).set_keep_alive(settings.keep_alive.0).set_clean_start(clean);
     options.set_session_expiry_interval(Some(if clean { 0 } else { u32::MAX }));
     options.set_manual_acks(true).set_receive_maximum(Some(settings.receive_maximum));
+    options.set_outgoing_inflight_upper_limit(PUBLISHED_MAX);
     options.set_max_packet_size(Some(PACKET_BYTES_MAX)).set_connection_timeout(CONNECT_TIMEOUT_S);
     let mut network = options.network_options();
     network.set_tcp_nodelay(true);
