@@ -23,6 +23,7 @@ use futures::stream;
 use tokio::time::Instant;
 
 use crate::catalog::{CATALOG, PublicSchema, SCHEMA, Tables, WeirCatalog};
+use crate::execution::Execution;
 use crate::fused_table::pin;
 
 /// Longest statement in bytes.
@@ -37,11 +38,18 @@ pub struct EngineSettings {
     pub timeout: Duration,
     /// Rows of one JSON answer.
     pub json_rows_max: usize,
+    /// Threads that statements run on, beside those of the doors.
+    pub threads: usize,
 }
 
 impl Default for EngineSettings {
     fn default() -> Self {
-        Self { memory_bytes_max: 1 << 30, timeout: Duration::from_secs(300), json_rows_max: 1_000_000 }
+        Self {
+            memory_bytes_max: 1 << 30,
+            timeout: Duration::from_secs(300),
+            json_rows_max: 1_000_000,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+        }
     }
 }
 
@@ -99,6 +107,7 @@ pub struct Engine {
     session: SessionContextDebug,
     tables: Arc<dyn Tables>,
     settings: EngineSettings,
+    execution: Execution,
 }
 
 struct SessionContextDebug(SessionContext);
@@ -130,7 +139,9 @@ impl Engine {
         let session = SessionContext::new_with_config_rt(config, runtime);
         let public = Arc::new(PublicSchema { tables: Arc::clone(&tables) });
         session.register_catalog(CATALOG, Arc::new(WeirCatalog { public }) as Arc<dyn CatalogProvider>);
-        Ok(Self { session: SessionContextDebug(session), tables, settings })
+        let execution = Execution::new(settings.threads)
+            .map_err(|error| QueryError::Failed { message: format!("start threads for statements: {error}") })?;
+        Ok(Self { session: SessionContextDebug(session), tables, settings, execution })
     }
 
     /// The session that statements are planned in.
@@ -175,8 +186,8 @@ impl Engine {
         parameters: Option<ParamValues>,
     ) -> Result<SendableRecordBatchStream, QueryError> {
         let deadline = Instant::now() + self.settings.timeout;
-        let start = self.start(prepared, parameters);
-        let rows = tokio::time::timeout_at(deadline, Box::pin(start))
+        let start = start(self.session().clone(), Arc::clone(&self.tables), prepared.plan.clone(), parameters);
+        let rows = tokio::time::timeout_at(deadline, self.execution.run(Box::pin(start)))
             .await
             .map_err(|_| QueryError::Timeout { limit: self.settings.timeout })?
             .map_err(|error| self.explain(error))?;
@@ -195,23 +206,6 @@ impl Engine {
             rows.push(batch.map_err(|error| self.explain(error))?);
         }
         Ok(rows)
-    }
-
-    async fn start(
-        &self,
-        prepared: &Prepared,
-        parameters: Option<ParamValues>,
-    ) -> Result<SendableRecordBatchStream, DataFusionError> {
-        let mut plan = prepared.plan.clone();
-        if let Some(parameters) = parameters {
-            plan = plan.with_param_values(parameters)?;
-        }
-        // Checked again: a plan may have been prepared by another door.
-        options().verify_plan(&plan)?;
-        let pinned = pin(plan, self.tables.as_ref()).await?;
-        let state = self.session().state();
-        let physical = state.create_physical_plan(&pinned).await?;
-        execute_stream(physical, state.task_ctx())
     }
 
     /// An error in the words of the person who asked, with the nearest name when one is unknown.
@@ -263,6 +257,24 @@ impl Engine {
             _ => QueryError::Invalid { message: format!("{message}{place}") },
         }
     }
+}
+
+/// Freezes the tables of a plan and begins to run it.
+async fn start(
+    session: SessionContext,
+    tables: Arc<dyn Tables>,
+    mut plan: LogicalPlan,
+    parameters: Option<ParamValues>,
+) -> Result<SendableRecordBatchStream, DataFusionError> {
+    if let Some(parameters) = parameters {
+        plan = plan.with_param_values(parameters)?;
+    }
+    // Checked again: a plan may have been prepared by another door.
+    options().verify_plan(&plan)?;
+    let pinned = pin(plan, tables.as_ref()).await?;
+    let state = session.state();
+    let physical = state.create_physical_plan(&pinned).await?;
+    execute_stream(physical, state.task_ctx())
 }
 
 fn options() -> SQLOptions {

@@ -6,6 +6,7 @@
 
 pub mod catalog;
 pub mod engine;
+mod execution;
 pub mod fused_table;
 pub mod serve;
 

@@ -251,3 +251,42 @@ async fn misspelt_names_get_a_hint() {
     assert_eq!(column.hint(), Some("did you mean `vehicle_count`?"));
     assert!(matches!(engine.rows("SELEC 1").await.unwrap_err(), QueryError::Syntax { .. }));
 }
+
+/// Ten thousand million rows, none of which is kept.
+const HEAVY: &str = "SELECT count(*) FROM generate_series(1, 100000) AS a(v), generate_series(1, 100000) AS b(w) \
+                     WHERE a.v + b.w = -1";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_heavy_statement_ends_in_time_and_holds_up_nobody() {
+    let (engine, _) = engine(4, 0, Duration::from_millis(500)).await;
+    let ticks = Arc::new(AtomicUsize::new(0));
+    let counting = Arc::clone(&ticks);
+    let ticker = tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            counting.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    let started = Instant::now();
+    let error = engine.rows(HEAVY).await.unwrap_err();
+    let took = started.elapsed();
+    ticker.abort();
+    assert!(matches!(error, QueryError::Timeout { .. }), "{error}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    // The doors share this thread: it was free to count.
+    assert!(ticks.load(Ordering::Relaxed) > 20, "{ticks:?} ticks in {took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn a_dropped_result_ends_its_statement() {
+    let (engine, _) = engine(4, 0, MINUTE).await;
+    for _ in 0..8 {
+        let prepared = engine.prepare(HEAVY).await.unwrap();
+        let stream = engine.execute(&prepared, None).await.unwrap();
+        drop(stream);
+    }
+    // Eight that ran on would hold all threads for minutes.
+    let started = Instant::now();
+    engine.rows("SELECT count(*) FROM generate_series(1, 1000)").await.unwrap();
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+}

@@ -1,0 +1,106 @@
+//! Where statements run: a runtime of their own, so that a heavy one holds no worker that takes batches or watches the
+//! clock.
+//!
+//! A statement is one task; its rows come over a channel of [`BATCHES_AHEAD`] batches, so a slow reader slows it down.
+//! Dropping the stream aborts the task; what it computes at that moment ends at its next pause, and nobody waits for it.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use arrow_array::RecordBatch;
+use arrow_schema::SchemaRef;
+use datafusion::common::DataFusionError;
+use datafusion::execution::{RecordBatchStream, SendableRecordBatchStream};
+use futures::{Stream, StreamExt};
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
+
+/// Batches that are computed before somebody asks for them.
+const BATCHES_AHEAD: usize = 2;
+
+/// The runtime. Cheap to clone; it ends in the background with its last owner.
+#[derive(Debug, Clone)]
+pub(crate) struct Execution(Arc<Owned>);
+
+#[derive(Debug)]
+struct Owned(Option<Runtime>);
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // A runtime may not be dropped where others run; its tasks have no one to answer any more.
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Execution {
+    /// A runtime with so many threads.
+    pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
+        let runtime =
+            Builder::new_multi_thread().worker_threads(threads.max(1)).thread_name("statement").enable_all().build()?;
+        Ok(Self(Arc::new(Owned(Some(runtime)))))
+    }
+
+    /// Runs a statement, from its start to its last row. Returns when it has started.
+    pub(crate) async fn run<F>(&self, start: F) -> Result<SendableRecordBatchStream, DataFusionError>
+    where
+        F: Future<Output = Result<SendableRecordBatchStream, DataFusionError>> + Send + 'static,
+    {
+        let (started, start_of) = oneshot::channel();
+        let (sender, rows) = mpsc::channel(BATCHES_AHEAD);
+        let runtime = self.0.0.as_ref().expect("the runtime is there until its last owner goes");
+        let task = runtime.spawn(async move {
+            let mut stream = match start.await {
+                Ok(stream) => stream,
+                Err(error) => {
+                    // Nobody asks any more when this cannot be told.
+                    let _ = started.send(Err(error));
+                    return;
+                }
+            };
+            if started.send(Ok(stream.schema())).is_err() {
+                return;
+            }
+            while let Some(item) = stream.next().await {
+                if sender.send(item).await.is_err() {
+                    return;
+                }
+            }
+        });
+        let task = AbortOnDrop(task.abort_handle());
+        let lost = || DataFusionError::Execution("the statement ended without an answer".to_owned());
+        let schema = start_of.await.map_err(|_| lost())??;
+        Ok(Box::pin(Rows { schema, rows, _task: task, _execution: self.clone() }))
+    }
+}
+
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+struct Rows {
+    schema: SchemaRef,
+    rows: mpsc::Receiver<Result<RecordBatch, DataFusionError>>,
+    _task: AbortOnDrop,
+    _execution: Execution,
+}
+
+impl Stream for Rows {
+    type Item = Result<RecordBatch, DataFusionError>;
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        Poll::Ready(ready!(self.rows.poll_recv(context)))
+    }
+}
+
+impl RecordBatchStream for Rows {
+    fn schema(&self) -> SchemaRef {
+        Arc::clone(&self.schema)
+    }
+}
