@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 
 use crate::harness::{Answer, Chain, Cloud, Sender, load_rows, load_schema};
 
-const COMMITS: u64 = 100;
+const COMMITS: u64 = 1_000;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_row_is_missing_or_doubled_while_commits_happen() {

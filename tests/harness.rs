@@ -157,9 +157,12 @@ impl Edge {
     /// Waits until all that it has is committed, and checks that its counters balance (rule 6).
     pub(crate) async fn drained(&mut self) -> Value {
         let started = Instant::now();
+        let number = |status: &Value| status["published"].as_u64().unwrap();
+        let seen = number(&self.status().await);
         loop {
             let status = self.status().await;
-            if status["drained"] == true {
+            // One that was begun after this was asked.
+            if status["drained"] == true && number(&status) >= seen + 2 {
                 check_counters(&status);
                 return status;
             }

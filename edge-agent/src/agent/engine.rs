@@ -551,6 +551,7 @@ impl Engine {
             agent: AGENT_VERSION.to_owned(),
             spool: parts.spool.id().to_string(),
             uptime_s: self.started.elapsed().as_secs(),
+            published: parts.status.lock().published + 1,
             drained: lag_bytes == 0 && pending == 0 && held == 0 && rows.spooled == 0,
             sources,
             streams,

@@ -11,6 +11,8 @@ pub struct Status {
     pub agent: String,
     pub spool: String,
     pub uptime_s: u64,
+    /// How often a status was published: two questions with another number saw another moment.
+    pub published: u64,
     /// Whether all that was journalled is applied, cut and committed by the cloud.
     pub drained: bool,
     pub sources: Vec<SourceStatus>,
