@@ -1,7 +1,7 @@
 //! The parts of a test: Mosquitto, `weir cloud` and an edge agent as processes that can be killed, and a sender that keeps
 //! the rules of an edge without being one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -106,6 +106,9 @@ async fn wait_for_success(client: &reqwest::Client, url: &str, process: &mut Pro
 #[derive(Debug)]
 pub(crate) struct Edge {
     process: Process,
+    config: PathBuf,
+    /// The configuration without sources and streams.
+    head: String,
     admin: String,
     client: reqwest::Client,
 }
@@ -115,19 +118,24 @@ impl Edge {
     pub(crate) async fn start(directory: &Path, cloud: &Cloud, more: &str) -> Self {
         let port = free_port();
         let config = directory.join("edge.toml");
-        let text = format!(
+        let head = format!(
             "[edge]\nid = \"{EDGE}\"\ndata_dir = \"{}\"\n[admin]\nlisten = \"127.0.0.1:{port}\"\n\
-             [cloud]\nurls = [\"{}\"]\ntoken = \"{TOKEN}\"\n{more}",
+             [cloud]\nurls = [\"{}\"]\ntoken = \"{TOKEN}\"\n",
             directory.join("edge").display(),
             cloud.http
         );
-        std::fs::write(&config, text).unwrap();
         let process = Process::weir("edge", &["edge", "run", "--config", config.to_str().unwrap()], directory);
         let admin = format!("http://127.0.0.1:{port}");
-        let mut edge = Self { process, admin, client: reqwest::Client::new() };
+        let mut edge = Self { process, config, head, admin, client: reqwest::Client::new() };
+        edge.configure(more);
         edge.run();
         edge.wait().await;
         edge
+    }
+
+    /// Other sources and streams, from the next start on.
+    pub(crate) fn configure(&self, more: &str) {
+        std::fs::write(&self.config, format!("{}{more}", self.head)).unwrap();
     }
 
     /// Starts the process, which must not run.
@@ -151,7 +159,12 @@ impl Edge {
     }
 
     pub(crate) async fn status(&self) -> Value {
-        self.client.get(format!("{}/status", self.admin)).send().await.unwrap().json().await.unwrap()
+        self.try_status().await.expect("the admin door answers")
+    }
+
+    /// None while it starts.
+    pub(crate) async fn try_status(&self) -> Option<Value> {
+        self.client.get(format!("{}/status", self.admin)).send().await.ok()?.json().await.ok()
     }
 
     /// Waits until all that it has is committed, and checks that its counters balance (rule 6).
@@ -194,6 +207,11 @@ pub(crate) struct Mosquitto {
 impl Mosquitto {
     /// None, and a word about it, when it is not installed.
     pub(crate) fn start(directory: &Path) -> Option<Self> {
+        Self::start_with(directory, "allow_anonymous true\n")
+    }
+
+    /// `more` says who may come in, and how.
+    pub(crate) fn start_with(directory: &Path, more: &str) -> Option<Self> {
         let places = ["/usr/sbin/mosquitto", "/usr/local/sbin/mosquitto", "/usr/bin/mosquitto"].map(Path::new);
         let Some(program) = places.into_iter().find(|path| path.exists()) else {
             println!("left out: Mosquitto is not installed");
@@ -206,7 +224,7 @@ impl Mosquitto {
         // As root it would give up the right to its own directory.
         let user = std::env::var("USER").unwrap_or_else(|_| "root".into());
         let text = format!(
-            "listener {port} 127.0.0.1\nallow_anonymous true\npersistence true\npersistence_location {}/\n\
+            "listener {port} 127.0.0.1\n{more}persistence true\npersistence_location {}/\n\
              autosave_interval 1\nmax_queued_messages 0\nmax_inflight_messages 0\nuser {user}\n",
             data.display()
         );

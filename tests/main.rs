@@ -15,3 +15,4 @@ mod kills;
 mod process;
 mod proxy;
 mod real_data;
+mod sources;

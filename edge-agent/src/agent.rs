@@ -246,7 +246,9 @@ fn start_sources(
         };
         tracing::info!(client, "is no longer configured: what the broker holds for it is taken");
         let settings = MqttSettings { name: known.source.clone(), ..mqtt.clone() };
-        let state = Arc::new(SourceState::default());
+        // Its messages count for the source that they belonged to.
+        let state = states.iter().find(|(name, _)| *name == known.source).map(|(_, state)| Arc::clone(state));
+        let state = state.unwrap_or_default();
         connect(
             &mut tasks,
             Connection { settings, client, journal: journal.sender(), known, state, task: Task::Drain },

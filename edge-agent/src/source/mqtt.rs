@@ -74,6 +74,7 @@ struct Run {
     pending: VecDeque<Pending>,
     /// Subscribe when this is durable.
     subscribe_after: Option<Ticket>,
+    connected: bool,
     failures: u32,
 }
 
@@ -86,7 +87,14 @@ impl Connection {
         let (client, mut events) = client::new(&self.settings, &self.client)?;
         let mut durable = self.journal.durable();
         let drain = self.task == Task::Drain;
-        let mut run = Run { connection: self, client, pending: VecDeque::new(), subscribe_after: None, failures: 0 };
+        let mut run = Run {
+            connection: self,
+            client,
+            pending: VecDeque::new(),
+            subscribe_after: None,
+            connected: false,
+            failures: 0,
+        };
         while !token.is_cancelled() {
             let step = run.turn(&mut events, &mut durable, &token);
             let step = if drain { tokio::time::timeout(DRAINED_AFTER, step).await } else { Ok(step.await) };
@@ -105,7 +113,7 @@ impl Connection {
             // One more turn writes it; a broker that does not listen any more is no matter.
             let _ = tokio::time::timeout(Duration::from_millis(200), events.next()).await;
         }
-        run.connection.state.connected.store(false, Ordering::Relaxed);
+        run.show(false);
         Ok(())
     }
 }
@@ -159,7 +167,6 @@ impl Run {
         self.pending.clear();
         self.failures = 0;
         let Connection { client, known, journal, state, .. } = &mut self.connection;
-        state.connected.store(true, Ordering::Relaxed);
         state.connects.fetch_add(1, Ordering::Relaxed);
         *state.last_error.lock() = None;
         tracing::info!(%client, session_present, "connected to the broker");
@@ -173,15 +180,24 @@ impl Run {
         } else {
             self.subscribe_after = Some(0);
         }
+        self.show(true);
         Ok(())
     }
 
+    /// A client that is drained is not the source's connection.
+    fn show(&mut self, connected: bool) {
+        self.connected = connected;
+        if self.connection.task == Task::Collect {
+            self.connection.state.connected.store(connected, Ordering::Relaxed);
+        }
+    }
+
     fn lost(&mut self, reason: String) {
-        let state = &self.connection.state;
-        if state.connected.swap(false, Ordering::Relaxed) || self.failures == 0 {
+        if self.connected || self.failures == 0 {
             tracing::warn!(client = %self.connection.client, reason, "no connection to the broker");
         }
-        state.error(reason);
+        self.connection.state.error(reason);
+        self.show(false);
         self.pending.clear();
         self.subscribe_after = None;
     }
@@ -249,7 +265,7 @@ impl Run {
     }
 
     fn is_drained(&self) -> bool {
-        self.connection.state.connected.load(Ordering::Relaxed) && self.pending.is_empty()
+        self.connected && self.pending.is_empty()
     }
 
     /// Ends the session at the broker, and then in the journal.
