@@ -22,6 +22,7 @@ pub(crate) const TOKEN: &str = "a-token-of-the-tests";
 pub(crate) struct Cloud {
     process: Process,
     pub(crate) http: String,
+    pub(crate) postgres: u16,
     client: reqwest::Client,
 }
 
@@ -29,20 +30,20 @@ impl Cloud {
     /// A node with its WAL in `directory/name` and its tables in `directory/tables`. `more` is added to its
     /// configuration.
     pub(crate) async fn start(directory: &Path, name: &str, more: &str) -> Self {
-        let port = free_port();
+        let (port, postgres) = (free_port(), free_port());
         let tables = directory.join("tables");
         std::fs::create_dir_all(&tables).unwrap();
         let config = directory.join(format!("{name}.toml"));
         let text = format!(
             "data_dir = \"{}\"\n[store]\nurl = \"file://{}\"\n[listen]\nhttp = \"127.0.0.1:{port}\"\n\
-             postgres = \"127.0.0.1:0\"\n[[edge]]\nid = \"{EDGE}\"\ntoken = \"{TOKEN}\"\n{more}",
+             postgres = \"127.0.0.1:{postgres}\"\n[[edge]]\nid = \"{EDGE}\"\ntoken = \"{TOKEN}\"\n{more}",
             directory.join(name).display(),
             tables.canonicalize().unwrap().display(),
         );
         std::fs::write(&config, text).unwrap();
         let process = Process::weir(name, &["cloud", "--config", config.to_str().unwrap()], directory);
         let http = format!("http://127.0.0.1:{port}");
-        let mut cloud = Self { process, http, client: reqwest::Client::new() };
+        let mut cloud = Self { process, http, postgres, client: reqwest::Client::new() };
         cloud.run();
         cloud.wait().await;
         cloud

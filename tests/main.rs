@@ -8,6 +8,7 @@
 
 mod bad_input;
 mod demo;
+mod doors;
 mod faults;
 mod fusion;
 mod harness;

@@ -215,17 +215,20 @@ impl HotSet {
         self.chunks.iter().map(|chunk| chunk.wal_from).min()
     }
 
-    /// Freezes and returns what the next commit takes: whole batches in order, up to `dates_max` dates.
-    pub fn take(&mut self, dates_max: usize) -> Taking {
+    /// Freezes and returns what the next commit takes: whole batches in order, up to `dates_max` dates and `bytes_max`
+    /// decoded bytes, and at least one.
+    pub fn take(&mut self, dates_max: usize, bytes_max: usize) -> Taking {
+        let mut bytes = 0;
         let mut dates = BTreeSet::new();
         let mut spans = HashMap::new();
         let mut rows = Vec::new();
         self.frozen = 0;
         for chunk in &self.chunks {
             let more: BTreeSet<i64> = dates.union(&chunk.dates).copied().collect();
-            if more.len() > dates_max && self.frozen > 0 {
+            if (more.len() > dates_max || bytes + chunk.bytes > bytes_max) && self.frozen > 0 {
                 break;
             }
+            bytes += chunk.bytes;
             dates = more;
             extend_spans(&mut spans, &chunk.spans);
             if chunk.len() > 0 {
@@ -262,6 +265,21 @@ impl HotSet {
             self.answers_from = self.answers_from.max(grace.version);
         }
         expired > 0
+    }
+
+    /// Ends grace times, the oldest first, until at most so many decoded bytes are in them: a query that froze an older
+    /// state is told to look again. Says whether any was ended.
+    pub fn shorten_grace(&mut self, bytes_max: usize) -> bool {
+        let bytes = |grace: &Grace| grace.chunks.iter().map(|chunk| chunk.bytes).sum::<usize>();
+        let mut all = self.grace.iter().map(bytes).sum::<usize>();
+        let mut ended = 0;
+        while all > bytes_max {
+            all -= bytes(&self.grace[ended]);
+            self.answers_from = self.answers_from.max(self.grace[ended].version);
+            ended += 1;
+        }
+        self.grace.drain(..ended);
+        ended > 0
     }
 
     /// Every durable row above `txn` at version `at`, when the table's newest version is `newest` (rule 4).

@@ -31,6 +31,10 @@ use crate::sequencer::{Sequence, Sequences, Verdict};
 use crate::store::{Store, StoreError, list_streams};
 use crate::wal::{Found, Wal};
 
+/// A commit takes at most so many times the bytes that make one due: it sorts a copy of them.
+const COMMIT_TIMES: usize = 4;
+/// Committed rows that wait for older queries may take so large a part of hot's memory: one in four.
+const GRACE_SHARE: usize = 4;
 const TICK: Duration = Duration::from_millis(100);
 /// Bytes that share one sync at most.
 const GROUP_BYTES_MAX: usize = 32 << 20;
@@ -486,8 +490,10 @@ impl Ingest {
 
     fn tick(&mut self) {
         let now = Instant::now();
+        let grace_bytes_max = self.settings.hot.max_bytes.bytes() / GRACE_SHARE / self.streams.len().max(1);
         for name in self.streams.keys().cloned().collect::<Vec<_>>() {
-            if self.streams.get_mut(&name).is_some_and(|stream| stream.hot.expire(now)) {
+            let Some(stream) = self.streams.get_mut(&name) else { continue };
+            if stream.hot.expire(now) | stream.hot.shorten_grace(grace_bytes_max) {
                 self.publish(&name);
             }
         }
@@ -513,7 +519,7 @@ impl Ingest {
 
     fn start_commit(&mut self, name: &StreamName) {
         let Some(stream) = self.streams.get_mut(name) else { return };
-        let taking = stream.hot.take(self.settings.commit.max_partitions);
+        let taking = stream.hot.take(self.settings.commit.max_partitions, commit_bytes_max(&self.settings));
         stream.committing = true;
         let mut table = stream.table.clone();
         let (stream_name, sender, runtime) = (name.clone(), self.sender.clone(), self.runtime.clone());
@@ -649,6 +655,10 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+fn commit_bytes_max(settings: &Settings) -> usize {
+    settings.commit.max_bytes.bytes().saturating_mul(COMMIT_TIMES)
+}
+
 /// Rows that became hot before the table got its newest fields, with nulls for those.
 fn widened(rows: &RecordBatch, schema: &arrow_schema::SchemaRef) -> Option<RecordBatch> {
     if rows.schema().fields() == schema.fields() {
@@ -668,7 +678,7 @@ fn widened(rows: &RecordBatch, schema: &arrow_schema::SchemaRef) -> Option<Recor
 }
 
 fn commit_now(stream: &mut Stream, name: &StreamName, settings: &Settings, runtime: &Handle) -> Result<(), StartError> {
-    let taking = stream.hot.take(settings.commit.max_partitions);
+    let taking = stream.hot.take(settings.commit.max_partitions, commit_bytes_max(settings));
     let schema = row_schema(&stream.snapshot.fields);
     let (failure, _) = runtime.block_on(commit(&mut stream.table, taking, &schema));
     if let Some(reason) = failure {

@@ -229,7 +229,7 @@ fn start_sources(
                 for index in 0..mqtt.connections {
                     let client = mqtt.client(edge, index);
                     let known = lists.0.remove(&client).unwrap_or_default();
-                    let (settings, state) = (mqtt.clone(), Arc::clone(state));
+                    let (settings, state) = ((**mqtt).clone(), Arc::clone(state));
                     connect(
                         &mut tasks,
                         Connection { settings, client, journal: journal.sender(), known, state, task: Task::Collect },
@@ -260,7 +260,7 @@ fn start_sources(
 /// The broker of a client that is no longer configured: that of the source that it belonged to, or the only one.
 fn same_broker<'a>(settings: &'a Settings, source: &str) -> Option<&'a MqttSettings> {
     let mqtt = settings.source.iter().filter_map(|source| match source {
-        SourceSettings::Mqtt(mqtt) => Some(mqtt),
+        SourceSettings::Mqtt(mqtt) => Some(&**mqtt),
         SourceSettings::Host(_) => None,
     });
     let mqtt = mqtt.collect::<Vec<_>>();

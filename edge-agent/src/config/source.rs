@@ -17,7 +17,7 @@ use super::{Size, Span, StreamSettings};
 #[derive(Debug, Clone, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum SourceSettings {
-    Mqtt(MqttSettings),
+    Mqtt(Box<MqttSettings>),
     Host(HostSettings),
 }
 
