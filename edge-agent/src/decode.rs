@@ -47,7 +47,7 @@ pub struct Reading {
 /// What is no reading.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rejected {
-    /// A stable word: `not_utf8`, `malformed`, `too_deep`, `empty`, `too_many`, `no_readings`, `no_device`, `bad_device`,
+    /// A stable word: `not_utf8`, `malformed`, `empty`, `too_many`, `no_readings`, `no_device`, `bad_device`,
     /// `no_time`, `bad_time`, `wrong_type`; and those of the checks.
     pub reason: &'static str,
     /// What was there, for people.

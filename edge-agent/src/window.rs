@@ -6,6 +6,8 @@
 //! enters no window ([`Late::Late`]). `first` and `last` go by event time, of equal times by order of arrival; nulls count
 //! in `count` alone; the sum of int64 is null when it does not fit.
 //!
+//! One reading from the future, which checks allow up to a day ahead, moves the watermark for its whole stream.
+//!
 //! Pure and deterministic. At most [`WINDOWS_MAX`] results are held for a stream: then the oldest windows are closed
 //! early, and the oldest closed ones are given up, and rows for them are late. State as bytes: `window/state.rs`.
 

@@ -1,8 +1,9 @@
 //! JSON, read once from left to right: only the places that the mapping names are kept, the rest is passed over.
 //!
-//! The pointers of a mapping make a tree; a visitor walks it along with the document. Numbers keep what was written
-//! (integers are exact); a number too large for a float is an error of the whole document. Of equal keys the last counts.
-//! Depth is limited by serde_json (128) where values are kept; what is passed over takes no stack.
+//! The pointers of a mapping make a tree; a visitor walks it along with the document, and a value that is wanted is read
+//! from its own characters: integers are exact, floats are the nearest (serde_json's own floats may differ in the last
+//! bit); a number too large for a float is an error of the whole document. Of equal keys the last counts. What is passed
+//! over takes no stack, and what is walked is as deep as the mapping.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -38,6 +39,8 @@ struct Node {
     slot: Option<usize>,
     /// The array of readings stands here.
     readings: bool,
+    /// It stands here or below.
+    leads_to_readings: bool,
 }
 
 /// What is wanted of each message and of each reading.
@@ -117,6 +120,9 @@ impl Scan {
     pub(super) fn new(readings: Option<&Pointer>) -> Self {
         let mut message = Node::default();
         if let Some(pointer) = readings {
+            for steps in 0..=pointer.0.len() {
+                message.at(&Pointer(pointer.0[..steps].to_vec())).leads_to_readings = true;
+            }
             message.at(pointer).readings = true;
         }
         Self { message, message_slots: 0, reading: Node::default(), reading_slots: 0, nested: readings.is_some() }
@@ -185,8 +191,7 @@ fn walk<'a>(
 }
 
 fn fault(error: serde_json::Error) -> Fault {
-    let detail = error.to_string();
-    if detail.starts_with("recursion limit") { ("too_deep", detail) } else { ("malformed", detail) }
+    ("malformed", error.to_string())
 }
 
 /// Walks one value along with one node.
@@ -207,17 +212,54 @@ impl<'a> DeserializeSeed<'a> for Walk<'_, '_, 'a, '_> {
             }
             return Ok(());
         }
+        if self.node.children.is_empty() {
+            let raw: &RawValue = serde::Deserialize::deserialize(deserializer)?;
+            let value = scalar(raw.get()).ok_or_else(|| D::Error::custom("number out of range"))?;
+            self.put(value);
+            return Ok(());
+        }
         deserializer.deserialize_any(self)
     }
 }
 
+/// A value from its characters, which are right; None when a number is too large for a float.
+fn scalar(text: &str) -> Option<Scalar<'_>> {
+    Some(match text.as_bytes().first() {
+        Some(b'n') | None => Scalar::Null,
+        Some(b't') => Scalar::Bool(true),
+        Some(b'f') => Scalar::Bool(false),
+        Some(b'{') => Scalar::Object,
+        Some(b'[') => Scalar::Array,
+        Some(b'"') if !text.contains('\\') => Scalar::Text(Cow::Borrowed(&text[1..text.len() - 1])),
+        Some(b'"') => Scalar::Text(Cow::Owned(serde_json::from_str(text).ok()?)),
+        Some(_) => match text.parse::<i64>() {
+            // A float: "-0" is not the integer 0.
+            Ok(0) if text.starts_with('-') => Scalar::Float(-0.0),
+            Ok(number) => Scalar::Int(number),
+            Err(_) => match text.parse::<u64>() {
+                Ok(number) => Scalar::Unsigned(number),
+                Err(_) => Scalar::Float(text.parse::<f64>().ok().filter(|number| number.is_finite())?),
+            },
+        },
+    })
+}
+
 impl<'a> Walk<'_, '_, 'a, '_> {
-    fn put(self, value: Scalar<'a>) {
+    fn put(mut self, value: Scalar<'a>) {
+        self.begin(value);
+    }
+
+    /// Of equal keys the last counts: what an earlier value had here and below is gone.
+    fn begin(&mut self, value: Scalar<'a>) {
         if let Some(slot) = self.node.slot {
             self.slots[slot] = value;
         }
-        // Of equal keys the last counts: what an earlier object had below here is gone.
         forget(self.node, self.slots);
+        if self.node.leads_to_readings
+            && let Some(readings) = &mut self.readings
+        {
+            **readings = None;
+        }
     }
 }
 
@@ -272,12 +314,9 @@ impl<'a> Visitor<'a> for Walk<'_, '_, 'a, '_> {
         Ok(())
     }
 
-    fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<(), A::Error> {
+    fn visit_map<A: MapAccess<'a>>(mut self, mut map: A) -> Result<(), A::Error> {
+        self.begin(Scalar::Object);
         let Self { node, slots, mut readings } = self;
-        if let Some(slot) = node.slot {
-            slots[slot] = Scalar::Object;
-        }
-        forget(node, slots);
         while let Some(child) = map.next_key_seed(Step(node))? {
             match child {
                 Some(node) => map.next_value_seed(Walk { node, slots, readings: readings.as_deref_mut() })?,
@@ -289,12 +328,9 @@ impl<'a> Visitor<'a> for Walk<'_, '_, 'a, '_> {
         Ok(())
     }
 
-    fn visit_seq<A: SeqAccess<'a>>(self, mut seq: A) -> Result<(), A::Error> {
+    fn visit_seq<A: SeqAccess<'a>>(mut self, mut seq: A) -> Result<(), A::Error> {
+        self.begin(Scalar::Array);
         let Self { node, slots, mut readings } = self;
-        if let Some(slot) = node.slot {
-            slots[slot] = Scalar::Array;
-        }
-        forget(node, slots);
         for index in 0_usize.. {
             let child = if node.children.is_empty() { None } else { node.child(&index.to_string()) };
             let more = match child {

@@ -10,11 +10,13 @@
 //! ```
 //! Nothing is open to change between two entries: [`super::Windows::advance`] has been called.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use bytes::{Buf, Bytes};
 use wire::FieldType;
 
 use super::aggregate::{Aggregate, Ends, Field};
-use super::{Value, Windows};
+use super::{Value, Window, Windows};
 
 const VERSION: u8 = 1;
 
@@ -57,20 +59,38 @@ impl Windows {
         }
     }
 
-    /// Takes over a state. Windows that the settings no longer have, or have with another size, are left out.
+    /// Takes over a state. Windows that the settings no longer have, or have with another size, are left out. When the
+    /// fields have changed only the watermark is taken over, and rows of windows that may be closed already are late: a
+    /// result of a part of their rows would stand above the whole one.
     ///
     /// # Errors
-    /// When the fields have changed or the bytes are no state; then nothing was taken over but the watermark.
+    /// When the fields have changed, or the bytes are no state; then nothing is taken over.
     pub fn restore(&mut self, bytes: &Bytes) -> Result<(), StateError> {
-        let mut bytes = bytes.clone();
-        self.read(&mut bytes).ok_or(StateError::Short)?
+        let state = self.read(&mut bytes.clone()).ok_or(StateError::Short)?;
+        self.newest = state.newest;
+        let Some(windows) = state.windows else {
+            let watermark = self.watermark();
+            for window in self.windows.iter_mut().filter(|_| watermark != i64::MIN) {
+                let first = watermark.div_euclid(window.size) * window.size + window.size;
+                (window.closed_before, window.given_up_before) = (first, first);
+            }
+            return Err(StateError::Fields);
+        };
+        for restored in windows {
+            let same = |window: &&mut Window| window.name == restored.name && window.size == restored.size;
+            if let Some(window) = self.windows.iter_mut().find(same) {
+                self.held += restored.results.values().map(BTreeMap::len).sum::<usize>();
+                *window = restored;
+            }
+        }
+        Ok(())
     }
 
-    fn read(&mut self, bytes: &mut Bytes) -> Option<Result<(), StateError>> {
+    fn read(&self, bytes: &mut Bytes) -> Option<State> {
         if bytes.try_get_u8().ok()? != VERSION {
             return None;
         }
-        self.newest = bytes.try_get_i64_le().ok()?;
+        let newest = bytes.try_get_i64_le().ok()?;
         let fields = bytes.try_get_u16_le().ok()?;
         let mut same = usize::from(fields) == self.kinds.len();
         for index in 0..usize::from(fields) {
@@ -78,18 +98,19 @@ impl Windows {
             same = same && self.names[index] == name && kind_byte(self.kinds[index]) == kind;
         }
         if !same {
-            return Some(Err(StateError::Fields));
+            return Some(State { newest, windows: None });
         }
+        let mut windows = Vec::new();
         for _ in 0..bytes.try_get_u16_le().ok()? {
-            let name = take_text(bytes)?;
-            let (size, closed_before) = (bytes.try_get_i64_le().ok()?, bytes.try_get_i64_le().ok()?);
-            let given_up_before = bytes.try_get_i64_le().ok()?;
-            let count = bytes.try_get_u32_le().ok()?;
-            let mut window = self.windows.iter_mut().find(|window| window.name == name && window.size == size);
-            if let Some(window) = &mut window {
-                (window.closed_before, window.given_up_before) = (closed_before, given_up_before);
-            }
-            for _ in 0..count {
+            let mut window = Window {
+                name: take_text(bytes)?,
+                size: bytes.try_get_i64_le().ok()?,
+                closed_before: bytes.try_get_i64_le().ok()?,
+                given_up_before: bytes.try_get_i64_le().ok()?,
+                results: BTreeMap::new(),
+                changed: BTreeSet::new(),
+            };
+            for _ in 0..bytes.try_get_u32_le().ok()? {
                 let start = bytes.try_get_i64_le().ok()?;
                 let device = take_text(bytes)?;
                 let aggregate = Aggregate {
@@ -97,14 +118,18 @@ impl Windows {
                     revision: bytes.try_get_i64_le().ok()?,
                     fields: self.kinds.iter().map(|kind| take_field(bytes, *kind)).collect::<Option<_>>()?,
                 };
-                if let Some(window) = &mut window {
-                    window.results.entry(start).or_default().insert(device, aggregate);
-                    self.held += 1;
-                }
+                window.results.entry(start).or_default().insert(device, aggregate);
             }
+            windows.push(window);
         }
-        Some(Ok(()))
+        Some(State { newest, windows: Some(windows) })
     }
+}
+
+/// A state that was read whole; without windows when they are of other fields.
+struct State {
+    newest: i64,
+    windows: Option<Vec<Window>>,
 }
 
 fn kind_byte(kind: FieldType) -> u8 {

@@ -169,16 +169,23 @@ fn windows_equal_a_recomputation_whatever_the_order_and_the_restarts() {
 }
 
 #[test]
-fn a_state_of_other_fields_is_not_taken() {
-    let mut one = windows(&settings(""));
-    one.add(&reading(1.0, "a", 1.0, 1));
+fn a_state_of_other_fields_is_not_taken_and_its_closed_windows_stay_closed() {
+    let mut one = windows(&settings("lateness = \"0s\""));
+    one.add(&reading(5.0, "a", 1.0, 1));
+    one.add(&reading(15.0, "a", 1.0, 1));
     one.advance();
     let mut bytes = Vec::new();
     one.write(&mut bytes);
-    let mut other = settings("");
-    other.fields.pop();
-    assert_eq!(windows(&other).restore(&Bytes::from(bytes.clone())), Err(StateError::Fields));
+    let mut fewer = settings("lateness = \"0s\"");
+    fewer.fields.pop();
+    let mut other = windows(&fewer);
+    assert_eq!(other.restore(&Bytes::from(bytes.clone())), Err(StateError::Fields));
+    assert_eq!(other.add(&reading(6.0, "a", 1.0, 1)), Late::Late, "its result is out already");
+    assert_eq!(other.add(&reading(16.0, "a", 1.0, 1)), Late::Late, "a part of this window was forgotten");
+    assert_eq!(other.add(&reading(21.0, "a", 1.0, 1)), Late::Good);
     for cut in 0..bytes.len() {
-        assert!(windows(&settings("")).restore(&Bytes::copy_from_slice(&bytes[..cut])).is_err(), "{cut}");
+        let mut windows = windows(&settings(""));
+        assert!(windows.restore(&Bytes::copy_from_slice(&bytes[..cut])).is_err(), "{cut}");
+        assert_eq!((windows.held, windows.watermark()), (0, i64::MIN), "{cut}: nothing is taken of a part");
     }
 }
