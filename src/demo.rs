@@ -187,8 +187,6 @@ async fn connected(agent: &AgentHandle) -> anyhow::Result<()> {
         }
         tokio::time::sleep(POLL).await;
     }
-    // The subscription follows the connection.
-    tokio::time::sleep(STEP).await;
     Ok(())
 }
 

@@ -143,6 +143,7 @@ impl Run {
         match event {
             Event::Connected { session_present } => self.connected(session_present).await?,
             Event::Message(publish) => self.message(publish, token).await?,
+            Event::Subscribed => self.show(true),
             Event::Refused(reason) => {
                 tracing::error!(client = %self.connection.client, reason, "the broker refused a subscription");
                 self.connection.state.error(format!("subscription refused: {reason}"));
@@ -180,11 +181,14 @@ impl Run {
         } else {
             self.subscribe_after = Some(0);
         }
-        self.show(true);
+        if self.connection.task == Task::Drain {
+            self.show(true);
+        }
         Ok(())
     }
 
-    /// A client that is drained is not the source's connection.
+    /// A source is connected when it is subscribed: before that the broker keeps nothing for it. A client that is drained
+    /// is not the source's connection.
     fn show(&mut self, connected: bool) {
         self.connected = connected;
         if self.connection.task == Task::Collect {

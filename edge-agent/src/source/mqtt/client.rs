@@ -43,6 +43,8 @@ pub(super) enum Event {
         session_present: bool,
     },
     Message(Publish),
+    /// From now on the broker keeps what is published for this client.
+    Subscribed,
     /// A subscription was refused.
     Refused(String),
     Lost(String),
@@ -163,6 +165,7 @@ impl EventLoop {
                     {
                         Event::Refused("not authorised, or no valid filter".to_owned())
                     }
+                    Ok(Raw::Incoming(Packet::SubAck(_))) => Event::Subscribed,
                     Ok(_) => Event::Other,
                     Err(error) => {
                         // What was read from the old connection would be taken for the next one's.
@@ -182,7 +185,7 @@ impl EventLoop {
                         let refused = |code: &&SubscribeReasonCode| !matches!(code, SubscribeReasonCode::Success(_));
                         match answer.return_codes.iter().find(refused) {
                             Some(code) => Event::Refused(format!("{code:?}")),
-                            None => Event::Other,
+                            None => Event::Subscribed,
                         }
                     }
                     Ok(_) => Event::Other,
