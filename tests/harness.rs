@@ -117,13 +117,18 @@ pub(crate) struct Edge {
 impl Edge {
     /// One that sends to `cloud`; `more` is added to its configuration: sources and streams.
     pub(crate) async fn start(directory: &Path, cloud: &Cloud, more: &str) -> Self {
+        Self::start_with(directory, &[cloud], more).await
+    }
+
+    /// One that sends to the first of these nodes that answers.
+    pub(crate) async fn start_with(directory: &Path, clouds: &[&Cloud], more: &str) -> Self {
         let port = free_port();
+        let urls = clouds.iter().map(|cloud| cloud.http.as_str()).collect::<Vec<_>>();
         let config = directory.join("edge.toml");
         let head = format!(
             "[edge]\nid = \"{EDGE}\"\ndata_dir = \"{}\"\n[admin]\nlisten = \"127.0.0.1:{port}\"\n\
-             [cloud]\nurls = [\"{}\"]\ntoken = \"{TOKEN}\"\n",
+             [cloud]\nurls = {urls:?}\ntoken = \"{TOKEN}\"\n",
             directory.join("edge").display(),
-            cloud.http
         );
         let process = Process::weir("edge", &["edge", "run", "--config", config.to_str().unwrap()], directory);
         let admin = format!("http://127.0.0.1:{port}");

@@ -363,8 +363,10 @@ impl Writer {
                 if self.stopping {
                     return Ok(());
                 }
-                if let Ok(command) = self.inbox.recv_timeout(FULL_RETRY) {
-                    self.take(command)?;
+                match self.inbox.recv_timeout(FULL_RETRY) {
+                    Ok(command) => self.take(command)?,
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => self.stopping = true,
                 }
             }
         }

@@ -5,7 +5,7 @@
 //! [`ID_SPAN_MAX`] packet ids; a new session empties it. A source keeps its own list to decide; the pipeline keeps the
 //! same from what was journalled, for the snapshot, and at the start a scan of the journal brings it up to its end.
 //!
-//! A list as bytes, version 1: `last_id u16 | at u64 | count u32 | (id u16 | crc u32 | step u16)*`, all lists:
+//! A list as bytes, version 1: `last_id u16 | at u64 | count u32 | first at u64 | (id u16 | crc u32 | step u16)*`, all lists:
 //! `version u8 = 1 | (client_len u8 | client | source_len u8 | source | session u64 | list)*`.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -134,7 +134,8 @@ impl List {
             list.entries.push_back(Seen { id, crc, at, ticket: 0 });
             list.newest[usize::from(id)] = number;
         }
-        Some(list)
+        // The newest entry cannot stand behind the counter.
+        (at <= list.at || count == 0).then_some(list)
     }
 }
 

@@ -14,7 +14,7 @@ use std::collections::VecDeque;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rand::Rng;
 use tokio::sync::watch;
@@ -36,6 +36,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(30);
 const HEAD_BYTES: usize = 4 << 10;
 /// A drained client that hears nothing for so long has nothing more to get.
 const DRAINED_AFTER: Duration = Duration::from_secs(2);
+/// A drained client unsubscribes after so long also when messages still come: its topics are busy.
+const DRAIN_MAX: Duration = Duration::from_secs(60);
 
 /// What a connection is to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,7 +77,20 @@ struct Run {
     /// Subscribe when this is durable.
     subscribe_after: Option<Ticket>,
     connected: bool,
+    /// Of a client that is drained: since when it is connected, when it last heard something, and whether it has
+    /// unsubscribed, so that nothing new comes.
+    connected_at: Instant,
+    heard_at: Instant,
+    unsubscribed: bool,
     failures: u32,
+}
+
+/// How a turn ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    More,
+    /// A client that is drained has heard nothing for long enough.
+    Quiet,
 }
 
 impl Connection {
@@ -87,25 +102,27 @@ impl Connection {
         let (client, mut events) = client::new(&self.settings, &self.client)?;
         let mut durable = self.journal.durable();
         let drain = self.task == Task::Drain;
+        let now = Instant::now();
         let mut run = Run {
             connection: self,
             client,
             pending: VecDeque::new(),
             subscribe_after: None,
             connected: false,
+            connected_at: now,
+            heard_at: now,
+            unsubscribed: false,
             failures: 0,
         };
         while !token.is_cancelled() {
-            let step = run.turn(&mut events, &mut durable, &token);
-            let step = if drain { tokio::time::timeout(DRAINED_AFTER, step).await } else { Ok(step.await) };
-            match step {
-                Ok(Ok(())) => {}
-                Ok(Err(Closed)) => break,
-                Err(_) if run.is_drained() => {
+            match run.turn(&mut events, &mut durable, &token).await {
+                Ok(Turn::More) => {}
+                Ok(Turn::Quiet) if !run.unsubscribed => run.unsubscribe(),
+                Ok(Turn::Quiet) => {
                     run.forget(&mut events).await;
                     break;
                 }
-                Err(_) => {}
+                Err(Closed) => break,
             }
         }
         if !drain {
@@ -125,7 +142,8 @@ impl Run {
         events: &mut EventLoop,
         durable: &mut watch::Receiver<Ticket>,
         token: &CancellationToken,
-    ) -> Result<(), Closed> {
+    ) -> Result<Turn, Closed> {
+        let drains = self.connection.task == Task::Drain;
         let event = {
             // It is kept over acknowledgements: dropping it would end a connection that is just being made.
             let mut next = pin!(events.next());
@@ -136,14 +154,24 @@ impl Run {
                         changed.map_err(|_| Closed)?;
                         self.acknowledge(*durable.borrow_and_update());
                     }
-                    () = token.cancelled() => return Ok(()),
+                    // Only while it waits for the broker: a message that was taken is never given up.
+                    () = tokio::time::sleep_until(self.quiet_at().into()), if drains && self.connected => {
+                        self.heard_at = Instant::now();
+                        if self.pending.is_empty() || !self.unsubscribed {
+                            return Ok(Turn::Quiet);
+                        }
+                    }
+                    () = token.cancelled() => return Ok(Turn::More),
                 }
             }
         };
         match event {
             Event::Connected { session_present } => self.connected(session_present).await?,
             Event::Message(publish) => self.message(publish, token).await?,
-            Event::Subscribed => self.show(true),
+            Event::Subscribed => {
+                self.failures = 0;
+                self.show(true);
+            }
             Event::Refused(reason) => {
                 tracing::error!(client = %self.connection.client, reason, "the broker refused a subscription");
                 self.connection.state.error(format!("subscription refused: {reason}"));
@@ -161,12 +189,18 @@ impl Run {
             }
         }
         self.acknowledge(*durable.borrow());
-        Ok(())
+        Ok(Turn::More)
+    }
+
+    /// When a client that is drained has waited long enough for something more.
+    fn quiet_at(&self) -> Instant {
+        let quiet = self.heard_at + DRAINED_AFTER;
+        if self.unsubscribed { quiet } else { quiet.min(self.connected_at + DRAIN_MAX) }
     }
 
     async fn connected(&mut self, session_present: bool) -> Result<(), Closed> {
         self.pending.clear();
-        self.failures = 0;
+        (self.connected_at, self.heard_at) = (Instant::now(), Instant::now());
         let Connection { client, known, journal, state, .. } = &mut self.connection;
         state.connects.fetch_add(1, Ordering::Relaxed);
         *state.last_error.lock() = None;
@@ -209,6 +243,7 @@ impl Run {
     async fn message(&mut self, publish: Publish, token: &CancellationToken) -> Result<(), Closed> {
         let Connection { settings, client, known, journal, state, .. } = &mut self.connection;
         let arrival_us = now_us();
+        self.heard_at = Instant::now();
         state.last_arrival_us.store(arrival_us, Ordering::Relaxed);
         let id = publish.packet_id();
         let mut delivery = None;
@@ -268,13 +303,13 @@ impl Run {
         }
     }
 
-    fn is_drained(&self) -> bool {
-        self.connected && self.pending.is_empty()
+    fn unsubscribe(&mut self) {
+        self.client.unsubscribe(&self.connection.settings.filters());
+        self.unsubscribed = true;
     }
 
     /// Ends the session at the broker, and then in the journal.
     async fn forget(&mut self, events: &mut EventLoop) {
-        self.client.unsubscribe(&self.connection.settings.filters());
         self.client.disconnect();
         while !matches!(tokio::time::timeout(DRAINED_AFTER, events.next()).await, Ok(Event::Lost(_)) | Err(_)) {}
         if let Err(error) = client::end_session(&self.connection.settings, &self.connection.client).await {
