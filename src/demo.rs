@@ -95,7 +95,7 @@ pub(crate) async fn demo(arguments: DemoArguments) -> anyhow::Result<()> {
             BrokerAddress { host: Ipv4Addr::LOCALHOST.to_string(), port: ports.broker }
         }
     };
-    let before = take_truth(&data_dir)?;
+    let is_new = !data_dir.join("edge").exists();
     let token = token(&data_dir)?;
     let stop_cloud = CancellationToken::new();
     let node = cloud::start(cloud_settings(&data_dir, &token, ports)?, stop_cloud.clone()).await?;
@@ -106,6 +106,8 @@ pub(crate) async fn demo(arguments: DemoArguments) -> anyhow::Result<()> {
     let mut city = City::new(rand::random(), arguments.sensors, micros(INTERVAL), now_us());
     let mut publisher = Publisher::connect(&broker, &format!("weir-demo-city-{}", std::process::id()));
     connected(&agent).await?;
+    // From here on a run that does not end well leaves no count behind.
+    let before = take_truth(&data_dir, is_new)?;
     say(&welcome(&url, node.postgres.port(), agent.admin, &data_dir, &arguments));
 
     let ends = arguments.seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
@@ -121,7 +123,10 @@ pub(crate) async fn demo(arguments: DemoArguments) -> anyhow::Result<()> {
             keep_truth(&data_dir, truth)?;
             compare(&url, truth).await
         }
-        None => Ok("not compared with what was published: an earlier run was killed, and its count with it".to_owned()),
+        None => Err(anyhow::anyhow!(
+            "not compared with what was published: an earlier run in {} was killed, and its count with it",
+            data_dir.display()
+        )),
     };
     stop_agent.cancel();
     agent.stopped().await?;
@@ -290,15 +295,14 @@ fn token(data_dir: &Path) -> anyhow::Result<String> {
 }
 
 /// What earlier runs published; None when one of them was killed. It is taken away until this run ends well.
-fn take_truth(data_dir: &Path) -> anyhow::Result<Option<Truth>> {
+fn take_truth(data_dir: &Path, is_new: bool) -> anyhow::Result<Option<Truth>> {
     let path = data_dir.join("truth.json");
     match std::fs::read(&path) {
         Ok(bytes) => {
             std::fs::remove_file(&path).context("take truth.json")?;
             serde_json::from_slice(&bytes).map(Some).context("read truth.json")
         }
-        Err(_) if data_dir.join("edge").exists() => Ok(None),
-        Err(_) => Ok(Some(Truth::default())),
+        Err(_) => Ok(is_new.then(Truth::default)),
     }
 }
 

@@ -97,7 +97,7 @@ impl Chunk {
     }
 
     /// What is left of it above what is committed; `None` when nothing is.
-    fn above(&self, committed: impl Fn(&SpoolId) -> Seq) -> Option<Self> {
+    pub(crate) fn above(&self, committed: impl Fn(&SpoolId) -> Seq) -> Option<Self> {
         if self.spans.iter().all(|(spool, span)| span.first > committed(spool)) {
             return Some(self.clone());
         }

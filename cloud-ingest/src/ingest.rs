@@ -288,6 +288,8 @@ impl Ingest {
     fn work(&mut self, first: Job) {
         let mut staged = Vec::new();
         let mut waiting = Vec::new();
+        // What may read tables again, answer positions or free segments comes when all that is staged is synced and shown.
+        let (mut asked, mut finished) = (Vec::new(), Vec::new());
         let mut bytes = 0;
         let mut next = Some(first);
         while let Some(job) = next.take() {
@@ -296,11 +298,8 @@ impl Ingest {
                     bytes += batches.iter().map(|arrived| arrived.batch.bytes().len()).sum::<usize>();
                     waiting.push(self.admit(batches, reply, &mut staged));
                 }
-                Job::Positions { spools, reply } => {
-                    let answer = self.positions(&spools);
-                    reply.send(answer).ok();
-                }
-                Job::Committed { stream, table, failure, rows } => self.committed(&stream, *table, failure, rows),
+                Job::Positions { spools, reply } => asked.push((spools, reply)),
+                Job::Committed { stream, table, failure, rows } => finished.push((stream, table, failure, rows)),
                 Job::Stop => self.stopping = Some(Instant::now()),
             }
             if bytes < GROUP_BYTES_MAX {
@@ -318,12 +317,23 @@ impl Ingest {
             // A caller that has gone asks again and is told by `positions`.
             reply.send(answer).ok();
         }
+        for (stream, table, failure, rows) in finished {
+            self.committed(&stream, *table, failure, rows);
+        }
+        for (spools, reply) in asked {
+            let answer = self.positions(&spools);
+            reply.send(answer).ok();
+        }
     }
 
     fn show(&mut self, staged: Vec<Staged>) {
         let mut shown = HashSet::new();
         for Staged { stream: name, chunk } in staged {
-            if let Some(stream) = self.streams.get_mut(&name) {
+            let Some(stream) = self.streams.get_mut(&name) else { continue };
+            // The table may have been read again since it was staged, and have it from another node.
+            let txn = Arc::clone(&stream.snapshot.txn);
+            let committed = |spool: &SpoolId| txn.get(spool).map_or(Seq(0), |mark| mark.seq);
+            if let Some(chunk) = chunk.above(committed) {
                 stream.hot.push(chunk);
                 shown.insert(name);
             }

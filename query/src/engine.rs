@@ -187,7 +187,7 @@ impl Engine {
     ) -> Result<SendableRecordBatchStream, QueryError> {
         let deadline = Instant::now() + self.settings.timeout;
         let start = start(self.session().clone(), Arc::clone(&self.tables), prepared.plan.clone(), parameters);
-        let rows = tokio::time::timeout_at(deadline, self.execution.run(Box::pin(start)))
+        let rows = tokio::time::timeout_at(deadline, self.execution.run(Box::pin(start), deadline))
             .await
             .map_err(|_| QueryError::Timeout { limit: self.settings.timeout })?
             .map_err(|error| self.explain(error))?;
@@ -307,10 +307,16 @@ fn limited(rows: SendableRecordBatchStream, deadline: Instant, limit: Duration) 
     tracing::trace!(?limit, "statement started");
     let limited = stream::unfold(Some(rows), move |rows| async move {
         let mut rows = rows?;
+        let overdue = || Some((Err(DataFusionError::External(Box::new(Overdue))), None));
+        // Also when the next rows are ready: a slow reader must not get more time than the others.
+        if Instant::now() >= deadline {
+            return overdue();
+        }
         match tokio::time::timeout_at(deadline, rows.next()).await {
             Ok(Some(item)) => Some((item, Some(rows))),
-            Ok(None) => None,
-            Err(_) => Some((Err(DataFusionError::External(Box::new(Overdue))), None)),
+            // The statement's own task ends at the deadline, too: what it sent is then not all.
+            Ok(None) if Instant::now() < deadline => None,
+            Ok(None) | Err(_) => overdue(),
         }
     });
     Box::pin(RecordBatchStreamAdapter::new(schema, limited))

@@ -16,6 +16,7 @@ use futures::{Stream, StreamExt};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 
 /// Batches that are computed before somebody asks for them.
 const BATCHES_AHEAD: usize = 2;
@@ -44,8 +45,9 @@ impl Execution {
         Ok(Self(Arc::new(Owned(Some(runtime)))))
     }
 
-    /// Runs a statement, from its start to its last row. Returns when it has started.
-    pub(crate) async fn run<F>(&self, start: F) -> Result<SendableRecordBatchStream, DataFusionError>
+    /// Runs a statement, from its start to its last row, and not longer than to the deadline, also when nobody reads:
+    /// the rows then end, and the caller knows by the clock that they are not all. Returns when it has started.
+    pub(crate) async fn run<F>(&self, start: F, deadline: Instant) -> Result<SendableRecordBatchStream, DataFusionError>
     where
         F: Future<Output = Result<SendableRecordBatchStream, DataFusionError>> + Send + 'static,
     {
@@ -64,11 +66,15 @@ impl Execution {
             if started.send(Ok(stream.schema())).is_err() {
                 return;
             }
-            while let Some(item) = stream.next().await {
-                if sender.send(item).await.is_err() {
-                    return;
+            let forward = async {
+                while let Some(item) = stream.next().await {
+                    if sender.send(item).await.is_err() {
+                        return;
+                    }
                 }
-            }
+            };
+            // Elapsed or done: the channel closes either way.
+            let _ = tokio::time::timeout_at(deadline, forward).await;
         });
         let task = AbortOnDrop(task.abort_handle());
         let lost = || DataFusionError::Execution("the statement ended without an answer".to_owned());

@@ -19,8 +19,6 @@ use super::Common;
 use super::parts::{Cloud, Directory, EDGE, PATIENCE, POLL, TOKEN};
 use crate::sql;
 
-/// Different batches of each connection; they come round again with other numbers.
-const PREPARED: usize = 24;
 const DEVICES: usize = 500;
 /// 2026-01-01T00:00:00Z
 const START_US: i64 = 1_767_225_600_000_000;
@@ -47,10 +45,20 @@ impl CloudBench {
         let cloud = Cloud::start(&directory.0).await?;
         let schema = schema()?;
         let per_connection = self.rows.div_ceil(self.connections * self.batch_rows as u64);
+        ensure!(self.connections > 0 && self.batch_rows > 0 && self.request_batches > 0, "nothing to send");
+        // All rows differ, so they are made on all cores before the clock starts.
+        let makers = (0..self.connections).map(|connection| {
+            let (schema, rows) = (Arc::clone(&schema), self.batch_rows);
+            tokio::task::spawn_blocking(move || {
+                let batches =
+                    (0..per_connection).map(|number| cut(&schema, connection * per_connection + number, rows));
+                batches.collect::<anyhow::Result<Vec<_>>>()
+            })
+        });
+        let makers = makers.collect::<Vec<_>>();
         let mut prepared = Vec::new();
-        for connection in 0..self.connections {
-            let batches = (0..PREPARED).map(|n| cut(&schema, connection, n, self.batch_rows));
-            prepared.push(batches.collect::<anyhow::Result<Vec<_>>>()?);
+        for made in makers {
+            prepared.push(made.await??);
         }
         let started = Instant::now();
         let mut tasks = tokio::task::JoinSet::new();
@@ -108,7 +116,7 @@ async fn send(
     let (client, edge, spool) = (reqwest::Client::new(), EDGE.parse::<EdgeId>()?, SpoolId(rand::random()));
     let mut last = Mark::default();
     let mut bytes = 0;
-    let mut cuts = batches.iter().cycle();
+    let mut cuts = batches.iter();
     while last.seq.0 < count {
         let before = last;
         let mut body = Vec::new();
@@ -145,9 +153,9 @@ fn schema() -> anyhow::Result<Arc<StreamSchema>> {
     Ok(Arc::new(StreamSchema::new(fields.into_iter().collect::<anyhow::Result<Vec<_>>>()?)?))
 }
 
-fn cut(schema: &StreamSchema, connection: u64, number: usize, rows: usize) -> anyhow::Result<CutBatch> {
-    let mut random = StdRng::seed_from_u64(connection * 1_000 + number as u64);
-    let first = START_US + (connection as i64 * PREPARED as i64 + number as i64) * rows as i64 * 1_000;
+fn cut(schema: &StreamSchema, number: u64, rows: usize) -> anyhow::Result<CutBatch> {
+    let mut random = StdRng::seed_from_u64(number);
+    let first = START_US + number as i64 * rows as i64 * 1_000;
     let rounded = |value: f64| (value * 10.0).round() / 10.0;
     let columns: Vec<ArrayRef> = vec![
         Arc::new(

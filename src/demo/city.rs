@@ -1,7 +1,7 @@
 //! A simulated city: road sensors with a daily rhythm, and the defects that real ones have, with a known truth.
 //!
 //! Each sensor reports its mean speed (km/h), vehicle count and occupancy (%) for the last interval, as JSON on
-//! `city/traffic/<sensor>`. What is drawn depends on (seed, sensor, reading number) alone. Defects: silent spells,
+//! `city/traffic/<sensor>`. Defects: silent spells,
 //! messages sent twice, readings that come minutes late, speeds out of range, and payloads that are no JSON.
 //! [`Truth`] counts what a pipeline that loses nothing must end with.
 
@@ -37,7 +37,7 @@ pub(crate) struct Truth {
     pub(crate) good: u64,
     /// Of them, those that belong in `quarantine`.
     pub(crate) bad: u64,
-    /// Sum of `vehicle_count` over the good ones.
+    /// Sum of `vehicles` over the good ones.
     pub(crate) vehicles: u64,
 }
 

@@ -290,3 +290,21 @@ async fn a_dropped_result_ends_its_statement() {
     engine.rows("SELECT count(*) FROM generate_series(1, 1000)").await.unwrap();
     assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_stops_reading_gets_no_more_time_and_no_silent_end() {
+    let (engine, _) = engine(4, 0, Duration::from_millis(400)).await;
+    let prepared = engine.prepare("SELECT v FROM generate_series(1, 100000000) AS a(v)").await.unwrap();
+    let mut stream = engine.execute(&prepared, None).await.unwrap();
+    assert!(stream.next().await.unwrap().is_ok());
+    let started = Instant::now();
+    let mut last = None;
+    while let Some(item) = stream.next().await {
+        last = Some(item.map(|_| ()));
+        // A slow reader; rows are always ready for it.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    let error = engine.explain(last.unwrap().unwrap_err());
+    assert!(matches!(error, QueryError::Timeout { .. }), "{error}");
+}
