@@ -3,6 +3,7 @@
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a process may take until it answers or ends.
@@ -10,9 +11,17 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// Between two looks at whether it does.
 pub(crate) const POLL: Duration = Duration::from_millis(20);
 
-/// A port that was free a moment ago. A process that is restarted has to keep its port, so it cannot be 0.
+/// A free port. A process that is restarted has to keep its port, so it cannot be 0; it lies below those that the system
+/// gives to outgoing connections, which would take it away between two starts.
 pub(crate) fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let start = 12_000 + (std::process::id() % 16_000) as u16;
+    loop {
+        let port = start + NEXT.fetch_add(1, Ordering::Relaxed) % 4_000;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// A program with its arguments, and the child while it runs.
