@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use axum::Router;
+use segment_log::Disk;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use url::Url;
@@ -20,6 +21,9 @@ use crate::http::{self, Door};
 use crate::ingest::{Ingest, Job, StartError};
 use crate::metrics::Metrics;
 use crate::store::Store;
+
+/// The exit code after a failed sync (`EX_IOERR`).
+const EXIT_FAULT: i32 = 74;
 
 /// Why a node does not start.
 #[derive(Debug, thiserror::Error)]
@@ -67,16 +71,22 @@ impl Cloud {
         let runtime = tokio::runtime::Handle::current();
         let opening = {
             let (settings, catalogue, metrics) = (settings.clone(), Arc::clone(&catalogue), Arc::clone(&metrics));
-            move || Ingest::open(settings, store, catalogue, metrics, runtime)
+            move || Ingest::open(Disk, settings, store, catalogue, metrics, runtime)
         };
         let (ingest, jobs) = tokio::task::spawn_blocking(opening).await??;
         let thread = std::thread::Builder::new()
             .name("weir-ingest".to_owned())
-            .spawn(move || ingest.run())
+            .spawn(move || {
+                if let Err(fault) = ingest.run() {
+                    tracing::error!(%fault, cause = std::error::Error::source(&fault), "the disk did not keep what was written: stopping");
+                    std::process::exit(EXIT_FAULT);
+                }
+            })
             .map_err(StartError::Thread)?;
         let door = Arc::new(Door {
             edges: settings.edge.clone(),
             request_bytes_max: settings.limits.request_bytes.bytes(),
+            room: http::room_of(settings.limits.waiting_bytes.bytes()),
             jobs,
             metrics: Arc::clone(&metrics),
             ready: AtomicBool::new(false),

@@ -12,7 +12,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use wire::written::with_nearest_key;
 pub use wire::written::{Size, Span};
-use wire::{BATCH_DATES_MAX, EdgeId};
+use wire::{BATCH_BYTES_MAX, BATCH_DATES_MAX, BATCH_DECODED_BYTES_MAX, EdgeId};
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Deserialize)]
@@ -111,13 +111,15 @@ impl Default for HotSettings {
 pub struct LimitSettings {
     /// Bytes of one request.
     pub request_bytes: Size,
+    /// Bytes of all requests that are being read or wait for the WAL.
+    pub waiting_bytes: Size,
     /// Requests that wait for the WAL.
     pub requests_waiting: usize,
 }
 
 impl Default for LimitSettings {
     fn default() -> Self {
-        Self { request_bytes: Size(64 << 20), requests_waiting: 256 }
+        Self { request_bytes: Size(64 << 20), waiting_bytes: Size(512 << 20), requests_waiting: 256 }
     }
 }
 
@@ -201,8 +203,18 @@ impl Settings {
                 "commit.max_partitions is less than {BATCH_DATES_MAX}, the dates that one batch may span"
             ));
         }
-        if self.wal.max_bytes.0 < self.wal.segment_bytes.0.saturating_mul(2) {
-            return Err("wal.max_bytes must be at least two times wal.segment_bytes".to_owned());
+        if self.wal.segment_bytes.bytes() < BATCH_BYTES_MAX + (1 << 20) {
+            return Err("wal.segment_bytes must be at least 33MiB: a batch may have 32MiB".to_owned());
+        }
+        if self.limits.waiting_bytes.0 < self.limits.request_bytes.0 {
+            return Err("limits.waiting_bytes must be at least limits.request_bytes".to_owned());
+        }
+        // With less, the largest batch might find no room in an empty log.
+        if self.wal.max_bytes.bytes() < self.wal.segment_bytes.bytes().saturating_mul(8) {
+            return Err("wal.max_bytes must be at least eight times wal.segment_bytes".to_owned());
+        }
+        if self.hot.max_bytes.bytes() < 2 * BATCH_DECODED_BYTES_MAX {
+            return Err("hot.max_bytes must be at least 128MiB: a batch may have 64MiB when it is decoded".to_owned());
         }
         Ok(())
     }
@@ -229,6 +241,10 @@ mod tests {
         check("[commit]\nmax_age = \"soon\"", "\"250ms\"");
         check("[wal]\nmax_bytes = \"many\"", "\"64MiB\"");
         check("[commit]\nmax_partitions = 3", "less than 64");
+        check("[wal]\nsegment_bytes = \"1MiB\"", "at least 33MiB");
+        check("[wal]\nmax_bytes = \"100MiB\"\nsegment_bytes = \"40MiB\"", "at least eight times");
+        check("[hot]\nmax_bytes = \"1MiB\"", "at least 128MiB");
+        check("[limits]\nwaiting_bytes = \"1MiB\"", "at least limits.request_bytes");
         check("[[edge]]\nid = \"a b\"\ntoken = \"x\"", "not an edge id");
         check("[[edge]]\nid = \"a\"\ntoken = \"\"", "empty token");
         check("[[edge]]\nid = \"a\"\ntoken = \"x\"\n[[edge]]\nid = \"a\"\ntoken = \"y\"", "twice");

@@ -55,6 +55,10 @@ pub enum TableError {
     Store(#[from] StoreError),
     #[error("the thread that read the table of stream {stream} died")]
     Thread { stream: StreamName },
+    #[error("the table of stream {stream} cannot be changed now: {detail}")]
+    Busy { stream: StreamName, detail: String },
+    #[error("the task that spoke with the store died")]
+    Died,
 }
 
 impl TableError {
@@ -344,6 +348,6 @@ fn table_fields(stream: &StreamName, columns: &Schema) -> Result<Vec<StreamField
 }
 
 #[cfg(test)]
-mod power_cut;
+pub(crate) mod power_cut;
 #[cfg(test)]
 mod tests;

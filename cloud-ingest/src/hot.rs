@@ -39,14 +39,20 @@ pub struct Chunk {
     spans: HashMap<SpoolId, Span>,
     dates: BTreeSet<i64>,
     bytes: usize,
-    /// Where the WAL holds the oldest of it.
-    wal_from: Position,
+    wal: InWal,
     since: Instant,
+}
+
+/// Where the WAL holds a batch, or the oldest of several, and how many bytes they are there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InWal {
+    pub from: Position,
+    pub bytes: usize,
 }
 
 impl Chunk {
     /// A chunk of one batch, whose rows have the table's columns.
-    pub fn new(rows: RecordBatch, spool: SpoolId, mark: Mark, wal_from: Position, since: Instant) -> Self {
+    pub fn new(rows: RecordBatch, spool: SpoolId, mark: Mark, wal: InWal, since: Instant) -> Self {
         let ts = rows.column(0).as_primitive::<TimestampMicrosecondType>();
         let mut dates = BTreeSet::new();
         let mut last = None;
@@ -60,7 +66,7 @@ impl Chunk {
         let bytes = rows.get_array_memory_size();
         let runs = vec![HotRun { spool, seq: mark.seq, start: 0, rows: rows.num_rows() }];
         let spans = HashMap::from([(spool, Span { first: mark.seq, last: mark })]);
-        Self { rows: HotRows { rows, runs }, spans, dates, bytes, wal_from, since }
+        Self { rows: HotRows { rows, runs }, spans, dates, bytes, wal, since }
     }
 
     fn len(&self) -> usize {
@@ -92,12 +98,15 @@ impl Chunk {
             extend_spans(&mut spans, &part.spans);
         }
         let bytes = rows.get_array_memory_size();
-        let wal_from = parts.iter().map(|part| part.wal_from).min()?;
-        Some(Self { rows: HotRows { rows, runs }, spans, dates, bytes, wal_from, since: first.since })
+        let wal = InWal {
+            from: parts.iter().map(|part| part.wal.from).min()?,
+            bytes: parts.iter().map(|part| part.wal.bytes).sum(),
+        };
+        Some(Self { rows: HotRows { rows, runs }, spans, dates, bytes, wal, since: first.since })
     }
 
     /// What is left of it above what is committed; `None` when nothing is.
-    pub(crate) fn above(&self, committed: impl Fn(&SpoolId) -> Seq) -> Option<Self> {
+    fn above(&self, committed: impl Fn(&SpoolId) -> Seq) -> Option<Self> {
         if self.spans.iter().all(|(spool, span)| span.first > committed(spool)) {
             return Some(self.clone());
         }
@@ -212,7 +221,19 @@ impl HotSet {
 
     /// The oldest WAL position that it still needs.
     pub fn wal_from(&self) -> Option<Position> {
-        self.chunks.iter().map(|chunk| chunk.wal_from).min()
+        self.chunks.iter().map(|chunk| chunk.wal.from).min()
+    }
+
+    /// Bytes that it needs in the WAL.
+    pub fn wal_bytes(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.wal.bytes).sum()
+    }
+
+    /// The WAL holds all of it from this position on, too.
+    pub fn moved_in_wal(&mut self, to: Position) {
+        for chunk in &mut self.chunks {
+            Arc::make_mut(chunk).wal.from = to;
+        }
     }
 
     /// Freezes and returns what the next commit takes: whole batches in order, up to `dates_max` dates and `bytes_max`

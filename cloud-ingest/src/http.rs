@@ -3,7 +3,8 @@
 //!
 //! An edge may write as itself with its token, and nobody else may: an unknown edge and a wrong token get the same
 //! answer. Bodies, rows and decoded bytes have limits. Checksums and Arrow bodies are checked here, on blocking
-//! threads, before the ingest thread sees a batch. A full queue is answered 429.
+//! threads, before the ingest thread sees a batch. A full queue is answered 429, and so is a request for which the
+//! bytes of those that are in here already leave no room.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,26 +19,30 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use parking_lot::RwLock;
 use subtle::ConstantTimeEq;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use wire::request::{Frame, frames};
 use wire::schema::SchemaId;
-use wire::{Acks, EdgeId, RefusedRequest, SealedBatch, SpoolId, StreamName, StreamSchema};
+use wire::{Acks, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId, StreamSchema};
 
 use crate::config::EdgeSettings;
-use crate::ingest::{Arrived, Job};
+use crate::ingest::request::Arrived;
+use crate::ingest::{Job, RETRY_AFTER_MS, Reply};
 use crate::metrics::Metrics;
 
 /// Schemas that are remembered between requests; above it the oldest way is open: send them again.
 const SCHEMAS_MAX: usize = 10_000;
 /// Spools of one `positions` request.
 const SPOOLS_MAX: usize = 64;
-const RETRY_AFTER_MS: u64 = 500;
+/// Room for requests is counted in units of so many bytes.
+const ROOM_UNIT: usize = 1 << 10;
 
 /// What the routes share.
 #[derive(Debug)]
 pub(crate) struct Door {
     pub(crate) edges: Vec<EdgeSettings>,
     pub(crate) request_bytes_max: usize,
+    /// Room for the bodies of requests that are in here, in units of [`ROOM_UNIT`].
+    pub(crate) room: Arc<Semaphore>,
     pub(crate) jobs: SyncSender<Job>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) ready: AtomicBool,
@@ -68,7 +73,7 @@ async fn metrics(State(door): State<Arc<Door>>) -> String {
 }
 
 async fn batches(State(door): State<Arc<Door>>, Path(edge): Path<String>, headers: HeaderMap, body: Body) -> Response {
-    answer(take_batches(&door, &edge, &headers, body).await)
+    answer(&door, take_batches(&door, &edge, &headers, body).await)
 }
 
 async fn positions(
@@ -77,20 +82,22 @@ async fn positions(
     RawQuery(query): RawQuery,
     headers: HeaderMap,
 ) -> Response {
-    answer(give_positions(&door, &edge, &headers, query.as_deref().unwrap_or_default()).await)
+    answer(&door, give_positions(&door, &edge, &headers, query.as_deref().unwrap_or_default()).await)
 }
 
-fn answer(outcome: Result<Acks, RefusedRequest>) -> Response {
+fn answer(door: &Door, outcome: Result<Acks, RefusedAnswer>) -> Response {
     match outcome {
         Ok(acks) => Json(acks).into_response(),
-        Err(refused) => {
+        Err(answer) => {
+            let refused = &answer.refused;
+            door.metrics.refuse(refused.kind());
             let status = StatusCode::from_u16(refused.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            let retry = match &refused {
+            let retry = match refused {
                 RefusedRequest::PushedBack { retry_after_ms, .. } => Some(retry_after_ms.div_ceil(1_000)),
                 RefusedRequest::NotReady { .. } => Some(1),
                 _ => None,
             };
-            let mut response = (status, Json(refused)).into_response();
+            let mut response = (status, Json(answer)).into_response();
             if let Some(seconds) = retry {
                 response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
             }
@@ -115,9 +122,11 @@ fn authorize(door: &Door, edge: &str, headers: &HeaderMap) -> Result<EdgeId, Ref
         .ok_or_else(unauthorized)
 }
 
-async fn take_batches(door: &Arc<Door>, edge: &str, headers: &HeaderMap, body: Body) -> Result<Acks, RefusedRequest> {
+async fn take_batches(door: &Arc<Door>, edge: &str, headers: &HeaderMap, body: Body) -> Result<Acks, RefusedAnswer> {
     let edge = authorize(door, edge, headers)?;
     let bytes_max = door.request_bytes_max;
+    // Held until the answer is known.
+    let _room = room(door, headers)?;
     let body = to_bytes(body, bytes_max).await.map_err(|error| {
         let too_large =
             std::error::Error::source(&error).is_some_and(|cause| cause.to_string().contains("length limit"));
@@ -131,18 +140,37 @@ async fn take_batches(door: &Arc<Door>, edge: &str, headers: &HeaderMap, body: B
     let batches = tokio::task::spawn_blocking(move || read(&reader, &edge, body))
         .await
         .map_err(|_| RefusedRequest::NotReady { detail: "the request could not be read".to_owned() })??;
-    let Some(first) = batches.first().map(|arrived| arrived.batch.header().stream.clone()) else {
+    let Some(stream) = batches.first().map(|arrived| arrived.batch.header().stream.clone()) else {
         return Ok(Acks::default());
     };
-    ask(door, Some(first), |reply| Job::Batches { batches, reply }).await
+    let rows = batches.iter().map(|arrived| u64::from(arrived.batch.header().rows)).sum();
+    let full = || {
+        door.metrics.rows_received.add(rows);
+        door.metrics.rows_pushed_back.add(rows);
+        RefusedRequest::PushedBack { stream, retry_after_ms: RETRY_AFTER_MS }
+    };
+    ask(door, |reply| Job::Batches { batches, reply }, full).await
 }
 
-async fn give_positions(
-    door: &Arc<Door>,
-    edge: &str,
-    headers: &HeaderMap,
-    query: &str,
-) -> Result<Acks, RefusedRequest> {
+/// Room for so many bytes of requests.
+pub(crate) fn room_of(bytes: usize) -> Arc<Semaphore> {
+    Arc::new(Semaphore::new((bytes / ROOM_UNIT).min(Semaphore::MAX_PERMITS)))
+}
+
+/// Takes room for the body: as much as it says that it has, or as it may have.
+fn room(door: &Door, headers: &HeaderMap) -> Result<OwnedSemaphorePermit, RefusedRequest> {
+    let bytes_max = door.request_bytes_max;
+    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
+    let bytes = length.unwrap_or(bytes_max);
+    if bytes > bytes_max {
+        return Err(RefusedRequest::TooLarge { bytes_max });
+    }
+    let units = u32::try_from(bytes.div_ceil(ROOM_UNIT)).unwrap_or(u32::MAX);
+    let busy = |_| RefusedRequest::NotReady { detail: "too many requests at once".to_owned() };
+    Arc::clone(&door.room).try_acquire_many_owned(units).map_err(busy)
+}
+
+async fn give_positions(door: &Arc<Door>, edge: &str, headers: &HeaderMap, query: &str) -> Result<Acks, RefusedAnswer> {
     authorize(door, edge, headers)?;
     let spools = query
         .split('&')
@@ -152,25 +180,23 @@ async fn give_positions(
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| RefusedRequest::Damaged { detail: error.to_string() })?;
     if spools.is_empty() {
-        return Err(RefusedRequest::Damaged { detail: "?spool=… is missing".to_owned() });
+        return Err(RefusedRequest::Damaged { detail: "?spool=… is missing".to_owned() }.into());
     }
-    ask(door, None, |reply| Job::Positions { spools, reply }).await
+    let full = || RefusedRequest::NotReady { detail: "busy".to_owned() };
+    ask(door, |reply| Job::Positions { spools, reply }, full).await
 }
 
 async fn ask(
     door: &Door,
-    stream: Option<StreamName>,
-    job: impl FnOnce(oneshot::Sender<Result<Acks, RefusedRequest>>) -> Job,
-) -> Result<Acks, RefusedRequest> {
+    job: impl FnOnce(Reply) -> Job,
+    full: impl FnOnce() -> RefusedRequest,
+) -> Result<Acks, RefusedAnswer> {
     let gone = || RefusedRequest::NotReady { detail: "the node stops".to_owned() };
     let (reply, answered) = oneshot::channel();
-    match (door.jobs.try_send(job(reply)), stream) {
-        (Ok(()), _) => answered.await.map_err(|_| gone())?,
-        (Err(TrySendError::Full(_)), Some(stream)) => {
-            Err(RefusedRequest::PushedBack { stream, retry_after_ms: RETRY_AFTER_MS })
-        }
-        (Err(TrySendError::Full(_)), None) => Err(RefusedRequest::NotReady { detail: "busy".to_owned() }),
-        (Err(TrySendError::Disconnected(_)), _) => Err(gone()),
+    match door.jobs.try_send(job(reply)) {
+        Ok(()) => answered.await.map_err(|_| gone())?,
+        Err(TrySendError::Full(_)) => Err(full().into()),
+        Err(TrySendError::Disconnected(_)) => Err(gone().into()),
     }
 }
 

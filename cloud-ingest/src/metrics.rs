@@ -1,7 +1,10 @@
 //! What this node counts, by name. Rule 6 at the door: rows received = durable + duplicate + refused + pushed back.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::Mutex;
 
 /// A number that only grows, or one that is set.
 #[derive(Debug, Default)]
@@ -35,11 +38,19 @@ pub struct Metrics {
     pub commits_failed: Counter,
     pub wal_syncs: Counter,
     pub wal_bytes: Counter,
+    /// Times that a stream which cannot commit was carried to the head of the WAL.
+    pub wal_carried: Counter,
     pub hot_bytes: Counter,
+    /// Requests that were answered with an error, by its kind; rows of those that could not be read count nowhere.
+    requests_refused: Mutex<BTreeMap<&'static str, u64>>,
 }
 
 impl Metrics {
-    /// All of them as Prometheus reads them.
+    pub(crate) fn refuse(&self, kind: &'static str) {
+        *self.requests_refused.lock().entry(kind).or_default() += 1;
+    }
+
+    /// All of them as Prometheus reads them, since this process began.
     pub fn text(&self) -> String {
         let rows = [
             ("weir_cloud_rows_received_total", "counter", &self.rows_received),
@@ -52,12 +63,17 @@ impl Metrics {
             ("weir_cloud_commits_failed_total", "counter", &self.commits_failed),
             ("weir_cloud_wal_syncs_total", "counter", &self.wal_syncs),
             ("weir_cloud_wal_bytes", "gauge", &self.wal_bytes),
+            ("weir_cloud_wal_carried_total", "counter", &self.wal_carried),
             ("weir_cloud_hot_bytes", "gauge", &self.hot_bytes),
         ];
         let mut text = String::new();
         for (name, kind, counter) in rows {
             // Writing to a String cannot fail.
             writeln!(text, "# TYPE {name} {kind}\n{name} {}", counter.get()).ok();
+        }
+        text.push_str("# TYPE weir_cloud_requests_refused_total counter\n");
+        for (kind, count) in self.requests_refused.lock().iter() {
+            writeln!(text, "weir_cloud_requests_refused_total{{error=\"{kind}\"}} {count}").ok();
         }
         text
     }

@@ -7,20 +7,28 @@
 //! ```
 //! What is appended counts when [`Wal::sync`] has returned; a failed sync is final and the process has to stop.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use segment_log::{AppendError, Disk, OpenError, Opening, Options, Position, ReadError, SegmentLog, SyncError};
+use segment_log::{
+    AppendError, FileLayer, FreeError, OpenError, Opening, Options, Position, ReadError, Reader, SegmentLog, SyncError,
+};
 use wire::request::{KIND_BATCH, KIND_SCHEMA};
 use wire::schema::SchemaId;
 use wire::{SealedBatch, StreamSchema};
 
-/// A batch on its way out of the WAL after a restart.
+/// Schemas by their id.
+pub type Schemas = HashMap<SchemaId, Arc<StreamSchema>>;
+
+/// A batch on its way out of the WAL.
 #[derive(Debug)]
 pub struct Replayed {
-    pub position: Position,
+    /// Where reading must begin to find it: its record, or that of its schema if the segment before holds that.
+    pub from: Position,
+    /// Behind its record.
+    pub next: Position,
     pub received_at_us: i64,
     pub batch: SealedBatch,
     pub schema: Arc<StreamSchema>,
@@ -36,22 +44,22 @@ pub enum Found {
 
 /// The log and the schemas that its newest segment has.
 #[derive(Debug)]
-pub struct Wal {
-    log: SegmentLog<Disk>,
+pub struct Wal<L: FileLayer> {
+    log: SegmentLog<L>,
     in_segment: HashSet<SchemaId>,
 }
 
-impl Wal {
+impl<L: FileLayer> Wal<L> {
     /// Opens the log in a directory, or makes it there.
     ///
     /// # Errors
     /// When the disk does not let it, or another process has it open.
-    pub fn open(directory: &Path, options: Options) -> Result<(Self, Opening), OpenError> {
-        let (log, opening) = SegmentLog::open(Disk, directory, options)?;
+    pub fn open(layer: L, directory: &Path, options: Options) -> Result<(Self, Opening), OpenError> {
+        let (log, opening) = SegmentLog::open(layer, directory, options)?;
         Ok((Self { log, in_segment: HashSet::new() }, opening))
     }
 
-    /// Appends a batch, and its schema if the segment does not have it yet.
+    /// Appends a batch, and its schema if the segment does not have it yet. Returns where reading must begin to find it.
     ///
     /// # Errors
     /// [`AppendError::Full`] is a state: push back and try later.
@@ -116,54 +124,81 @@ impl Wal {
         self.log.counters().syncs
     }
 
-    /// Frees whole segments below a position. What cannot be freed now is freed later.
-    pub fn free_before(&mut self, position: Position) {
-        if let Err(error) = self.log.free_before(position) {
-            tracing::warn!(%error, "wal segments are not freed yet");
-        }
+    /// Where the newest segment begins: nothing from here on can be freed.
+    pub fn newest_segment(&self) -> Position {
+        self.log.newest_segment()
     }
 
-    /// Reads everything that is there, oldest first, and hands it to `take`.
+    /// Frees whole segments below a position.
     ///
     /// # Errors
-    /// When the disk does not answer, or `take` stops it.
-    pub fn replay<E: From<ReadError>>(&self, mut take: impl FnMut(Found) -> Result<(), E>) -> Result<(), E> {
-        let mut schemas = std::collections::HashMap::<SchemaId, Arc<StreamSchema>>::new();
-        let mut reader = self.log.reader(self.log.start())?;
+    /// Final, as for [`Wal::sync`].
+    pub fn free_before(&mut self, position: Position) -> Result<(), FreeError> {
+        self.log.free_before(position).map(|_| ())
+    }
+
+    /// Reads all that is there, oldest first.
+    ///
+    /// # Errors
+    /// When the disk does not answer.
+    pub fn replay(&self) -> Result<Replay<L>, ReadError> {
+        self.replay_from(self.log.start(), Schemas::new())
+    }
+
+    /// Reads on from a position that an append returned, with the schemas of the batches that are looked for.
+    ///
+    /// # Errors
+    /// When the disk does not answer, or the position was freed.
+    pub fn replay_from(&self, from: Position, schemas: Schemas) -> Result<Replay<L>, ReadError> {
+        let schemas = schemas.into_iter().map(|(id, schema)| (id, (from, schema))).collect();
+        Ok(Replay { reader: self.log.reader(from)?, schemas })
+    }
+}
+
+/// A walk over what was synced.
+#[derive(Debug)]
+pub struct Replay<L: FileLayer> {
+    reader: Reader<L>,
+    /// With the position of the record that was met last.
+    schemas: HashMap<SchemaId, (Position, Arc<StreamSchema>)>,
+}
+
+impl<L: FileLayer> Replay<L> {
+    /// The next batch, or a range that cannot be read; none at the synced end.
+    ///
+    /// # Errors
+    /// When the disk does not answer.
+    #[allow(clippy::should_implement_trait, reason = "it can fail")]
+    pub fn next(&mut self) -> Result<Option<Found>, ReadError> {
         loop {
-            let record = match reader.next() {
-                Ok(None) => return Ok(()),
+            let record = match self.reader.next() {
+                Ok(None) => return Ok(None),
                 Ok(Some(record)) => record,
-                Err(error @ ReadError::Damaged { .. }) => {
-                    take(Found::Damaged(error.to_string()))?;
-                    continue;
-                }
-                Err(error) => return Err(error.into()),
+                Err(error @ ReadError::Damaged { .. }) => return Ok(Some(Found::Damaged(error.to_string()))),
+                Err(error) => return Err(error),
             };
-            let position = record.position;
-            let found = match record.kind {
+            let (position, next) = (record.position, record.next);
+            let damaged = |what: &str| Ok(Some(Found::Damaged(format!("the record at {position} {what}"))));
+            match record.kind {
                 KIND_SCHEMA => {
-                    match std::str::from_utf8(record.payload).ok().and_then(|text| StreamSchema::parse(text).ok()) {
-                        Some(schema) => {
-                            schemas.insert(schema.id(), Arc::new(schema));
-                            continue;
-                        }
-                        None => Found::Damaged(format!("the record at {position} holds no schema")),
-                    }
+                    let text = std::str::from_utf8(record.payload).ok();
+                    let Some(schema) = text.and_then(|text| StreamSchema::parse(text).ok()) else {
+                        return damaged("holds no schema");
+                    };
+                    self.schemas.insert(schema.id(), (position, Arc::new(schema)));
                 }
-                KIND_BATCH => match read_batch(record.payload) {
-                    Some((received_at_us, batch)) => match schemas.get(&batch.header().schema) {
-                        Some(schema) => {
-                            let schema = Arc::clone(schema);
-                            Found::Batch(Box::new(Replayed { position, received_at_us, batch, schema }))
-                        }
-                        None => Found::Damaged(format!("the schema of the batch at {position} is missing")),
-                    },
-                    None => Found::Damaged(format!("the record at {position} holds no batch")),
-                },
-                other => Found::Damaged(format!("the record at {position} has the unknown kind {other}")),
-            };
-            take(found)?;
+                KIND_BATCH => {
+                    let Some((received_at_us, batch)) = read_batch(record.payload) else {
+                        return damaged("holds no batch");
+                    };
+                    let Some((schema_at, schema)) = self.schemas.get(&batch.header().schema) else {
+                        return damaged("holds a batch whose schema is missing");
+                    };
+                    let (from, schema) = (position.min(*schema_at), Arc::clone(schema));
+                    return Ok(Some(Found::Batch(Box::new(Replayed { from, next, received_at_us, batch, schema }))));
+                }
+                other => return damaged(&format!("has the unknown kind {other}")),
+            }
         }
     }
 }

@@ -76,7 +76,37 @@ pub enum RefusedRequest {
     NotReady { detail: String },
 }
 
+/// The body of every answer but 200: why, and how far the sequences are that the request touched all the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedAnswer {
+    #[serde(flatten)]
+    pub refused: RefusedRequest,
+    /// Batches in front of the one that was not taken may have been.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acks: Option<Box<Acks>>,
+}
+
+impl From<RefusedRequest> for RefusedAnswer {
+    fn from(refused: RefusedRequest) -> Self {
+        Self { refused, acks: None }
+    }
+}
+
 impl RefusedRequest {
+    /// The value of `error` in the answer.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Damaged { .. } => "damaged",
+            Self::Unauthorized { .. } => "unauthorized",
+            Self::Gap { .. } => "gap",
+            Self::Forked { .. } => "forked",
+            Self::SchemaUnknown { .. } => "schema_unknown",
+            Self::TooLarge { .. } => "too_large",
+            Self::PushedBack { .. } => "pushed_back",
+            Self::NotReady { .. } => "not_ready",
+        }
+    }
+
     /// The HTTP status of this answer.
     pub fn status(&self) -> u16 {
         match self {
@@ -118,5 +148,13 @@ mod tests {
         let text = serde_json::to_string(&gap).unwrap();
         assert_eq!(serde_json::from_str::<RefusedRequest>(&text).unwrap(), gap);
         assert_eq!(gap.status(), 409);
+        assert!(text.contains(&format!("\"error\":\"{}\"", gap.kind())));
+        // Of an older node, and with acks, which an older edge passes over.
+        let alone = serde_json::from_str::<RefusedAnswer>(&text).unwrap();
+        assert_eq!(alone, gap.clone().into());
+        let answer = RefusedAnswer { refused: gap.clone(), acks: Some(Box::new(acks)) };
+        let text = serde_json::to_string(&answer).unwrap();
+        assert_eq!(serde_json::from_str::<RefusedAnswer>(&text).unwrap(), answer);
+        assert_eq!(serde_json::from_str::<RefusedRequest>(&text).unwrap(), gap);
     }
 }

@@ -11,7 +11,7 @@ pub mod schema;
 pub mod sealed;
 pub mod written;
 
-pub use ack::{Acks, Mark, PositionsAnswer, Refusal, RefusedRequest, StreamAck};
+pub use ack::{Acks, Mark, PositionsAnswer, Refusal, RefusedAnswer, RefusedRequest, StreamAck};
 pub use ids::{EdgeId, FieldName, NameError, Seq, SpoolId, StreamName};
 pub use schema::{FieldType, SchemaId, StreamField, StreamSchema};
 pub use sealed::{CutBatch, SealedBatch};

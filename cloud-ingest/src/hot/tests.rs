@@ -19,7 +19,8 @@ fn chunk(spool: usize, seq: u64, rows: usize, day: i64) -> Chunk {
     let batch = Int64Array::from_value((spool as i64) << 32 | seq as i64, rows);
     let rows = RecordBatch::try_new(Arc::new(schema), vec![Arc::new(ts), Arc::new(batch)]).unwrap();
     let mark = Mark { seq: Seq(seq), crc: seq as u32 };
-    Chunk::new(rows, SPOOLS[spool], mark, Position(seq * 100), Instant::now())
+    let wal = InWal { from: Position(seq * 100), bytes: rows.num_rows() };
+    Chunk::new(rows, SPOOLS[spool], mark, wal, Instant::now())
 }
 
 /// (spool, seq) of every row of an answer, sorted; and runs must tell the same.

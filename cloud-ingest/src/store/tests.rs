@@ -61,11 +61,17 @@ impl ObjectStore for SimReads {
         unreachable!("nothing is deleted")
     }
     async fn list_with_delimiter(&self, prefix: Option<&ObjectPath>) -> Result<ListResult> {
-        let objects = self.list(prefix).try_collect().await?;
-        Ok(ListResult { common_prefixes: Vec::new(), objects })
+        let all: Vec<ObjectMeta> = self.list(prefix).try_collect().await?;
+        let depth = prefix.map_or(0, |prefix| prefix.parts().count()) + 1;
+        let (objects, below): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|meta| meta.location.parts().count() == depth);
+        let mut common_prefixes: Vec<ObjectPath> =
+            below.iter().map(|meta| meta.location.parts().take(depth).collect()).collect();
+        common_prefixes.dedup();
+        Ok(ListResult { common_prefixes, objects })
     }
     fn list(&self, prefix: Option<&ObjectPath>) -> BoxStream<'static, Result<ObjectMeta>> {
-        if self.1.as_ref().is_some_and(|path| self.0.exists(path).unwrap()) {
+        if !self.0.powered() || self.1.as_ref().is_some_and(|path| self.0.exists(path).unwrap()) {
             let error = object_store::Error::Generic { store: "simulated", source: "the network is gone".into() };
             return futures::stream::iter([Err(error)]).boxed();
         }
@@ -111,9 +117,18 @@ pub(crate) fn sim_store(layer: &SimLayer) -> Result<Store, StoreError> {
 
 /// A store that lists nothing any more once there is this file.
 pub(crate) fn sim_store_whose_lists_fail(layer: &SimLayer, at: Option<&Path>) -> Result<Store, StoreError> {
+    store_on(layer.clone(), SimReads(layer.clone(), at.map(Path::to_owned)))
+}
+
+/// A store that writes through a layer of its own over the simulated machine.
+pub(crate) fn sim_store_through(layer: impl FileLayer, machine: &SimLayer) -> Result<Store, StoreError> {
+    store_on(layer, SimReads(machine.clone(), None))
+}
+
+fn store_on(layer: impl FileLayer, reads: SimReads) -> Result<Store, StoreError> {
     // Not file:///: there delta-rs looks for the directory on the real disk.
     let url = Url::parse("memory:///tables/").unwrap();
-    Store::on_files(layer.clone(), Path::new("/tables"), url, Arc::new(SimReads(layer.clone(), at.map(Path::to_owned))))
+    Store::on_files(layer, Path::new("/tables"), url, Arc::new(reads))
 }
 
 /// A store whose objects are below `/tables` of a simulated machine, and what its user knows of them.

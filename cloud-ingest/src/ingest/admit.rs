@@ -1,0 +1,130 @@
+//! Admission: what becomes of each batch of a request, and what of it is appended to the WAL.
+//!
+//! A batch at fault is refused from its bytes alone. One that needs a table, a field, or another look at the log (rule 3:
+//! no gap and no fork is answered without) waits for the errand. The others are judged by their sequence, and taken if
+//! there is room for them.
+
+use segment_log::{AppendError, FileLayer};
+use wire::schema::StreamField;
+use wire::{FIELDS_MAX, RefusedRequest, StreamName};
+
+use super::errand::{Subject, Ticket};
+use super::request::{Arrived, Outcome, Request};
+use super::stream::Accepted;
+use super::{Fault, Ingest, RETRY_AFTER_MS, carry};
+use crate::delta::TableSnapshot;
+use crate::hot::Chunk;
+use crate::sequencer::Verdict;
+
+/// A stream may have so many times what is free of memory and WAL: alone two thirds of all, one of two that are stuck two
+/// fifths.
+const SHARE: usize = 2;
+
+impl<L: FileLayer> Ingest<L> {
+    /// Takes the batches of a request one after the other; stops at one for which the store must be looked at.
+    pub(super) fn admit(
+        &mut self,
+        request: &mut Request,
+        staged: &mut Vec<(StreamName, Chunk)>,
+    ) -> Result<Option<Ticket>, Fault> {
+        while let Some((arrived, looked)) = request.next() {
+            let outcome = match self.admit_batch(&arrived, looked, staged)? {
+                Outcome::Look(fields) if self.parked.len() < self.settings.limits.requests_waiting => {
+                    let ticket = self.ask(Subject::Stream(arrived.batch.header().stream.clone()), &fields);
+                    request.put_back(arrived);
+                    return Ok(Some(ticket));
+                }
+                Outcome::Look(_) => pushed_back(&arrived.batch.header().stream),
+                other => other,
+            };
+            request.count(&arrived, outcome);
+        }
+        Ok(None)
+    }
+
+    /// `looked` says how the look ended that this batch waited for.
+    fn admit_batch(
+        &mut self,
+        arrived: &Arrived,
+        looked: Option<Result<(), String>>,
+        staged: &mut Vec<(StreamName, Chunk)>,
+    ) -> Result<Outcome, Fault> {
+        let header = arrived.batch.header();
+        let name = &header.stream;
+        // First of all, and from the bytes alone: a batch at fault makes no table and every node refuses it.
+        let rows = match &arrived.rows {
+            Ok(rows) => rows,
+            Err(error) => return Ok(Outcome::Refused(error.to_string())),
+        };
+        if let Some(Err(reason)) = &looked {
+            tracing::warn!(stream = %name, reason, "stream is pushed back");
+            return Ok(pushed_back(name));
+        }
+        // A void batch has no rows, so its schema says nothing about the table.
+        let fields = if header.void.is_some() { &[] } else { arrived.schema.fields() };
+        let Some(stream) = self.streams.get_mut(name) else { return Ok(Outcome::Look(fields.to_vec())) };
+        if looked.is_none() && lacks(&stream.snapshot, fields) {
+            return Ok(Outcome::Look(fields.to_vec()));
+        }
+        match stream.judge(&arrived.batch) {
+            Verdict::Accept => {}
+            Verdict::Duplicate => return Ok(Outcome::Duplicate),
+            // Another node may have committed meanwhile: look before saying no (rule 3).
+            Verdict::Gap { .. } | Verdict::Forked if looked.is_none() => return Ok(Outcome::Look(Vec::new())),
+            Verdict::Gap { expected } => {
+                let (spool, stream, got) = (header.spool, name.clone(), header.seq);
+                return Ok(Outcome::Back(RefusedRequest::Gap { spool, stream, expected, got }));
+            }
+            Verdict::Forked => {
+                let (spool, stream, at) = (header.spool, name.clone(), header.seq);
+                return Ok(Outcome::Back(RefusedRequest::Forked { spool, stream, at }));
+            }
+        }
+        if !self.has_room(name, rows.get_array_memory_size(), arrived.batch.bytes().len()) {
+            return Ok(pushed_back(name));
+        }
+        let received_at_us = chrono::Utc::now().timestamp_micros();
+        let wal_from = match self.wal.append(&arrived.batch, &arrived.schema, received_at_us) {
+            Ok(position) => position,
+            Err(AppendError::Full) => return Ok(pushed_back(name)),
+            Err(AppendError::TooLarge { max, .. }) => {
+                return Ok(Outcome::Back(RefusedRequest::TooLarge { bytes_max: max }));
+            }
+            Err(error) => return Err(Fault::Append(error)),
+        };
+        let accepted = Accepted { batch: &arrived.batch, schema: &arrived.schema, rows, received_at_us, wal_from };
+        if let Some(stream) = self.streams.get_mut(name) {
+            staged.push((name.clone(), stream.accept(accepted)));
+        }
+        Ok(Outcome::Durable)
+    }
+
+    /// Whether there is room for a batch in memory and WAL, and in its stream's share of each. A stream may have so much
+    /// of what is free ([`SHARE`] times) that some always is: one that cannot commit is pushed back alone.
+    fn has_room(&self, name: &StreamName, bytes: usize, wal_bytes: usize) -> bool {
+        let (hot_max, wal_max) = (self.settings.hot.max_bytes.bytes(), self.settings.wal.max_bytes.bytes());
+        let carried = self.carry.as_ref().is_some_and(|carry| carry.stream == *name);
+        // A segment for the batch itself, and one for those that share its sync.
+        let reserve = self.carry_room() + 2 * self.settings.wal.segment_bytes.bytes();
+        if carried || self.wal.bytes() as usize + wal_bytes + reserve > wal_max {
+            return false;
+        }
+        let free = hot_max.saturating_sub(self.hot_bytes());
+        let live = self.streams.values().map(|stream| stream.hot.wal_bytes()).sum();
+        let wal_free = (wal_max / carry::LIVE_SHARE).saturating_sub(live);
+        let Some(stream) = self.streams.get(name) else { return false };
+        bytes <= free
+            && stream.hot.bytes() + bytes <= SHARE * free
+            && stream.hot.wal_bytes() + wal_bytes <= SHARE * wal_free
+    }
+}
+
+fn pushed_back(stream: &StreamName) -> Outcome {
+    Outcome::Back(RefusedRequest::PushedBack { stream: stream.clone(), retry_after_ms: RETRY_AFTER_MS })
+}
+
+/// Whether the table could have fields that it does not have.
+pub(super) fn lacks(snapshot: &TableSnapshot, fields: &[StreamField]) -> bool {
+    let known = |field: &StreamField| snapshot.fields.iter().any(|known| known.name == field.name);
+    snapshot.fields.len() < FIELDS_MAX && !fields.iter().all(known)
+}

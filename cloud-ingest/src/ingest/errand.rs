@@ -1,0 +1,223 @@
+//! Errands: everything that the ingest thread wants of the store. It never waits for one; each comes back as a job.
+//!
+//! A *look* makes or opens the table of a stream, reads what others committed, and adds the fields that are missing.
+//! One look at a subject runs at a time; those who ask meanwhile share the next one, so that what they learn is never
+//! older than their question. A *commit* runs beside looks: both compare and swap, and the newer table wins.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use arrow_array::{RecordBatch, RecordBatchOptions, new_null_array};
+use arrow_schema::SchemaRef;
+use wire::StreamName;
+use wire::schema::StreamField;
+
+use crate::delta::{CommitError, DeltaTable, TableError};
+use crate::hot::Taking;
+use crate::rescue::row_schema;
+use crate::store::{Store, list_streams};
+
+/// What is looked at.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Subject {
+    /// The list of tables: those that other nodes made appear.
+    All,
+    Stream(StreamName),
+}
+
+/// A look that is over when as many at its subject are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Ticket {
+    pub(super) subject: Subject,
+    number: u64,
+}
+
+#[derive(Debug, Default)]
+struct Looks {
+    started: u64,
+    finished: u64,
+    /// What the look after the running one is asked for.
+    next: Option<Vec<StreamField>>,
+    /// Why the last one failed.
+    failure: Option<String>,
+}
+
+/// All looks, running and asked for.
+#[derive(Debug, Default)]
+pub(super) struct LookBook(BTreeMap<Subject, Looks>);
+
+impl LookBook {
+    /// Asks for a look that begins now or later, with these fields. With the second value it is to be started.
+    pub(super) fn ask(&mut self, subject: Subject, fields: &[StreamField]) -> (Ticket, Option<Vec<StreamField>>) {
+        let looks = self.0.entry(subject.clone()).or_default();
+        if looks.started == looks.finished {
+            looks.started += 1;
+            return (Ticket { subject, number: looks.started }, Some(fields.to_vec()));
+        }
+        looks.next.get_or_insert_default().extend_from_slice(fields);
+        (Ticket { subject, number: looks.started + 1 }, None)
+    }
+
+    /// The running look is over. What is returned is to be started.
+    pub(super) fn finish(&mut self, subject: &Subject, failure: Option<String>) -> Option<Vec<StreamField>> {
+        let looks = self.0.get_mut(subject)?;
+        looks.finished = looks.started;
+        looks.failure = failure;
+        let next = looks.next.take()?;
+        looks.started += 1;
+        Some(next)
+    }
+
+    /// How the look ended; none while it runs.
+    pub(super) fn outcome(&self, ticket: &Ticket) -> Option<Result<(), String>> {
+        let looks = self.0.get(&ticket.subject)?;
+        (looks.finished >= ticket.number).then(|| looks.failure.clone().map_or(Ok(()), Err))
+    }
+}
+
+/// How a commit ended.
+#[derive(Debug)]
+pub(super) enum CommitEnd {
+    Made {
+        rows: u64,
+    },
+    /// Somebody else was faster: what they left is committed with the next one.
+    Moved,
+    Failed {
+        reason: String,
+    },
+}
+
+/// An errand that is back.
+#[derive(Debug)]
+pub(super) enum Done {
+    /// With the table as it is now.
+    Looked {
+        stream: StreamName,
+        outcome: Result<DeltaTable, TableError>,
+    },
+    /// With the tables that were not known.
+    Listed {
+        outcome: Result<Vec<(StreamName, DeltaTable)>, TableError>,
+    },
+    Committed {
+        stream: StreamName,
+        table: DeltaTable,
+        end: CommitEnd,
+    },
+}
+
+/// Opens a table, or makes it when fields are wanted; reads it anew; adds the fields it lacks. A void batch wants none.
+pub(super) async fn look(
+    store: &Store,
+    stream: &StreamName,
+    table: Option<DeltaTable>,
+    fields: &[StreamField],
+) -> Result<DeltaTable, TableError> {
+    let mut table = match table {
+        None => DeltaTable::create(store, stream, fields).await?,
+        Some(mut table) => {
+            table.reload().await?;
+            table
+        }
+    };
+    // Another node may add others at the same moment, or commit.
+    for _ in 0..LOOKS_MAX {
+        match table.add_fields(fields).await {
+            Ok(_) => return Ok(table),
+            Err(CommitError::Store(error)) => return Err(error),
+            Err(error) => {
+                tracing::debug!(%stream, %error, "fields not added yet");
+                table.reload().await?;
+            }
+        }
+    }
+    let detail = "its fields could not be added: others commit all the time, or the store refuses".to_owned();
+    Err(TableError::Busy { stream: stream.clone(), detail })
+}
+
+/// How often fields are tried again within one look.
+const LOOKS_MAX: usize = 3;
+
+/// The tables that are in the store and not known here.
+pub(super) async fn list(
+    store: &Store,
+    known: &BTreeSet<StreamName>,
+) -> Result<Vec<(StreamName, DeltaTable)>, TableError> {
+    let mut tables = Vec::new();
+    for name in list_streams(store).await? {
+        if !known.contains(&name)
+            && let Some(table) = DeltaTable::open(store, &name).await?
+        {
+            tables.push((name, table));
+        }
+    }
+    Ok(tables)
+}
+
+/// Commits what was taken; after any failure reads the table again, so that what is there counts.
+pub(super) async fn commit(table: &mut DeltaTable, taking: Taking) -> CommitEnd {
+    let schema = row_schema(&table.snapshot().fields);
+    let rows: Vec<RecordBatch> = taking.rows.iter().map(|rows| widened(rows, &schema)).collect();
+    let count = rows.iter().map(|rows| rows.num_rows() as u64).sum();
+    let error = match table.commit(&rows, &taking.marks).await {
+        Ok(_) => return CommitEnd::Made { rows: count },
+        Err(error) => error,
+    };
+    match (table.reload().await, &error) {
+        (Ok(_), CommitError::Moved { .. } | CommitError::Covered { .. }) => CommitEnd::Moved,
+        (Ok(_), _) => CommitEnd::Failed { reason: chain(&error) },
+        (Err(again), _) => CommitEnd::Failed { reason: format!("{}; {}", chain(&error), chain(&again)) },
+    }
+}
+
+/// Rows that became hot before the table got its newest fields, with nulls for those.
+fn widened(rows: &RecordBatch, schema: &SchemaRef) -> RecordBatch {
+    if rows.schema().fields() == schema.fields() {
+        return rows.clone();
+    }
+    let columns = schema
+        .fields()
+        .iter()
+        .map(|field| match rows.column_by_name(field.name()) {
+            Some(column) => Arc::clone(column),
+            None => new_null_array(field.data_type(), rows.num_rows()),
+        })
+        .collect();
+    let options = RecordBatchOptions::new().with_row_count(Some(rows.num_rows()));
+    RecordBatch::try_new_with_options(Arc::clone(schema), columns, &options)
+        .expect("rows have the types of the table that they were rescued for; types never change")
+}
+
+/// An error with what lies under it.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_asks_while_a_look_runs_learns_from_the_next_one() {
+        let mut book = LookBook::default();
+        let subject = Subject::Stream("traffic".parse().unwrap());
+        let (first, start) = book.ask(subject.clone(), &[]);
+        assert!(start.is_some());
+        let (second, start) = book.ask(subject.clone(), &[]);
+        assert!(start.is_none());
+        let (third, _) = book.ask(subject.clone(), &[]);
+        assert_eq!(second, third);
+        assert_eq!(book.outcome(&first), None);
+        assert!(book.finish(&subject, None).is_some(), "the second look is asked for");
+        assert_eq!((book.outcome(&first), book.outcome(&second)), (Some(Ok(())), None));
+        assert!(book.finish(&subject, Some("away".to_owned())).is_none());
+        assert_eq!(book.outcome(&second), Some(Err("away".to_owned())));
+    }
+}

@@ -1,0 +1,99 @@
+//! The start: tables are opened, and what the WAL has above their `txn` becomes hot again.
+//!
+//! It commits as it replays, within the memory of hot. A sequence that was carried stands in the WAL twice, the older
+//! copy perhaps without its beginning: what does not follow is skipped, its number comes again further on.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use segment_log::FileLayer;
+
+use super::admit::lacks;
+use super::commit::commit_bytes_max;
+use super::errand::{self, CommitEnd};
+use super::stream::{Accepted, Stream};
+use super::{Ingest, StartError};
+use crate::sequencer::Verdict;
+use crate::wal::{Found, Replayed};
+
+impl<L: FileLayer> Ingest<L> {
+    pub(super) fn recover(&mut self) -> Result<(), StartError> {
+        let started = Instant::now();
+        for (name, table) in self.runtime.block_on(errand::list(&self.store, &BTreeSet::new()))? {
+            self.streams.insert(name.clone(), Stream::new(name, table));
+        }
+        let mut rows = 0;
+        let mut replay = self.wal.replay()?;
+        while let Some(found) = replay.next()? {
+            match found {
+                Found::Batch(replayed) => rows += self.put_back(&replayed)?,
+                Found::Damaged(range) => tracing::error!(range, "wal record lost; its edge still holds it"),
+            }
+        }
+        tracing::info!(rows, streams = self.streams.len(), took = ?started.elapsed(), "wal replayed");
+        Ok(())
+    }
+
+    /// Puts a batch back into hot if it is the next of its sequence; how many rows that were.
+    fn put_back(&mut self, replayed: &Replayed) -> Result<u64, StartError> {
+        let header = replayed.batch.header();
+        let name = &header.stream;
+        let fields = if header.void.is_some() { &[] } else { replayed.schema.fields() };
+        let known = self.streams.get_mut(name);
+        if let Some(stream) = known
+            && stream.judge(&replayed.batch) != Verdict::Accept
+        {
+            return Ok(0);
+        }
+        let Ok(rows) = replayed.batch.decode(&replayed.schema) else {
+            tracing::error!(stream = %name, seq = %header.seq, "a batch of the wal does not decode");
+            return Ok(0);
+        };
+        let table = match self.streams.get(name) {
+            Some(stream) if !lacks(&stream.snapshot, fields) => None,
+            known => {
+                let table = known.map(|stream| stream.table.clone());
+                Some(self.runtime.block_on(errand::look(&self.store, name, table, fields))?)
+            }
+        };
+        if let Some(table) = table {
+            match self.streams.get_mut(name) {
+                Some(stream) => stream.apply(table, Duration::ZERO),
+                None => {
+                    self.streams.insert(name.clone(), Stream::new(name.clone(), table));
+                }
+            }
+        }
+        let Some(stream) = self.streams.get_mut(name) else { return Ok(0) };
+        if stream.judge(&replayed.batch) != Verdict::Accept {
+            return Ok(0);
+        }
+        let (received_at_us, wal_from) = (replayed.received_at_us, replayed.from);
+        let (batch, schema) = (&replayed.batch, &replayed.schema);
+        let chunk = stream.accept(Accepted { batch, schema, rows: &rows, received_at_us, wal_from });
+        stream.hot.push(chunk);
+        let large = stream.hot.bytes() > self.settings.commit.max_bytes.bytes();
+        if large || self.hot_bytes() > self.settings.hot.max_bytes.bytes() / 2 {
+            let largest = self.streams.values().max_by_key(|stream| stream.hot.bytes());
+            let name = largest.map_or_else(|| name.clone(), |stream| stream.name.clone());
+            self.commit_now(&name)?;
+        }
+        Ok(u64::from(header.rows))
+    }
+
+    fn commit_now(&mut self, name: &wire::StreamName) -> Result<(), StartError> {
+        let bytes_max = commit_bytes_max(&self.settings);
+        let Some(stream) = self.streams.get_mut(name) else { return Ok(()) };
+        let taking = stream.hot.take(self.settings.commit.max_partitions, bytes_max);
+        let mut table = stream.table.clone();
+        let end = self.runtime.block_on(errand::commit(&mut table, taking));
+        stream.apply(table, Duration::ZERO);
+        if let CommitEnd::Failed { reason } = end {
+            tracing::warn!(stream = %name, reason, "commit not made while recovering; it starts again later");
+            if self.hot_bytes() > self.settings.hot.max_bytes.bytes() {
+                return Err(StartError::Full { stream: name.clone(), reason });
+            }
+        }
+        Ok(())
+    }
+}
