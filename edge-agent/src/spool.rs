@@ -5,13 +5,19 @@
 //! is freed was acknowledged with a CRC of our own. What a policy drops has no number and becomes a row of `losses`
 //! in the same record that drops it. A failed sync is final: the caller stops the process.
 //!
+//! The path of a batch: [`Spool::append`] here, `number.rs` when it is sent, `free.rs` when it is committed; `drop.rs`,
+//! `fork.rs` and `recover.rs` are the other ways. All write through `put.rs`.
+//!
 //! The lane logs lie in `<spool>/<id>/<lane>`; `<spool>/id` names the id in force. The records are in `spool/record.rs`.
 //! A lane that the settings no longer have is opened behind the others and drained; it gets no new cuts. Memory: about
 //! 150 bytes for each batch that waits; bodies stay on disk.
 
 mod drop;
 mod fork;
+mod free;
 mod losses;
+mod number;
+mod put;
 mod record;
 mod recover;
 
@@ -19,12 +25,10 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use bytes::Bytes;
 use segment_log::{
-    AppendError, Appended, Damage, FileLayer, FreeError, OpenError, Options, Position, ReadError, SegmentLog, SyncError,
+    AppendError, Damage, FileLayer, FreeError, OpenError, Options, Position, ReadError, SegmentLog, SyncError,
 };
 use serde::{Deserialize, Serialize};
-use wire::sealed::BatchHeader;
 use wire::{CutBatch, EdgeId, Mark, SchemaId, SealedBatch, Seq, SpoolId, StreamName, StreamSchema};
 
 use self::record::Place;
@@ -361,197 +365,6 @@ impl<L: FileLayer> Spool<L> {
         Ok(())
     }
 
-    /// Numbers the oldest waiting batches of one stream in a lane, up to `bytes_max` and at least one, and syncs the
-    /// numbers; the bytes may leave when this returns.
-    ///
-    /// # Errors
-    /// `Full` when even the reserve is used up: acks must free something first.
-    pub fn number(
-        &mut self,
-        lane: usize,
-        stream: &StreamName,
-        bytes_max: usize,
-    ) -> Result<Vec<SealedBatch>, SpoolError> {
-        let mut chosen = Vec::new();
-        let mut bytes = 0;
-        for waiting in self.lanes[lane].waiting.get(stream).into_iter().flatten() {
-            if !chosen.is_empty() && bytes + waiting.bytes > bytes_max {
-                break;
-            }
-            bytes += waiting.bytes;
-            chosen.push(waiting.clone());
-        }
-        let mut sealed = Vec::new();
-        for waiting in chosen {
-            let before = self.head(stream);
-            let batch = match self.read(waiting.place)? {
-                Some(batch) => batch.number(&self.settings.edge, self.id, before.seq.next(), before.crc),
-                None => {
-                    // It rotted before it had a number: a void batch says so in the sequence.
-                    SealedBatch::void(self.header(&waiting, before), "rotted on the edge's disk", 0)
-                }
-            };
-            let mark = Mark { seq: before.seq.next(), crc: batch.crc() };
-            match self.put(lane, record::NUMBERED, &record::numbered(waiting.place, stream, mark), &[], true) {
-                Err(SpoolError::Full(_)) if !sealed.is_empty() => break,
-                other => other?,
-            };
-            let rotted = batch.header().void.is_some();
-            let sequence = self.sequences.entry(stream.clone()).or_default();
-            sequence.head = mark;
-            sequence.numbered.push_back(Numbered {
-                place: waiting.place,
-                mark,
-                rows: waiting.rows,
-                bytes: waiting.bytes,
-                void: None,
-            });
-            if let Some(queue) = self.lanes[lane].waiting.get_mut(stream) {
-                queue.pop_front();
-            }
-            if rotted {
-                self.put_void(&batch, false)?;
-            }
-            sealed.push(batch);
-        }
-        self.sync_numbers(lane)?;
-        Ok(sealed)
-    }
-
-    /// The numbered batches of a stream from `from` on, up to `bytes_max` and at least one. The same bytes as at the
-    /// first sending; one that has rotted comes as a void batch of the same number.
-    ///
-    /// # Errors
-    /// When the disk fails.
-    pub fn again(&mut self, stream: &StreamName, from: Seq, bytes_max: usize) -> Result<Vec<SealedBatch>, SpoolError> {
-        let Some(sequence) = self.sequences.get(stream) else { return Ok(Vec::new()) };
-        let mut previous = sequence.freed;
-        let mut chosen = Vec::new();
-        let mut bytes = 0;
-        for numbered in &sequence.numbered {
-            if numbered.mark.seq >= from {
-                if !chosen.is_empty() && bytes + numbered.bytes > bytes_max {
-                    break;
-                }
-                bytes += numbered.bytes;
-                chosen.push((previous, numbered.clone()));
-            }
-            previous = numbered.mark;
-        }
-        let mut sealed = Vec::new();
-        for (previous, numbered) in chosen {
-            if let Some(void) = numbered.void {
-                sealed.push(void);
-                continue;
-            }
-            let batch = self
-                .read(numbered.place)?
-                .map(|cut| cut.number(&self.settings.edge, self.id, numbered.mark.seq, previous.crc));
-            match batch {
-                Some(batch) if batch.crc() == numbered.mark.crc => sealed.push(batch),
-                _ => sealed.push(self.make_void(stream, numbered.mark.seq, "rotted on the edge's disk", false)?),
-            }
-        }
-        Ok(sealed)
-    }
-
-    /// The rows of a numbered batch, for `quarantine`, when they can still be read.
-    ///
-    /// # Errors
-    /// When the disk fails.
-    pub fn rows_of(&mut self, stream: &StreamName, seq: Seq) -> Result<Option<CutBatch>, SpoolError> {
-        let place = self.find(stream, seq).map(|(_, numbered)| numbered.place);
-        place.map_or(Ok(None), |place| self.read(place))
-    }
-
-    /// Replaces a numbered batch by a void one, synced. The caller has put its rows into the journal before.
-    ///
-    /// # Errors
-    /// When the disk fails.
-    pub fn void(&mut self, stream: &StreamName, seq: Seq, reason: &str) -> Result<SealedBatch, SpoolError> {
-        self.make_void(stream, seq, reason, true)
-    }
-
-    /// `kept`: its rows are in the journal; else they are lost.
-    fn make_void(
-        &mut self,
-        stream: &StreamName,
-        seq: Seq,
-        reason: &str,
-        kept: bool,
-    ) -> Result<SealedBatch, SpoolError> {
-        let (previous, numbered) = self.find(stream, seq).expect("only a batch that is held is made void");
-        if let Some(void) = &numbered.void {
-            return Ok(void.clone());
-        }
-        let waiting =
-            Waiting { place: numbered.place, stream: stream.clone(), rows: 0, bytes: 0, min_ts: 0, max_ts: 0 };
-        let lane = numbered.place.lane;
-        let void = SealedBatch::void(self.header(&waiting, previous), reason, numbered.mark.crc);
-        self.put_void(&void, kept)?;
-        self.lanes[lane].log.sync()?;
-        Ok(void)
-    }
-
-    /// Records a void batch in the lane of the batch whose number it has, and moves its rows to the totals.
-    fn put_void(&mut self, void: &SealedBatch, kept: bool) -> Result<(), SpoolError> {
-        let header = void.header();
-        let (_, numbered) = self.find(&header.stream, header.seq).expect("a void batch has a number that is held");
-        let (lane, rows) = (numbered.place.lane, u64::from(numbered.rows));
-        let totals = &mut self.lanes[lane].totals;
-        if kept {
-            totals.voided += rows;
-        } else {
-            totals.lost += rows;
-        }
-        let payload = record::with_totals(*totals, void.bytes());
-        self.put(lane, record::VOID, &payload, &[], true)?;
-        self.set_void(void.clone());
-        Ok(())
-    }
-
-    /// Whether a mark names a batch of this spool's own history; false also when that cannot be told any more.
-    pub fn is_own(&self, stream: &StreamName, mark: Mark) -> bool {
-        let Some(sequence) = self.sequences.get(stream) else { return mark.seq.0 == 0 };
-        if mark.seq == sequence.freed.seq {
-            return mark.seq.0 == 0 || mark.crc == sequence.freed.crc;
-        }
-        self.find(stream, mark.seq).is_some_and(|(_, numbered)| {
-            mark.crc == numbered.mark.crc || numbered.void.as_ref().is_some_and(|void| void.crc() == mark.crc)
-        })
-    }
-
-    /// Frees a stream up to `mark`, if its CRC is our own; returns whether anything was freed.
-    ///
-    /// # Errors
-    /// When the disk fails.
-    pub fn free(&mut self, stream: &StreamName, mark: Mark) -> Result<bool, SpoolError> {
-        if !self.is_own(stream, mark) {
-            return Ok(false);
-        }
-        let Some(sequence) = self.sequences.get_mut(stream) else { return Ok(false) };
-        let mut touched = Vec::new();
-        while let Some(numbered) = sequence.numbered.pop_front_if(|numbered| numbered.mark.seq <= mark.seq) {
-            sequence.freed = numbered.mark;
-            self.lanes[numbered.place.lane].totals.freed += u64::from(numbered.rows);
-            release(&mut self.lanes[numbered.place.lane].live, numbered.place.group);
-            if !touched.contains(&numbered.place.lane) {
-                touched.push(numbered.place.lane);
-            }
-        }
-        let freed = sequence.freed;
-        for &lane in &touched {
-            // Not worth a sync of its own: if it is forgotten, the next `positions` says it again.
-            let payload = record::with_totals(self.lanes[lane].totals, &record::freed(stream, freed));
-            match self.put(lane, record::FREED, &payload, &[], true) {
-                Ok(_) | Err(SpoolError::Full(_)) => {}
-                Err(error) => return Err(error),
-            }
-            self.free_segments(lane)?;
-        }
-        Ok(!touched.is_empty())
-    }
-
     /// Syncs and marks all lanes; for an idle or closing spool.
     ///
     /// # Errors
@@ -573,101 +386,6 @@ impl<L: FileLayer> Spool<L> {
         sequence.numbered.get(index).map(|numbered| (previous, numbered))
     }
 
-    fn header(&self, waiting: &Waiting, before: Mark) -> BatchHeader {
-        BatchHeader {
-            edge: self.settings.edge.clone(),
-            spool: self.id,
-            stream: waiting.stream.clone(),
-            seq: before.seq.next(),
-            rows: 0,
-            schema: losses::schema().id(),
-            min_ts: waiting.min_ts,
-            max_ts: waiting.max_ts,
-            watermark: wire::sealed::NO_WATERMARK,
-            agent: self.settings.agent.clone(),
-            configuration: self.settings.configuration,
-            previous_crc: before.crc,
-            void: None,
-        }
-    }
-
-    fn read(&mut self, place: Place) -> Result<Option<CutBatch>, SpoolError> {
-        let known = self.read_last.as_ref().filter(|(lane, group, _)| (*lane, *group) == (place.lane, place.group));
-        if let Some((_, _, batches)) = known {
-            return Ok(batches.get(place.index as usize).cloned());
-        }
-        let mut reader = match self.lanes[place.lane].log.reader(Position(place.group)) {
-            Ok(reader) => reader,
-            Err(ReadError::Freed { .. }) => return Ok(None),
-            Err(error) => return Err(SpoolError::Read(error)),
-        };
-        let record = match reader.next() {
-            Ok(Some(record)) if record.position.0 == place.group => record,
-            Ok(_) | Err(ReadError::Damaged { .. }) => return Ok(None),
-            Err(error) => return Err(SpoolError::Read(error)),
-        };
-        let payload = Bytes::copy_from_slice(record.payload);
-        let batches = match record.kind {
-            record::GROUP => record::read_group(payload).map(|(_, batches)| batches),
-            record::DROPPED => record::read_dropped(place.lane, payload).map(|dropped| vec![dropped.losses]),
-            _ => None,
-        };
-        let Some(batches) = batches else { return Ok(None) };
-        let batch = batches.get(place.index as usize).cloned();
-        // Nothing is kept of a record with one batch: it will not be asked for again soon.
-        self.read_last = (batches.len() > 1).then_some((place.lane, place.group, batches));
-        Ok(batch)
-    }
-
-    /// Appends a record, and before it what its segment still lacks: the state, and the schemas it uses.
-    fn put(
-        &mut self,
-        lane: usize,
-        kind: u8,
-        payload: &[u8],
-        ids: &[SchemaId],
-        control: bool,
-    ) -> Result<Appended, SpoolError> {
-        let texts = |id: &SchemaId| self.schemas.get(id).map_or(0, |text| text.len() + 64);
-        let needed = payload.len() + ids.iter().map(texts).sum::<usize>();
-        // Only the first record of a segment needs it.
-        let state = self.lanes[lane].log.starts_segment(needed).then(|| self.state(lane));
-        let schemas = &self.schemas;
-        let lane = &mut self.lanes[lane];
-        let name = &lane.settings.name;
-        let full = |error| match error {
-            AppendError::Full => SpoolError::Full(name.clone()),
-            other => SpoolError::Append(other),
-        };
-        if let Some(state) = state {
-            match lane.log.start_segment() {
-                Ok(()) => {
-                    lane.log.append_control(record::STATE, &state).map_err(full)?;
-                }
-                Err(AppendError::Full) if control => {}
-                Err(error) => return Err(full(error)),
-            }
-        }
-        if lane.schemas.0 != lane.log.newest_segment() {
-            lane.schemas = (lane.log.newest_segment(), Vec::new());
-        }
-        for id in ids {
-            if let Some(text) = schemas.get(id).filter(|_| !lane.schemas.1.contains(id)) {
-                lane.log.append_control(record::SCHEMA, text.as_bytes()).map_err(full)?;
-                lane.schemas.1.push(*id);
-            }
-        }
-        if control { lane.log.append_control(kind, payload) } else { lane.log.append(kind, payload) }.map_err(full)
-    }
-
-    fn state(&self, lane: usize) -> Vec<u8> {
-        let heads = self.sequences.iter().map(|(stream, s)| (stream, Heads { head: s.head, freed: s.freed }));
-        let mut out = record::with_totals(self.lanes[lane].totals, &self.lanes[lane].cut.0.to_le_bytes());
-        let json = serde_json::to_vec(&heads.collect::<HashMap<_, _>>()).expect("names and numbers are JSON");
-        out.extend(json);
-        out
-    }
-
     fn admit(&mut self, lane: usize, position: Position, batches: &[CutBatch]) {
         for (index, batch) in batches.iter().enumerate() {
             self.lanes[lane].waiting.entry(batch.stream.clone()).or_default().push_back(Waiting {
@@ -684,31 +402,11 @@ impl<L: FileLayer> Spool<L> {
         }
     }
 
-    fn free_segments(&mut self, lane: usize) -> Result<(), SpoolError> {
-        let lane = &mut self.lanes[lane];
-        let until = lane.live.first_key_value().map_or(lane.log.end(), |(group, _)| Position(*group));
-        if until > lane.log.start() && lane.log.start() != lane.log.newest_segment() {
-            // What says that they are not needed must outlive the segments.
-            lane.log.sync()?;
-            lane.log.free_before(until)?;
-        }
-        Ok(())
-    }
-
     fn forget(&mut self, lane: usize, places: &[Place]) {
         let lane = &mut self.lanes[lane];
         let gone = places.iter().collect::<HashSet<_>>();
         lane.waiting.values_mut().for_each(|batches| batches.retain(|waiting| !gone.contains(&waiting.place)));
         places.iter().for_each(|place| release(&mut lane.live, place.group));
-    }
-
-    fn set_void(&mut self, void: SealedBatch) {
-        let sequence = self.sequences.get_mut(&void.header().stream);
-        let numbered = sequence.and_then(|s| s.numbered.iter_mut().find(|n| n.mark.seq == void.header().seq));
-        if let Some(numbered) = numbered {
-            numbered.rows = 0;
-            numbered.void = Some(void);
-        }
     }
 }
 

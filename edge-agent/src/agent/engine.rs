@@ -5,6 +5,9 @@
 //! snapshot. Requests run as tasks beside it and come back as answers. It stops by the token, after what is journalled is
 //! in the spool; any error is final, and the process stops.
 
+mod publish;
+mod requests;
+
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,25 +16,24 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use rand::Rng;
 use segment_log::{Disk, LogId, Position, ReadError, Reader};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use wire::sealed::CutError;
-use wire::{Acks, Refusal, Seq, SpoolId, StreamAck, StreamName};
+use wire::{Acks, Seq, SpoolId, StreamName};
 
 use super::rate::Rates;
 use super::snapshot_file::{self, SnapshotFileError};
-use super::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
+use super::status::Status;
 use crate::config::CutSettings;
 use crate::entry::Entry;
 use crate::journal::{Journal, JournalSender};
-use crate::pipeline::{AGENT_VERSION, LaneCut, Pipeline};
+use crate::pipeline::{LaneCut, Pipeline};
 use crate::source::{SourceState, now_us};
 use crate::spool::{Spool, SpoolError};
-use crate::uplink::http::{CloudClient, Failed, body};
-use crate::uplink::state::{Action, Failure, Uplink};
+use crate::uplink::http::{CloudClient, Failed};
+use crate::uplink::state::Uplink;
 
 /// Entries applied in one turn, so that answers and deadlines are not kept waiting.
 const ENTRIES_PER_TURN: usize = 4_096;
@@ -338,255 +340,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Starts all requests that are due; returns how long the next is away.
-    fn send(&mut self) -> Result<Duration, EngineError> {
-        loop {
-            let now_ms = self.now_ms();
-            let parts = &mut self.parts;
-            let mut seen = HashSet::new();
-            let waiting = parts.spool.waiting().into_iter().filter(|(_, stream)| seen.insert(*stream));
-            let waiting = waiting.map(|(_, stream)| (stream, parts.spool.head(stream).seq, true));
-            let numbered = parts.spool.numbered().map(|(stream, head)| (stream, head.seq, false));
-            let action = parts.uplink.next(now_ms, waiting.chain(numbered));
-            match action {
-                Action::Wait { until_ms } => return Ok(Duration::from_millis(until_ms.saturating_sub(now_ms).max(1))),
-                Action::Positions { url, epoch } => {
-                    let (cloud, spool, answers) = (parts.cloud.clone(), parts.spool.id(), self.answers.0.clone());
-                    self.in_flight += 1;
-                    self.runtime.spawn(async move {
-                        let result = cloud.positions(url, spool).await;
-                        // The engine has ended when nobody listens.
-                        let _ = answers.send(Answer { stream: None, epoch, result });
-                    });
-                }
-                Action::Send { url, epoch, stream, from } => {
-                    if let Some(body) = self.gather(&stream, from)? {
-                        let (cloud, answers) = (self.parts.cloud.clone(), self.answers.0.clone());
-                        self.in_flight += 1;
-                        self.bytes_sent += body.len() as u64;
-                        self.runtime.spawn(async move {
-                            let result = cloud.send(url, body).await;
-                            let _ = answers.send(Answer { stream: Some(stream), epoch, result });
-                        });
-                    } else {
-                        let failure = Failure::PushedBack { retry_after_ms: RETRY.as_millis() as u64 };
-                        self.parts.uplink.failed(Some(&stream), epoch, &failure, now_ms, 0.0);
-                    }
-                }
-            }
-        }
-    }
-
-    /// The batches of a stream from a number on, as a body; None when the spool has no room for new numbers.
-    fn gather(&mut self, stream: &StreamName, from: Seq) -> Result<Option<Bytes>, EngineError> {
-        let spool = &mut self.parts.spool;
-        let mut batches = spool.again(stream, from, self.parts.request_bytes)?;
-        if batches.is_empty() {
-            let lane = spool.waiting().into_iter().find(|(_, waiting)| *waiting == stream).map(|(lane, _)| lane);
-            let Some(lane) = lane else { return Ok(None) };
-            batches = match spool.number(lane, stream, self.parts.request_bytes) {
-                Err(SpoolError::Full(_)) => return Ok(None),
-                other => other?,
-            };
-        }
-        let mut schemas = Vec::new();
-        for batch in &batches {
-            let schema = spool.schema(batch.header().schema);
-            schemas.extend(schema.filter(|schema| !schemas.contains(schema)));
-        }
-        Ok((!batches.is_empty()).then(|| body(&schemas, &batches)))
-    }
-
-    fn answered(&mut self, answer: Answer) -> Result<(), EngineError> {
-        self.in_flight -= 1;
-        let stream = answer.stream.as_ref();
-        match answer.result {
-            Ok(acks) => {
-                self.last_error = None;
-                let ours = self.parts.spool.id();
-                for ack in acks.acks.iter().filter(|ack| ack.spool == ours) {
-                    self.known
-                        .entry(ack.stream.clone())
-                        .and_modify(|seq| *seq = ack.durable.seq.max(*seq))
-                        .or_insert(ack.durable.seq);
-                }
-                if let Some(ack) = acks.acks.iter().find(|ack| ack.spool == ours && self.is_foreign(ack)) {
-                    self.parts.uplink.acked(stream, answer.epoch, &Acks { acks: Vec::new(), ..acks.clone() });
-                    return self.fork(&ack.stream.clone());
-                }
-                for refusal in acks.refused.iter().filter(|refusal| refusal.spool == ours) {
-                    self.refused(refusal)?;
-                }
-                for (stream, mark) in self.parts.uplink.acked(stream, answer.epoch, &acks) {
-                    if mark.seq.0 > 0 {
-                        self.parts.spool.free(&stream, mark)?;
-                    }
-                }
-            }
-            Err((failure, text)) => {
-                if self.last_error.as_ref() != Some(&text) {
-                    tracing::warn!(error = %text, "the cloud did not take a request; it is tried again");
-                }
-                self.last_error = Some(text);
-                let mut failure = failure;
-                if let (Failure::Gap { expected }, Some(stream)) = (&failure, stream) {
-                    // What the node asks for is gone from here because a node said that it was committed.
-                    let freed = self.parts.spool.freed(stream).seq;
-                    if *expected <= freed {
-                        tracing::error!(%stream, %expected, %freed, "the cloud lost batches that it called committed");
-                        failure = Failure::Link;
-                    }
-                }
-                let now_ms = self.now_ms();
-                let jitter = rand::rng().random_range(0.0..=1.0);
-                self.parts.uplink.failed(stream, answer.epoch, &failure, now_ms, jitter);
-                if failure == Failure::Forked
-                    && let Some(stream) = stream
-                {
-                    return self.fork(&stream.clone());
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// The rows go to the journal, durable, before the batch becomes void: a crash in between repeats both.
-    fn refused(&mut self, refusal: &Refusal) -> Result<(), EngineError> {
-        let parts = &mut self.parts;
-        tracing::error!(stream = %refusal.stream, seq = %refusal.seq, reason = refusal.reason, "the cloud refuses a batch");
-        if let Some(batch) = parts.spool.rows_of(&refusal.stream, refusal.seq)? {
-            let schema = parts.spool.schema(batch.schema).unwrap_or_default().to_owned();
-            let (spool, seq, reason) = (refusal.spool, refusal.seq, refusal.reason.clone());
-            let entry = Entry::Refused { spool, seq, reason, schema, batch };
-            // No room: the cloud refuses it again, and then there may be.
-            let Ok(ticket) = parts.sender.try_append(&entry) else { return Ok(()) };
-            let mut durable = parts.sender.durable();
-            let durable = self.runtime.block_on(async { durable.wait_for(|durable| *durable >= ticket).await.is_ok() });
-            if !durable {
-                return Err(EngineError::Journal);
-            }
-        }
-        if self.parts.spool.holds(&refusal.stream, refusal.seq) {
-            self.parts.spool.void(&refusal.stream, refusal.seq, &refusal.reason)?;
-        }
-        Ok(())
-    }
-
-    /// The node has more of this spool than was numbered here, or another batch under a number.
-    fn is_foreign(&self, ack: &StreamAck) -> bool {
-        let spool = &self.parts.spool;
-        [ack.durable, ack.committed].into_iter().any(|mark| {
-            mark.seq > spool.head(&ack.stream).seq
-                || (spool.holds(&ack.stream, mark.seq) && !spool.is_own(&ack.stream, mark))
-        })
-    }
-
-    /// A copy of this data directory, or an older one that was restored, has used numbers of this spool (rule 8).
-    fn fork(&mut self, stream: &StreamName) -> Result<(), EngineError> {
-        let parts = &mut self.parts;
-        let (old, fresh) = (parts.spool.id(), SpoolId(rand::rng().random()));
-        let text = format!("spool {old} is forked (seen in {stream}): what is not committed goes on in spool {fresh}");
-        incident(&mut parts.incidents, text);
-        let known = std::mem::take(&mut self.known);
-        let known = |stream: &StreamName| known.get(stream).copied().unwrap_or_default();
-        let directory = spool_directory(&parts.data_dir);
-        let (spool, incidents) = parts.spool.fork(&Disk, &directory, fresh, &known)?;
-        for damage in incidents {
-            incident(&mut parts.incidents, format!("spool: {damage:?}"));
-        }
-        parts.spool = spool;
-        parts.uplink.restart(fresh);
-        // Its logs are still open here; the next start would do it, too.
-        remove_other_spools(&directory, fresh);
-        Ok(())
-    }
-
     fn now_ms(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
-
-    fn publish(&mut self) {
-        self.published = Instant::now();
-        let parts = &self.parts;
-        let counters = parts.pipeline.counters();
-        let load = |value: &std::sync::atomic::AtomicU64| value.load(Ordering::Relaxed);
-        let mut sources = Vec::new();
-        for (name, state) in &parts.sources {
-            let mut totals = counters.sources.get(name).copied().unwrap_or_default();
-            totals.redelivered = load(&state.redelivered);
-            let received = load(&state.received);
-            sources.push(SourceStatus {
-                name: name.clone(),
-                connected: state.connected.load(Ordering::Relaxed),
-                connects: load(&state.connects),
-                received,
-                rate: self.rates.of(name, received, self.published),
-                totals,
-                last_arrival_us: state.last_arrival_us.load(Ordering::Relaxed),
-                last_error: state.last_error.lock().clone(),
-            });
-        }
-        let streams = parts.pipeline.streams().map(|(name, watermark, pending)| StreamStatus {
-            name: name.to_string(),
-            totals: counters.streams.get(name).copied().unwrap_or_default(),
-            pending: pending as u64,
-            watermark_us: (watermark != wire::sealed::NO_WATERMARK).then_some(watermark),
-        });
-        let streams = streams.collect::<Vec<_>>();
-        let pending = streams.iter().map(|stream| stream.pending).sum::<u64>();
-        let held = self.held.iter().flat_map(|(_, lane)| &lane.batches).map(|batch| u64::from(batch.rows)).sum::<u64>();
-        let counted = parts.spool.rows_counted();
-        let rows = RowsStatus {
-            sealed: counters.streams.values().map(|totals| totals.rows).sum::<u64>() - pending - held,
-            committed: counted.freed,
-            spooled: counted.spooled,
-            lost: counted.lost,
-            voided: counted.voided,
-        };
-        let (bytes, bytes_written, syncs) = parts.journal.bytes_and_syncs();
-        let lag_bytes = parts.journal.synced().borrow().0.saturating_sub(parts.pipeline.position().0);
-        let (node, url) = parts.uplink.node();
-        let status = Status {
-            edge: parts.edge.clone(),
-            agent: AGENT_VERSION.to_owned(),
-            spool: parts.spool.id().to_string(),
-            uptime_s: self.started.elapsed().as_secs(),
-            published: parts.status.lock().published + 1,
-            drained: lag_bytes == 0 && pending == 0 && held == 0 && rows.spooled == 0,
-            sources,
-            streams,
-            lanes: parts
-                .spool
-                .lanes()
-                .enumerate()
-                .map(|(index, lane)| LaneStatus {
-                    name: lane.name,
-                    bytes: lane.bytes,
-                    bytes_max: lane.max_bytes,
-                    batches_waiting: lane.batches_waiting as u64,
-                    full: self.full_lanes.contains(&index),
-                })
-                .collect(),
-            journal: JournalStatus {
-                bytes,
-                bytes_max: parts.journal_bytes_max,
-                lag_bytes,
-                full: parts.journal.is_full(),
-                bytes_written,
-                syncs,
-            },
-            uplink: UplinkStatus {
-                url: parts.cloud.urls()[url].to_string(),
-                node: node.map(str::to_owned),
-                in_flight: self.in_flight,
-                bytes_sent: self.bytes_sent,
-                last_error: self.last_error.clone(),
-            },
-            rows,
-            quarantined: counters.reasons.clone(),
-            incidents: parts.incidents.clone(),
-        };
-        *parts.status.lock() = status;
     }
 }
 

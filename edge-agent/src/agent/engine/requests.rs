@@ -1,0 +1,184 @@
+//! What goes to the cloud and what comes back: requests begin here, and their answers free, void or fork the spool.
+//!
+//! [`Uplink`](crate::uplink::state::Uplink) decides what is due; a request runs as a task and its answer is applied in a
+//! later turn, so nothing here waits for the network. The rows of a refused batch are waited for: until they are durable
+//! in the journal.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rand::Rng;
+use segment_log::Disk;
+use wire::{Acks, Refusal, Seq, SpoolId, StreamAck, StreamName};
+
+use super::{Answer, Engine, EngineError, RETRY, incident, remove_other_spools, spool_directory};
+use crate::entry::Entry;
+use crate::spool::SpoolError;
+use crate::uplink::http::body;
+use crate::uplink::state::{Action, Failure};
+
+impl Engine {
+    /// Starts all requests that are due; returns how long the next is away.
+    pub(super) fn send(&mut self) -> Result<Duration, EngineError> {
+        loop {
+            let now_ms = self.now_ms();
+            let parts = &mut self.parts;
+            let mut seen = HashSet::new();
+            let waiting = parts.spool.waiting().into_iter().filter(|(_, stream)| seen.insert(*stream));
+            let waiting = waiting.map(|(_, stream)| (stream, parts.spool.head(stream).seq, true));
+            let numbered = parts.spool.numbered().map(|(stream, head)| (stream, head.seq, false));
+            let action = parts.uplink.next(now_ms, waiting.chain(numbered));
+            match action {
+                Action::Wait { until_ms } => return Ok(Duration::from_millis(until_ms.saturating_sub(now_ms).max(1))),
+                Action::Positions { url, epoch } => {
+                    let (cloud, spool, answers) = (parts.cloud.clone(), parts.spool.id(), self.answers.0.clone());
+                    self.in_flight += 1;
+                    self.runtime.spawn(async move {
+                        let result = cloud.positions(url, spool).await;
+                        // The engine has ended when nobody listens.
+                        let _ = answers.send(Answer { stream: None, epoch, result });
+                    });
+                }
+                Action::Send { url, epoch, stream, from } => {
+                    if let Some(body) = self.gather(&stream, from)? {
+                        let (cloud, answers) = (self.parts.cloud.clone(), self.answers.0.clone());
+                        self.in_flight += 1;
+                        self.bytes_sent += body.len() as u64;
+                        self.runtime.spawn(async move {
+                            let result = cloud.send(url, body).await;
+                            let _ = answers.send(Answer { stream: Some(stream), epoch, result });
+                        });
+                    } else {
+                        let failure = Failure::PushedBack { retry_after_ms: RETRY.as_millis() as u64 };
+                        self.parts.uplink.failed(Some(&stream), epoch, &failure, now_ms, 0.0);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The batches of a stream from a number on, as a body; None when the spool has no room for new numbers.
+    fn gather(&mut self, stream: &StreamName, from: Seq) -> Result<Option<Bytes>, EngineError> {
+        let spool = &mut self.parts.spool;
+        let mut batches = spool.again(stream, from, self.parts.request_bytes)?;
+        if batches.is_empty() {
+            let lane = spool.waiting().into_iter().find(|(_, waiting)| *waiting == stream).map(|(lane, _)| lane);
+            let Some(lane) = lane else { return Ok(None) };
+            batches = match spool.number(lane, stream, self.parts.request_bytes) {
+                Err(SpoolError::Full(_)) => return Ok(None),
+                other => other?,
+            };
+        }
+        let mut schemas = Vec::new();
+        for batch in &batches {
+            let schema = spool.schema(batch.header().schema);
+            schemas.extend(schema.filter(|schema| !schemas.contains(schema)));
+        }
+        Ok((!batches.is_empty()).then(|| body(&schemas, &batches)))
+    }
+
+    pub(super) fn answered(&mut self, answer: Answer) -> Result<(), EngineError> {
+        self.in_flight -= 1;
+        let stream = answer.stream.as_ref();
+        match answer.result {
+            Ok(acks) => {
+                self.last_error = None;
+                let ours = self.parts.spool.id();
+                for ack in acks.acks.iter().filter(|ack| ack.spool == ours) {
+                    self.known
+                        .entry(ack.stream.clone())
+                        .and_modify(|seq| *seq = ack.durable.seq.max(*seq))
+                        .or_insert(ack.durable.seq);
+                }
+                if let Some(ack) = acks.acks.iter().find(|ack| ack.spool == ours && self.is_foreign(ack)) {
+                    self.parts.uplink.acked(stream, answer.epoch, &Acks { acks: Vec::new(), ..acks.clone() });
+                    return self.fork(&ack.stream.clone());
+                }
+                for refusal in acks.refused.iter().filter(|refusal| refusal.spool == ours) {
+                    self.refused(refusal)?;
+                }
+                for (stream, mark) in self.parts.uplink.acked(stream, answer.epoch, &acks) {
+                    if mark.seq.0 > 0 {
+                        self.parts.spool.free(&stream, mark)?;
+                    }
+                }
+            }
+            Err((failure, text)) => {
+                if self.last_error.as_ref() != Some(&text) {
+                    tracing::warn!(error = %text, "the cloud did not take a request; it is tried again");
+                }
+                self.last_error = Some(text);
+                let mut failure = failure;
+                if let (Failure::Gap { expected }, Some(stream)) = (&failure, stream) {
+                    // What the node asks for is gone from here because a node said that it was committed.
+                    let freed = self.parts.spool.freed(stream).seq;
+                    if *expected <= freed {
+                        tracing::error!(%stream, %expected, %freed, "the cloud lost batches that it called committed");
+                        failure = Failure::Link;
+                    }
+                }
+                let now_ms = self.now_ms();
+                let jitter = rand::rng().random_range(0.0..=1.0);
+                self.parts.uplink.failed(stream, answer.epoch, &failure, now_ms, jitter);
+                if failure == Failure::Forked
+                    && let Some(stream) = stream
+                {
+                    return self.fork(&stream.clone());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The rows go to the journal, durable, before the batch becomes void: a crash in between repeats both.
+    fn refused(&mut self, refusal: &Refusal) -> Result<(), EngineError> {
+        let parts = &mut self.parts;
+        tracing::error!(stream = %refusal.stream, seq = %refusal.seq, reason = refusal.reason, "the cloud refuses a batch");
+        if let Some(batch) = parts.spool.rows_of(&refusal.stream, refusal.seq)? {
+            let schema = parts.spool.schema(batch.schema).unwrap_or_default().to_owned();
+            let (spool, seq, reason) = (refusal.spool, refusal.seq, refusal.reason.clone());
+            let entry = Entry::Refused { spool, seq, reason, schema, batch };
+            // No room: the cloud refuses it again, and then there may be.
+            let Ok(ticket) = parts.sender.try_append(&entry) else { return Ok(()) };
+            let mut durable = parts.sender.durable();
+            let durable = self.runtime.block_on(async { durable.wait_for(|durable| *durable >= ticket).await.is_ok() });
+            if !durable {
+                return Err(EngineError::Journal);
+            }
+        }
+        if self.parts.spool.holds(&refusal.stream, refusal.seq) {
+            self.parts.spool.void(&refusal.stream, refusal.seq, &refusal.reason)?;
+        }
+        Ok(())
+    }
+
+    /// The node has more of this spool than was numbered here, or another batch under a number.
+    fn is_foreign(&self, ack: &StreamAck) -> bool {
+        let spool = &self.parts.spool;
+        [ack.durable, ack.committed].into_iter().any(|mark| {
+            mark.seq > spool.head(&ack.stream).seq
+                || (spool.holds(&ack.stream, mark.seq) && !spool.is_own(&ack.stream, mark))
+        })
+    }
+
+    /// A copy of this data directory, or an older one that was restored, has used numbers of this spool (rule 8).
+    fn fork(&mut self, stream: &StreamName) -> Result<(), EngineError> {
+        let parts = &mut self.parts;
+        let (old, fresh) = (parts.spool.id(), SpoolId(rand::rng().random()));
+        let text = format!("spool {old} is forked (seen in {stream}): what is not committed goes on in spool {fresh}");
+        incident(&mut parts.incidents, text);
+        let known = std::mem::take(&mut self.known);
+        let known = |stream: &StreamName| known.get(stream).copied().unwrap_or_default();
+        let directory = spool_directory(&parts.data_dir);
+        let (spool, incidents) = parts.spool.fork(&Disk, &directory, fresh, &known)?;
+        for damage in incidents {
+            incident(&mut parts.incidents, format!("spool: {damage:?}"));
+        }
+        parts.spool = spool;
+        parts.uplink.restart(fresh);
+        // Its logs are still open here; the next start would do it, too.
+        remove_other_spools(&directory, fresh);
+        Ok(())
+    }
+}

@@ -1,0 +1,63 @@
+//! Records into a lane's log: each after the state and the schemas that its segment still lacks.
+//!
+//! So a segment can be read without those before it, and they can be freed. Control records (numbers, freed marks, voids)
+//! may use the lane's reserve; cuts may not.
+
+use std::collections::HashMap;
+
+use segment_log::{AppendError, Appended, FileLayer};
+use wire::SchemaId;
+
+use super::record;
+use super::{Heads, Spool, SpoolError};
+
+impl<L: FileLayer> Spool<L> {
+    /// Appends a record, and before it what its segment still lacks: the state, and the schemas it uses.
+    pub(super) fn put(
+        &mut self,
+        lane: usize,
+        kind: u8,
+        payload: &[u8],
+        ids: &[SchemaId],
+        control: bool,
+    ) -> Result<Appended, SpoolError> {
+        let texts = |id: &SchemaId| self.schemas.get(id).map_or(0, |text| text.len() + 64);
+        let needed = payload.len() + ids.iter().map(texts).sum::<usize>();
+        // Only the first record of a segment needs it.
+        let state = self.lanes[lane].log.starts_segment(needed).then(|| self.state(lane));
+        let schemas = &self.schemas;
+        let lane = &mut self.lanes[lane];
+        let name = &lane.settings.name;
+        let full = |error| match error {
+            AppendError::Full => SpoolError::Full(name.clone()),
+            other => SpoolError::Append(other),
+        };
+        if let Some(state) = state {
+            match lane.log.start_segment() {
+                Ok(()) => {
+                    lane.log.append_control(record::STATE, &state).map_err(full)?;
+                }
+                Err(AppendError::Full) if control => {}
+                Err(error) => return Err(full(error)),
+            }
+        }
+        if lane.schemas.0 != lane.log.newest_segment() {
+            lane.schemas = (lane.log.newest_segment(), Vec::new());
+        }
+        for id in ids {
+            if let Some(text) = schemas.get(id).filter(|_| !lane.schemas.1.contains(id)) {
+                lane.log.append_control(record::SCHEMA, text.as_bytes()).map_err(full)?;
+                lane.schemas.1.push(*id);
+            }
+        }
+        if control { lane.log.append_control(kind, payload) } else { lane.log.append(kind, payload) }.map_err(full)
+    }
+
+    fn state(&self, lane: usize) -> Vec<u8> {
+        let heads = self.sequences.iter().map(|(stream, s)| (stream, Heads { head: s.head, freed: s.freed }));
+        let mut out = record::with_totals(self.lanes[lane].totals, &self.lanes[lane].cut.0.to_le_bytes());
+        let json = serde_json::to_vec(&heads.collect::<HashMap<_, _>>()).expect("names and numbers are JSON");
+        out.extend(json);
+        out
+    }
+}
