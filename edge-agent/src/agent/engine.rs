@@ -46,6 +46,8 @@ const SNAPSHOT_BYTES_MIN: u64 = 4 << 20;
 const STATUS_EVERY: Duration = Duration::from_millis(200);
 /// After a full lane or a failed request the next try without an event.
 const RETRY: Duration = Duration::from_millis(100);
+/// Answers that wait for the next turn.
+const ANSWERS_MAX: usize = 64;
 /// Incidents that are shown.
 const INCIDENTS_MAX: usize = 100;
 
@@ -101,7 +103,10 @@ pub(super) struct Parts {
 pub(super) struct Engine {
     parts: Parts,
     runtime: Handle,
-    answers: (mpsc::UnboundedSender<Answer>, mpsc::UnboundedReceiver<Answer>),
+    /// A request that finds no room waits with its answer; requests in flight are bounded, one for each stream and one.
+    answers: (mpsc::Sender<Answer>, mpsc::Receiver<Answer>),
+    /// The answer that ended a wait, for the turn that follows.
+    woken_by: Option<Answer>,
     in_flight: usize,
     bytes_sent: u64,
     last_error: Option<String>,
@@ -125,7 +130,8 @@ impl Engine {
         Self {
             parts,
             runtime,
-            answers: mpsc::unbounded_channel(),
+            answers: mpsc::channel(ANSWERS_MAX),
+            woken_by: None,
             in_flight: 0,
             bytes_sent: 0,
             last_error: None,
@@ -141,7 +147,7 @@ impl Engine {
         }
     }
 
-    /// Runs until the token is cancelled. `drained` tells that all that was journalled before is in the spool.
+    /// Runs until the token is cancelled; then all that is journalled is in the spool, unless a lane is full.
     ///
     /// # Errors
     /// Any is final.
@@ -190,8 +196,8 @@ impl Engine {
     }
 
     fn wait(&mut self, synced: &mut watch::Receiver<Position>, token: &CancellationToken, wait: Duration) {
-        let (sender, answers) = &mut self.answers;
-        let answer = self.runtime.block_on(async {
+        let answers = &mut self.answers.1;
+        self.woken_by = self.runtime.block_on(async {
             tokio::select! {
                 changed = synced.changed() => {
                     // The journal's end is told to the agent by the journal; until the token comes this must not spin.
@@ -203,15 +209,11 @@ impl Engine {
                 () = token.cancelled() => None,
             }
         });
-        if let Some(answer) = answer {
-            // Its turn takes it with the others; the receiver is here, so this cannot fail.
-            let _ = sender.send(answer);
-        }
     }
 
     /// One turn; returns how long nothing is due. Zero: there is more to do.
     fn turn(&mut self) -> Result<Duration, EngineError> {
-        while let Ok(answer) = self.answers.1.try_recv() {
+        while let Some(answer) = self.woken_by.take().or_else(|| self.answers.1.try_recv().ok()) {
             self.answered(answer)?;
         }
         self.write_held()?;
@@ -270,8 +272,7 @@ impl Engine {
             return Ok(STATUS_EVERY);
         }
         let parts = &self.parts;
-        let full =
-            parts.pipeline.pending_rows() >= parts.cut.rows || parts.pipeline.pending_bytes() >= PENDING_BYTES_MAX;
+        let full = is_full(parts);
         let has_room = parts.spool.waiting().is_empty();
         let after = if full || has_room { Duration::ZERO } else { parts.cut.seal_max.0 };
         let seal_min = if full { Duration::ZERO } else { parts.cut.seal_min.0 };

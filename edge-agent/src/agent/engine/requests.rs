@@ -37,7 +37,7 @@ impl Engine {
                     self.runtime.spawn(async move {
                         let result = cloud.positions(url, spool).await;
                         // The engine has ended when nobody listens.
-                        let _ = answers.send(Answer { stream: None, epoch, result });
+                        let _ = answers.send(Answer { stream: None, epoch, result }).await;
                     });
                 }
                 Action::Send { url, epoch, stream, from } => {
@@ -47,7 +47,7 @@ impl Engine {
                         self.bytes_sent += body.len() as u64;
                         self.runtime.spawn(async move {
                             let result = cloud.send(url, body).await;
-                            let _ = answers.send(Answer { stream: Some(stream), epoch, result });
+                            let _ = answers.send(Answer { stream: Some(stream), epoch, result }).await;
                         });
                     } else {
                         let failure = Failure::PushedBack { retry_after_ms: RETRY.as_millis() as u64 };
