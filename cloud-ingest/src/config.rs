@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
-use wire::written::with_nearest_key;
-pub use wire::written::{Size, Span};
+pub use wire::written::{ConfigError, Size, Span};
+use wire::written::{load, with_nearest_key};
 use wire::{BATCH_BYTES_MAX, BATCH_DATES_MAX, BATCH_DECODED_BYTES_MAX, EdgeId};
 
 /// Everything that can be set.
@@ -151,24 +151,13 @@ impl fmt::Debug for ReaderSettings {
     }
 }
 
-/// Why a configuration is not used.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    #[error("read {path}")]
-    Read { path: PathBuf, source: std::io::Error },
-    #[error("{path}: {message}")]
-    Wrong { path: PathBuf, message: String },
-}
-
 impl Settings {
     /// Reads and checks a file.
     ///
     /// # Errors
     /// When it cannot be read, or something in it is wrong; the text names the place and the nearest right key.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        Self::parse(&text).map_err(|message| ConfigError::Wrong { path: path.to_owned(), message })
+        load(path, Self::parse)
     }
 
     /// Reads and checks a text.

@@ -18,8 +18,8 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer};
 use url::Url;
 use wire::schema::own;
-use wire::written::with_nearest_key;
-pub use wire::written::{Size, Span};
+pub use wire::written::{ConfigError, Size, Span};
+use wire::written::{load, read, with_nearest_key};
 use wire::{BATCH_ROWS_MAX, EdgeId, StreamName};
 
 pub use self::source::{
@@ -204,26 +204,13 @@ pub const LANE_SEGMENT_BYTES: u64 = 16 << 20;
 /// What the rest lane may take on disk, unless a lane named `rest` says otherwise.
 const REST_BYTES: u64 = 4 << 30;
 
-/// Why a configuration is not used.
-#[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    #[error("read {path}")]
-    Read { path: PathBuf, source: std::io::Error },
-    #[error("{path}: {message}")]
-    Wrong { path: PathBuf, message: String },
-}
-
 impl Settings {
     /// Reads and checks a file.
     ///
     /// # Errors
     /// When it cannot be read, or something in it is wrong; the text names the place and the nearest right key.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let read = |path: &Path| {
-            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })
-        };
-        let mut settings =
-            Self::parse(&read(path)?).map_err(|message| ConfigError::Wrong { path: path.to_owned(), message })?;
+        let mut settings = load(path, Self::parse)?;
         if let Some(file) = &settings.cloud.token_file {
             settings.cloud.token = Some(read(file)?.lines().next().unwrap_or_default().trim().to_owned());
         }

@@ -1,7 +1,8 @@
-//! Durations and sizes as people write them in configurations, and help with keys that are not known.
+//! What people write in configurations: durations and sizes, files that are read, and help with keys that are not known.
 //!
 //! `"250ms"`, `"60s"`, `"5m"`, `"24h"`, `"7d"`; `"512KiB"`, `"64MiB"`, `"8GiB"`. Edge and cloud read the same words.
 
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -69,6 +70,31 @@ impl<'de> Deserialize<'de> for Size {
     }
 }
 
+/// Why a configuration is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("read {path}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{path}: {message}")]
+    Wrong { path: PathBuf, message: String },
+}
+
+/// Reads a file that a configuration is, or names.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn read(path: &Path) -> Result<String, ConfigError> {
+    std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })
+}
+
+/// Reads a configuration file and parses it.
+///
+/// # Errors
+/// When it cannot be read, or is wrong; then the text names the file.
+pub fn load<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T, String>) -> Result<T, ConfigError> {
+    parse(&read(path)?).map_err(|message| ConfigError::Wrong { path: path.to_owned(), message })
+}
+
 /// Adds "did you mean" to serde's list of expected keys.
 pub fn with_nearest_key(message: &str) -> String {
     let mut quoted = message.split('`').skip(1).step_by(2);
@@ -80,5 +106,24 @@ pub fn with_nearest_key(message: &str) -> String {
     match best {
         Some((likeness, key)) if likeness > 0.7 => format!("{message}\ndid you mean `{key}`?"),
         _ => message.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_not_there_or_wrong_is_named() {
+        let path = std::env::temp_dir().join(format!("weir-written-{}", std::process::id()));
+        let parse = |text: &str| text.parse::<Span>();
+        assert_eq!(load(&path, parse).unwrap_err().to_string(), format!("read {}", path.display()));
+        std::fs::write(&path, "soon").unwrap();
+        let error = load(&path, parse).unwrap_err().to_string();
+        std::fs::write(&path, "5s").unwrap();
+        let span = load(&path, parse);
+        std::fs::remove_file(&path).unwrap();
+        assert!(error.starts_with(&format!("{}: `soon` is no duration", path.display())), "{error}");
+        assert_eq!(span.unwrap(), Span(Duration::from_secs(5)));
     }
 }
