@@ -4,6 +4,7 @@
 //! field that is mapped has a type, every stream that is named is there. `configs/edge.toml` shows every key; a test
 //! parses it. Secrets are never printed.
 
+mod number;
 mod source;
 mod stream;
 #[cfg(test)]
@@ -22,6 +23,7 @@ pub use wire::written::{ConfigError, Size, Span};
 use wire::written::{load, read, with_nearest_key};
 use wire::{BATCH_ROWS_MAX, EdgeId, StreamName};
 
+pub use self::number::Number;
 pub use self::source::{
     Format, HostSettings, MapSettings, MqttSettings, MqttVersion, Place, Pointer, SourceSettings, TimeFormat, TimePlace,
 };

@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer};
 use wire::schema::{StreamField, StreamSchema, own};
 use wire::{FieldName, FieldType, StreamName};
 
-use super::Span;
+use super::{Number, Span};
 
 /// A stream and its checks.
 #[derive(Debug, Clone, Deserialize)]
@@ -49,9 +49,9 @@ pub struct FieldSettings {
     #[serde(default)]
     pub required: bool,
     #[serde(default)]
-    pub min: Option<f64>,
+    pub min: Option<Number>,
     #[serde(default)]
-    pub max: Option<f64>,
+    pub max: Option<Number>,
 }
 
 /// A tumbling window over event time, for each device; windows begin at multiples of their size since 1970 UTC.
@@ -99,8 +99,11 @@ impl StreamSettings {
             if bounds != (None, None) && !numeric {
                 return Err(format!("[stream.{name}.fields] {field}: min and max are for numbers"));
             }
+            if [settings.min, settings.max].into_iter().flatten().any(Number::is_nan) {
+                return Err(format!("[stream.{name}.fields] {field}: min and max must be numbers, not nan"));
+            }
             if let (Some(min), Some(max)) = bounds
-                && (min > max || min.is_nan() || max.is_nan())
+                && min > max
             {
                 return Err(format!("[stream.{name}.fields] {field}: min is above max"));
             }

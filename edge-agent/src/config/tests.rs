@@ -78,6 +78,9 @@ fn wrong_configurations_say_what_is_wrong() {
     check("speed = { type = \"float64\"", "speed = { type = \"float\"", "float64");
     check("speed = { type = \"float64\"", "speed = { type = \"text\"", "for numbers");
     check("min = 0", "min = 2, max = 1", "min is above max");
+    check("min = 0", "min = 9007199254740993, max = 9007199254740992", "min is above max");
+    check("min = 0", "max = nan", "not nan");
+    check("min = 0", "min = \"0\"", "a number");
     check("Europe/Copenhagen", "Copenhagen", "no time zone");
     check(", zone = \"Europe/Copenhagen\"", "", "add zone");
     check("format = \"%Y", "format = \"%!", "strftime");
