@@ -8,8 +8,10 @@
 //!
 //! One reading from the future, which checks allow up to a day ahead, moves the watermark for its whole stream.
 //!
-//! Pure and deterministic. At most [`WINDOWS_MAX`] results are held for a stream: then the oldest windows are closed
-//! early, and the oldest closed ones are given up, and rows for them are late. State as bytes: `window/state.rs`.
+//! Pure and deterministic. At most [`WINDOWS_MAX`] results are held for a stream, and `windows_max_bytes` of them, looked at
+//! after each message: then the oldest windows are closed early, and the oldest closed ones are given up, and rows for them
+//! are late. What counts is what is held, not what the machine needs for it, so a restart changes nothing. State as bytes:
+//! `window/state.rs`.
 
 mod aggregate;
 mod state;
@@ -76,8 +78,15 @@ pub struct Windows {
     names: Vec<String>,
     windows: Vec<Window>,
     newest: i64,
-    held: usize,
-    held_max: usize,
+    held: Held,
+    held_max: Held,
+}
+
+/// Results, and what they count as.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Held {
+    results: usize,
+    bytes: usize,
 }
 
 /// The columns of a window's stream.
@@ -115,8 +124,8 @@ impl Windows {
             names: settings.fields.iter().map(|(name, _)| name.to_string()).collect(),
             windows: settings.windows(stream).into_iter().map(window).collect(),
             newest: i64::MIN,
-            held: 0,
-            held_max: WINDOWS_MAX,
+            held: Held::default(),
+            held_max: Held { results: WINDOWS_MAX, bytes: settings.windows_max_bytes.bytes() },
         }
     }
 
@@ -140,11 +149,15 @@ impl Windows {
             }
             let devices = window.results.entry(start).or_default();
             if !devices.contains_key(&reading.device) {
-                devices.insert(reading.device.clone(), Aggregate::new(&self.kinds));
-                self.held += 1;
+                let aggregate = Aggregate::new(&self.kinds);
+                self.held.results += 1;
+                self.held.bytes += aggregate.bytes(&reading.device);
+                devices.insert(reading.device.clone(), aggregate);
             }
             let aggregate = devices.get_mut(&reading.device).expect("it was put there");
+            let before = aggregate.bytes(&reading.device);
             aggregate.add(reading);
+            self.held.bytes = self.held.bytes + aggregate.bytes(&reading.device) - before;
             if start < window.closed_before {
                 window.changed.insert((start, reading.device.clone()));
             }
@@ -168,10 +181,10 @@ impl Windows {
                 if entry.key().saturating_add(window.size) > keep_from || *entry.key() >= window.closed_before {
                     break;
                 }
-                self.held -= entry.remove().len();
+                self.held.give_up(&entry.remove());
             }
         }
-        while self.held > self.held_max {
+        while self.held.results > self.held_max.results || self.held.bytes > self.held_max.bytes {
             self.make_room(&mut rows);
         }
         rows
@@ -186,8 +199,25 @@ impl Windows {
         window.close_before(end, index, rows);
         window.given_up_before = end;
         if let Some((_, devices)) = window.results.pop_first() {
-            self.held -= devices.len();
+            self.held.give_up(&devices);
         }
+    }
+}
+
+impl Held {
+    fn of(devices: &Devices) -> Self {
+        let bytes = devices.iter().map(|(device, aggregate)| aggregate.bytes(device)).sum();
+        Self { results: devices.len(), bytes }
+    }
+
+    fn take(&mut self, devices: &Devices) {
+        let taken = Self::of(devices);
+        (self.results, self.bytes) = (self.results + taken.results, self.bytes + taken.bytes);
+    }
+
+    fn give_up(&mut self, devices: &Devices) {
+        let gone = Self::of(devices);
+        (self.results, self.bytes) = (self.results - gone.results, self.bytes - gone.bytes);
     }
 }
 

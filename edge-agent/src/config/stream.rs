@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer};
 use wire::schema::{StreamField, StreamSchema, own};
 use wire::{FieldName, FieldType, StreamName};
 
-use super::{Number, Span};
+use super::{Number, Size, Span};
 
 /// A stream and its checks.
 #[derive(Debug, Clone, Deserialize)]
@@ -21,6 +21,8 @@ pub struct StreamSettings {
     pub reopen_within: Span,
     /// A reading that is older than this at its arrival goes to quarantine. Off unless set.
     pub max_age: Option<Span>,
+    /// What the windows of this stream may hold; then the oldest are closed early and given up.
+    pub windows_max_bytes: Size,
     /// In the order of the columns, which is that of the file.
     #[serde(deserialize_with = "in_order")]
     pub fields: Vec<(FieldName, FieldSettings)>,
@@ -33,6 +35,7 @@ impl Default for StreamSettings {
             lateness: Span(Duration::from_secs(60)),
             reopen_within: Span(Duration::from_secs(24 * 3_600)),
             max_age: None,
+            windows_max_bytes: Size(128 << 20),
             fields: Vec::new(),
             window: BTreeMap::new(),
         }
@@ -63,6 +66,8 @@ pub struct WindowSettings {
 
 /// Names of fields that windows append `_first` to.
 const WINDOW_FIELD_BYTES_MAX: usize = wire::ids::NAME_BYTES_MAX - "_first".len();
+/// Limits of `windows_max_bytes`: one long text fits, and a snapshot's section ([`crate::pipeline`]) is less than 4 GiB.
+const WINDOWS_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=1 << 30;
 /// The longest window.
 const WINDOW_MAX: Duration = Duration::from_secs(366 * 86_400);
 
@@ -114,6 +119,9 @@ impl StreamSettings {
                 "[stream.{name}.fields] {field}: with windows a name has at most {WINDOW_FIELD_BYTES_MAX} characters, so that \
                  `{field}_first` is one, too"
             ));
+        }
+        if !WINDOWS_BYTES.contains(&self.windows_max_bytes.0) {
+            return Err(format!("[stream.{name}] windows_max_bytes must be from 1MiB to 1GiB"));
         }
         for (window, settings) in &self.window {
             format!("{name}_{window}")

@@ -84,6 +84,16 @@ fn wrong_configurations_say_what_is_wrong() {
     check("Europe/Copenhagen", "Copenhagen", "no time zone");
     check(", zone = \"Europe/Copenhagen\"", "", "add zone");
     check("format = \"%Y", "format = \"%!", "strftime");
+    check(
+        "[stream.traffic.fields]",
+        "[stream.traffic]\nwindows_max_bytes = \"2GiB\"\n[stream.traffic.fields]",
+        "to 1GiB",
+    );
+    check(
+        "[stream.traffic.fields]",
+        "[stream.traffic]\nwindows_max_bytes = \"9B\"\n[stream.traffic.fields]",
+        "from 1MiB",
+    );
     check("size = \"5m\"", "size = \"0s\"", "1 ms to 366 days");
     check("size = \"5m\"", "size = \"five\"", "no duration");
     check("[stream.traffic.window.5m]", "[stream.traffic.window.5-m]", "not a name");

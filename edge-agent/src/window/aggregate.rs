@@ -1,4 +1,4 @@
-//! The running aggregates of one window and device.
+//! The running aggregates of one window and device, and what they count as in memory.
 
 use wire::FieldType;
 
@@ -21,6 +21,12 @@ pub(super) fn columns(kind: FieldType) -> &'static [(&'static str, FieldType)] {
         _ => &[("first", Text), ("last", Text)],
     }
 }
+
+/// What a result counts as, besides its device, its fields and their texts. A number of its own and no size of a type: what
+/// is given up must not depend on the machine.
+const RESULT_BYTES: usize = 160;
+/// What each field counts as.
+const FIELD_BYTES: usize = 96;
 
 /// All fields of one window and device.
 #[derive(Debug, Clone, PartialEq)]
@@ -62,6 +68,16 @@ impl<T: Clone> Ends<T> {
     }
 }
 
+impl Field {
+    fn text_bytes(&self) -> usize {
+        let text = |value: &Value| if let Value::Text(text) = value { text.len() } else { 0 };
+        match self {
+            Self::Other { ends: Some(ends) } => text(&ends.first.1) + text(&ends.last.1),
+            _ => 0,
+        }
+    }
+}
+
 impl Aggregate {
     pub(super) fn new(kinds: &[FieldType]) -> Self {
         let field = |kind: &FieldType| match kind {
@@ -72,6 +88,12 @@ impl Aggregate {
             _ => Field::Other { ends: None },
         };
         Self { count: 0, revision: 0, fields: kinds.iter().map(field).collect() }
+    }
+
+    /// What it counts as with the name of its device: a function of what it holds.
+    pub(super) fn bytes(&self, device: &str) -> usize {
+        let texts = self.fields.iter().map(Field::text_bytes).sum::<usize>();
+        RESULT_BYTES + device.len() + self.fields.len() * FIELD_BYTES + texts
     }
 
     pub(super) fn add(&mut self, reading: &Reading) {

@@ -79,7 +79,7 @@ impl Windows {
         for restored in windows {
             let same = |window: &&mut Window| window.name == restored.name && window.size == restored.size;
             if let Some(window) = self.windows.iter_mut().find(same) {
-                self.held += restored.results.values().map(BTreeMap::len).sum::<usize>();
+                restored.results.values().for_each(|devices| self.held.take(devices));
                 *window = restored;
             }
         }

@@ -97,14 +97,86 @@ fn what_does_not_fit_is_null() {
 #[test]
 fn the_oldest_windows_go_when_there_are_too_many() {
     let mut windows = windows(&settings("lateness = \"0s\"\nreopen_within = \"1h\""));
-    windows.held_max = 3;
+    windows.held_max.results = 3;
     for device in ["a", "b", "c", "d", "e"] {
         windows.add(&reading(1.0, device, 1.0, 1));
     }
     assert_eq!(windows.advance().len(), 5, "closed early");
     assert_eq!(windows.add(&reading(2.0, "a", 1.0, 1)), Late::Late);
     assert_eq!(windows.add(&reading(12.0, "a", 1.0, 1)), Late::Good);
-    assert_eq!(windows.held, 1);
+    assert_eq!(windows.held.results, 1);
+}
+
+/// A row whose text takes so many bytes.
+fn long(second: f64, device: &str, bytes: usize) -> Reading {
+    let mut row = reading(second, device, 1.0, 1);
+    row.values[2] = Some(Value::Text("x".repeat(bytes)));
+    row
+}
+
+#[test]
+fn the_oldest_windows_go_when_they_hold_too_many_bytes() {
+    let mut windows = windows(&settings("lateness = \"0s\"\nreopen_within = \"1h\"\nwindows_max_bytes = \"1MiB\""));
+    for second in [1.0, 11.0, 21.0] {
+        windows.add(&long(second, "a", 150 << 10));
+    }
+    // First and last: 900 KiB. Those of the newest window are another 150 KiB longer now.
+    assert_eq!(results(&windows.advance()), [(0, "a", 1, 1), (10, "a", 1, 1)]);
+    windows.add(&long(22.0, "a", 300 << 10));
+    assert_eq!(results(&windows.advance()), [], "what goes first was closed already");
+    assert_eq!(windows.add(&reading(2.0, "a", 1.0, 1)), Late::Late, "the oldest is given up");
+    assert_eq!(windows.add(&reading(12.0, "a", 1.0, 1)), Late::Good, "the one behind it is not");
+    windows.add(&long(23.0, "b", 800 << 10));
+    let rows = windows.advance();
+    assert_eq!(results(&rows), [(10, "a", 2, 2), (20, "a", 2, 1), (20, "b", 1, 1)], "closed early");
+    assert_eq!(rows[1].values[13], Some(Value::Text("x".repeat(300 << 10))), "and whole");
+    assert_eq!(windows.held, Held::default());
+}
+
+/// What is given up depends on the rows alone: not on where a snapshot was taken.
+#[test]
+fn the_bound_in_bytes_is_the_same_whatever_the_restarts() {
+    let seed = rand::rng().random();
+    println!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut given_up = 0;
+    for _ in 0..40 {
+        let settings = settings("lateness = \"7s\"\nreopen_within = \"60s\"");
+        let most = random.random_range(2_000..20_000);
+        let empty = || {
+            let mut windows = windows(&settings);
+            windows.held_max.bytes = most;
+            windows
+        };
+        let (mut one, mut two) = (empty(), empty());
+        let mut now = 0.0;
+        for _ in 0..300 {
+            now += random.random_range(0.0..0.9);
+            let row = long(
+                f64::max(now - random.random_range(0.0..70.0), 0.0),
+                ["a", "b", "c"][random.random_range(0..3)],
+                random.random_range(0..2_000),
+            );
+            let in_reach = row.ts >= one.watermark().saturating_sub(one.reopen_within);
+            let late = one.add(&row);
+            given_up += usize::from(late == Late::Late && in_reach);
+            assert_eq!(late, two.add(&row));
+            assert_eq!(one.advance(), two.advance());
+            assert_eq!(one.held, two.held);
+            assert!(one.held.bytes <= most, "{:?} {most}", one.held);
+            if random.random_bool(0.1) {
+                let mut bytes = Vec::new();
+                two.write(&mut bytes);
+                two = empty();
+                two.restore(&Bytes::from(bytes)).unwrap();
+            }
+        }
+        let results = one.windows.iter().flat_map(|window| window.results.values());
+        let mut held = Held::default();
+        results.for_each(|devices| held.take(devices));
+        assert_eq!(one.held, held);
+    }
+    assert!(given_up > 100, "{given_up}");
 }
 
 /// Rows in random order, some very late; snapshots at random points change nothing; the last revision of each window is
@@ -186,6 +258,10 @@ fn a_state_of_other_fields_is_not_taken_and_its_closed_windows_stay_closed() {
     for cut in 0..bytes.len() {
         let mut windows = windows(&settings(""));
         assert!(windows.restore(&Bytes::copy_from_slice(&bytes[..cut])).is_err(), "{cut}");
-        assert_eq!((windows.held, windows.watermark()), (0, i64::MIN), "{cut}: nothing is taken of a part");
+        assert_eq!(
+            (windows.held, windows.watermark()),
+            (Held::default(), i64::MIN),
+            "{cut}: nothing is taken of a part"
+        );
     }
 }
