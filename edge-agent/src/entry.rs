@@ -10,6 +10,7 @@
 //! kind 3 forgotten client str8
 //! kind 4 refused   spool [16] | seq u64 | reason str16 | schema str16 | one cut batch (wire::CutBatch::write) to the end
 //! kind 5 missed    source str8 | messages u64 | bytes u64 | first i64 | last i64
+//! kind 6 subscribed client str8 | (filter str16)* to the end
 //! ```
 //! Times are µs since 1970 UTC by the gateway's clock.
 
@@ -50,6 +51,11 @@ pub enum Entry {
         bytes: u64,
         first_us: i64,
         last_us: i64,
+    },
+    /// All that the broker may have subscribed for a client: before more is subscribed, and after some are unsubscribed.
+    Subscribed {
+        client: String,
+        filters: Vec<String>,
     },
 }
 
@@ -130,6 +136,11 @@ impl Entry {
                 out.extend(first_us.to_le_bytes());
                 out.extend(last_us.to_le_bytes());
             }
+            Self::Subscribed { client, filters } => {
+                out.push(6);
+                put_str8(out, client);
+                filters.iter().for_each(|filter| put_str16(out, filter));
+            }
         }
     }
 
@@ -150,6 +161,7 @@ impl Entry {
             3 => read_forgotten(rest),
             4 => read_refused(rest),
             5 => read_missed(rest),
+            6 => read_subscribed(rest),
             _ => None,
         }
         .ok_or(error)
@@ -238,6 +250,15 @@ fn read_missed(mut bytes: Bytes) -> Option<Entry> {
     })
 }
 
+fn read_subscribed(mut bytes: Bytes) -> Option<Entry> {
+    let client = take_str8(&mut bytes)?;
+    let mut filters = Vec::new();
+    while !bytes.is_empty() {
+        filters.push(take_str16(&mut bytes)?);
+    }
+    Some(Entry::Subscribed { client, filters })
+}
+
 fn clip(text: &str, bytes_max: usize) -> &str {
     &text[..text.floor_char_boundary(bytes_max)]
 }
@@ -303,7 +324,11 @@ mod tests {
 
     #[test]
     fn entries_come_back_as_they_were_written() {
-        for entry in entries() {
+        let subscribed = |filters: &[&str]| Entry::Subscribed {
+            client: "c".into(),
+            filters: filters.iter().map(|filter| (*filter).to_owned()).collect(),
+        };
+        for entry in entries().into_iter().chain([subscribed(&[]), subscribed(&["a/+", "$share/g/ü"])]) {
             let mut bytes = Vec::new();
             entry.write(&mut bytes);
             assert_eq!(Entry::read(Bytes::from(bytes)).unwrap(), entry);
@@ -315,6 +340,9 @@ mod tests {
         let mut bytes = Vec::new();
         entries().iter().for_each(|entry| entry.write(&mut bytes));
         assert_eq!(crc32c::crc32c(&bytes), 3_648_170_795, "{} bytes", bytes.len());
+        let mut bytes = Vec::new();
+        Entry::Subscribed { client: "c".into(), filters: vec!["a".into(), "b/#".into()] }.write(&mut bytes);
+        assert_eq!(bytes, b"\x01\x06\x01c\x01\x00a\x03\x00b/#");
     }
 
     #[test]

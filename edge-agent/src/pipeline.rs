@@ -160,7 +160,7 @@ impl Pipeline {
         self.lists.apply(entry);
         match entry {
             Entry::Message(message) => self.message(position, message),
-            Entry::Session { .. } | Entry::Forgotten { .. } => {}
+            Entry::Session { .. } | Entry::Forgotten { .. } | Entry::Subscribed { .. } => {}
             Entry::Refused { spool, seq, reason, schema, batch } => {
                 let key = (*spool, batch.stream.clone());
                 if self.refused.get(&key).is_none_or(|highest| highest < seq) {

@@ -1,12 +1,14 @@
-//! What is in the journal of each client's deliveries, so that a redelivery is acknowledged and not stored twice.
+//! What the journal says of each client: its deliveries, so that a redelivery is acknowledged and not stored twice, and what
+//! the broker may have subscribed for it.
 //!
 //! The rule and its limits are in `docs/decisions/0001-redelivery.md`: a delivery with DUP set whose packet id and
 //! checksum are those of the newest entry of that id is one that the journal has. The list reaches back
 //! [`ID_SPAN_MAX`] packet ids; a new session empties it. A source keeps its own list to decide; the pipeline keeps the
 //! same from what was journalled, for the snapshot, and at the start a scan of the journal brings it up to its end.
 //!
-//! A list as bytes, version 1: `last_id u16 | at u64 | count u32 | first at u64 | (id u16 | crc u32 | step u16)*`, all lists:
-//! `version u8 = 1 | (client_len u8 | client | source_len u8 | source | session u64 | list)*`.
+//! A list as bytes: `last_id u16 | at u64 | count u32 | first at u64 | (id u16 | crc u32 | step u16)*`, all lists, version 2:
+//! `version u8 = 2 | (client_len u8 | client | source_len u8 | source | session u64 | filters u16 | (len u16 | filter)* | list)*`.
+//! Version 1, which is read, had no filters.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -17,7 +19,9 @@ use crate::entry::Entry;
 /// Packet ids are 1 to 65,535; one that comes again after so many others is a new message.
 pub const ID_SPAN_MAX: u64 = 61_440;
 const IDS: u64 = 65_535;
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
+/// Without filters.
+const VERSION_1: u8 = 1;
 
 /// One journalled delivery.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +51,8 @@ pub struct List {
 pub struct Client {
     pub source: String,
     pub session: u64,
+    /// At least what the broker has subscribed for it.
+    pub filters: Vec<String>,
     pub list: List,
 }
 
@@ -160,10 +166,14 @@ impl Lists {
                 client.session = *session;
                 if !resumed {
                     client.list.clear();
+                    client.filters.clear();
                 }
             }
             Entry::Forgotten { client } => {
                 self.0.remove(client);
+            }
+            Entry::Subscribed { client, filters } => {
+                self.0.entry(client.clone()).or_default().filters.clone_from(filters);
             }
             Entry::Refused { .. } | Entry::Missed { .. } => {}
         }
@@ -179,6 +189,12 @@ impl Lists {
                 out.extend_from_slice(text.as_bytes());
             }
             out.extend(client.session.to_le_bytes());
+            out.extend((client.filters.len() as u16).to_le_bytes());
+            for filter in &client.filters {
+                let filter = &filter[..filter.floor_char_boundary(usize::from(u16::MAX))];
+                out.extend((filter.len() as u16).to_le_bytes());
+                out.extend_from_slice(filter.as_bytes());
+            }
             client.list.write(out);
         }
     }
@@ -189,27 +205,34 @@ impl Lists {
     /// When the bytes are something else.
     pub fn read(bytes: &Bytes) -> Result<Self, ListsError> {
         let mut bytes = bytes.clone();
-        if bytes.try_get_u8() != Ok(VERSION) {
-            return Err(ListsError);
-        }
+        let version =
+            bytes.try_get_u8().ok().filter(|version| matches!(*version, VERSION_1 | VERSION)).ok_or(ListsError)?;
         let mut lists = Self::default();
         while !bytes.is_empty() {
-            let (name, client) = read_client(&mut bytes).ok_or(ListsError)?;
+            let (name, client) = read_client(&mut bytes, version).ok_or(ListsError)?;
             lists.0.insert(name, client);
         }
         Ok(lists)
     }
 }
 
-fn read_client(bytes: &mut Bytes) -> Option<(String, Client)> {
-    let mut text = || {
-        let len = usize::from(bytes.try_get_u8().ok()?);
+fn read_client(bytes: &mut Bytes, version: u8) -> Option<(String, Client)> {
+    let text = |bytes: &mut Bytes, len: usize| {
         let text = (bytes.len() >= len).then(|| bytes.split_to(len))?;
         String::from_utf8(text.to_vec()).ok()
     };
-    let (name, source) = (text()?, text()?);
+    let len = usize::from(bytes.try_get_u8().ok()?);
+    let name = text(bytes, len)?;
+    let len = usize::from(bytes.try_get_u8().ok()?);
+    let source = text(bytes, len)?;
     let session = bytes.try_get_u64_le().ok()?;
-    Some((name, Client { source, session, list: List::read(bytes)? }))
+    let mut filters = Vec::new();
+    let count = if version == VERSION_1 { 0 } else { bytes.try_get_u16_le().ok()? };
+    for _ in 0..count {
+        let len = usize::from(bytes.try_get_u16_le().ok()?);
+        filters.push(text(bytes, len)?);
+    }
+    Some((name, Client { source, session, filters, list: List::read(bytes)? }))
 }
 
 #[cfg(test)]
@@ -265,6 +288,7 @@ mod tests {
         let client = lists.0.entry("c".to_owned()).or_default();
         client.source = "s".to_owned();
         client.session = 4;
+        client.filters = vec!["city/traffic/+".to_owned(), "$share/g/#".to_owned()];
         for id in (1..=65_535_u16).chain(1..=30_000) {
             client.list.add(id, false, u32::from(id) * 3, 9);
         }
@@ -273,7 +297,7 @@ mod tests {
         lists.write(&mut bytes);
         let back = Lists::read(&Bytes::from(bytes)).unwrap();
         let (one, other) = (&lists.0["c"], &back.0["c"]);
-        assert_eq!((&one.source, one.session), (&other.source, other.session));
+        assert_eq!((&one.source, one.session, &one.filters), (&other.source, other.session, &other.filters));
         for id in 1..=65_535_u16 {
             let crc = u32::from(id) * 3;
             let recognised = one.list.recognise(id, true, crc);
@@ -281,5 +305,35 @@ mod tests {
         }
         assert_eq!(other.list.recognise(30_000, true, 90_000), Some(0), "what was read is durable");
         assert!(back.0["empty"].list.entries.is_empty());
+    }
+
+    #[test]
+    fn lists_of_version_1_are_read() {
+        let mut bytes = b"\x01\x01c\x01s".to_vec();
+        bytes.extend(7_u64.to_le_bytes());
+        // last id 3, at 2, one entry at 2: id 3, crc 9, step 0.
+        bytes.extend(b"\x03\x00\x02\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x02\x00\x00\x00\x00\x00\x00\x00");
+        bytes.extend(b"\x03\x00\x09\x00\x00\x00\x00\x00");
+        let lists = Lists::read(&Bytes::from(bytes)).unwrap();
+        let client = &lists.0["c"];
+        assert_eq!((client.source.as_str(), client.session, client.filters.len()), ("s", 7, 0));
+        assert_eq!(client.list.recognise(3, true, 9), Some(0));
+        assert!(Lists::read(&Bytes::from_static(b"\x03")).is_err());
+    }
+
+    #[test]
+    fn what_is_subscribed_is_what_was_said_last_until_the_session_ends() {
+        let mut lists = Lists::default();
+        let subscribed = |filters: &[&str]| Entry::Subscribed {
+            client: "c".to_owned(),
+            filters: filters.iter().map(|filter| (*filter).to_owned()).collect(),
+        };
+        let session = |resumed| Entry::Session { client: "c".to_owned(), session: 1, resumed };
+        lists.apply(&subscribed(&["a", "b"]));
+        lists.apply(&subscribed(&["b"]));
+        lists.apply(&session(true));
+        assert_eq!(lists.0["c"].filters, ["b"]);
+        lists.apply(&session(false));
+        assert!(lists.0["c"].filters.is_empty(), "a new session has none");
     }
 }

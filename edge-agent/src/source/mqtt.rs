@@ -3,12 +3,15 @@
 //! A PUBACK is sent when the message is in the journal on disk, in the order of arrival, on the connection that brought
 //! the message. A redelivery that the journal has is acknowledged and dropped ([`crate::redelivery`]). Each connection
 //! subscribes again, because a broker may keep a session and forget its subscriptions; after a new session only when the
-//! journal says that it is new. When the journal has no room this stops reading: the broker waits, and after a long while
+//! journal says that it is new. Topics that left the configuration are unsubscribed (`subscriptions.rs`). When the journal has no room this stops reading: the broker waits, and after a long while
 //! closes the connection, which is then made again.
 //!
 //! The state of a connection has one owner, [`Connection::run`]; it ends by its token or with the journal.
 
 mod client;
+mod subscriptions;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::pin::pin;
@@ -22,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::client::TlsError;
 use self::client::{Client, Event, EventLoop, Publish};
+use self::subscriptions::Change;
 use super::{SourceState, now_us};
 use crate::config::MqttSettings;
 use crate::entry::{Delivery, Entry, Message, Payload};
@@ -76,6 +80,9 @@ struct Run {
     pending: VecDeque<Pending>,
     /// Subscribe when this is durable.
     subscribe_after: Option<Ticket>,
+    /// What the broker has and the configuration has not, and how many of it are not yet acknowledged as unsubscribed.
+    gone: Vec<String>,
+    gone_waits: usize,
     connected: bool,
     /// Of a client that is drained: since when it is connected, when it last heard something, and whether it has
     /// unsubscribed, so that nothing new comes.
@@ -108,6 +115,8 @@ impl Connection {
             client,
             pending: VecDeque::new(),
             subscribe_after: None,
+            gone: Vec::new(),
+            gone_waits: 0,
             connected: false,
             connected_at: now,
             heard_at: now,
@@ -172,6 +181,7 @@ impl Run {
                 self.failures = 0;
                 self.show(true);
             }
+            Event::Unsubscribed => self.filter_gone(token).await?,
             Event::Refused(reason) => {
                 tracing::error!(client = %self.connection.client, reason, "the broker refused a subscription");
                 self.connection.state.error(format!("subscription refused: {reason}"));
@@ -201,23 +211,50 @@ impl Run {
     async fn connected(&mut self, session_present: bool) -> Result<(), Closed> {
         self.pending.clear();
         (self.connected_at, self.heard_at) = (Instant::now(), Instant::now());
-        let Connection { client, known, journal, state, .. } = &mut self.connection;
+        let Connection { settings, client, known, journal, state, task } = &mut self.connection;
         state.connects.fetch_add(1, Ordering::Relaxed);
         *state.last_error.lock() = None;
         tracing::info!(%client, session_present, "connected to the broker");
         let resumed = session_present && known.session > 0;
+        let mut after = 0;
         if !resumed {
             known.session += 1;
             known.list.clear();
+            known.filters.clear();
             let entry = Entry::Session { client: client.clone(), session: known.session, resumed };
             // Before the first message of the new session, or an old entry might be taken for it after a crash.
-            self.subscribe_after = Some(journal.append(&entry).await?);
-        } else {
-            self.subscribe_after = Some(0);
+            after = journal.append(&entry).await?;
         }
-        if self.connection.task == Task::Drain {
+        if *task == Task::Drain {
+            self.subscribe_after = Some(after);
             self.show(true);
+            return Ok(());
         }
+        let Change { record, gone } = Change::new(&known.filters, &settings.filters());
+        if let Some(filters) = record {
+            known.filters.clone_from(&filters);
+            after = journal.append(&Entry::Subscribed { client: client.clone(), filters }).await?;
+        }
+        (self.gone, self.gone_waits) = (gone, 0);
+        self.subscribe_after = Some(after);
+        Ok(())
+    }
+
+    /// The broker has acknowledged one more of what is no longer configured; after the last the journal says so.
+    async fn filter_gone(&mut self, token: &CancellationToken) -> Result<(), Closed> {
+        self.gone_waits = self.gone_waits.saturating_sub(1);
+        if self.gone_waits > 0 || self.gone.is_empty() {
+            return Ok(());
+        }
+        let Connection { settings, client, known, journal, .. } = &mut self.connection;
+        let entry = Entry::Subscribed { client: client.clone(), filters: settings.filters() };
+        tokio::select! {
+            ticket = journal.append(&entry) => ticket?,
+            // The next start unsubscribes again.
+            () = token.cancelled() => return Ok(()),
+        };
+        known.filters = settings.filters();
+        tracing::info!(%client, filters = ?std::mem::take(&mut self.gone), "unsubscribed: no longer configured");
         Ok(())
     }
 
@@ -292,6 +329,11 @@ impl Run {
             self.subscribe_after = None;
             if self.connection.task == Task::Collect {
                 self.client.subscribe(&self.connection.settings.filters());
+                self.gone_waits = self.gone.len();
+                if !self.client.unsubscribe(&self.gone) {
+                    // The next connection tries it again.
+                    self.gone.clear();
+                }
             }
         }
         while let Some(front) = self.pending.front() {
@@ -304,7 +346,11 @@ impl Run {
     }
 
     fn unsubscribe(&mut self) {
-        self.client.unsubscribe(&self.connection.settings.filters());
+        let Connection { settings, known, .. } = &self.connection;
+        let own = known.filters.iter().cloned();
+        let others = settings.filters().into_iter().filter(|filter| !known.filters.contains(filter));
+        // When they do not go out, the session's end does the same.
+        self.client.unsubscribe(&own.chain(others).collect::<Vec<_>>());
         self.unsubscribed = true;
     }
 

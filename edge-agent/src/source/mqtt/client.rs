@@ -45,7 +45,9 @@ pub(super) enum Event {
     Message(Publish),
     /// From now on the broker keeps what is published for this client.
     Subscribed,
-    /// A subscription was refused.
+    /// One more filter is unsubscribed.
+    Unsubscribed,
+    /// A subscription, or its end, was refused.
     Refused(String),
     Lost(String),
     Other,
@@ -166,6 +168,7 @@ impl EventLoop {
                         Event::Refused("not authorised, or no valid filter".to_owned())
                     }
                     Ok(Raw::Incoming(Packet::SubAck(_))) => Event::Subscribed,
+                    Ok(Raw::Incoming(Packet::UnsubAck(_))) => Event::Unsubscribed,
                     Ok(_) => Event::Other,
                     Err(error) => {
                         // What was read from the old connection would be taken for the next one's.
@@ -175,7 +178,7 @@ impl EventLoop {
                 }
             }
             Self::V5(events) => {
-                use v5::mqttbytes::v5::{Packet, SubscribeReasonCode};
+                use v5::mqttbytes::v5::{Packet, SubscribeReasonCode, UnsubAckReason};
                 match events.poll().await {
                     Ok(v5::Event::Incoming(Packet::ConnAck(answer))) => {
                         Event::Connected { session_present: answer.session_present }
@@ -186,6 +189,13 @@ impl EventLoop {
                         match answer.return_codes.iter().find(refused) {
                             Some(code) => Event::Refused(format!("{code:?}")),
                             None => Event::Subscribed,
+                        }
+                    }
+                    Ok(v5::Event::Incoming(Packet::UnsubAck(answer))) => {
+                        use UnsubAckReason::{NoSubscriptionExisted, Success};
+                        match answer.reasons.iter().find(|reason| !matches!(reason, Success | NoSubscriptionExisted)) {
+                            Some(reason) => Event::Refused(format!("unsubscribe: {reason:?}")),
+                            None => Event::Unsubscribed,
                         }
                     }
                     Ok(_) => Event::Other,
@@ -223,14 +233,12 @@ impl Client {
         }
     }
 
-    pub(super) fn unsubscribe(&self, filters: &[String]) {
-        for filter in filters {
-            // When it does not go out, the session's end does the same.
-            match self {
-                Self::V4(client) => drop(client.try_unsubscribe(filter.clone())),
-                Self::V5(client) => drop(client.try_unsubscribe(filter.clone())),
-            }
-        }
+    /// One packet for each filter, and so one [`Event::Unsubscribed`]. False: there was no room for all.
+    pub(super) fn unsubscribe(&self, filters: &[String]) -> bool {
+        filters.iter().all(|filter| match self {
+            Self::V4(client) => client.try_unsubscribe(filter.clone()).is_ok(),
+            Self::V5(client) => client.try_unsubscribe(filter.clone()).is_ok(),
+        })
     }
 
     /// False: no room; again after the next turn.

@@ -1,0 +1,140 @@
+use std::path::Path;
+
+use bytes::Bytes;
+use segment_log::{Disk, Options, Position, Reader};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+
+use super::*;
+use crate::config::{Settings, SourceSettings};
+use crate::journal::{Journal, OpenJournal};
+use crate::redelivery::Lists;
+
+const CLIENT: &str = "weir-e-s";
+
+fn settings(port: u16, topics: &str) -> MqttSettings {
+    let text = format!(
+        "[edge]\nid = \"e\"\ndata_dir = \"x\"\n[cloud]\nurls = [\"http://h\"]\ntoken = \"t\"\n\
+         [[source]]\nkind = \"mqtt\"\nversion = \"3.1.1\"\nurl = \"mqtt://127.0.0.1:{port}\"\ntopics = [{topics}]\n\
+         stream = \"s\"\n[source.map]\ndevice = \"const:d\"\nts = \"arrival\"\n[stream.s.fields]\nv = {{ type = \"text\" }}\n"
+    );
+    match Settings::parse(&text).unwrap().source.remove(0) {
+        SourceSettings::Mqtt(mqtt) => *mqtt,
+        SourceSettings::Host(_) => panic!(),
+    }
+}
+
+/// Reads a packet of MQTT 3.1.1: its kind and what is behind the length. None at the end.
+async fn packet(stream: &mut TcpStream) -> Option<(u8, Vec<u8>)> {
+    let kind = stream.read_u8().await.ok()? >> 4;
+    let (mut len, mut shift) = (0, 0);
+    loop {
+        let byte = stream.read_u8().await.ok()?;
+        len |= usize::from(byte & 0x7f) << shift;
+        shift += 7;
+        if byte < 0x80 {
+            break;
+        }
+    }
+    let mut body = vec![0; len];
+    stream.read_exact(&mut body).await.ok()?;
+    Some((kind, body))
+}
+
+/// A broker for one connection: it tells what is subscribed and unsubscribed, in order.
+async fn broker(listener: &TcpListener, has_session: bool, answers: bool, told: mpsc::UnboundedSender<String>) {
+    let (mut stream, _) = listener.accept().await.unwrap();
+    while let Some((kind, body)) = packet(&mut stream).await {
+        let filters = |step: usize| {
+            let (mut at, mut filters) = (2, Vec::new());
+            while at < body.len() {
+                let len = usize::from(u16::from_be_bytes([body[at], body[at + 1]]));
+                filters.push(String::from_utf8(body[at + 2..at + 2 + len].to_vec()).unwrap());
+                at += 2 + len + step;
+            }
+            filters
+        };
+        match kind {
+            1 => stream.write_all(&[0x20, 2, u8::from(has_session), 0]).await.unwrap(),
+            8 => {
+                let filters = filters(1);
+                let mut answer = vec![0x90, 2 + filters.len() as u8, body[0], body[1]];
+                answer.extend(vec![1; filters.len()]);
+                stream.write_all(&answer).await.unwrap();
+                told.send(format!("subscribe {}", filters.join(" "))).unwrap();
+            }
+            10 => {
+                if answers {
+                    stream.write_all(&[0xb0, 2, body[0], body[1]]).await.unwrap();
+                }
+                told.send(format!("unsubscribe {}", filters(0).join(" "))).unwrap();
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What the journal says of the client.
+struct Known(Reader<Disk>, Lists);
+
+impl Known {
+    fn read(&mut self) -> redelivery::Client {
+        while let Some(record) = self.0.next().unwrap() {
+            self.1.apply(&Entry::read(Bytes::copy_from_slice(record.payload)).unwrap());
+        }
+        self.1.0.get(CLIENT).cloned().unwrap_or_default()
+    }
+}
+
+fn journal(directory: &Path) -> (Journal, Known) {
+    let options = Options { segment_bytes: 8 << 10, max_bytes: 1 << 20, reserve_bytes: 64 };
+    let open = OpenJournal::open(directory.join("journal"), options).unwrap().0;
+    let known = Known(open.reader(Position(0)).unwrap(), Lists::default());
+    (open.run(Duration::from_millis(1)).unwrap(), known)
+}
+
+#[tokio::test]
+async fn a_topic_that_left_the_configuration_is_unsubscribed_until_the_broker_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, mut known) = journal(directory.path());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let mut check = async |topics: &str, session: bool, answers: bool, expected: &[&str], then: &[&str]| {
+        let token = CancellationToken::new();
+        let connection = Connection {
+            settings: settings(port, topics),
+            client: CLIENT.to_owned(),
+            journal: journal.sender(),
+            known: known.read(),
+            state: Arc::default(),
+            task: Task::Collect,
+        };
+        let run = tokio::spawn(connection.run(token.clone()));
+        let (told, mut heard) = mpsc::unbounded_channel();
+        let serve = broker(&listener, session, answers, told);
+        let follow = async {
+            for expected in expected {
+                assert_eq!(heard.recv().await.unwrap(), *expected);
+                let filters = settings(port, topics).filters();
+                let known = known.read().filters;
+                assert!(filters.iter().all(|filter| known.contains(filter)), "{expected}: in the journal before");
+            }
+            let mut synced = journal.synced();
+            while known.read().filters != *then {
+                tokio::time::timeout(Duration::from_secs(20), synced.changed()).await.expect("journalled").unwrap();
+            }
+            token.cancel();
+            run.await.unwrap().unwrap();
+        };
+        tokio::join!(serve, follow);
+        assert!(heard.try_recv().is_err(), "{topics}: nothing else");
+        assert_eq!(known.read().filters, then, "{topics}");
+    };
+    check("\"a/#\", \"b\"", false, true, &["subscribe a/# b"], &["a/#", "b"]).await;
+    check("\"b\", \"c\"", true, false, &["subscribe b c", "unsubscribe a/#"], &["a/#", "b", "c"]).await;
+    check("\"c\"", true, true, &["subscribe c", "unsubscribe a/#", "unsubscribe b"], &["c"]).await;
+    check("\"c\"", true, true, &["subscribe c"], &["c"]).await;
+    // A new session has no subscriptions: there is nothing to take back.
+    check("\"d\"", false, true, &["subscribe d"], &["d"]).await;
+}
