@@ -2,14 +2,20 @@
 //!
 //! Every `every` one message: an array with a reading for the machine (device `<edge>`), each disk (`<edge>/disk/<mount>`),
 //! each network interface (`<edge>/net/<name>`) and each temperature sensor (`<edge>/temperature/<label>`). What the machine does not have is null or missing.
-//! It cannot wait: what comes while the journal is full is counted and told to it afterwards ([`Entry::Missed`]).
+//! It cannot wait: what comes while the journal is full is counted and told to it afterwards ([`Entry::Missed`]), at the
+//! latest when it stops. A kill, or a journal that has no room at the stop either, loses the count.
+//!
+//! The machine is read on a thread of its own: a disk that does not answer holds neither the other sources nor the stop.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
 use sysinfo::{Components, Disks, Networks, System};
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use wire::{EdgeId, FieldName, FieldType};
 
@@ -36,6 +42,9 @@ const FIELDS: [(&str, FieldType); 15] = [
     ("network_errors", FieldType::Int64),
     ("temperature_c", FieldType::Float64),
 ];
+
+/// How long a stop waits for the journal to take what was missed.
+const MISSED_WITHIN: Duration = Duration::from_secs(1);
 
 /// The stream `host`.
 pub fn stream_settings() -> StreamSettings {
@@ -67,8 +76,11 @@ pub async fn run(
     state: Arc<SourceState>,
     token: CancellationToken,
 ) {
-    let mut machine = Machine::new(edge);
-    let mut missed: Option<(u64, u64, i64, i64)> = None;
+    let requests = match machine_thread(edge) {
+        Ok(requests) => requests,
+        Err(error) => return state.error(format!("start a thread: {error}")),
+    };
+    let mut missed: Option<Missed> = None;
     let mut ticks = tokio::time::interval(settings.every.0);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     state.connected.store(true, Ordering::Relaxed);
@@ -77,14 +89,24 @@ pub async fn run(
             _ = ticks.tick() => {}
             () = token.cancelled() => break,
         }
-        // Reading /proc and /sys takes milliseconds; it is not worth a thread.
-        let payload = Bytes::from(machine.read().to_string());
+        let (answer, payload) = oneshot::channel();
+        if requests.try_send(answer).is_err() {
+            state.error("the thread that reads the machine has ended".to_owned());
+            break;
+        }
+        let payload = tokio::select! {
+            payload = payload => payload,
+            () = token.cancelled() => break,
+        };
+        let Ok(payload) = payload else { continue };
         let arrival_us = now_us();
         let bytes = payload.len() as u64;
-        if let Some((messages, bytes, first_us, last_us)) = missed {
-            let entry = Entry::Missed { source: settings.name.clone(), messages, bytes, first_us, last_us };
-            match journal.try_append(&entry) {
-                Ok(_) => missed = None,
+        if let Some(count) = &missed {
+            match journal.try_append(&count.entry(&settings.name)) {
+                Ok(_) => {
+                    missed = None;
+                    *state.last_error.lock() = None;
+                }
                 Err(TryAppendError::Full) => {}
                 Err(TryAppendError::Closed(_)) => break,
             }
@@ -102,13 +124,57 @@ pub async fn run(
                 state.last_arrival_us.store(arrival_us, Ordering::Relaxed);
             }
             Err(TryAppendError::Full) => {
-                let (messages, all, first, _) = missed.unwrap_or((0, 0, arrival_us, arrival_us));
-                missed = Some((messages + 1, all + bytes, first, arrival_us));
+                let count = missed.get_or_insert(Missed { messages: 0, bytes: 0, first_us: arrival_us, last_us: 0 });
+                count.messages += 1;
+                count.bytes += bytes;
+                count.last_us = arrival_us;
+                state.error("the journal is full: readings are counted and not kept".to_owned());
             }
             Err(TryAppendError::Closed(_)) => break,
         }
     }
+    if let Some(count) = missed {
+        let entry = count.entry(&settings.name);
+        // The journal may have room by now, or get it: the pipeline still reads.
+        let told = tokio::time::timeout(MISSED_WITHIN, async {
+            let ticket = journal.append(&entry).await.ok()?;
+            journal.durable().wait_for(|durable| *durable >= ticket).await.ok().map(|_| ())
+        });
+        if told.await != Ok(Some(())) {
+            tracing::warn!(source = settings.name, ?count, "the journal has no room: this count is lost");
+        }
+    }
     state.connected.store(false, Ordering::Relaxed);
+}
+
+/// Messages that the journal had no room for.
+#[derive(Debug)]
+struct Missed {
+    messages: u64,
+    bytes: u64,
+    first_us: i64,
+    last_us: i64,
+}
+
+impl Missed {
+    fn entry(&self, source: &str) -> Entry {
+        let Self { messages, bytes, first_us, last_us } = *self;
+        Entry::Missed { source: source.to_owned(), messages, bytes, first_us, last_us }
+    }
+}
+
+/// A thread that reads the machine once for each request, and ends with the sender. One that waits for a dead disk is left
+/// behind: it holds nothing but itself.
+fn machine_thread(edge: EdgeId) -> std::io::Result<SyncSender<oneshot::Sender<Bytes>>> {
+    let (requests, inbox) = sync_channel::<oneshot::Sender<Bytes>>(1);
+    std::thread::Builder::new().name("host".to_owned()).spawn(move || {
+        let mut machine = Machine::new(edge);
+        while let Ok(answer) = inbox.recv() {
+            // Nobody listens any more when the source stops meanwhile.
+            let _ = answer.send(Bytes::from(machine.read().to_string()));
+        }
+    })?;
+    Ok(requests)
 }
 
 /// What is read.
@@ -186,8 +252,12 @@ impl Machine {
 
 #[cfg(test)]
 mod tests {
+    use segment_log::{Options, Position};
+
     use super::*;
+    use crate::config::Span;
     use crate::decode::Decoder;
+    use crate::journal::OpenJournal;
 
     #[test]
     fn every_reading_of_this_machine_decodes() {
@@ -198,5 +268,42 @@ mod tests {
         let machine = out[0].as_ref().unwrap();
         assert_eq!(machine.device, "gw");
         assert!(machine.values[6].is_some(), "memory");
+    }
+
+    #[tokio::test]
+    async fn what_a_full_journal_missed_is_told_at_the_stop() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = Options { segment_bytes: 8 << 10, max_bytes: 16 << 10, reserve_bytes: 64 };
+        let open = OpenJournal::open(directory.path().join("journal"), options).unwrap().0;
+        let mut reader = open.reader(Position(0)).unwrap();
+        let journal = open.run(Duration::from_millis(1)).unwrap();
+        let mut filler = journal.sender();
+        while !journal.is_full() {
+            // Until it is full there is room in its queue.
+            let _ = filler.try_append(&Entry::Forgotten { client: "x".repeat(200) });
+            tokio::task::yield_now().await;
+        }
+        let settings =
+            HostSettings { name: "h".into(), every: Span(Duration::from_secs(3_600)), stream: "host".parse().unwrap() };
+        let (state, token) = (Arc::new(SourceState::default()), CancellationToken::new());
+        let edge = "gw".parse().unwrap();
+        let source = tokio::spawn(run(settings, edge, journal.sender(), Arc::clone(&state), token.clone()));
+        while state.last_error.lock().is_none() {
+            tokio::task::yield_now().await;
+        }
+        token.cancel();
+        let mut entries = Vec::new();
+        while !source.is_finished() {
+            while let Some(record) = reader.next().unwrap() {
+                entries.push(Entry::read(Bytes::copy_from_slice(record.payload)).unwrap());
+            }
+            journal.free_before(reader.position());
+            tokio::task::yield_now().await;
+        }
+        while let Some(record) = reader.next().unwrap() {
+            entries.push(Entry::read(Bytes::copy_from_slice(record.payload)).unwrap());
+        }
+        let told = entries.iter().filter(|entry| matches!(entry, Entry::Missed { messages: 1, .. })).count();
+        assert_eq!(told, 1, "{:?}", entries.last());
     }
 }
