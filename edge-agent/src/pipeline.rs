@@ -196,9 +196,13 @@ impl Pipeline {
     }
 
     /// Whether all entries are applied again that some lane has already. Before that a cut would stand before what its
-    /// lane has.
+    /// lane has. Rows of a stream that moved wait until the cut stands behind its new lane: at the same position a restart
+    /// could not tell that they are there.
     pub fn may_cut(&self) -> bool {
-        self.outputs.iter().all(|output| output.skip_before <= self.position)
+        self.outputs.iter().all(|output| {
+            let moved = self.moved.get(&output.stream).filter(|_| output.rows() > 0);
+            output.skip_before <= self.position && moved.is_none_or(|moved| moved.shows_at(self.position))
+        })
     }
 
     /// Takes all pending rows; [`Pipeline::may_cut`] must hold.

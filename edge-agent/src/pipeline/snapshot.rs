@@ -55,6 +55,11 @@ impl Moved {
     fn has(self, now: Position) -> Position {
         Position(if now.0 == self.lane_at { self.has } else { self.has.max(now.0) })
     }
+
+    /// Whether a cut at this position is told from the lane as it stood.
+    pub(super) fn shows_at(self, cut: Position) -> bool {
+        self.lane_at <= self.has || cut.0 > self.lane_at
+    }
 }
 
 impl Pipeline {

@@ -282,6 +282,34 @@ fn a_crash_neither_loses_nor_repeats_a_row_or_a_window() {
     }
 }
 
+/// A crash between the lanes of a cut, a stream that moves back, and a cut where its lane stands already.
+#[test]
+fn a_stream_that_moved_is_not_cut_where_its_lane_stood() {
+    let (plain, other) = (settings(""), settings("[[lane]]\nname = \"other\"\nstreams = [\"quarantine\"]\n"));
+    let stands = |first: u64| {
+        [("first", first), ("other", 0), ("rest", 0)].map(|(name, at)| (name.to_owned(), Position(at))).into()
+    };
+    let restore = |settings: &Settings, bytes: &[u8], first: u64| {
+        Pipeline::restore(settings, &stands(first), Bytes::copy_from_slice(bytes)).unwrap()
+    };
+    let mut bytes = Pipeline::new(&plain, Position(0), &stands(0)).snapshot();
+    bytes = restore(&other, &bytes, 0).snapshot();
+    // A cut at 4 reached `first` with windows, and not `other` with what is in quarantine.
+    let mut pipeline = restore(&plain, &bytes, 4);
+    bytes = pipeline.snapshot();
+    let apply = |pipeline: &mut Pipeline, n| pipeline.apply(Position(n), Position(n + 1), &message("no JSON"));
+    for n in 0..4 {
+        apply(&mut pipeline, n);
+        assert!(!pipeline.may_cut(), "{n}");
+    }
+    apply(&mut pipeline, 4);
+    assert!(pipeline.may_cut());
+    assert_eq!(rows(&plain, &pipeline.cut().unwrap())["quarantine"].len(), 5);
+    let mut again = restore(&plain, &bytes, 5);
+    (0..5).for_each(|n| apply(&mut again, n));
+    assert!(again.may_cut() && again.pending_rows() == 0, "all five are there");
+}
+
 #[test]
 fn the_schema_of_a_window_stream_has_what_its_rows_have() {
     let settings = settings("");
