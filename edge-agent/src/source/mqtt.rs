@@ -3,8 +3,9 @@
 //! A PUBACK is sent when the message is in the journal on disk, in the order of arrival, on the connection that brought
 //! the message. A redelivery that the journal has is acknowledged and dropped ([`crate::redelivery`]). Each connection
 //! subscribes again, because a broker may keep a session and forget its subscriptions; after a new session only when the
-//! journal says that it is new. Topics that left the configuration are unsubscribed (`subscriptions.rs`). When the journal has no room this stops reading: the broker waits, and after a long while
-//! closes the connection, which is then made again.
+//! journal says that it is new. Topics that left the configuration are unsubscribed (`subscriptions.rs`). When the journal
+//! has no room this stops reading: the broker waits, and after a long while closes the connection, which is then made
+//! again.
 //!
 //! The state of a connection has one owner, [`Connection::run`]; it ends by its token or with the journal.
 
