@@ -8,7 +8,7 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{Certificate, Client, Response, StatusCode, redirect};
 use url::Url;
 use wire::request::{KIND_BATCH, KIND_SCHEMA, push_frame};
-use wire::{Acks, EdgeId, RefusedRequest, SealedBatch, SpoolId};
+use wire::{Acks, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId};
 
 use super::state::Failure;
 use crate::config::CloudSettings;
@@ -18,8 +18,15 @@ const ANSWER_BYTES_MAX: usize = 4 << 20;
 /// When a node that pushes back does not say for how long.
 const RETRY_AFTER_MS: u64 = 1_000;
 
-/// A request that ended without acks: what it means, and why, for people.
-pub type Failed = (Failure, String);
+/// A request that was not taken as a whole.
+#[derive(Debug)]
+pub struct Failed {
+    pub failure: Failure,
+    /// Why, for people.
+    pub text: String,
+    /// Of what the node took of it all the same.
+    pub acks: Option<Box<Acks>>,
+}
 
 /// Why there is no client.
 #[derive(Debug, thiserror::Error)]
@@ -101,7 +108,7 @@ pub fn body(schemas: &[&str], batches: &[SealedBatch]) -> Bytes {
 }
 
 async fn answer(response: Result<Response, reqwest::Error>) -> Result<Acks, Failed> {
-    let link = |text: String| (Failure::Link, text);
+    let link = |text: String| Failed { failure: Failure::Link, text, acks: None };
     let mut response = response.map_err(|error| link(causes(&error)))?;
     let status = response.status();
     let mut text = Vec::new();
@@ -114,7 +121,7 @@ async fn answer(response: Result<Response, reqwest::Error>) -> Result<Acks, Fail
     if status == StatusCode::OK {
         return serde_json::from_slice(&text).map_err(|error| link(format!("an answer that is none: {error}")));
     }
-    let Ok(refused) = serde_json::from_slice::<RefusedRequest>(&text) else {
+    let Ok(RefusedAnswer { refused, acks }) = serde_json::from_slice::<RefusedAnswer>(&text) else {
         return Err(link(format!("{status}: {}", String::from_utf8_lossy(&text[..text.len().min(200)]))));
     };
     let failure = match &refused {
@@ -126,7 +133,7 @@ async fn answer(response: Result<Response, reqwest::Error>) -> Result<Acks, Fail
         // Schemas are in every request: a node that does not know them is not well.
         _ => Failure::Link,
     };
-    Err((failure, refused.to_string()))
+    Err(Failed { failure, text: refused.to_string(), acks })
 }
 
 /// An error with what lies under it; reqwest's own text ends at "error sending request".

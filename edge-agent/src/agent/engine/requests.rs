@@ -15,7 +15,7 @@ use wire::{Acks, Refusal, Seq, SpoolId, StreamAck, StreamName};
 use super::{Answer, Engine, EngineError, RETRY, incident, remove_other_spools, spool_directory};
 use crate::entry::Entry;
 use crate::spool::SpoolError;
-use crate::uplink::http::body;
+use crate::uplink::http::{Failed, body};
 use crate::uplink::state::{Action, Failure};
 
 impl Engine {
@@ -80,55 +80,72 @@ impl Engine {
 
     pub(super) fn answered(&mut self, answer: Answer) -> Result<(), EngineError> {
         self.in_flight -= 1;
-        let stream = answer.stream.as_ref();
-        match answer.result {
+        let Answer { stream, epoch, result } = answer;
+        match result {
             Ok(acks) => {
                 self.last_error = None;
-                let ours = self.parts.spool.id();
-                for ack in acks.acks.iter().filter(|ack| ack.spool == ours) {
-                    self.known
-                        .entry(ack.stream.clone())
-                        .and_modify(|seq| *seq = ack.durable.seq.max(*seq))
-                        .or_insert(ack.durable.seq);
-                }
-                if let Some(ack) = acks.acks.iter().find(|ack| ack.spool == ours && self.is_foreign(ack)) {
-                    self.parts.uplink.acked(stream, answer.epoch, &Acks { acks: Vec::new(), ..acks.clone() });
-                    return self.fork(&ack.stream.clone());
-                }
-                for refusal in acks.refused.iter().filter(|refusal| refusal.spool == ours) {
-                    self.refused(refusal)?;
-                }
-                for (stream, mark) in self.parts.uplink.acked(stream, answer.epoch, &acks) {
-                    if mark.seq.0 > 0 {
-                        self.parts.spool.free(&stream, mark)?;
-                    }
-                }
+                self.acked(stream.as_ref(), epoch, &acks)
             }
-            Err((failure, text)) => {
-                if self.last_error.as_ref() != Some(&text) {
-                    tracing::warn!(error = %text, "the cloud did not take a request; it is tried again");
-                }
-                self.last_error = Some(text);
-                let mut failure = failure;
-                if let (Failure::Gap { expected }, Some(stream)) = (&failure, stream) {
-                    // What the node asks for is gone from here because a node said that it was committed.
-                    let freed = self.parts.spool.freed(stream).seq;
-                    if *expected <= freed {
-                        tracing::error!(%stream, %expected, %freed, "the cloud lost batches that it called committed");
-                        failure = Failure::Link;
+            Err(Failed { failure, text, acks }) => {
+                if let Some(acks) = acks {
+                    let spool = self.parts.spool.id();
+                    self.acked(stream.as_ref(), epoch, &acks)?;
+                    if self.parts.spool.id() != spool {
+                        return Ok(());
                     }
                 }
-                let now_ms = self.now_ms();
-                let jitter = rand::rng().random_range(0.0..=1.0);
-                self.parts.uplink.failed(stream, answer.epoch, &failure, now_ms, jitter);
-                if failure == Failure::Forked
-                    && let Some(stream) = stream
-                {
-                    return self.fork(&stream.clone());
-                }
+                self.failed(stream.as_ref(), epoch, failure, text)
+            }
+        }
+    }
+
+    fn acked(&mut self, stream: Option<&StreamName>, epoch: u64, acks: &Acks) -> Result<(), EngineError> {
+        let ours = self.parts.spool.id();
+        for ack in acks.acks.iter().filter(|ack| ack.spool == ours) {
+            let known = self.known.entry(ack.stream.clone()).or_default();
+            *known = ack.durable.seq.max(*known);
+        }
+        if let Some(ack) = acks.acks.iter().find(|ack| ack.spool == ours && self.is_foreign(ack)) {
+            self.parts.uplink.acked(stream, epoch, &Acks { acks: Vec::new(), ..acks.clone() });
+            return self.fork(&ack.stream);
+        }
+        for refusal in acks.refused.iter().filter(|refusal| refusal.spool == ours) {
+            self.refused(refusal)?;
+        }
+        for (stream, mark) in self.parts.uplink.acked(stream, epoch, acks) {
+            if mark.seq.0 > 0 {
+                self.parts.spool.free(&stream, mark)?;
             }
         }
         Ok(())
+    }
+
+    fn failed(
+        &mut self,
+        stream: Option<&StreamName>,
+        epoch: u64,
+        mut failure: Failure,
+        text: String,
+    ) -> Result<(), EngineError> {
+        if self.last_error.as_ref() != Some(&text) {
+            tracing::warn!(error = %text, "the cloud did not take a request; it is tried again");
+        }
+        self.last_error = Some(text);
+        if let (Failure::Gap { expected }, Some(stream)) = (&failure, stream) {
+            // What the node asks for is gone from here because a node said that it was committed.
+            let freed = self.parts.spool.freed(stream).seq;
+            if *expected <= freed {
+                tracing::error!(%stream, %expected, %freed, "the cloud lost batches that it called committed");
+                failure = Failure::Link;
+            }
+        }
+        let now_ms = self.now_ms();
+        let jitter = rand::rng().random_range(0.0..=1.0);
+        self.parts.uplink.failed(stream, epoch, &failure, now_ms, jitter);
+        match stream {
+            Some(stream) if failure == Failure::Forked => self.fork(stream),
+            _ => Ok(()),
+        }
     }
 
     /// The rows go to the journal, durable, before the batch becomes void: a crash in between repeats both.
