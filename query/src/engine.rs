@@ -1,8 +1,8 @@
 //! Plans a statement once, and runs it as often as it is asked, each time over fresh frozen tables.
 //!
 //! Read only: statements that would write, define or change something are refused when they are planned and again
-//! when they run. A time limit covers everything from execution to the last row; memory is one pool for all
-//! statements, which spill to disk when they can. Dropping a result stream cancels its statement.
+//! when they run. A time limit covers everything from parsing to the last row; memory is one pool for all statements,
+//! which spill to disk when they can. Dropping a result stream cancels its statement.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,7 +34,7 @@ pub const SQL_BYTES_MAX: usize = 1 << 20;
 pub struct EngineSettings {
     /// Memory of all running statements together, bytes.
     pub memory_bytes_max: usize,
-    /// From execution to the last row.
+    /// From parsing to the last row; what was prepared earlier has it anew at each execution.
     pub timeout: Duration,
     /// Rows of one JSON answer.
     pub json_rows_max: usize,
@@ -154,17 +154,38 @@ impl Engine {
         &self.settings
     }
 
-    /// Plans a statement.
+    /// When a statement that begins now must have given its last row.
+    pub fn deadline(&self) -> Instant {
+        Instant::now() + self.settings.timeout
+    }
+
+    /// Plans a statement, until the deadline.
     ///
     /// # Errors
-    /// When it does not parse, names what is not there, or would change something.
-    pub async fn prepare(&self, sql: &str) -> Result<Prepared, QueryError> {
+    /// When it does not parse, names what is not there, would change something, or takes too long.
+    pub async fn prepare(&self, sql: &str, deadline: Instant) -> Result<Prepared, QueryError> {
         if sql.len() > SQL_BYTES_MAX {
             return Err(QueryError::Invalid { message: format!("the statement has more than {SQL_BYTES_MAX} bytes") });
         }
-        let state = self.session().state();
-        let plan = state.create_logical_plan(sql).await.map_err(|error| self.explain(error))?;
-        self.plan(plan)
+        let (state, sql) = (self.session().state(), sql.to_owned());
+        let planned = self.aside(deadline, async move { state.create_logical_plan(&sql).await }).await?;
+        self.plan(planned.map_err(|error| self.explain(error))?)
+    }
+
+    /// Computes something where statements run, so that it holds up no door, and waits for it until the deadline.
+    /// What cannot pause then ends by itself, unheard.
+    ///
+    /// # Errors
+    /// When the deadline comes first.
+    pub async fn aside<T, F>(&self, deadline: Instant, work: F) -> Result<T, QueryError>
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + Send + 'static,
+    {
+        tokio::time::timeout_at(deadline, self.execution.compute(work))
+            .await
+            .map_err(|_| QueryError::Timeout { limit: self.settings.timeout })?
+            .map_err(|error| self.explain(error))
     }
 
     /// Takes a plan that was made elsewhere, if it only reads.
@@ -176,7 +197,7 @@ impl Engine {
         Ok(Prepared { plan })
     }
 
-    /// Runs a statement over tables frozen now. The time limit covers the whole stream.
+    /// Runs a statement over tables frozen now; the deadline holds for its last row, too.
     ///
     /// # Errors
     /// When it cannot start; errors later are items of the stream.
@@ -184,8 +205,8 @@ impl Engine {
         &self,
         prepared: &Prepared,
         parameters: Option<ParamValues>,
+        deadline: Instant,
     ) -> Result<SendableRecordBatchStream, QueryError> {
-        let deadline = Instant::now() + self.settings.timeout;
         let start = start(self.session().clone(), Arc::clone(&self.tables), prepared.plan.clone(), parameters);
         let rows = tokio::time::timeout_at(deadline, self.execution.run(Box::pin(start), deadline))
             .await
@@ -199,8 +220,9 @@ impl Engine {
     /// # Errors
     /// As [`Engine::prepare`] and [`Engine::execute`].
     pub async fn rows(&self, sql: &str) -> Result<Vec<RecordBatch>, QueryError> {
-        let prepared = self.prepare(sql).await?;
-        let mut stream = self.execute(&prepared, None).await?;
+        let deadline = self.deadline();
+        let prepared = self.prepare(sql, deadline).await?;
+        let mut stream = self.execute(&prepared, None, deadline).await?;
         let mut rows = Vec::new();
         while let Some(batch) = stream.next().await {
             rows.push(batch.map_err(|error| self.explain(error))?);

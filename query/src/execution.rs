@@ -45,6 +45,21 @@ impl Execution {
         Ok(Self(Arc::new(Owned(Some(runtime)))))
     }
 
+    fn runtime(&self) -> &Runtime {
+        self.0.0.as_ref().expect("the runtime is there until its last owner goes")
+    }
+
+    /// Computes something here: plans a statement. Who drops the future no longer waits for it.
+    pub(crate) async fn compute<T, F>(&self, work: F) -> Result<T, DataFusionError>
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + Send + 'static,
+    {
+        let task = self.runtime().spawn(work);
+        let _task = AbortOnDrop(task.abort_handle());
+        task.await.map_err(|_| lost())
+    }
+
     /// Runs a statement, from its start to its last row, and not longer than to the deadline, also when nobody reads:
     /// the rows then end, and the caller knows by the clock that they are not all. Returns when it has started.
     pub(crate) async fn run<F>(&self, start: F, deadline: Instant) -> Result<SendableRecordBatchStream, DataFusionError>
@@ -53,8 +68,7 @@ impl Execution {
     {
         let (started, start_of) = oneshot::channel();
         let (sender, rows) = mpsc::channel(BATCHES_AHEAD);
-        let runtime = self.0.0.as_ref().expect("the runtime is there until its last owner goes");
-        let task = runtime.spawn(async move {
+        let task = self.runtime().spawn(async move {
             let mut stream = match start.await {
                 Ok(stream) => stream,
                 Err(error) => {
@@ -77,10 +91,13 @@ impl Execution {
             let _ = tokio::time::timeout_at(deadline, forward).await;
         });
         let task = AbortOnDrop(task.abort_handle());
-        let lost = || DataFusionError::Execution("the statement ended without an answer".to_owned());
         let schema = start_of.await.map_err(|_| lost())??;
         Ok(Box::pin(Rows { schema, rows, _task: task, _execution: self.clone() }))
     }
+}
+
+fn lost() -> DataFusionError {
+    DataFusionError::Execution("the statement ended without an answer".to_owned())
 }
 
 struct AbortOnDrop(AbortHandle);

@@ -1,5 +1,5 @@
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::Int64Type;
@@ -33,6 +33,8 @@ pub(crate) struct Traffic {
     /// Batches that arrive between two questions.
     step: AtomicUsize,
     stale: AtomicUsize,
+    /// How long the catalogue holds up who asks it, ms.
+    hold_ms: AtomicU64,
 }
 
 impl Drop for Traffic {
@@ -94,7 +96,7 @@ impl Traffic {
             versions.push(cold(&table));
         }
         let (arrived, step) = (AtomicUsize::new(arrived), AtomicUsize::new(step));
-        Arc::new(Self { dir, versions, batches, arrived, step, stale: AtomicUsize::new(0) })
+        Arc::new(Self { dir, versions, batches, arrived, step, stale: AtomicUsize::new(0), hold_ms: AtomicU64::new(0) })
     }
 
     /// How many batches are there now; then the state moves on.
@@ -135,6 +137,7 @@ impl Tables for Handle {
     }
 
     fn cold(&self, stream: &StreamName) -> Option<ColdTable> {
+        std::thread::sleep(Duration::from_millis(self.0.hold_ms.load(Ordering::SeqCst)));
         (stream.as_str() == "traffic").then(|| self.0.versions[self.0.now() / BATCHES_PER_COMMIT].clone())
     }
 
@@ -195,9 +198,9 @@ async fn a_snapshot_that_was_overtaken_is_loaded_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_prepared_statement_sees_fresh_rows_each_time() {
     let (engine, traffic) = engine(1, 0, MINUTE).await;
-    let prepared = engine.prepare("SELECT count(*) FROM traffic").await.unwrap();
+    let prepared = engine.prepare("SELECT count(*) FROM traffic", engine.deadline()).await.unwrap();
     for arrived in 1..10 {
-        let mut rows = engine.execute(&prepared, None).await.unwrap();
+        let mut rows = engine.execute(&prepared, None, engine.deadline()).await.unwrap();
         let count = rows.next().await.unwrap().unwrap().column(0).as_primitive::<Int64Type>().value(0);
         assert_eq!(count, (arrived * ROWS) as i64);
         traffic.arrive(1);
@@ -277,12 +280,33 @@ async fn a_heavy_statement_ends_in_time_and_holds_up_nobody() {
     assert!(ticks.load(Ordering::Relaxed) > 20, "{ticks:?} ticks in {took:?}");
 }
 
+#[tokio::test]
+async fn a_statement_that_is_hard_to_plan_ends_in_time() {
+    let (engine, traffic) = engine(1, 0, Duration::from_millis(300)).await;
+    traffic.hold_ms.store(3_000, Ordering::SeqCst);
+    let started = Instant::now();
+    let error = engine.rows("SELECT count(*) FROM traffic").await.unwrap_err();
+    let took = started.elapsed();
+    assert!(matches!(error, QueryError::Timeout { .. }), "{error}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_planning_took_is_missing_when_the_rows_are_computed() {
+    let (engine, _) = engine(1, 0, MINUTE).await;
+    let deadline = Instant::now() + Duration::from_millis(300);
+    let prepared = engine.prepare(HEAVY, deadline).await.unwrap();
+    tokio::time::sleep_until(deadline).await;
+    let error = engine.execute(&prepared, None, deadline).await.err().unwrap();
+    assert!(matches!(error, QueryError::Timeout { .. }), "{error}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn a_dropped_result_ends_its_statement() {
     let (engine, _) = engine(4, 0, MINUTE).await;
     for _ in 0..8 {
-        let prepared = engine.prepare(HEAVY).await.unwrap();
-        let stream = engine.execute(&prepared, None).await.unwrap();
+        let prepared = engine.prepare(HEAVY, engine.deadline()).await.unwrap();
+        let stream = engine.execute(&prepared, None, engine.deadline()).await.unwrap();
         drop(stream);
     }
     // Eight that ran on would hold all threads for minutes.
@@ -294,8 +318,9 @@ async fn a_dropped_result_ends_its_statement() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_stops_reading_gets_no_more_time_and_no_silent_end() {
     let (engine, _) = engine(4, 0, Duration::from_millis(400)).await;
-    let prepared = engine.prepare("SELECT v FROM generate_series(1, 100000000) AS a(v)").await.unwrap();
-    let mut stream = engine.execute(&prepared, None).await.unwrap();
+    let prepared =
+        engine.prepare("SELECT v FROM generate_series(1, 100000000) AS a(v)", engine.deadline()).await.unwrap();
+    let mut stream = engine.execute(&prepared, None, engine.deadline()).await.unwrap();
     assert!(stream.next().await.unwrap().is_ok());
     let started = Instant::now();
     let mut last = None;

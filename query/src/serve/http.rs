@@ -166,8 +166,9 @@ impl Format {
 }
 
 async fn answer(engine: &Arc<Engine>, statement: &str, format: Format) -> Result<Response, QueryError> {
-    let prepared = engine.prepare(statement).await?;
-    let mut rows = engine.execute(&prepared, None).await?;
+    let deadline = engine.deadline();
+    let prepared = engine.prepare(statement, deadline).await?;
+    let mut rows = engine.execute(&prepared, None, deadline).await?;
     let schema = rows.schema();
     let body = if format == Format::Json {
         Body::from(json_array(engine, rows).await?)

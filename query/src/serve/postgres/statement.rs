@@ -30,6 +30,7 @@ use pgwire::api::store::PortalStore;
 use pgwire::api::{ClientInfo, ClientPortalStore, ConnectionHandle, Type};
 use pgwire::error::{PgWireError, PgWireResult};
 use pgwire::messages::PgWireBackendMessage;
+use tokio::time::Instant;
 
 use super::{refusal, sql_error};
 use crate::catalog::{CATALOG, SCHEMA};
@@ -77,14 +78,16 @@ impl Statements {
         Ok(Self { engine, planner, parser: Arc::new(PostgresCompatibilityParser::new()) })
     }
 
-    fn parse(&self, sql: &str) -> PgWireResult<Vec<Statement>> {
+    async fn parse(&self, sql: &str, deadline: Instant) -> PgWireResult<Vec<Statement>> {
         if sql.len() > SQL_BYTES_MAX {
             return Err(refusal("ERROR", "54000", format!("the statement has more than {SQL_BYTES_MAX} bytes")));
         }
-        self.parser.parse(sql).map_err(|error| refusal("ERROR", "42601", error.to_string()))
+        let (parser, sql) = (Arc::clone(&self.parser), sql.to_owned());
+        let parsed = self.engine.aside(deadline, async move { parser.parse(&sql) }).await;
+        parsed.map_err(|error| sql_error(&error))?.map_err(|error| refusal("ERROR", "42601", error.to_string()))
     }
 
-    async fn understand(&self, statement: Statement) -> PgWireResult<Asked> {
+    async fn understand(&self, statement: Statement, deadline: Instant) -> PgWireResult<Asked> {
         Ok(match statement {
             Statement::StartTransaction { .. } => Asked::Begin,
             Statement::Commit { .. } => Asked::End("COMMIT"),
@@ -103,16 +106,24 @@ impl Statements {
             Statement::Copy { .. } => return Err(refusal("ERROR", "0A000", "COPY is not offered: ask with SELECT")),
             statement => {
                 let statement = Parsed::Statement(Box::new(statement));
-                let plan = self.planner.state().statement_to_plan(statement).await;
-                let plan = plan.map_err(|error| sql_error(&self.engine.explain(error)))?;
+                let state = self.planner.state();
+                let plan = self.engine.aside(deadline, async move { state.statement_to_plan(statement).await }).await;
+                let plan = plan.and_then(|plan| plan.map_err(|error| self.engine.explain(error)));
+                let plan = plan.map_err(|error| sql_error(&error))?;
                 Asked::Rows(self.engine.plan(plan).map_err(|error| sql_error(&error))?)
             }
         })
     }
 
-    async fn answer(&self, asked: &Asked, parameters: Option<ParamValues>, format: &Format) -> PgWireResult<Response> {
+    async fn answer(
+        &self,
+        asked: &Asked,
+        parameters: Option<ParamValues>,
+        format: &Format,
+        deadline: Instant,
+    ) -> PgWireResult<Response> {
         match asked {
-            Asked::Rows(prepared) => self.rows(prepared, parameters, format).await.map(Response::Query),
+            Asked::Rows(prepared) => self.rows(prepared, parameters, format, deadline).await.map(Response::Query),
             Asked::Done(tag) => Ok(Response::Execution(Tag::new(tag))),
             Asked::Begin => Ok(Response::TransactionStart(Tag::new("BEGIN"))),
             Asked::End(tag) => Ok(Response::TransactionEnd(Tag::new(tag))),
@@ -133,8 +144,9 @@ impl Statements {
         prepared: &Prepared,
         parameters: Option<ParamValues>,
         format: &Format,
+        deadline: Instant,
     ) -> PgWireResult<QueryResponse> {
-        let rows = self.engine.execute(prepared, parameters).await.map_err(|error| sql_error(&error))?;
+        let rows = self.engine.execute(prepared, parameters, deadline).await.map_err(|error| sql_error(&error))?;
         let fields = Arc::new(arrow_schema_to_pg_fields(&rows.schema(), format, None)?);
         let (engine, of_rows) = (Arc::clone(&self.engine), Arc::clone(&fields));
         let rows = rows.flat_map(move |batch| match batch {
@@ -212,9 +224,11 @@ impl SimpleQueryHandler for Statements {
         PgWireError: From<<C as Sink<PgWireBackendMessage>>::Error>,
     {
         let mut responses = Vec::new();
-        for statement in self.parse(query)? {
-            let asked = self.understand(statement).await?;
-            responses.push(self.answer(&asked, None, &Format::UnifiedText).await?);
+        for statement in self.parse(query, self.engine.deadline()).await? {
+            // Each statement has its time, as in PostgreSQL.
+            let deadline = self.engine.deadline();
+            let asked = self.understand(statement, deadline).await?;
+            responses.push(self.answer(&asked, None, &Format::UnifiedText, deadline).await?);
         }
         if responses.is_empty() {
             return Ok(vec![Response::EmptyQuery]);
@@ -257,7 +271,8 @@ impl ExtendedQueryHandler for Statements {
             }
             _ => None,
         };
-        let response = self.answer(asked, parameters, &portal.result_column_format).await?;
+        let deadline = self.engine.deadline();
+        let response = self.answer(asked, parameters, &portal.result_column_format, deadline).await?;
         let cancelled = cancelled(client).await;
         Ok(cancellable(response, cancelled.as_ref()))
     }
@@ -289,12 +304,13 @@ impl QueryParser for Parser {
     where
         C: ClientInfo + Unpin + Send + Sync,
     {
-        let mut statements = self.0.parse(sql)?;
+        let deadline = self.0.engine.deadline();
+        let mut statements = self.0.parse(sql, deadline).await?;
         if statements.len() > 1 {
             return Err(refusal("ERROR", "42601", "a prepared statement is one statement"));
         }
         match statements.pop() {
-            Some(statement) => self.0.understand(statement).await.map(Some),
+            Some(statement) => self.0.understand(statement, deadline).await.map(Some),
             None => Ok(None),
         }
     }
