@@ -18,10 +18,12 @@ use datafusion::logical_expr::LogicalPlan;
 use datafusion::physical_plan::execute_stream;
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::prelude::{SessionConfig, SessionContext};
+use datafusion::sql::sqlparser::dialect::{Dialect, GenericDialect};
 use futures::StreamExt;
 use futures::stream;
 use tokio::time::Instant;
 
+use crate::breadth;
 use crate::catalog::{CATALOG, PublicSchema, SCHEMA, Tables, WeirCatalog};
 use crate::execution::Execution;
 use crate::fused_table::pin;
@@ -91,7 +93,7 @@ fn humane(limit: Duration) -> String {
 /// A statement that is planned and not pinned: it may run many times.
 #[derive(Debug, Clone)]
 pub struct Prepared {
-    plan: LogicalPlan,
+    plan: Arc<LogicalPlan>,
 }
 
 impl Prepared {
@@ -159,17 +161,25 @@ impl Engine {
         Instant::now() + self.settings.timeout
     }
 
+    /// Whether a statement may be parsed in this dialect.
+    ///
+    /// # Errors
+    /// When it is too long.
+    pub fn measure(&self, dialect: &dyn Dialect, sql: &str) -> Result<(), QueryError> {
+        if sql.len() > SQL_BYTES_MAX {
+            return Err(QueryError::Invalid { message: format!("the statement has more than {SQL_BYTES_MAX} bytes") });
+        }
+        breadth::check(dialect, sql)
+    }
+
     /// Plans a statement, until the deadline.
     ///
     /// # Errors
     /// When it does not parse, names what is not there, would change something, or takes too long.
     pub async fn prepare(&self, sql: &str, deadline: Instant) -> Result<Prepared, QueryError> {
-        if sql.len() > SQL_BYTES_MAX {
-            return Err(QueryError::Invalid { message: format!("the statement has more than {SQL_BYTES_MAX} bytes") });
-        }
+        self.measure(&GenericDialect {}, sql)?;
         let (state, sql) = (self.session().state(), sql.to_owned());
-        let planned = self.aside(deadline, async move { state.create_logical_plan(&sql).await }).await?;
-        self.plan(planned.map_err(|error| self.explain(error))?)
+        self.plan(deadline, async move { state.create_logical_plan(&sql).await }).await
     }
 
     /// Computes something where statements run, so that it holds up no door, and waits for it until the deadline.
@@ -188,13 +198,20 @@ impl Engine {
             .map_err(|error| self.explain(error))
     }
 
-    /// Takes a plan that was made elsewhere, if it only reads.
+    /// Takes what this makes, if it only reads.
     ///
     /// # Errors
-    /// When it would change something.
-    pub fn plan(&self, plan: LogicalPlan) -> Result<Prepared, QueryError> {
-        read_only(&plan)?;
-        Ok(Prepared { plan })
+    /// When it cannot be made until the deadline, or would change something.
+    pub async fn plan<F>(&self, deadline: Instant, make: F) -> Result<Prepared, QueryError>
+    where
+        F: Future<Output = Result<LogicalPlan, DataFusionError>> + Send + 'static,
+    {
+        let planned = self.aside(deadline, async move {
+            let plan = make.await?;
+            read_only(&plan)?;
+            Ok(Prepared { plan: Arc::new(plan) })
+        });
+        planned.await?.map_err(|error| self.explain(error))
     }
 
     /// Runs a statement over tables frozen now; the deadline holds for its last row, too.
@@ -207,7 +224,7 @@ impl Engine {
         parameters: Option<ParamValues>,
         deadline: Instant,
     ) -> Result<SendableRecordBatchStream, QueryError> {
-        let start = start(self.session().clone(), Arc::clone(&self.tables), prepared.plan.clone(), parameters);
+        let start = start(self.session().clone(), Arc::clone(&self.tables), prepared.clone(), parameters);
         let rows = tokio::time::timeout_at(deadline, self.execution.run(Box::pin(start), deadline))
             .await
             .map_err(|_| QueryError::Timeout { limit: self.settings.timeout })?
@@ -258,6 +275,9 @@ impl Engine {
             DataFusionError::External(external) if external.is::<Overdue>() => {
                 QueryError::Timeout { limit: self.settings.timeout }
             }
+            DataFusionError::External(external) if external.is::<Changes>() => {
+                QueryError::ReadOnly { message: external.to_string() }
+            }
             DataFusionError::Execution(message) | DataFusionError::Configuration(message) => {
                 QueryError::Invalid { message: message.clone() }
             }
@@ -275,7 +295,6 @@ impl Engine {
                 let names: Vec<&str> = streams.iter().map(wire::StreamName::as_str).collect();
                 QueryError::UnknownTable { message: format!("no table `{name}`{place}"), hint: nearest(name, &names) }
             }
-            _ if message.contains("not supported: ") => QueryError::ReadOnly { message: message.to_owned() },
             _ => QueryError::Invalid { message: format!("{message}{place}") },
         }
     }
@@ -285,27 +304,30 @@ impl Engine {
 async fn start(
     session: SessionContext,
     tables: Arc<dyn Tables>,
-    mut plan: LogicalPlan,
+    prepared: Prepared,
     parameters: Option<ParamValues>,
 ) -> Result<SendableRecordBatchStream, DataFusionError> {
+    let mut plan = LogicalPlan::clone(&prepared.plan);
     if let Some(parameters) = parameters {
         plan = plan.with_param_values(parameters)?;
     }
-    // Checked again: a plan may have been prepared by another door.
-    options().verify_plan(&plan)?;
+    // Checked again: parameters made another plan of it.
+    read_only(&plan)?;
     let pinned = pin(plan, tables.as_ref()).await?;
     let state = session.state();
     let physical = state.create_physical_plan(&pinned).await?;
     execute_stream(physical, state.task_ctx())
 }
 
-fn options() -> SQLOptions {
-    SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false)
+fn read_only(plan: &LogicalPlan) -> Result<(), DataFusionError> {
+    let options = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
+    options.verify_plan(plan).map_err(|error| DataFusionError::External(Box::new(Changes(error.strip_backtrace()))))
 }
 
-fn read_only(plan: &LogicalPlan) -> Result<(), QueryError> {
-    options().verify_plan(plan).map_err(|error| QueryError::ReadOnly { message: error.strip_backtrace() })
-}
+/// A plan that would change something.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Changes(String);
 
 /// "did you mean" for a name, or the names there are.
 fn nearest(name: &str, names: &[&str]) -> Option<String> {

@@ -18,6 +18,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
 
+use crate::breadth::STACK_BYTES;
+
 /// Batches that are computed before somebody asks for them.
 const BATCHES_AHEAD: usize = 2;
 
@@ -40,8 +42,12 @@ impl Drop for Owned {
 impl Execution {
     /// A runtime with so many threads.
     pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
-        let runtime =
-            Builder::new_multi_thread().worker_threads(threads.max(1)).thread_name("statement").enable_all().build()?;
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(threads.max(1))
+            .thread_name("statement")
+            .thread_stack_size(STACK_BYTES)
+            .enable_all()
+            .build()?;
         Ok(Self(Arc::new(Owned(Some(runtime)))))
     }
 

@@ -4,6 +4,7 @@
 //! and pins its tables each time it runs; [`serve`] are the doors. Hot rows come through the contract in
 //! `wire::hot`, and cold ones from Delta snapshots that [`catalog::Tables`] hands out; nothing here writes.
 
+mod breadth;
 pub mod catalog;
 pub mod engine;
 mod execution;

@@ -333,3 +333,21 @@ async fn a_reader_that_stops_reading_gets_no_more_time_and_no_silent_end() {
     let error = engine.explain(last.unwrap().unwrap_err());
     assert!(matches!(error, QueryError::Timeout { .. }), "{error}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_chain_ends_no_process() {
+    let (engine, _) = engine(1, 0, MINUTE).await;
+    let chain = |terms: usize, term: &str| format!("SELECT 1 {}", term.repeat(terms));
+    // The longest that is planned. To be freed, too, on the small stack of this thread.
+    engine.prepare(&chain(4_990, "+ 1 "), engine.deadline()).await.unwrap();
+    engine.prepare(&chain(2_400, ":: int "), engine.deadline()).await.unwrap();
+    engine.prepare(&chain(1_600, "UNION ALL SELECT 1 "), engine.deadline()).await.unwrap();
+    for sql in
+        [chain(500_000, "+1"), chain(5_000, "+ 1"), chain(40_000, "UNION ALL SELECT 1 "), chain(9_000, ":: int ")]
+    {
+        let error = engine.prepare(&sql, engine.deadline()).await.unwrap_err();
+        assert!(error.to_string().contains("words and operators"), "{error}");
+    }
+    let long_list = format!("SELECT count(*) FROM traffic WHERE vehicle_count IN (0{})", ", 1".repeat(20_000));
+    assert_eq!(numbers(&engine, &long_list).await, [2]);
+}

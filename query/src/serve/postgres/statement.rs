@@ -16,6 +16,7 @@ use datafusion::common::ParamValues;
 use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement as Parsed;
 use datafusion::sql::sqlparser::ast::Statement;
+use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
 use datafusion_pg_catalog::pg_catalog::context::EmptyContextProvider;
 use datafusion_pg_catalog::pg_catalog::setup_pg_catalog;
 use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
@@ -34,7 +35,7 @@ use tokio::time::Instant;
 
 use super::{refusal, sql_error};
 use crate::catalog::{CATALOG, SCHEMA};
-use crate::engine::{Engine, Prepared, QueryError, SQL_BYTES_MAX};
+use crate::engine::{Engine, Prepared, QueryError};
 
 /// What a statement asks for.
 #[derive(Debug, Clone)]
@@ -79,9 +80,7 @@ impl Statements {
     }
 
     async fn parse(&self, sql: &str, deadline: Instant) -> PgWireResult<Vec<Statement>> {
-        if sql.len() > SQL_BYTES_MAX {
-            return Err(refusal("ERROR", "54000", format!("the statement has more than {SQL_BYTES_MAX} bytes")));
-        }
+        self.engine.measure(&PostgreSqlDialect {}, sql).map_err(|error| sql_error(&error))?;
         let (parser, sql) = (Arc::clone(&self.parser), sql.to_owned());
         let parsed = self.engine.aside(deadline, async move { parser.parse(&sql) }).await;
         parsed.map_err(|error| sql_error(&error))?.map_err(|error| refusal("ERROR", "42601", error.to_string()))
@@ -107,10 +106,8 @@ impl Statements {
             statement => {
                 let statement = Parsed::Statement(Box::new(statement));
                 let state = self.planner.state();
-                let plan = self.engine.aside(deadline, async move { state.statement_to_plan(statement).await }).await;
-                let plan = plan.and_then(|plan| plan.map_err(|error| self.engine.explain(error)));
-                let plan = plan.map_err(|error| sql_error(&error))?;
-                Asked::Rows(self.engine.plan(plan).map_err(|error| sql_error(&error))?)
+                let plan = self.engine.plan(deadline, async move { state.statement_to_plan(statement).await }).await;
+                Asked::Rows(plan.map_err(|error| sql_error(&error))?)
             }
         })
     }
