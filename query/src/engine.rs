@@ -262,7 +262,9 @@ impl Engine {
                     let names: Vec<&str> = valid_fields.iter().map(|column| column.name.as_str()).collect();
                     QueryError::UnknownColumn {
                         message: format!("no column `{}`{place}", field.name),
-                        hint: nearest(&field.name, &names),
+                        hint: nearest(&field.name, &names).or_else(|| {
+                            Some("there are no columns here: name a table after FROM, or put text into 'quotes'".into())
+                        }),
                     }
                 }
                 other => QueryError::Invalid { message: format!("{other}{place}") },
@@ -293,7 +295,11 @@ impl Engine {
                 let name = table.rsplit('.').next().unwrap_or(table);
                 let streams = self.tables.streams();
                 let names: Vec<&str> = streams.iter().map(wire::StreamName::as_str).collect();
-                QueryError::UnknownTable { message: format!("no table `{name}`{place}"), hint: nearest(name, &names) }
+                let none = || "there is no table yet: a table appears with its first batch".to_owned();
+                QueryError::UnknownTable {
+                    message: format!("no table `{name}`{place}"),
+                    hint: nearest(name, &names).or_else(|| Some(none())),
+                }
             }
             _ => QueryError::Invalid { message: format!("{message}{place}") },
         }
@@ -329,7 +335,7 @@ fn read_only(plan: &LogicalPlan) -> Result<(), DataFusionError> {
 #[error("{0}")]
 struct Changes(String);
 
-/// "did you mean" for a name, or the names there are.
+/// "did you mean" for a name, or the names there are, if any.
 fn nearest(name: &str, names: &[&str]) -> Option<String> {
     let best = names
         .iter()
@@ -338,7 +344,7 @@ fn nearest(name: &str, names: &[&str]) -> Option<String> {
     match best {
         Some((likeness, candidate)) if likeness > 0.7 => Some(format!("did you mean `{candidate}`?")),
         Some(_) => Some(format!("there are: {}", names.join(", "))),
-        None => Some("there is no table yet: a table appears with its first batch".to_owned()),
+        None => None,
     }
 }
 

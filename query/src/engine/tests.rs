@@ -239,8 +239,12 @@ async fn statements_that_change_something_are_refused() {
         "COPY traffic TO 'traffic.csv'",
         "SET datafusion.execution.batch_size = 1",
     ] {
-        assert!(engine.rows(sql).await.is_err(), "{sql}");
+        let error = engine.rows(sql).await.unwrap_err();
+        assert!(matches!(error, QueryError::ReadOnly { .. }), "{sql}: {error:?}");
     }
+    // What only sounds like it.
+    let error = engine.rows("SELECT \"DML not supported: \"()").await.unwrap_err();
+    assert!(matches!(error, QueryError::Invalid { .. }), "{error:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -252,6 +256,9 @@ async fn misspelt_names_get_a_hint() {
     let column = engine.rows("SELECT vehicle_cuont FROM traffic").await.unwrap_err();
     assert!(matches!(column, QueryError::UnknownColumn { .. }), "{column:?}");
     assert_eq!(column.hint(), Some("did you mean `vehicle_count`?"));
+    let nowhere = engine.rows("SELECT nope").await.unwrap_err();
+    assert!(matches!(nowhere, QueryError::UnknownColumn { .. }), "{nowhere:?}");
+    assert!(nowhere.hint().unwrap().contains("FROM"), "{nowhere:?}");
     assert!(matches!(engine.rows("SELEC 1").await.unwrap_err(), QueryError::Syntax { .. }));
 }
 

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::fmt::{self, Debug};
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow_pg::datatypes::df::deserialize_parameters;
 use arrow_pg::datatypes::{arrow_schema_to_pg_fields, encode_recordbatch, into_pg_type};
@@ -48,7 +49,7 @@ pub(super) enum Asked {
     End(&'static str),
     Setting {
         name: String,
-        value: &'static str,
+        value: String,
     },
 }
 
@@ -100,7 +101,7 @@ impl Statements {
             Statement::Deallocate { .. } => Asked::Done("DEALLOCATE"),
             Statement::ShowVariable { variable } => {
                 let words: Vec<String> = variable.iter().map(|word| word.value.to_lowercase()).collect();
-                setting(&words.join("_"))?
+                setting(&words.join("_"), self.engine.settings().timeout)?
             }
             Statement::Copy { .. } => return Err(refusal("ERROR", "0A000", "COPY is not offered: ask with SELECT")),
             statement => {
@@ -155,8 +156,9 @@ impl Statements {
 }
 
 /// What `SHOW` answers: the settings that drivers ask for.
-fn setting(name: &str) -> PgWireResult<Asked> {
+fn setting(name: &str, timeout: Duration) -> PgWireResult<Asked> {
     let value = match name {
+        "statement_timeout" => return Ok(Asked::Setting { name: name.to_owned(), value: span(timeout) }),
         "server_version" => "16.6",
         "server_encoding" | "client_encoding" => "UTF8",
         "search_path" => "public",
@@ -166,12 +168,20 @@ fn setting(name: &str) -> PgWireResult<Asked> {
         "standard_conforming_strings" | "integer_datetimes" | "transaction_read_only" => "on",
         "default_transaction_read_only" => "on",
         "transaction_isolation" | "transaction_isolation_level" | "default_transaction_isolation" => "read committed",
-        "statement_timeout" | "lock_timeout" => "0",
+        "lock_timeout" => "0",
         "max_identifier_length" => "63",
         "application_name" => "",
         _ => return Err(refusal("ERROR", "42704", format!("no setting `{name}`"))),
     };
-    Ok(Asked::Setting { name: name.to_owned(), value })
+    Ok(Asked::Setting { name: name.to_owned(), value: value.to_owned() })
+}
+
+/// A time as PostgreSQL writes it: in the largest unit that leaves a whole number.
+fn span(time: Duration) -> String {
+    let ms = time.as_millis();
+    let units = [(86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1_000, "s"), (1, "ms")];
+    let unit = units.into_iter().find(|(length, _)| ms > 0 && ms % length == 0);
+    unit.map_or_else(|| "0".to_owned(), |(length, name)| format!("{}{name}", ms / length))
 }
 
 fn setting_field(name: &str, format: FieldFormat) -> FieldInfo {
@@ -327,5 +337,21 @@ impl QueryParser for Parser {
             Asked::Setting { name, .. } => Ok(vec![setting_field(name, format.format_for(0))]),
             Asked::Done(_) | Asked::Begin | Asked::End(_) => Ok(Vec::new()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_written_as_postgresql_does() {
+        for (ms, expected) in [(0, "0"), (300_000, "5min"), (90_000, "90s"), (1_500, "1500ms"), (86_400_000, "1d")] {
+            assert_eq!(span(Duration::from_millis(ms)), expected);
+        }
+        let Asked::Setting { value, .. } = setting("statement_timeout", Duration::from_secs(300)).unwrap() else {
+            panic!("a setting");
+        };
+        assert_eq!(value, "5min");
     }
 }
