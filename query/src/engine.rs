@@ -11,13 +11,14 @@ use arrow_array::RecordBatch;
 use datafusion::catalog::CatalogProvider;
 use datafusion::common::{DataFusionError, ParamValues, SchemaError};
 use datafusion::execution::SendableRecordBatchStream;
-use datafusion::execution::context::SQLOptions;
+use datafusion::execution::context::{SQLOptions, SessionState};
 use datafusion::execution::memory_pool::FairSpillPool;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::physical_plan::execute_stream;
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::prelude::{SessionConfig, SessionContext};
+use datafusion::sql::parser::Statement;
 use datafusion::sql::sqlparser::dialect::{Dialect, GenericDialect};
 use futures::StreamExt;
 use futures::stream;
@@ -27,6 +28,7 @@ use crate::breadth;
 use crate::catalog::{CATALOG, PublicSchema, SCHEMA, Tables, WeirCatalog};
 use crate::execution::Execution;
 use crate::fused_table::pin;
+use crate::names;
 
 /// Longest statement in bytes.
 pub const SQL_BYTES_MAX: usize = 1 << 20;
@@ -179,7 +181,11 @@ impl Engine {
     pub async fn prepare(&self, sql: &str, deadline: Instant) -> Result<Prepared, QueryError> {
         self.measure(&GenericDialect {}, sql)?;
         let (state, sql) = (self.session().state(), sql.to_owned());
-        self.plan(deadline, async move { state.create_logical_plan(&sql).await }).await
+        let parse = move || {
+            let dialect = state.config().options().sql_parser.dialect;
+            state.sql_to_statement(&sql, &dialect).map(|statement| (state, statement))
+        };
+        self.plan(deadline, parse).await
     }
 
     /// Computes something where statements run, so that it holds up no door, and waits for it until the deadline.
@@ -198,16 +204,17 @@ impl Engine {
             .map_err(|error| self.explain(error))
     }
 
-    /// Takes what this makes, if it only reads.
+    /// Plans a statement that is parsed by this, in a session with the engine's tables.
     ///
     /// # Errors
-    /// When it cannot be made until the deadline, or would change something.
-    pub async fn plan<F>(&self, deadline: Instant, make: F) -> Result<Prepared, QueryError>
+    /// As [`Engine::prepare`].
+    pub async fn plan<F>(&self, deadline: Instant, parse: F) -> Result<Prepared, QueryError>
     where
-        F: Future<Output = Result<LogicalPlan, DataFusionError>> + Send + 'static,
+        F: FnOnce() -> Result<(SessionState, Statement), DataFusionError> + Send + 'static,
     {
         let planned = self.aside(deadline, async move {
-            let plan = make.await?;
+            let (state, statement) = parse()?;
+            let plan = names::plan(&state, statement).await?;
             read_only(&plan)?;
             Ok(Prepared { plan: Arc::new(plan) })
         });
@@ -373,4 +380,4 @@ fn limited(rows: SendableRecordBatchStream, deadline: Instant, limit: Duration) 
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

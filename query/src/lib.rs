@@ -9,6 +9,7 @@ pub mod catalog;
 pub mod engine;
 mod execution;
 pub mod fused_table;
+mod names;
 pub mod serve;
 
 pub use catalog::{ColdTable, Tables, TablesError};

@@ -358,3 +358,35 @@ async fn a_long_chain_ends_no_process() {
     let long_list = format!("SELECT count(*) FROM traffic WHERE vehicle_count IN (0{})", ", 1".repeat(20_000));
     assert_eq!(numbers(&engine, &long_list).await, [2]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn columns_of_one_name_are_told_apart() {
+    let (engine, _) = engine(1, 0, MINUTE).await;
+    let check = async |sql: &str, expected: &[&str]| {
+        let rows = engine.rows(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+        let names: Vec<String> = rows[0].schema().fields().iter().map(|field| field.name().clone()).collect();
+        assert_eq!(names, expected, "{sql}");
+    };
+    check("SELECT (SELECT count(*) FROM traffic), count(*) FROM traffic", &["count(*)", "count(*)_2"]).await;
+    check("SELECT count(*), count(*), 1 AS one, 2 AS one FROM traffic", &["count(*)", "count(*)_2", "one", "one_2"])
+        .await;
+    check("SELECT device, device FROM traffic ORDER BY device LIMIT 1", &["device", "device_2"]).await;
+    check("SELECT DISTINCT device, device FROM traffic ORDER BY device", &["device", "device_2"]).await;
+    check(
+        "SELECT device AS n, count(*), count(*) FROM traffic GROUP BY n ORDER BY n",
+        &["n", "count(*)", "count(*)_2"],
+    )
+    .await;
+    check("SELECT b.*, device FROM (SELECT device FROM traffic) b", &["device", "device_2"]).await;
+    check("SELECT device, b.* FROM (SELECT device FROM traffic) b", &["device_2", "device"]).await;
+    check(
+        "SELECT sum(vehicle_count) OVER (), sum(vehicle_count) OVER () FROM traffic LIMIT 1",
+        &[
+            "sum(traffic.vehicle_count) ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING",
+            "sum(traffic.vehicle_count) ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING_2",
+        ],
+    )
+    .await;
+    let counts = numbers(&engine, "SELECT (SELECT count(*) FROM traffic), count(*) FROM traffic").await;
+    assert_eq!(counts, [10, 10]);
+}

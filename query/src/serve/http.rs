@@ -23,6 +23,7 @@ use futures::{StreamExt, stream};
 use serde_json::json;
 
 use crate::engine::{Engine, QueryError, SQL_BYTES_MAX};
+use crate::names;
 use crate::serve::Readers;
 
 /// JSON quoting can make a statement longer than it is.
@@ -168,7 +169,7 @@ impl Format {
 async fn answer(engine: &Arc<Engine>, statement: &str, format: Format) -> Result<Response, QueryError> {
     let deadline = engine.deadline();
     let prepared = engine.prepare(statement, deadline).await?;
-    let mut rows = engine.execute(&prepared, None, deadline).await?;
+    let mut rows = names::unique(engine.execute(&prepared, None, deadline).await?);
     let schema = rows.schema();
     let body = if format == Format::Json {
         Body::from(json_array(engine, rows).await?)
@@ -299,5 +300,21 @@ mod tests {
             assert_eq!(base64(text).unwrap(), plain.as_bytes());
         }
         assert!(base64("Z*").is_none());
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn every_column_of_an_object_has_a_name_of_its_own() {
+        let (engine, _) = crate::engine::tests::engine(1, 0, std::time::Duration::from_secs(60)).await;
+        for (sql, expected) in [
+            ("SELECT (SELECT count(*) FROM traffic), count(*) FROM traffic", json!({"count(*)": 10, "count(*)_2": 10})),
+            ("SELECT a.v, b.v FROM (SELECT 1 AS v) a, (SELECT 2 AS v) b", json!({"v": 1, "v_2": 2})),
+        ] {
+            for format in [Format::Json, Format::NdJson] {
+                let response = answer(&engine, sql, format).await.unwrap();
+                let body = axum::body::to_bytes(response.into_body(), usize::MAX).await.unwrap();
+                let rows: serde_json::Value = serde_json::from_slice(&body).unwrap();
+                assert_eq!(if rows.is_array() { &rows[0] } else { &rows }, &expected, "{sql}");
+            }
+        }
     }
 }

@@ -124,3 +124,6 @@ fn sql_error(error: &QueryError) -> PgWireError {
     info.hint = error.hint().map(str::to_owned);
     PgWireError::UserError(Box::new(info))
 }
+
+#[cfg(test)]
+mod tests;

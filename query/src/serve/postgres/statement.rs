@@ -107,7 +107,7 @@ impl Statements {
             statement => {
                 let statement = Parsed::Statement(Box::new(statement));
                 let state = self.planner.state();
-                let plan = self.engine.plan(deadline, async move { state.statement_to_plan(statement).await }).await;
+                let plan = self.engine.plan(deadline, move || Ok((state, statement))).await;
                 Asked::Rows(plan.map_err(|error| sql_error(&error))?)
             }
         })

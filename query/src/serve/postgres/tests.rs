@@ -1,0 +1,157 @@
+//! The door as a client meets it on the wire, with the protocol written out: no client library is at hand.
+
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use super::*;
+use crate::engine::tests::engine;
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+struct Client {
+    socket: TcpStream,
+    out: Vec<u8>,
+}
+
+/// What came until the door was ready again.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Answer {
+    columns: Vec<String>,
+    rows: Vec<Vec<Option<String>>>,
+    error: Option<String>,
+}
+
+impl Client {
+    async fn connect(engine: Arc<Engine>) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(serve(listener, engine, Readers::default(), CancellationToken::new()));
+        let mut client = Self { socket: TcpStream::connect(address).await.unwrap(), out: Vec::new() };
+        let startup = b"\0\x03\0\0user\0reader\0database\0weir\0\0";
+        client.out.extend((startup.len() as u32 + 4).to_be_bytes());
+        client.out.extend(startup);
+        client.answer().await;
+        client
+    }
+
+    /// Puts a message into what is sent next.
+    fn push(&mut self, kind: u8, body: &[u8]) -> &mut Self {
+        self.out.push(kind);
+        self.out.extend((body.len() as u32 + 4).to_be_bytes());
+        self.out.extend(body);
+        self
+    }
+
+    /// Simple query.
+    async fn ask(&mut self, sql: &str) -> Answer {
+        self.push(b'Q', format!("{sql}\0").as_bytes()).answer().await
+    }
+
+    /// Parse, without a round.
+    fn prepare(&mut self, name: &str, sql: &str) -> &mut Self {
+        self.push(b'P', format!("{name}\0{sql}\0\0\0").as_bytes())
+    }
+
+    /// Bind with these texts as parameters, Execute, Sync.
+    async fn execute(&mut self, name: &str, parameters: &[&str]) -> Answer {
+        let mut body = format!("\0{name}\0\0\0").into_bytes();
+        body.extend((parameters.len() as u16).to_be_bytes());
+        for parameter in parameters {
+            body.extend((parameter.len() as u32).to_be_bytes());
+            body.extend(parameter.as_bytes());
+        }
+        body.extend(b"\0\0");
+        self.push(b'B', &body).push(b'E', b"\0\0\0\0\0").push(b'S', b"").answer().await
+    }
+
+    /// Sends what was pushed, and reads until ReadyForQuery.
+    async fn answer(&mut self) -> Answer {
+        self.socket.write_all(&std::mem::take(&mut self.out)).await.unwrap();
+        let mut answer = Answer::default();
+        loop {
+            let kind = self.socket.read_u8().await.unwrap();
+            let mut body = vec![0; self.socket.read_u32().await.unwrap() as usize - 4];
+            self.socket.read_exact(&mut body).await.unwrap();
+            match kind {
+                b'T' => answer.columns = columns(&body),
+                b'D' => answer.rows.push(row(&body)),
+                b'E' => answer.error = Some(String::from_utf8_lossy(&body).replace('\0', " ")),
+                b'Z' => return answer,
+                _ => {}
+            }
+        }
+    }
+}
+
+fn integer(answer: &Answer) -> i64 {
+    let [row] = &answer.rows[..] else { panic!("{answer:?}") };
+    row[0].as_ref().unwrap_or_else(|| panic!("{answer:?}")).parse().unwrap()
+}
+
+fn columns(mut body: &[u8]) -> Vec<String> {
+    let count = u16::from_be_bytes([body[0], body[1]]);
+    body = &body[2..];
+    (0..count)
+        .map(|_| {
+            let end = body.iter().position(|byte| *byte == 0).unwrap();
+            let name = String::from_utf8(body[..end].to_vec()).unwrap();
+            // Table, column, type, size, modifier, format.
+            body = &body[end + 1 + 18..];
+            name
+        })
+        .collect()
+}
+
+fn row(mut body: &[u8]) -> Vec<Option<String>> {
+    let mut take = |count: usize| {
+        let (taken, rest) = body.split_at(count);
+        body = rest;
+        taken
+    };
+    let count = u16::from_be_bytes(take(2).try_into().unwrap());
+    (0..count)
+        .map(|_| {
+            let length = i32::from_be_bytes(take(4).try_into().unwrap());
+            usize::try_from(length).ok().map(|length| String::from_utf8(take(length).to_vec()).unwrap())
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_prepared_once_sees_fresh_rows_a_thousand_times() {
+    let (engine, traffic) = engine(1, 0, MINUTE).await;
+    let mut client = Client::connect(engine).await;
+    client.prepare("count", "SELECT count(*) FROM traffic WHERE vehicle_count >= $1");
+    let mut arrived = 1;
+    for execution in 0..1_000 {
+        if execution % 60 == 59 {
+            traffic.arrive(1);
+            arrived += 1;
+        }
+        let answer = client.execute("count", &["5"]).await;
+        assert_eq!(integer(&answer), arrived * 10 - 5, "execution {execution}: {answer:?}");
+    }
+    assert_eq!(arrived, 17);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn columns_of_one_name_are_told_apart() {
+    let (engine, _) = engine(1, 0, MINUTE).await;
+    let mut client = Client::connect(engine).await;
+    let sql = "SELECT (SELECT count(*) FROM traffic), count(*) FROM traffic";
+    let answer = client.ask(sql).await;
+    assert_eq!(answer.columns, ["count(*)", "count(*)_2"], "{answer:?}");
+    assert_eq!(answer.rows, [[Some("10".to_owned()), Some("10".to_owned())]]);
+    let prepared = client.prepare("", sql).execute("", &[]).await;
+    assert_eq!(prepared.rows, answer.rows, "{prepared:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_time_limit_is_shown() {
+    let (engine, _) = engine(1, 0, MINUTE).await;
+    let answer = Client::connect(engine).await.ask("SHOW statement_timeout").await;
+    assert_eq!(answer.rows, [[Some("1min".to_owned())]], "{answer:?}");
+}
