@@ -153,6 +153,11 @@ impl Engine {
         &self.session.0
     }
 
+    /// The tables that statements may name.
+    pub(crate) fn tables(&self) -> &Arc<dyn Tables> {
+        &self.tables
+    }
+
     /// The limits.
     pub fn settings(&self) -> &EngineSettings {
         &self.settings

@@ -6,6 +6,7 @@
 //! Transaction and session statements (BEGIN, SET, DISCARD) are answered and change nothing.
 //! A cancel request ends a running statement, in the middle of its rows too.
 
+mod dialect;
 mod startup;
 mod statement;
 

@@ -20,7 +20,6 @@ use datafusion::sql::sqlparser::ast::Statement;
 use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
 use datafusion_pg_catalog::pg_catalog::context::EmptyContextProvider;
 use datafusion_pg_catalog::pg_catalog::setup_pg_catalog;
-use datafusion_pg_catalog::sql::PostgresCompatibilityParser;
 use futures::channel::oneshot;
 use futures::future::Shared;
 use futures::{FutureExt, Sink, StreamExt, future, stream};
@@ -34,6 +33,7 @@ use pgwire::error::{PgWireError, PgWireResult};
 use pgwire::messages::PgWireBackendMessage;
 use tokio::time::Instant;
 
+use super::dialect::Dialect;
 use super::{refusal, sql_error};
 use crate::catalog::{CATALOG, SCHEMA};
 use crate::engine::{Engine, Prepared, QueryError};
@@ -58,7 +58,7 @@ pub(super) enum Asked {
 pub(super) struct Statements {
     engine: Arc<Engine>,
     planner: SessionContext,
-    parser: Arc<PostgresCompatibilityParser>,
+    dialect: Arc<Dialect>,
 }
 
 impl Debug for Statements {
@@ -77,13 +77,14 @@ impl Statements {
         }
         planner.register_catalog(CATALOG, Arc::new(catalog));
         setup_pg_catalog(&planner, CATALOG, EmptyContextProvider).map_err(|error| engine.explain(*error))?;
-        Ok(Self { engine, planner, parser: Arc::new(PostgresCompatibilityParser::new()) })
+        let dialect = Arc::new(Dialect::new(Arc::clone(engine.tables())));
+        Ok(Self { engine, planner, dialect })
     }
 
     async fn parse(&self, sql: &str, deadline: Instant) -> PgWireResult<Vec<Statement>> {
         self.engine.measure(&PostgreSqlDialect {}, sql).map_err(|error| sql_error(&error))?;
-        let (parser, sql) = (Arc::clone(&self.parser), sql.to_owned());
-        let parsed = self.engine.aside(deadline, async move { parser.parse(&sql) }).await;
+        let (dialect, sql) = (Arc::clone(&self.dialect), sql.to_owned());
+        let parsed = self.engine.aside(deadline, async move { dialect.parse(&sql) }).await;
         parsed.map_err(|error| sql_error(&error))?.map_err(|error| refusal("ERROR", "42601", error.to_string()))
     }
 

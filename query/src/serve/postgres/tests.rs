@@ -84,6 +84,11 @@ impl Client {
             }
         }
     }
+
+    /// The one integer of an answer.
+    async fn integer(&mut self, sql: &str) -> i64 {
+        integer(&self.ask(sql).await)
+    }
 }
 
 fn integer(answer: &Answer) -> i64 {
@@ -147,6 +152,27 @@ async fn columns_of_one_name_are_told_apart() {
     assert_eq!(answer.rows, [[Some("10".to_owned()), Some("10".to_owned())]]);
     let prepared = client.prepare("", sql).execute("", &[]).await;
     assert_eq!(prepared.rows, answer.rows, "{prepared:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subquery_is_answered_as_it_stands() {
+    let (engine, _) = engine(1, 0, MINUTE).await;
+    let mut client = Client::connect(engine).await;
+    assert_eq!(client.integer("SELECT (SELECT max(traffic.vehicle_count) FROM traffic)").await, 9);
+    assert_eq!(client.integer("SELECT (SELECT max(public.traffic.vehicle_count) FROM public.traffic) AS n").await, 9);
+    assert_eq!(client.integer("SELECT (SELECT max(a.v) FROM generate_series(1, 3) AS a(v))").await, 3);
+    let correlated = "SELECT (SELECT max(b.vehicle_count) FROM traffic b WHERE b.device = a.device) AS n \
+                      FROM traffic a WHERE a.vehicle_count = 0";
+    assert_eq!(client.integer(correlated).await, 8);
+    let many = client.ask("SELECT (SELECT vehicle_count FROM traffic) AS n").await;
+    assert!(many.error.is_some(), "{many:?}");
+    let parameter = client.prepare("", "SELECT (SELECT max(vehicle_count) FROM traffic WHERE device = $1)");
+    assert_eq!(integer(&parameter.execute("", &["d0"]).await), 8);
+    // The catalogue's questions are still answered as psql asks them.
+    let tables = "SELECT c.relname, (SELECT d.description FROM pg_catalog.pg_description d WHERE d.objoid = c.oid) \
+                  FROM pg_catalog.pg_class c WHERE c.relname = 'traffic'";
+    let answer = client.ask(tables).await;
+    assert_eq!(answer.rows, [[Some("traffic".to_owned()), None]], "{answer:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
