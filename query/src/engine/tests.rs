@@ -6,6 +6,8 @@ use arrow_array::types::Int64Type;
 use arrow_array::{ArrayRef, Date32Array, Int64Array, StringArray, TimestampMicrosecondArray, new_null_array};
 use arrow_schema::SchemaRef;
 use async_trait::async_trait;
+use datafusion::datasource::physical_plan::FileScanConfig;
+use datafusion::datasource::source::DataSourceExec;
 use deltalake_core::kernel::{DataType as DeltaType, PrimitiveType};
 use deltalake_core::operations::create::CreateBuilder;
 use wire::hot::{HotAnswer, HotError, HotRows, HotRun, HotSource};
@@ -52,13 +54,19 @@ fn batch(schema: &SchemaRef, index: usize) -> RecordBatch {
         .iter()
         .map(|field| match field.name().as_str() {
             "ts" => Arc::new(TimestampMicrosecondArray::from_iter_values(ts.clone()).with_timezone("UTC")) as ArrayRef,
-            "device" => Arc::new(StringArray::from_iter_values((0..ROWS).map(|row| format!("d{}", row % 2)))),
+            "device" => Arc::new(StringArray::from_iter_values((0..ROWS).map(|row| device(index, row)))),
             "vehicle_count" => Arc::new(Int64Array::from_iter_values((0..ROWS).map(|row| (index * ROWS + row) as i64))),
             "_date" => Arc::new(Date32Array::from_value(day as i32, ROWS)),
             _ => new_null_array(field.data_type(), ROWS),
         })
         .collect();
     RecordBatch::try_new(Arc::clone(schema), columns).unwrap()
+}
+
+/// Two devices, and in the last commit two others.
+fn device(index: usize, row: usize) -> String {
+    let kind = if index < BATCHES - BATCHES_PER_COMMIT { 'd' } else { 'e' };
+    format!("{kind}{}", row % 2)
 }
 
 fn delta_type(kind: &arrow_schema::DataType) -> DeltaType {
@@ -227,6 +235,39 @@ async fn filters_and_columns_hold_on_both_halves() {
     let names: Vec<String> = rows[0].schema().fields().iter().map(|field| field.name().clone()).collect();
     assert_eq!(names[..4], ["ts", "device", "vehicle_count", "quality"]);
     assert_eq!(names.last().unwrap(), "_date");
+}
+
+/// Delta files that the plan of a statement reads.
+async fn files(engine: &Engine, sql: &str) -> usize {
+    let prepared = engine.prepare(sql, engine.deadline()).await.unwrap();
+    let pinned = pin(LogicalPlan::clone(prepared.plan()), engine.tables().as_ref()).await.unwrap();
+    let mut plans = vec![engine.session().state().create_physical_plan(&pinned).await.unwrap()];
+    let mut files = 0;
+    while let Some(plan) = plans.pop() {
+        let scan = plan.downcast_ref::<DataSourceExec>().and_then(|scan| scan.data_source().downcast_ref());
+        files += scan.map_or(0, |scan: &FileScanConfig| scan.file_groups.iter().map(|group| group.len()).sum());
+        plans.extend(plan.children().into_iter().cloned());
+    }
+    files
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_filter_leaves_out_files() {
+    // All is cold: one file for each of twenty days, 2022-01-08 to 2022-01-27.
+    let (engine, _) = engine(BATCHES, 0, MINUTE).await;
+    for (filter, expected) in [
+        ("true", 20),
+        ("_date = DATE '2022-01-10'", 1),
+        ("_date >= DATE '2022-01-25'", 3),
+        ("ts >= '2022-01-25T00:00:00Z'", 3),
+        ("ts >= '2022-01-24T00:09:30Z'", 3),
+        ("ts BETWEEN '2022-01-09T00:00:00Z' AND '2022-01-09T23:00:00Z'", 1),
+        ("device = 'e1'", 4),
+        ("device = 'e1' AND ts < '2022-01-25T00:00:00Z'", 1),
+    ] {
+        let sql = format!("SELECT max(vehicle_count) FROM traffic WHERE {filter}");
+        assert_eq!(files(&engine, &sql).await, expected, "{sql}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
