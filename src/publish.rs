@@ -75,7 +75,9 @@ impl Publisher {
     /// Sends one message; waits while too many are without an answer.
     pub(crate) async fn publish(&mut self, topic: String, payload: Vec<u8>) -> anyhow::Result<()> {
         self.wait_for(self.sent.saturating_sub(UNACKNOWLEDGED_MAX)).await?;
-        self.client.publish(topic, QoS::AtLeastOnce, false, payload).await.context("queue a message")?;
+        if self.client.publish(topic, QoS::AtLeastOnce, false, payload).await.is_err() {
+            return Err(self.ended().await);
+        }
         self.sent += 1;
         Ok(())
     }
@@ -93,9 +95,17 @@ impl Publisher {
             return Ok(());
         }
         if self.acknowledged.wait_for(|count| *count >= acknowledged).await.is_err() {
-            let reason = (&mut self.connection).await?;
-            return Err(reason.err().unwrap_or_else(|| anyhow!("the connection to the broker is closed")));
+            return Err(self.ended().await);
         }
         Ok(())
+    }
+
+    /// Why the connection is no more.
+    async fn ended(&mut self) -> anyhow::Error {
+        match (&mut self.connection).await {
+            Ok(Err(reason)) => reason,
+            Ok(Ok(())) => anyhow!("the connection to the broker is closed"),
+            Err(panicked) => panicked.into(),
+        }
     }
 }

@@ -7,6 +7,7 @@ use std::io::{Cursor, Write};
 use anyhow::{Context, bail};
 use arrow::ipc::reader::StreamReader;
 use arrow::util::pretty::pretty_format_batches;
+use serde_json::{Map, Value};
 
 /// Arguments of `weir sql`.
 #[derive(Debug, clap::Args)]
@@ -72,7 +73,7 @@ pub(crate) async fn sql(arguments: SqlArguments) -> anyhow::Result<()> {
 
 /// The server's own words, with its hint on a line of its own.
 fn refusal(body: &[u8]) -> String {
-    match serde_json::from_slice::<serde_json::Value>(body) {
+    match serde_json::from_slice::<Value>(body) {
         Ok(json) => {
             let error = json["error"].as_str().unwrap_or("the statement was refused").to_owned();
             json["hint"].as_str().map_or(error.clone(), |hint| format!("{error}\nhint: {hint}"))
@@ -83,13 +84,18 @@ fn refusal(body: &[u8]) -> String {
 
 /// The one number that a statement gives.
 pub(crate) async fn integer(url: &str, statement: &str) -> anyhow::Result<u64> {
+    let rows = rows(url, statement).await?;
+    let number = rows.first().and_then(|row| row.values().next()).and_then(Value::as_u64);
+    number.with_context(|| format!("no number: {rows:?}"))
+}
+
+/// The rows that a statement gives, by name of column.
+pub(crate) async fn rows(url: &str, statement: &str) -> anyhow::Result<Vec<Map<String, Value>>> {
     let client = reqwest::Client::new();
     let request = client.post(format!("{url}/v1/sql")).header("accept", "application/json").body(statement.to_owned());
     let response = request.send().await?;
     if !response.status().is_success() {
         bail!("{}", refusal(&response.bytes().await?));
     }
-    let rows: serde_json::Value = serde_json::from_slice(&response.bytes().await?)?;
-    let number = rows[0].as_object().and_then(|row| row.values().next()).and_then(serde_json::Value::as_u64);
-    number.with_context(|| format!("no number: {rows}"))
+    serde_json::from_slice(&response.bytes().await?).with_context(|| format!("read the rows of {statement}"))
 }

@@ -6,7 +6,7 @@
 //! [`Truth`] counts what a pipeline that loses nothing must end with.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeMap, BinaryHeap};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -29,27 +29,46 @@ pub(crate) struct Publication {
 }
 
 /// What was published, and so what must be found.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Truth {
     /// Messages published; one reading each.
     pub(crate) messages: u64,
-    /// Of them, those that belong in the table `traffic`.
-    pub(crate) good: u64,
-    /// Of them, those that belong in `quarantine`.
-    pub(crate) bad: u64,
-    /// Sum of `vehicles` over the good ones.
+    /// By sensor, those that belong in the table `traffic`.
+    pub(crate) sensors: BTreeMap<String, Tally>,
+    /// By reason, those that belong in `quarantine`.
+    pub(crate) quarantined: BTreeMap<String, u64>,
+}
+
+/// Readings of one sensor.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Tally {
+    pub(crate) readings: u64,
+    /// Sum of `vehicles` over them.
     pub(crate) vehicles: u64,
 }
 
 impl Truth {
-    /// Both together.
-    pub(crate) fn plus(self, other: Self) -> Self {
-        Self {
-            messages: self.messages + other.messages,
-            good: self.good + other.good,
-            bad: self.bad + other.bad,
-            vehicles: self.vehicles + other.vehicles,
+    /// Adds what another run published.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.messages += other.messages;
+        for (sensor, tally) in &other.sensors {
+            self.add_readings(sensor, tally.readings, tally.vehicles);
         }
+        for (reason, count) in &other.quarantined {
+            self.add_quarantined(reason, *count);
+        }
+    }
+
+    /// Good readings of a sensor, and the sum of their vehicles.
+    pub(crate) fn add_readings(&mut self, sensor: &str, readings: u64, vehicles: u64) {
+        let tally = self.sensors.entry(sensor.to_owned()).or_default();
+        tally.readings += readings;
+        tally.vehicles += vehicles;
+    }
+
+    /// Readings that are refused for this reason.
+    pub(crate) fn add_quarantined(&mut self, reason: &str, count: u64) {
+        *self.quarantined.entry(reason.to_owned()).or_default() += count;
     }
 }
 
@@ -89,8 +108,8 @@ impl City {
     }
 
     /// What was published so far.
-    pub(crate) fn truth(&self) -> Truth {
-        self.truth
+    pub(crate) fn truth(&self) -> &Truth {
+        &self.truth
     }
 
     /// Everything that is published up to `now_us`, in order.
@@ -134,7 +153,7 @@ impl City {
             (sensor.free_flow_kmh * (1.0 - 0.6 * load.min(1.0)) + self.random.random_range(-4.0..4.0)).max(2.0);
         let topic = format!("city/traffic/{}", sensor.name);
         if self.random.random_bool(NO_JSON_SHARE) {
-            self.truth.bad += 1;
+            self.truth.add_quarantined("malformed", 1);
             out.push(Publication { topic, payload: format!("{{\"ts\":{ts_us},\"speed\":").into_bytes() });
             return;
         }
@@ -150,10 +169,9 @@ impl City {
         .into_bytes();
         let copies = if self.random.random_bool(TWICE_SHARE) { 2 } else { 1 };
         if good {
-            self.truth.good += copies;
-            self.truth.vehicles += copies * vehicles;
+            self.truth.add_readings(&sensor.name, copies, copies * vehicles);
         } else {
-            self.truth.bad += copies;
+            self.truth.add_quarantined("above_max", copies);
         }
         let late = self.random.random_bool(LATE_SHARE);
         for _ in 0..copies {
@@ -188,18 +206,19 @@ mod tests {
         messages.extend(city.finish());
         let truth = city.truth();
         assert_eq!(truth.messages, messages.len() as u64);
-        assert_eq!(truth.good + truth.bad, truth.messages);
-        let (mut good, mut vehicles) = (0, 0);
+        let mut found = Truth { messages: truth.messages, ..Truth::default() };
         for message in &messages {
-            if let Ok(json) = serde_json::from_slice::<serde_json::Value>(&message.payload)
-                && json["speed"].as_f64().unwrap() <= SPEED_MAX
-            {
-                good += 1;
-                vehicles += json["vehicles"].as_u64().unwrap();
+            match serde_json::from_slice::<serde_json::Value>(&message.payload) {
+                Err(_) => found.add_quarantined("malformed", 1),
+                Ok(json) if json["speed"].as_f64().unwrap() > SPEED_MAX => found.add_quarantined("above_max", 1),
+                Ok(json) => {
+                    let sensor = message.topic.rsplit('/').next().unwrap();
+                    found.add_readings(sensor, 1, json["vehicles"].as_u64().unwrap());
+                }
             }
         }
-        assert_eq!((good, vehicles), (truth.good, truth.vehicles));
-        assert!(truth.bad > 0);
+        assert_eq!(found, *truth);
+        assert_eq!((truth.sensors.len(), truth.quarantined.len()), (50, 2));
     }
 
     #[test]
