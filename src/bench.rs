@@ -8,10 +8,12 @@ mod parts;
 mod path;
 
 use std::path::PathBuf;
-use std::process::Command;
 
 use anyhow::Context;
 use serde_json::{Value, json};
+
+/// The commit that this binary was built from; `build.rs` reads it.
+const COMMIT: &str = env!("WEIR_COMMIT");
 
 /// What is measured.
 #[derive(Debug, clap::Subcommand)]
@@ -44,7 +46,7 @@ pub(crate) async fn bench(command: BenchCommand) -> anyhow::Result<()> {
     };
     let report = json!({
         "command": std::env::args().skip(1).collect::<Vec<_>>().join(" "),
-        "commit": commit(),
+        "commit": COMMIT,
         "date": chrono::Utc::now().to_rfc3339_opts(chrono::SecondsFormat::Secs, true),
         "machine": machine(),
         "build": if cfg!(debug_assertions) { "debug" } else { "release" },
@@ -52,12 +54,6 @@ pub(crate) async fn bench(command: BenchCommand) -> anyhow::Result<()> {
     });
     print(&serde_json::to_string_pretty(&report).context("write the report")?);
     Ok(())
-}
-
-fn commit() -> Value {
-    let output = Command::new("git").args(["rev-parse", "--short", "HEAD"]).output();
-    let text = output.ok().filter(|output| output.status.success());
-    text.map_or(Value::Null, |output| json!(String::from_utf8_lossy(&output.stdout).trim()))
 }
 
 fn machine() -> Value {
@@ -69,4 +65,23 @@ fn machine() -> Value {
 #[allow(clippy::print_stdout, reason = "the report")]
 fn print(text: &str) {
     println!("{text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    #[test]
+    fn the_commit_is_that_of_the_build() {
+        let root = env!("CARGO_MANIFEST_DIR");
+        let Ok(git) = Command::new("git").args(["-C", root, "rev-parse", "--show-toplevel", "HEAD"]).output() else {
+            return;
+        };
+        let text = String::from_utf8(git.stdout).unwrap();
+        let head = match text.lines().collect::<Vec<_>>()[..] {
+            [top, head] if top == root => &head[..12],
+            _ => "unknown",
+        };
+        assert_eq!(super::COMMIT, head);
+    }
 }
