@@ -4,18 +4,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use rumqttc::v5::mqttbytes::QoS;
-use rumqttc::v5::mqttbytes::v5::Packet;
-use rumqttc::v5::{AsyncClient, Event, MqttOptions};
+use crate::harness::{Cloud, Edge, Mosquitto, mqtt_source, publish};
 
-use crate::harness::{Cloud, Edge, Mosquitto};
-
-const STREAM: &str = r#"
-[[source]]
-kind = "mqtt"
-url = "{url}"
-topics = ["field/#"]
-stream = "field"
+const FIELD: &str = r#"
 [source.map]
 device = "/d"
 ts = { at = "/ts", format = "epoch_s" }
@@ -24,31 +15,16 @@ v = "/v"
 v = { type = "float64", min = -50, max = 50, required = true }
 "#;
 
-/// Publishes at QoS 1 and waits for every acknowledgement.
-async fn publish(port: u16, payloads: Vec<Vec<u8>>) {
-    let mut options = MqttOptions::new("bad-input", "127.0.0.1", port);
+async fn send(broker: &Mosquitto, payloads: Vec<Vec<u8>>) {
+    let mut options = broker.client("bad-input");
     options.set_max_packet_size(Some(100 << 20));
-    let (client, mut events) = AsyncClient::new(options, 100);
-    let mut open = payloads.len();
-    let sender = tokio::spawn(async move {
-        for payload in payloads {
-            client.publish("field/a", QoS::AtLeastOnce, false, payload).await.unwrap();
-        }
-        client
-    });
-    while open > 0 {
-        if let Event::Incoming(Packet::PubAck(_)) = events.poll().await.unwrap() {
-            open -= 1;
-        }
-    }
-    sender.await.unwrap().disconnect().await.unwrap();
-    while events.poll().await.is_ok() {}
+    publish(options, payloads.into_iter().map(|payload| ("field/a".to_owned(), payload)).collect()).await;
 }
 
 async fn stage(directory: &Path) -> Option<(Mosquitto, Cloud, Edge)> {
     let broker = Mosquitto::start(directory)?;
     let cloud = Cloud::start(directory, "a", "[commit]\nmax_age = \"1s\"\n").await;
-    let edge = Edge::start(directory, &cloud, &STREAM.replace("{url}", &broker.url())).await;
+    let edge = Edge::start(directory, &cloud, &mqtt_source(&broker.url(), "field/#", "field", FIELD)).await;
     Some((broker, cloud, edge))
 }
 
@@ -94,7 +70,7 @@ async fn every_kind_of_bad_message_is_quarantined_and_good_ones_go_on() {
     payloads.push(history);
     payloads.push(reading("good", now + 1, "2.5"));
     let sent = payloads.len() as u64;
-    publish(broker.port, payloads).await;
+    send(&broker, payloads).await;
     while edge.status().await["sources"][0]["journalled"] != sent {
         tokio::time::sleep(crate::process::POLL).await;
     }
@@ -132,7 +108,7 @@ async fn a_gateway_restored_from_an_older_disk_goes_on_in_a_new_spool() {
         edge.drained().await
     };
     let (payloads, total) = more(50);
-    publish(broker.port, payloads).await;
+    send(&broker, payloads).await;
     // The table is there with the first row.
     while cloud.sql("SELECT 1 FROM field LIMIT 1").await.is_err() {
         tokio::time::sleep(crate::process::POLL).await;
@@ -144,7 +120,7 @@ async fn a_gateway_restored_from_an_older_disk_goes_on_in_a_new_spool() {
     edge.run();
     edge.wait().await;
     let (payloads, total) = more(50);
-    publish(broker.port, payloads).await;
+    send(&broker, payloads).await;
     arrived(&mut edge, total).await;
     edge.stop();
     std::fs::remove_dir_all(&data).unwrap();
@@ -152,7 +128,7 @@ async fn a_gateway_restored_from_an_older_disk_goes_on_in_a_new_spool() {
     edge.run();
     edge.wait().await;
     let (payloads, total) = more(50);
-    publish(broker.port, payloads).await;
+    send(&broker, payloads).await;
     let after = arrived(&mut edge, total).await;
     assert_ne!(after["spool"], before["spool"]);
     assert!(after["incidents"][0].as_str().unwrap().contains("forked"), "{after:#}");

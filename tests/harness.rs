@@ -7,6 +7,9 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use arrow::array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
+use rumqttc::v5::mqttbytes::QoS;
+use rumqttc::v5::mqttbytes::v5::Packet;
+use rumqttc::v5::{AsyncClient, Event, MqttOptions};
 use serde_json::Value;
 use wire::request::{KIND_BATCH, KIND_SCHEMA, push_frame};
 use wire::sealed::NO_WATERMARK;
@@ -264,6 +267,36 @@ impl Mosquitto {
     pub(crate) fn url(&self) -> String {
         format!("mqtt://127.0.0.1:{}", self.port)
     }
+
+    /// Options of a client of this broker.
+    pub(crate) fn client(&self, id: &str) -> MqttOptions {
+        MqttOptions::new(id, "127.0.0.1", self.port)
+    }
+}
+
+/// Publishes topics and payloads at QoS 1, and waits for every acknowledgement.
+pub(crate) async fn publish(options: MqttOptions, messages: Vec<(String, Vec<u8>)>) {
+    let (client, mut events) = AsyncClient::new(options, 100);
+    let mut open = messages.len();
+    let sender = tokio::spawn(async move {
+        for (topic, payload) in messages {
+            client.publish(topic, QoS::AtLeastOnce, false, payload).await.unwrap();
+        }
+        client
+    });
+    while open > 0 {
+        if let Event::Incoming(Packet::PubAck(_)) = events.poll().await.unwrap() {
+            open -= 1;
+        }
+    }
+    sender.await.unwrap().disconnect().await.unwrap();
+    while events.poll().await.is_ok() {}
+}
+
+/// Configuration of a source that fills `stream` with what `topic` brings; `more` is the rest of the source, its map,
+/// and the stream.
+pub(crate) fn mqtt_source(url: &str, topic: &str, stream: &str, more: &str) -> String {
+    format!("[[source]]\nkind = \"mqtt\"\nurl = \"{url}\"\ntopics = [\"{topic}\"]\nstream = \"{stream}\"\n{more}")
 }
 
 /// The schema of the tests' stream `load`: a number that says which row it is.

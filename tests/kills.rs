@@ -16,7 +16,7 @@ use rumqttc::v5::mqttbytes::v5::Packet;
 use rumqttc::v5::{AsyncClient, Event, MqttOptions};
 use tokio::task::JoinHandle;
 
-use crate::harness::{Cloud, Edge, Mosquitto};
+use crate::harness::{Cloud, Edge, Mosquitto, mqtt_source};
 use crate::process::{PATIENCE, POLL};
 use crate::proxy::Proxy;
 
@@ -114,12 +114,11 @@ async fn publish(port: u16, ledger: Arc<Ledger>, stop: Arc<AtomicBool>) {
     }
 }
 
-const STREAM: &str = r#"
-[[source]]
-kind = "mqtt"
-url = "{url}"
-topics = ["load/+"]
-stream = "load"
+fn stream(url: &str) -> String {
+    mqtt_source(url, "load/+", "load", LOAD)
+}
+
+const LOAD: &str = r#"
 [source.map]
 device = "/d"
 ts = { at = "/ts", format = "epoch_ms" }
@@ -143,7 +142,7 @@ async fn stage(directory: &Path) -> Option<(Mosquitto, Cloud, Edge)> {
 async fn cloud_and_edge(directory: &Path, broker_port: u16) -> (Cloud, Edge) {
     let cloud = Cloud::start(directory, "a", "[commit]\nmax_age = \"2s\"\n").await;
     let url = format!("mqtt://127.0.0.1:{broker_port}");
-    let edge = Edge::start(directory, &cloud, &STREAM.replace("{url}", &url)).await;
+    let edge = Edge::start(directory, &cloud, &stream(&url)).await;
     (cloud, edge)
 }
 
@@ -311,7 +310,7 @@ async fn nothing_is_lost_or_doubled_when_another_node_takes_over() {
     let slow = "[commit]\nmax_age = \"2s\"\n";
     let mut first = Cloud::start(directory.path(), "a", slow).await;
     let second = Cloud::start(directory.path(), "b", slow).await;
-    let stream = STREAM.replace("{url}", &broker.url());
+    let stream = stream(&broker.url());
     let mut edge = Edge::start_with(directory.path(), &[&first, &second], &stream).await;
     let load = Load::start(broker.port);
     for _ in 0..4 {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
-use crate::harness::{Cloud, Edge, Mosquitto};
+use crate::harness::{Cloud, Edge, Mosquitto, mqtt_source};
 use crate::process::{PATIENCE, POLL};
 
 const ROWS: i64 = 323_422;
@@ -23,12 +23,7 @@ fn aarhus() -> Option<PathBuf> {
     path.exists().then_some(path)
 }
 
-const STREAM: &str = r#"
-[[source]]
-kind = "mqtt"
-url = "{url}"
-topics = ["city/traffic/+"]
-stream = "traffic"
+const TRAFFIC: &str = r#"
 [source.map]
 device = "topic:2"
 ts = { at = "/TIMESTAMP", format = "%Y-%m-%dT%H:%M:%S", zone = "Europe/Copenhagen" }
@@ -73,7 +68,8 @@ async fn a_month_of_aarhus_arrives_whole() {
     let directory = tempfile::tempdir().unwrap();
     let Some(broker) = Mosquitto::start(directory.path()) else { return };
     let mut cloud = Cloud::start(directory.path(), "a", "[commit]\nmax_age = \"5s\"\n").await;
-    let mut edge = Edge::start(directory.path(), &cloud, &STREAM.replace("{url}", &broker.url())).await;
+    let source = mqtt_source(&broker.url(), "city/traffic/+", "traffic", TRAFFIC);
+    let mut edge = Edge::start(directory.path(), &cloud, &source).await;
     let replay = tokio::process::Command::new(env!("CARGO_BIN_EXE_weir"))
         .args(["replay", "--mqtt", &broker.url(), "--topic", "city/traffic/{REPORT_ID}", "--speed", "max", "--file"])
         .arg(&path)

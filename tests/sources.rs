@@ -4,44 +4,20 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::Packet;
-use rumqttc::v5::{AsyncClient, Event, EventLoop, MqttOptions};
+use rumqttc::v5::{AsyncClient, Event};
 
-use crate::harness::{Cloud, Edge, Mosquitto};
+use crate::harness::{Cloud, Edge, Mosquitto, mqtt_source, publish};
 use crate::process::{PATIENCE, POLL};
 
 fn stream(url: &str, more: &str) -> String {
-    format!(
-        "[[source]]\nkind = \"mqtt\"\nurl = \"{url}\"\ntopics = [\"field/#\"]\nstream = \"field\"\n{more}\n\
-         [source.map]\ndevice = \"topic:1\"\nn = \"/n\"\n[stream.field.fields]\nn = {{ type = \"int64\" }}\n"
-    )
+    let map = "[source.map]\ndevice = \"topic:1\"\nn = \"/n\"\n[stream.field.fields]\nn = { type = \"int64\" }\n";
+    mqtt_source(url, "field/#", "field", &format!("{more}\n{map}"))
 }
 
-fn options(client: &str, port: u16) -> MqttOptions {
-    MqttOptions::new(client, "127.0.0.1", port)
-}
-
-/// Publishes numbers at QoS 1 and waits for every acknowledgement.
-async fn publish(options: MqttOptions, numbers: std::ops::Range<u64>) {
-    let (client, mut events): (AsyncClient, EventLoop) = AsyncClient::new(options, 100);
-    let mut open = numbers.end - numbers.start;
-    let sender = tokio::spawn(async move {
-        for n in numbers {
-            client
-                .publish(format!("field/d{}", n % 5), QoS::AtLeastOnce, false, format!("{{\"n\":{n}}}"))
-                .await
-                .unwrap();
-        }
-        client
-    });
-    while open > 0 {
-        if let Event::Incoming(Packet::PubAck(_)) = events.poll().await.unwrap() {
-            open -= 1;
-        }
-    }
-    sender.await.unwrap().disconnect().await.unwrap();
-    while events.poll().await.is_ok() {}
+async fn send(broker: &Mosquitto, numbers: std::ops::Range<u64>) {
+    let message = |n: u64| (format!("field/d{}", n % 5), format!("{{\"n\":{n}}}").into_bytes());
+    publish(broker.client("p"), numbers.map(message).collect()).await;
 }
 
 /// Waits until the table has all numbers below `total`, each once.
@@ -71,11 +47,11 @@ async fn two_connections_share_a_subscription_over_mqtt_3_1_1() {
     let cloud = cloud(directory.path()).await;
     let shared = "version = \"3.1.1\"\nconnections = 2\nshare = \"weir\"";
     let mut edge = Edge::start(directory.path(), &cloud, &stream(&broker.url(), shared)).await;
-    publish(options("p", broker.port), 0..500).await;
+    send(&broker, 0..500).await;
     edge.kill();
     edge.run();
     edge.wait().await;
-    publish(options("p", broker.port), 500..1_000).await;
+    send(&broker, 500..1_000).await;
     whole(&cloud, &mut edge, 1_000).await;
 }
 
@@ -85,10 +61,10 @@ async fn a_client_id_that_is_no_longer_configured_is_drained_and_ended() {
     let Some(broker) = Mosquitto::start(directory.path()) else { return };
     let cloud = cloud(directory.path()).await;
     let mut edge = Edge::start(directory.path(), &cloud, &stream(&broker.url(), "client_id = \"old\"")).await;
-    publish(options("p", broker.port), 0..10).await;
+    send(&broker, 0..10).await;
     whole(&cloud, &mut edge, 10).await;
     edge.stop();
-    publish(options("p", broker.port), 10..30).await;
+    send(&broker, 10..30).await;
     edge.configure(&stream(&broker.url(), "client_id = \"new\""));
     edge.run();
     edge.wait().await;
@@ -96,7 +72,7 @@ async fn a_client_id_that_is_no_longer_configured_is_drained_and_ended() {
     // The broker keeps the old session until it is ended.
     let started = Instant::now();
     loop {
-        let mut asking = options("old", broker.port);
+        let mut asking = broker.client("old");
         asking.set_clean_start(false);
         let (_client, mut events) = AsyncClient::new(asking, 10);
         match events.poll().await {
@@ -107,7 +83,7 @@ async fn a_client_id_that_is_no_longer_configured_is_drained_and_ended() {
         // Whoever asks takes the client's connection away: not too often.
         tokio::time::sleep(POLL * 200).await;
     }
-    publish(options("p", broker.port), 30..40).await;
+    send(&broker, 30..40).await;
     whole(&cloud, &mut edge, 40).await;
 }
 
