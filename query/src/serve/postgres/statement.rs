@@ -181,7 +181,7 @@ fn setting(name: &str, timeout: Duration) -> PgWireResult<Asked> {
 fn span(time: Duration) -> String {
     let ms = time.as_millis();
     let units = [(86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1_000, "s"), (1, "ms")];
-    let unit = units.into_iter().find(|(length, _)| ms > 0 && ms % length == 0);
+    let unit = units.into_iter().find(|(length, _)| ms > 0 && ms.is_multiple_of(*length));
     unit.map_or_else(|| "0".to_owned(), |(length, name)| format!("{}{name}", ms / length))
 }
 
@@ -235,7 +235,7 @@ impl SimpleQueryHandler for Statements {
         for statement in self.parse(query, self.engine.deadline()).await? {
             // Each statement has its time, as in PostgreSQL.
             let deadline = self.engine.deadline();
-            let asked = self.understand(statement, deadline).await?;
+            let asked = Box::pin(self.understand(statement, deadline)).await?;
             responses.push(self.answer(&asked, None, &Format::UnifiedText, deadline).await?);
         }
         if responses.is_empty() {
@@ -318,7 +318,7 @@ impl QueryParser for Parser {
             return Err(refusal("ERROR", "42601", "a prepared statement is one statement"));
         }
         match statements.pop() {
-            Some(statement) => self.0.understand(statement, deadline).await.map(Some),
+            Some(statement) => Box::pin(self.0.understand(statement, deadline)).await.map(Some),
             None => Ok(None),
         }
     }
