@@ -1,6 +1,6 @@
 //! Puts the rooms together: store, WAL, tables, the ingest thread, and the HTTP server.
 //!
-//! [`Cloud::start`] opens and recovers everything before the port answers ready. Stopping: no more requests are
+//! [`Cloud::open`] opens and recovers everything before the port answers ready. Stopping: no more requests are
 //! taken, what is hot is committed, the WAL is marked.
 
 use std::net::SocketAddr;

@@ -1,7 +1,7 @@
 //! Where the tables are: a directory whose files are synced before they count, or an S3 bucket.
 //!
 //! A [`Store`] hands each table its log store; everything that delta-rs writes goes through it. On a local file
-//! system that is [`SyncedFiles`](files::SyncedFiles), because `object_store` never syncs: a put that returned `Ok`
+//! system that is [`SyncedFiles`], because `object_store` never syncs: a put that returned `Ok`
 //! is on disk, with its name and all directories above it. A failed sync is never retried: the store refuses every
 //! later write, [`Store::sync_failure`] says why, and the process must stop.
 //! On S3 a commit is a conditional put, so several nodes may share a table.

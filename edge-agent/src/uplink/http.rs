@@ -1,6 +1,6 @@
 //! Requests to the cloud over HTTP: positions, and batches with their schemas in front.
 //!
-//! Connections are kept; redirects are not followed; an answer is read up to [`ANSWER_BYTES_MAX`]. Every answer becomes
+//! Connections are kept; redirects are not followed; an answer is read up to 4 MiB. Every answer becomes
 //! acks or a [`Failure`] with a text for people. The token is sent and never shown.
 
 use bytes::Bytes;
