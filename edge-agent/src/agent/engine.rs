@@ -42,6 +42,8 @@ const PENDING_BYTES_MAX: usize = 2 << 20;
 /// A snapshot is due when the journal has grown by so many times its size, and by this much.
 const SNAPSHOT_FACTOR: u64 = 4;
 const SNAPSHOT_BYTES_MIN: u64 = 4 << 20;
+/// So long after the last cut the spool is idle.
+const IDLE: Duration = Duration::from_secs(5);
 /// How often the status is published.
 const STATUS_EVERY: Duration = Duration::from_millis(200);
 /// After a full lane or a failed request the next try without an event.
@@ -115,6 +117,8 @@ pub(super) struct Engine {
     held_position: Position,
     full_lanes: HashSet<usize>,
     last_cut: Instant,
+    /// Nothing was cut since the spool's last marker.
+    marked: bool,
     /// Since when rows are pending.
     pending_since: Option<Instant>,
     /// What the cloud was heard to have of each stream of this spool.
@@ -139,6 +143,7 @@ impl Engine {
             held_position: Position(0),
             full_lanes: HashSet::new(),
             last_cut: now,
+            marked: true,
             pending_since: None,
             known: HashMap::new(),
             started: now,
@@ -223,6 +228,11 @@ impl Engine {
             self.snapshot()?;
         }
         wait = wait.min(self.send()?);
+        if !self.marked && self.last_cut.elapsed() >= IDLE {
+            // Damage in what is there will not pass for a torn tail (rule 8).
+            self.parts.spool.mark()?;
+            self.marked = true;
+        }
         if self.published.elapsed() >= STATUS_EVERY {
             self.publish();
         }
@@ -292,6 +302,7 @@ impl Engine {
         }
         let cut = self.parts.pipeline.cut()?;
         self.last_cut = Instant::now();
+        self.marked = false;
         self.held_position = cut.position;
         // A lane that gets nothing needs no record: applied again, these entries give it nothing again.
         self.held = cut.lanes.into_iter().enumerate().filter(|(_, lane)| !lane.batches.is_empty()).collect();
