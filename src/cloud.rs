@@ -62,9 +62,15 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
         tracing::warn!("no [[edge]] is set: nobody may write");
     }
     let postgres = settings.listen.postgres;
+    let limits = EngineSettings {
+        memory_bytes_max: settings.query.max_bytes.bytes(),
+        timeout: settings.query.timeout.0,
+        json_rows_max: settings.query.json_rows,
+        ..EngineSettings::default()
+    };
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
     let tables = Arc::new(NodeTables(cloud.catalogue()));
-    let engine = Arc::new(Engine::new(tables, EngineSettings::default()).context("start the engine")?);
+    let engine = Arc::new(Engine::new(tables, limits).context("start the engine")?);
     let readers = Readers::new(readers);
     let listener = TcpListener::bind(postgres).await.with_context(|| format!("listen on {postgres} for Postgres"))?;
     let postgres = listener.local_addr()?;

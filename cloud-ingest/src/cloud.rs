@@ -12,6 +12,7 @@ use std::thread::JoinHandle;
 use axum::Router;
 use segment_log::Disk;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
@@ -66,7 +67,7 @@ impl Cloud {
     pub async fn open(settings: Settings) -> Result<Self, CloudError> {
         std::fs::create_dir_all(&settings.data_dir)
             .map_err(|source| CloudError::Directory { path: settings.data_dir.display().to_string(), source })?;
-        let store = Store::open(&store_url(&settings)?).map_err(StartError::Store)?;
+        let store = Store::open_with(&store_url(&settings)?, &settings.store.s3).map_err(StartError::Store)?;
         let (catalogue, metrics) = (Arc::new(Catalogue::default()), Arc::new(Metrics::default()));
         let runtime = tokio::runtime::Handle::current();
         let opening = {
@@ -87,6 +88,8 @@ impl Cloud {
             edges: settings.edge.clone(),
             request_bytes_max: settings.limits.request_bytes.bytes(),
             room: http::room_of(settings.limits.waiting_bytes.bytes()),
+            decoded: http::room_of(settings.limits.decoded_bytes.bytes()),
+            places: Arc::new(Semaphore::new(settings.limits.requests_waiting)),
             jobs,
             metrics: Arc::clone(&metrics),
             ready: AtomicBool::new(false),

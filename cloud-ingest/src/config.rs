@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::store::S3Settings;
 use serde::Deserialize;
 pub use wire::written::{ConfigError, Size, Span};
 use wire::written::{load, with_nearest_key};
@@ -32,6 +33,8 @@ pub struct Settings {
     pub hot: HotSettings,
     #[serde(default)]
     pub limits: LimitSettings,
+    #[serde(default)]
+    pub query: QuerySettings,
     /// Who may write, and as whom.
     #[serde(default)]
     pub edge: Vec<EdgeSettings>,
@@ -42,9 +45,11 @@ pub struct Settings {
 
 /// Where tables are.
 #[derive(Debug, Clone, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct StoreSettings {
     pub url: Option<String>,
+    /// For `s3://` addresses.
+    pub s3: S3Settings,
 }
 
 /// Addresses; port 0 takes a free one.
@@ -113,13 +118,38 @@ pub struct LimitSettings {
     pub request_bytes: Size,
     /// Bytes of all requests that are being read or wait for the WAL.
     pub waiting_bytes: Size,
+    /// Decoded rows of all requests that wait for the WAL.
+    pub decoded_bytes: Size,
     /// Requests that wait for the WAL.
     pub requests_waiting: usize,
 }
 
 impl Default for LimitSettings {
     fn default() -> Self {
-        Self { request_bytes: Size(64 << 20), waiting_bytes: Size(512 << 20), requests_waiting: 256 }
+        Self {
+            request_bytes: Size(64 << 20),
+            waiting_bytes: Size(512 << 20),
+            decoded_bytes: Size(512 << 20),
+            requests_waiting: 256,
+        }
+    }
+}
+
+/// Limits of questions.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct QuerySettings {
+    /// From parsing to the last row.
+    pub timeout: Span,
+    /// Memory of all running statements together; they spill to disk when they can.
+    pub max_bytes: Size,
+    /// Rows of one JSON answer.
+    pub json_rows: usize,
+}
+
+impl Default for QuerySettings {
+    fn default() -> Self {
+        Self { timeout: Span(Duration::from_secs(300)), max_bytes: Size(1 << 30), json_rows: 1_000_000 }
     }
 }
 
@@ -195,6 +225,17 @@ impl Settings {
         if self.wal.segment_bytes.bytes() < BATCH_BYTES_MAX + (1 << 20) {
             return Err("wal.segment_bytes must be at least 33MiB: a batch may have 32MiB".to_owned());
         }
+        if self.limits.request_bytes.bytes() < BATCH_BYTES_MAX + (1 << 20) {
+            return Err("limits.request_bytes must be at least 33MiB: a batch may have 32MiB".to_owned());
+        }
+        if self.limits.requests_waiting == 0 {
+            return Err("limits.requests_waiting must be at least 1".to_owned());
+        }
+        if self.limits.decoded_bytes.bytes() < 2 * BATCH_DECODED_BYTES_MAX {
+            return Err(
+                "limits.decoded_bytes must be at least 128MiB: a batch may have 64MiB when it is decoded".to_owned()
+            );
+        }
         if self.limits.waiting_bytes.0 < self.limits.request_bytes.0 {
             return Err("limits.waiting_bytes must be at least limits.request_bytes".to_owned());
         }
@@ -233,6 +274,9 @@ mod tests {
         check("[wal]\nsegment_bytes = \"1MiB\"", "at least 33MiB");
         check("[wal]\nmax_bytes = \"100MiB\"\nsegment_bytes = \"40MiB\"", "at least eight times");
         check("[hot]\nmax_bytes = \"1MiB\"", "at least 128MiB");
+        check("[limits]\nrequest_bytes = \"4MiB\"", "at least 33MiB");
+        check("[limits]\nrequests_waiting = 0", "at least 1");
+        check("[limits]\ndecoded_bytes = \"64MiB\"", "at least 128MiB");
         check("[limits]\nwaiting_bytes = \"1MiB\"", "at least limits.request_bytes");
         check("[[edge]]\nid = \"a b\"\ntoken = \"x\"", "not an edge id");
         check("[[edge]]\nid = \"a\"\ntoken = \"\"", "empty token");

@@ -57,8 +57,8 @@ pub enum TableError {
     Thread { stream: StreamName },
     #[error("the table of stream {stream} cannot be changed now: {detail}")]
     Busy { stream: StreamName, detail: String },
-    #[error("the task that spoke with the store died")]
-    Died,
+    #[error("the store did not answer in time, or the task that asked it died")]
+    Unanswered,
 }
 
 impl TableError {

@@ -171,12 +171,13 @@ pub struct HotSet {
     grace: Vec<Grace>,
     /// The oldest version that can be answered for.
     answers_from: u64,
+    version: u64,
 }
 
 impl HotSet {
     /// No rows above the table's version.
     pub fn new(version: u64) -> Self {
-        Self { chunks: Vec::new(), frozen: 0, grace: Vec::new(), answers_from: version }
+        Self { chunks: Vec::new(), frozen: 0, grace: Vec::new(), answers_from: version, version }
     }
 
     /// Adds a batch and merges what has become worth it.
@@ -274,8 +275,11 @@ impl HotSet {
                 None => covered.push(chunk),
             }
         }
-        self.chunks = kept;
-        self.frozen = 0;
+        if version > self.version + 1 {
+            // Which of it the versions in between have is not known here.
+            self.answers_from = version;
+        }
+        (self.chunks, self.frozen, self.version) = (kept, 0, version);
         self.grace.push(Grace { version, until, chunks: covered });
     }
 

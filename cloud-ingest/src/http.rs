@@ -4,12 +4,12 @@
 //! An edge may write as itself with its token, and nobody else may: an unknown edge and a wrong token get the same
 //! answer. Bodies, rows and decoded bytes have limits. Checksums and Arrow bodies are checked here, on blocking
 //! threads, before the ingest thread sees a batch. A full queue is answered 429, and so is a request for which the
-//! bytes of those that are in here already leave no room.
+//! bytes of those that are in here already leave no room. What unpacks to much goes to the ingest thread in parts.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::mpsc::Sender;
 
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{Path, RawQuery, State};
@@ -22,7 +22,7 @@ use subtle::ConstantTimeEq;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use wire::request::{Frame, frames};
 use wire::schema::SchemaId;
-use wire::{Acks, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId, StreamSchema};
+use wire::{Acks, BATCH_DECODED_BYTES_MAX, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId, StreamSchema};
 
 use crate::config::EdgeSettings;
 use crate::ingest::request::Arrived;
@@ -35,6 +35,8 @@ const SCHEMAS_MAX: usize = 10_000;
 const SPOOLS_MAX: usize = 64;
 /// Room for requests is counted in units of so many bytes.
 const ROOM_UNIT: usize = 1 << 10;
+/// Decoded rows of one request that are in memory at a time; a batch may have as much.
+const PART_BYTES: usize = BATCH_DECODED_BYTES_MAX;
 
 /// What the routes share.
 #[derive(Debug)]
@@ -43,7 +45,11 @@ pub(crate) struct Door {
     pub(crate) request_bytes_max: usize,
     /// Room for the bodies of requests that are in here, in units of [`ROOM_UNIT`].
     pub(crate) room: Arc<Semaphore>,
-    pub(crate) jobs: SyncSender<Job>,
+    /// Room for decoded rows, in the same units.
+    pub(crate) decoded: Arc<Semaphore>,
+    /// Places in the queue of the ingest thread.
+    pub(crate) places: Arc<Semaphore>,
+    pub(crate) jobs: Sender<Job>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) ready: AtomicBool,
     pub(crate) schemas: RwLock<HashMap<SchemaId, Arc<StreamSchema>>>,
@@ -137,19 +143,64 @@ async fn take_batches(door: &Arc<Door>, edge: &str, headers: &HeaderMap, body: B
         }
     })?;
     let reader = Arc::clone(door);
-    let batches = tokio::task::spawn_blocking(move || read(&reader, &edge, body))
-        .await
-        .map_err(|_| RefusedRequest::NotReady { detail: "the request could not be read".to_owned() })??;
-    let Some(stream) = batches.first().map(|arrived| arrived.batch.header().stream.clone()) else {
-        return Ok(Acks::default());
-    };
-    let rows = batches.iter().map(|arrived| u64::from(arrived.batch.header().rows)).sum();
+    let whole = tokio::task::spawn_blocking(move || read(&reader, &edge, body)).await.map_err(|_| unreadable())??;
+    let (mut taken, mut refused) = (Acks::default(), Vec::new());
+    for part in parts(whole) {
+        match take_part(door, part).await {
+            Ok(acks) => taken = acks,
+            Err(mut answer) => {
+                if let Some(acks) = &mut answer.acks {
+                    refused.append(&mut acks.refused);
+                    acks.refused = refused;
+                }
+                return Err(answer);
+            }
+        }
+        refused.append(&mut taken.refused);
+    }
+    Ok(Acks { refused, ..taken })
+}
+
+fn unreadable() -> RefusedRequest {
+    RefusedRequest::NotReady { detail: "the request could not be read".to_owned() }
+}
+
+/// A batch that is undamaged, and its schema.
+type Checked = (SealedBatch, Arc<StreamSchema>);
+
+/// The batches of a request in parts that take at most [`PART_BYTES`] once decoded, or one batch each: rows that repeat
+/// unpack to a hundred times their size.
+fn parts(batches: Vec<Checked>) -> Vec<(usize, Vec<Checked>)> {
+    let mut parts = Vec::<(usize, Vec<Checked>)>::new();
+    for checked in batches {
+        let bytes = checked.0.decoded_bytes();
+        match parts.last_mut() {
+            Some((all, part)) if *all + bytes <= PART_BYTES => {
+                *all += bytes;
+                part.push(checked);
+            }
+            _ => parts.push((bytes, vec![checked])),
+        }
+    }
+    parts
+}
+
+async fn take_part(door: &Arc<Door>, (bytes, part): (usize, Vec<Checked>)) -> Result<Acks, RefusedAnswer> {
+    let units = u32::try_from(bytes.div_ceil(ROOM_UNIT)).unwrap_or(u32::MAX);
+    // Waits for its turn: the body is here already, and counted.
+    let room = Arc::clone(&door.decoded).acquire_many_owned(units).await;
+    let _room = room.map_err(|_| RefusedRequest::NotReady { detail: "the node stops".to_owned() })?;
+    let stream = part[0].0.header().stream.clone();
+    let rows = part.iter().map(|(batch, _)| u64::from(batch.header().rows)).sum();
+    let decode = |(batch, schema): Checked| Arrived { rows: batch.decode(&schema), batch, schema };
+    let decoding = tokio::task::spawn_blocking(move || part.into_iter().map(decode).collect());
+    let batches = decoding.await.map_err(|_| unreadable())?;
     let full = || {
         door.metrics.rows_received.add(rows);
         door.metrics.rows_pushed_back.add(rows);
         RefusedRequest::PushedBack { stream, retry_after_ms: RETRY_AFTER_MS }
     };
-    ask(door, |reply| Job::Batches { batches, reply }, full).await
+    ask(door, |reply, _place| Job::Batches { batches, reply, _place }, full).await
 }
 
 /// Room for so many bytes of requests.
@@ -183,27 +234,26 @@ async fn give_positions(door: &Arc<Door>, edge: &str, headers: &HeaderMap, query
         return Err(RefusedRequest::Damaged { detail: "?spool=… is missing".to_owned() }.into());
     }
     let full = || RefusedRequest::NotReady { detail: "busy".to_owned() };
-    ask(door, |reply| Job::Positions { spools, reply }, full).await
+    ask(door, |reply, _place| Job::Positions { spools, reply, _place }, full).await
 }
 
 async fn ask(
     door: &Door,
-    job: impl FnOnce(Reply) -> Job,
+    job: impl FnOnce(Reply, OwnedSemaphorePermit) -> Job,
     full: impl FnOnce() -> RefusedRequest,
 ) -> Result<Acks, RefusedAnswer> {
     let gone = || RefusedRequest::NotReady { detail: "the node stops".to_owned() };
+    let Ok(place) = Arc::clone(&door.places).try_acquire_owned() else { return Err(full().into()) };
     let (reply, answered) = oneshot::channel();
-    match door.jobs.try_send(job(reply)) {
-        Ok(()) => answered.await.map_err(|_| gone())?,
-        Err(TrySendError::Full(_)) => Err(full().into()),
-        Err(TrySendError::Disconnected(_)) => Err(gone().into()),
-    }
+    door.jobs.send(job(reply, place)).map_err(|_| gone())?;
+    answered.await.map_err(|_| gone())?
 }
 
-/// Frames, checksums, schemas, rows: everything about a request that needs no state but known schemas.
-fn read(door: &Door, edge: &EdgeId, body: Bytes) -> Result<Vec<Arrived>, RefusedRequest> {
+/// Frames, checksums and schemas: everything about a request that needs no state but known schemas.
+fn read(door: &Door, edge: &EdgeId, body: Bytes) -> Result<Vec<Checked>, RefusedRequest> {
     let damaged = |detail: String| RefusedRequest::Damaged { detail };
-    let mut arrived = Vec::new();
+    let mut checked = Vec::new();
+    let mut own = HashMap::<SchemaId, Arc<StreamSchema>>::new();
     for frame in frames(body).map_err(|error| damaged(error.to_string()))? {
         match frame {
             Frame::Schema(text) => {
@@ -213,7 +263,9 @@ fn read(door: &Door, edge: &EdgeId, body: Bytes) -> Result<Vec<Arrived>, Refused
                 if schemas.len() >= SCHEMAS_MAX {
                     schemas.clear();
                 }
-                schemas.insert(schema.id(), Arc::new(schema));
+                let schema = Arc::new(schema);
+                own.insert(schema.id(), Arc::clone(&schema));
+                schemas.insert(schema.id(), schema);
             }
             Frame::Batch(bytes) => {
                 let batch = SealedBatch::parse(bytes).map_err(|error| damaged(error.to_string()))?;
@@ -221,12 +273,11 @@ fn read(door: &Door, edge: &EdgeId, body: Bytes) -> Result<Vec<Arrived>, Refused
                     return Err(RefusedRequest::Unauthorized { edge: batch.header().edge.to_string() });
                 }
                 let id = batch.header().schema;
-                let schema = door.schemas.read().get(&id).cloned();
+                let schema = own.get(&id).cloned().or_else(|| door.schemas.read().get(&id).cloned());
                 let schema = schema.ok_or_else(|| RefusedRequest::SchemaUnknown { schema: format!("{id:?}") })?;
-                let rows = batch.decode(&schema);
-                arrived.push(Arrived { batch, schema, rows });
+                checked.push((batch, schema));
             }
         }
     }
-    Ok(arrived)
+    Ok(checked)
 }

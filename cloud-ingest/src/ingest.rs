@@ -12,23 +12,22 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use segment_log::{AppendError, FileLayer, FreeError, Options, ReadError, SyncError};
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use wire::schema::StreamField;
 use wire::{Acks, RefusedAnswer, RefusedRequest, SpoolId, StreamAck, StreamName};
 
 use self::carry::Carry;
-use self::errand::{Done, LookBook, Subject, Ticket, chain};
+use self::errand::{Done, Listed, LookBook, Subject, Ticket, chain};
 use self::request::{Arrived, Request};
 use self::stream::Stream;
 use crate::catalog::Catalogue;
 use crate::config::Settings;
 use crate::delta::{DeltaTable, TableError};
-use crate::hot::Chunk;
 use crate::metrics::Metrics;
 use crate::store::{Store, StoreError};
 use crate::wal::Wal;
@@ -58,11 +57,12 @@ pub(crate) const RETRY_AFTER_MS: u64 = 500;
 
 pub(crate) type Reply = oneshot::Sender<Result<Acks, RefusedAnswer>>;
 
-/// What the thread is asked to do.
+/// What the thread is asked to do. The channel has no bound of its own: requests hold a place, which the door gives out,
+/// and errands are at most two for each stream.
 #[derive(Debug)]
 pub(crate) enum Job {
-    Batches { batches: Vec<Arrived>, reply: Reply },
-    Positions { spools: Vec<SpoolId>, reply: Reply },
+    Batches { batches: Vec<Arrived>, reply: Reply, _place: OwnedSemaphorePermit },
+    Positions { spools: Vec<SpoolId>, reply: Reply, _place: OwnedSemaphorePermit },
     Done(Box<ErrandDone>),
     Stop,
 }
@@ -130,7 +130,9 @@ pub(crate) struct Ingest<L: FileLayer> {
     carry_not_before: Option<Instant>,
     catalogue: Arc<Catalogue>,
     metrics: Arc<Metrics>,
-    sender: SyncSender<Job>,
+    looks_at_once: Arc<Semaphore>,
+    commits_at_once: Arc<Semaphore>,
+    sender: Sender<Job>,
     jobs: Receiver<Job>,
     /// When the last job came.
     busy: Instant,
@@ -146,7 +148,7 @@ impl<L: FileLayer> Ingest<L> {
         catalogue: Arc<Catalogue>,
         metrics: Arc<Metrics>,
         runtime: Handle,
-    ) -> Result<(Self, SyncSender<Job>), StartError> {
+    ) -> Result<(Self, Sender<Job>), StartError> {
         let options = Options {
             segment_bytes: settings.wal.segment_bytes.0,
             max_bytes: settings.wal.max_bytes.0,
@@ -159,7 +161,8 @@ impl<L: FileLayer> Ingest<L> {
                 "the wal is damaged: edges still hold what was not committed, and send it again"
             );
         }
-        let (sender, jobs) = sync_channel(settings.limits.requests_waiting);
+        let (sender, jobs) = channel();
+        let at_once = || Arc::new(Semaphore::new(errand::AT_ONCE_MAX));
         let mut ingest = Self {
             settings,
             node: node_name(),
@@ -173,6 +176,8 @@ impl<L: FileLayer> Ingest<L> {
             carry_not_before: None,
             catalogue,
             metrics,
+            looks_at_once: at_once(),
+            commits_at_once: at_once(),
             sender: sender.clone(),
             jobs,
             busy: Instant::now(),
@@ -218,11 +223,11 @@ impl<L: FileLayer> Ingest<L> {
         let mut next = Some(first);
         while let Some(job) = next.take() {
             match job {
-                Job::Batches { batches, reply } => {
+                Job::Batches { batches, reply, .. } => {
                     bytes += batches.iter().map(|arrived| arrived.batch.bytes().len()).sum::<usize>();
                     requests.push(Request::new(batches, reply));
                 }
-                Job::Positions { spools, reply } => self.park_positions(spools, reply),
+                Job::Positions { spools, reply, .. } => self.park_positions(spools, reply),
                 Job::Done(errand) => done.push(errand.0),
                 Job::Stop => self.stopping = Some(Instant::now()),
             }
@@ -239,7 +244,7 @@ impl<L: FileLayer> Ingest<L> {
 
     /// Admits requests, syncs once, shows what is durable, answers. Those that want something of the store are parked.
     fn take(&mut self, requests: Vec<Request>) -> Result<(), Fault> {
-        let (mut staged, mut through) = (Vec::new(), Vec::new());
+        let (mut staged, mut through) = (BTreeSet::new(), Vec::new());
         for mut request in requests {
             match self.admit(&mut request, &mut staged)? {
                 None => through.push(request),
@@ -248,7 +253,7 @@ impl<L: FileLayer> Ingest<L> {
         }
         if !staged.is_empty() {
             self.wal.sync()?;
-            self.show(staged);
+            self.show(&staged);
         }
         for request in through {
             let acks = self.acks(request.touched());
@@ -257,16 +262,9 @@ impl<L: FileLayer> Ingest<L> {
         Ok(())
     }
 
-    fn show(&mut self, staged: Vec<(StreamName, Chunk)>) {
-        let mut shown = BTreeSet::new();
-        for (name, chunk) in staged {
-            let Some(stream) = self.streams.get_mut(&name) else { continue };
-            stream.hot.push(chunk);
-            shown.insert(name);
-        }
-        for name in &shown {
-            self.publish(name);
-        }
+    /// Their new rows are in the streams' own hot sets since they were appended, so that they count; readers see them now.
+    fn show(&mut self, staged: &BTreeSet<StreamName>) {
+        staged.iter().for_each(|name| self.publish(name));
         self.metrics.wal_syncs.set(self.wal.syncs());
         self.metrics.wal_bytes.set(self.wal.bytes());
         self.metrics.hot_bytes.set(self.hot_bytes() as u64);
@@ -367,13 +365,14 @@ impl<L: FileLayer> Ingest<L> {
         match subject {
             Subject::All => {
                 let known = self.streams.keys().cloned().collect();
-                let died = Done::Listed { outcome: Err(TableError::Died) };
-                self.send(died, async move { Done::Listed { outcome: errand::list(&store, &known).await } });
+                let died = Done::Listed { outcome: Err(TableError::Unanswered) };
+                let list = async move { Done::Listed { outcome: errand::list(&store, &known).await } };
+                self.send(&self.looks_at_once, errand::LOOK_MAX, died, list);
             }
             Subject::Stream(stream) => {
                 let table = self.streams.get(&stream).map(|stream| stream.table.clone());
-                let died = Done::Looked { stream: stream.clone(), outcome: Err(TableError::Died) };
-                self.send(died, async move {
+                let died = Done::Looked { stream: stream.clone(), outcome: Err(TableError::Unanswered) };
+                self.send(&self.looks_at_once, errand::LOOK_MAX, died, async move {
                     let outcome = errand::look(&store, &stream, table, &fields).await;
                     Done::Looked { stream, outcome }
                 });
@@ -381,11 +380,26 @@ impl<L: FileLayer> Ingest<L> {
         }
     }
 
-    /// Sends an errand off; `died` is what is said of one that panics.
-    fn send(&self, died: Done, errand: impl Future<Output = Done> + Send + 'static) {
-        let (sender, runtime) = (self.sender.clone(), self.runtime.clone());
-        self.runtime.spawn_blocking(move || {
-            let done = runtime.block_on(runtime.spawn(errand)).unwrap_or(died);
+    /// Sends an errand off; `died` is what is said of one that panics or takes too long.
+    fn send(
+        &self,
+        at_once: &Arc<Semaphore>,
+        longest: Duration,
+        died: Done,
+        errand: impl Future<Output = Done> + Send + 'static,
+    ) {
+        let (sender, at_once) = (self.sender.clone(), Arc::clone(at_once));
+        self.runtime.spawn(async move {
+            let _turn = at_once.acquire_owned().await;
+            let task = tokio::spawn(errand);
+            let stop = task.abort_handle();
+            let done = match tokio::time::timeout(longest, task).await {
+                Ok(done) => done.unwrap_or(died),
+                Err(_) => {
+                    stop.abort();
+                    died
+                }
+            };
             // Nobody listens any more when the process ends; the WAL has the rows.
             sender.send(Job::Done(Box::new(ErrandDone(done)))).ok();
         });
@@ -398,9 +412,8 @@ impl<L: FileLayer> Ingest<L> {
                 Some((Subject::Stream(stream), failure))
             }
             Done::Listed { outcome } => {
-                let failure =
-                    outcome.map(|tables| tables.into_iter().for_each(|(name, table)| self.adopt(&name, table)));
-                Some((Subject::All, failure.err()))
+                let failure = outcome.map(|tables| self.adopt_all(tables)).err();
+                Some((Subject::All, failure))
             }
             Done::Committed { stream, table, end } => {
                 self.committed(&stream, table, end);
@@ -417,6 +430,15 @@ impl<L: FileLayer> Ingest<L> {
             return Err(Fault::Store(fault.to_owned()));
         }
         self.free()
+    }
+
+    fn adopt_all(&mut self, tables: Listed) {
+        for (name, opened) in tables {
+            match opened {
+                Ok(table) => self.adopt(&name, table),
+                Err(error) => tracing::error!(stream = %name, reason = chain(&error), "its table cannot be opened"),
+            }
+        }
     }
 
     /// The table as it is now: ours to show from here on, unless a newer one is.

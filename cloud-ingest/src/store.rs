@@ -112,10 +112,11 @@ impl Store {
 
     fn on_s3(url: Url, s3: &S3Settings) -> Result<Self, StoreError> {
         let bucket = url.host_str().ok_or_else(|| StoreError::Address { url: url.to_string() })?;
-        let mut builder = AmazonS3Builder::from_env()
-            .with_bucket_name(bucket)
-            .with_conditional_put(S3ConditionalPut::ETagMatch)
-            .with_allow_http(s3.allow_http);
+        let mut builder =
+            AmazonS3Builder::from_env().with_bucket_name(bucket).with_conditional_put(S3ConditionalPut::ETagMatch);
+        if s3.allow_http {
+            builder = builder.with_allow_http(true);
+        }
         if let Some(endpoint) = &s3.endpoint {
             builder = builder.with_endpoint(endpoint);
         }

@@ -354,6 +354,16 @@ impl SealedBatch {
         self.header.void.as_ref().map(|void| void.replaces).filter(|replaced| *replaced != 0).unwrap_or(self.crc)
     }
 
+    /// Bytes that the columns say they take once decoded; 0 when that cannot be told, and [`SealedBatch::decode`] will
+    /// refuse them.
+    pub fn decoded_bytes(&self) -> usize {
+        let mut data = self.body.clone();
+        let message = take_u32(&mut data).and_then(|len| take(&mut data, len as usize)).unwrap_or_default();
+        let batch = root_as_message(&message).ok().and_then(|message| message.header_as_record_batch());
+        let bytes = batch.and_then(|batch| decoded_bytes(&batch, &data).ok()).unwrap_or(0);
+        usize::try_from(bytes).map_or(BATCH_DECODED_BYTES_MAX, |bytes| bytes.min(BATCH_DECODED_BYTES_MAX))
+    }
+
     /// Decodes the rows: the columns of `schema`, whose id must be the header's. A void batch has none.
     ///
     /// # Errors
@@ -430,6 +440,10 @@ fn decode_body(body: &Bytes, schema: &StreamSchema) -> Result<RecordBatch, BodyE
         return Err(broken("not a record batch"));
     }
     let batch = message.header_as_record_batch().ok_or_else(|| broken("not a record batch"))?;
+    // Any other codec may unpack to more than it says; and whether this build knows it must not decide (rule 6).
+    if batch.compression().is_some_and(|compression| compression.codec() != CompressionType::ZSTD) {
+        return Err(broken("compressed with another codec than Zstandard"));
+    }
     let decoded = decoded_bytes(&batch, &rest)?;
     if decoded > BATCH_DECODED_BYTES_MAX as u64 {
         return Err(BodyError::TooLarge(decoded));

@@ -4,6 +4,8 @@
 //! no gap and no fork is answered without) waits for the errand. The others are judged by their sequence, and taken if
 //! there is room for them.
 
+use std::collections::BTreeSet;
+
 use segment_log::{AppendError, FileLayer};
 use wire::schema::StreamField;
 use wire::{FIELDS_MAX, RefusedRequest, StreamName};
@@ -13,19 +15,18 @@ use super::request::{Arrived, Outcome, Request};
 use super::stream::Accepted;
 use super::{Fault, Ingest, RETRY_AFTER_MS, carry};
 use crate::delta::TableSnapshot;
-use crate::hot::Chunk;
 use crate::sequencer::Verdict;
 
-/// A stream may have so many times what is free of memory and WAL: alone two thirds of all, one of two that are stuck two
-/// fifths.
-const SHARE: usize = 2;
+/// A stream may have so many times what is free of memory and WAL: alone four fifths of all, one of two that are stuck
+/// four ninths.
+const SHARE: usize = 4;
 
 impl<L: FileLayer> Ingest<L> {
     /// Takes the batches of a request one after the other; stops at one for which the store must be looked at.
     pub(super) fn admit(
         &mut self,
         request: &mut Request,
-        staged: &mut Vec<(StreamName, Chunk)>,
+        staged: &mut BTreeSet<StreamName>,
     ) -> Result<Option<Ticket>, Fault> {
         while let Some((arrived, looked)) = request.next() {
             let outcome = match self.admit_batch(&arrived, looked, staged)? {
@@ -47,7 +48,7 @@ impl<L: FileLayer> Ingest<L> {
         &mut self,
         arrived: &Arrived,
         looked: Option<Result<(), String>>,
-        staged: &mut Vec<(StreamName, Chunk)>,
+        staged: &mut BTreeSet<StreamName>,
     ) -> Result<Outcome, Fault> {
         let header = arrived.batch.header();
         let name = &header.stream;
@@ -94,7 +95,9 @@ impl<L: FileLayer> Ingest<L> {
         };
         let accepted = Accepted { batch: &arrived.batch, schema: &arrived.schema, rows, received_at_us, wal_from };
         if let Some(stream) = self.streams.get_mut(name) {
-            staged.push((name.clone(), stream.accept(accepted)));
+            let chunk = stream.accept(accepted);
+            stream.hot.push(chunk);
+            staged.insert(name.clone());
         }
         Ok(Outcome::Durable)
     }

@@ -44,9 +44,9 @@ impl<L: FileLayer> Ingest<L> {
         let taking = stream.hot.take(self.settings.commit.max_partitions, bytes_max);
         stream.commits.running = Some(Instant::now());
         let (stream, mut table) = (name.clone(), stream.table.clone());
-        let end = CommitEnd::Failed { reason: TableError::Died.to_string() };
+        let end = CommitEnd::Failed { reason: TableError::Unanswered.to_string() };
         let died = Done::Committed { stream: stream.clone(), table: table.clone(), end };
-        self.send(died, async move {
+        self.send(&self.commits_at_once, errand::COMMIT_MAX, died, async move {
             let end = errand::commit(&mut table, taking).await;
             Done::Committed { stream, table, end }
         });

@@ -2,10 +2,13 @@
 //!
 //! A *look* makes or opens the table of a stream, reads what others committed, and adds the fields that are missing.
 //! One look at a subject runs at a time; those who ask meanwhile share the next one, so that what they learn is never
-//! older than their question. A *commit* runs beside looks: both compare and swap, and the newer table wins.
+//! older than their question. A *commit* runs beside looks: both compare and swap, and the newer table wins. So many
+//! errands run at a time ([`AT_ONCE_MAX`] of each kind), and each for so long ([`LOOK_MAX`], [`COMMIT_MAX`]): one that the
+//! store never answers has failed, and if it comes through all the same, the next one finds its commit.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow_array::{RecordBatch, RecordBatchOptions, new_null_array};
 use arrow_schema::SchemaRef;
@@ -16,6 +19,13 @@ use crate::delta::{CommitError, DeltaTable, TableError};
 use crate::hot::Taking;
 use crate::rescue::row_schema;
 use crate::store::{Store, list_streams};
+
+/// Looks, and commits, that run at a time.
+pub(super) const AT_ONCE_MAX: usize = 16;
+/// The longest look.
+pub(super) const LOOK_MAX: Duration = Duration::from_secs(60);
+/// The longest commit.
+pub(super) const COMMIT_MAX: Duration = Duration::from_secs(600);
 
 /// What is looked at.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -98,7 +108,7 @@ pub(super) enum Done {
     },
     /// With the tables that were not known.
     Listed {
-        outcome: Result<Vec<(StreamName, DeltaTable)>, TableError>,
+        outcome: Result<Listed, TableError>,
     },
     Committed {
         stream: StreamName,
@@ -106,6 +116,9 @@ pub(super) enum Done {
         end: CommitEnd,
     },
 }
+
+/// One bad table is no reason to leave out the others.
+pub(super) type Listed = Vec<(StreamName, Result<DeltaTable, TableError>)>;
 
 /// Opens a table, or makes it when fields are wanted; reads it anew; adds the fields it lacks. A void batch wants none.
 pub(super) async fn look(
@@ -122,7 +135,7 @@ pub(super) async fn look(
         }
     };
     // Another node may add others at the same moment, or commit.
-    for _ in 0..LOOKS_MAX {
+    for _ in 0..FIELDS_TRIES_MAX {
         match table.add_fields(fields).await {
             Ok(_) => return Ok(table),
             Err(CommitError::Store(error)) => return Err(error),
@@ -137,19 +150,16 @@ pub(super) async fn look(
 }
 
 /// How often fields are tried again within one look.
-const LOOKS_MAX: usize = 3;
+const FIELDS_TRIES_MAX: usize = 5;
 
-/// The tables that are in the store and not known here.
-pub(super) async fn list(
-    store: &Store,
-    known: &BTreeSet<StreamName>,
-) -> Result<Vec<(StreamName, DeltaTable)>, TableError> {
+/// The tables that are in the store and not known here, and why those that cannot be opened are not.
+pub(super) async fn list(store: &Store, known: &BTreeSet<StreamName>) -> Result<Listed, TableError> {
     let mut tables = Vec::new();
     for name in list_streams(store).await? {
         if !known.contains(&name)
-            && let Some(table) = DeltaTable::open(store, &name).await?
+            && let Some(opened) = DeltaTable::open(store, &name).await.transpose()
         {
-            tables.push((name, table));
+            tables.push((name, opened));
         }
     }
     Ok(tables)

@@ -1,6 +1,6 @@
 //! The start: tables are opened, and what the WAL has above their `txn` becomes hot again.
 //!
-//! It commits as it replays, within the memory of hot. A sequence that was carried stands in the WAL twice, the older
+//! A table that cannot be opened keeps only its own stream from starting. It commits as it replays, within the memory of hot. A sequence that was carried stands in the WAL twice, the older
 //! copy perhaps without its beginning: what does not follow is skipped, its number comes again further on.
 
 use std::collections::BTreeSet;
@@ -10,8 +10,8 @@ use segment_log::FileLayer;
 
 use super::admit::lacks;
 use super::commit::commit_bytes_max;
-use super::errand::{self, CommitEnd};
-use super::stream::{Accepted, Stream};
+use super::errand::{self, CommitEnd, chain};
+use super::stream::Accepted;
 use super::{Ingest, StartError};
 use crate::sequencer::Verdict;
 use crate::wal::{Found, Replayed};
@@ -19,9 +19,8 @@ use crate::wal::{Found, Replayed};
 impl<L: FileLayer> Ingest<L> {
     pub(super) fn recover(&mut self) -> Result<(), StartError> {
         let started = Instant::now();
-        for (name, table) in self.runtime.block_on(errand::list(&self.store, &BTreeSet::new()))? {
-            self.streams.insert(name.clone(), Stream::new(name, table));
-        }
+        let tables = self.runtime.block_on(errand::list(&self.store, &BTreeSet::new()))?;
+        self.adopt_all(tables);
         let mut rows = 0;
         let mut replay = self.wal.replay()?;
         while let Some(found) = replay.next()? {
@@ -49,18 +48,15 @@ impl<L: FileLayer> Ingest<L> {
             tracing::error!(stream = %name, seq = %header.seq, "a batch of the wal does not decode");
             return Ok(0);
         };
-        let table = match self.streams.get(name) {
-            Some(stream) if !lacks(&stream.snapshot, fields) => None,
-            known => {
-                let table = known.map(|stream| stream.table.clone());
-                Some(self.runtime.block_on(errand::look(&self.store, name, table, fields))?)
-            }
-        };
-        if let Some(table) = table {
-            match self.streams.get_mut(name) {
-                Some(stream) => stream.apply(table, Duration::ZERO),
-                None => {
-                    self.streams.insert(name.clone(), Stream::new(name.clone(), table));
+        let known = self.streams.get(name);
+        if known.is_none_or(|stream| lacks(&stream.snapshot, fields)) {
+            let table = known.map(|stream| stream.table.clone());
+            match self.runtime.block_on(errand::look(&self.store, name, table, fields)) {
+                Ok(table) => self.adopt(name, table),
+                // It is not committed, so its edge still holds it; this stream alone is pushed back until its table opens.
+                Err(error) => {
+                    tracing::error!(stream = %name, seq = %header.seq, reason = chain(&error), "left in the wal");
+                    return Ok(0);
                 }
             }
         }

@@ -125,12 +125,12 @@ impl Sender {
     fn step(&mut self, node: &mut Node, random: &mut Random) -> Result<(), Fault> {
         let spools = vec![self.spool];
         let answer = if random.one_in(5) {
-            node.ask(|reply| Job::Positions { spools, reply })?
+            node.ask(|reply, _place| Job::Positions { spools, reply, _place })?
         } else {
             let from = self.durable + 1 - random.below(self.durable - self.committed + 1);
             let count = 1 + random.below(3);
             let batches = (from..from + count).map(|seq| self.batch(seq)).collect();
-            node.ask(|reply| Job::Batches { batches, reply })?
+            node.ask(|reply, _place| Job::Batches { batches, reply, _place })?
         };
         self.heard(answer);
         Ok(())
@@ -144,14 +144,16 @@ impl Sender {
 /// A process. Dropping it waits for its errands, as a machine that has lost power does nothing any more.
 struct Node {
     ingest: Ingest<SimLayer>,
-    jobs: SyncSender<Job>,
+    jobs: std::sync::mpsc::Sender<Job>,
     catalogue: Arc<Catalogue>,
     _runtime: Runtime,
 }
 
 impl Node {
     fn start(layer: &SimLayer, settings: Settings, store: Store) -> Result<Self, StartError> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+        // Few threads: no errand may hold one while it waits for another.
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let runtime = builder.worker_threads(2).max_blocking_threads(8).enable_time().build().unwrap();
         let (catalogue, metrics) = (Arc::new(Catalogue::default()), Arc::new(Metrics::default()));
         let handle = runtime.handle().clone();
         let opened = Ingest::open(layer.clone(), settings, store, Arc::clone(&catalogue), metrics, handle);
@@ -159,9 +161,13 @@ impl Node {
         Ok(Self { ingest, jobs, catalogue, _runtime: runtime })
     }
 
-    fn ask(&mut self, job: impl FnOnce(Reply) -> Job) -> Result<Result<Acks, RefusedAnswer>, Fault> {
+    fn ask(
+        &mut self,
+        job: impl FnOnce(Reply, OwnedSemaphorePermit) -> Job,
+    ) -> Result<Result<Acks, RefusedAnswer>, Fault> {
         let (reply, mut answered) = oneshot::channel();
-        self.jobs.send(job(reply)).unwrap();
+        let place = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        self.jobs.send(job(reply, place)).unwrap();
         loop {
             self.ingest.turn()?;
             if let Ok(answer) = answered.try_recv() {
@@ -266,7 +272,7 @@ fn two_nodes_with_one_store_have_every_row_once() {
                 senders[index].durable = senders[index].committed;
                 if random.one_in(2) {
                     let (spools, node) = (vec![senders[index].spool], &mut nodes[at[index]]);
-                    let answer = node.ask(|reply| Job::Positions { spools, reply }).unwrap();
+                    let answer = node.ask(|reply, _place| Job::Positions { spools, reply, _place }).unwrap();
                     senders[index].heard(answer);
                 }
             }
@@ -285,6 +291,48 @@ fn two_nodes_with_one_store_have_every_row_once() {
         assert_eq!(rows_on_disk(&layer, &senders[0].stream, &snapshot), Some(rows));
         assert!(senders.iter().all(|sender| node.shown(sender).0 >= sender.durable));
     }
+}
+
+#[test]
+fn a_table_that_cannot_be_opened_stops_only_its_own_stream() {
+    let layer = machine();
+    let mut senders = [Sender::new(1, "traffic"), Sender::new(1, "bad")];
+    let mut random = Random::new(7);
+    let start = || Node::start(&layer, settings("/a"), sim_store(&layer).unwrap()).unwrap();
+    let mut node = start();
+    senders.iter_mut().for_each(|sender| sender.step(&mut node, &mut random).unwrap());
+    node.drain();
+    drop(node);
+    layer.edit(Path::new("/tables/bad/_delta_log/00000000000000000000.json"), |bytes| bytes.fill(b'x')).unwrap();
+    let mut node = start();
+    assert!(node.catalogue.state(&senders[1].stream).is_none());
+    let [traffic, bad] = &mut senders;
+    let spools = vec![traffic.spool];
+    let answer = node.ask(|reply, _place| Job::Positions { spools, reply, _place }).unwrap().unwrap();
+    assert_eq!(answer.acks.iter().map(|ack| &ack.stream).collect::<Vec<_>>(), [&traffic.stream]);
+    let before = traffic.durable;
+    let batches = vec![traffic.batch(before + 1)];
+    traffic.heard(node.ask(|reply, _place| Job::Batches { batches, reply, _place }).unwrap());
+    assert_eq!(traffic.durable, before + 1);
+    let batches = vec![bad.batch(bad.durable + 1)];
+    let answer = node.ask(|reply, _place| Job::Batches { batches, reply, _place }).unwrap();
+    assert!(matches!(answer.unwrap_err().refused, RefusedRequest::PushedBack { .. }));
+    node.drain();
+}
+
+#[test]
+fn questions_for_many_tables_need_few_threads() {
+    let layer = machine();
+    let mut node = Node::start(&layer, settings("/a"), sim_store(&layer).unwrap()).unwrap();
+    let mut senders = (0..24).map(|index| Sender::new(1, &format!("s{index}"))).collect::<Vec<_>>();
+    for sender in &mut senders {
+        let batches = vec![sender.batch(1)];
+        sender.heard(node.ask(|reply, _place| Job::Batches { batches, reply, _place }).unwrap());
+    }
+    let spools = vec![senders[0].spool];
+    let answer = node.ask(|reply, _place| Job::Positions { spools, reply, _place }).unwrap().unwrap();
+    assert_eq!(answer.acks.len(), 24);
+    node.drain();
 }
 
 /// A file system whose files below one directory cannot be made, while it is shut.
@@ -346,7 +394,7 @@ fn a_stream_that_cannot_commit_is_pushed_back_alone_and_pins_no_segments() {
     let send = |sender: &mut Sender, node: &mut Node| {
         let batches = vec![sender.batch(sender.durable + 1)];
         let before = sender.durable;
-        let answer = node.ask(|reply| Job::Batches { batches, reply }).unwrap();
+        let answer = node.ask(|reply, _place| Job::Batches { batches, reply, _place }).unwrap();
         sender.heard(answer);
         sender.durable > before
     };

@@ -120,6 +120,31 @@ fn a_compression_bomb_is_refused_before_it_is_unpacked() {
     assert!(matches!(bomb.decode(&schema()), Err(BodyError::TooLarge(_))), "{:?}", bomb.decode(&schema()));
 }
 
+/// LZ4 unpacks to its end, whatever the header says.
+#[test]
+fn a_body_of_another_codec_is_refused() {
+    let options = IpcWriteOptions::default().try_with_compression(Some(CompressionType::LZ4_FRAME)).unwrap();
+    let mut context = IpcWriteContext::default();
+    let encoded =
+        IpcDataGenerator::default().encode(&rows(200), &mut DictionaryTracker::new(false), &options, &mut context);
+    // A build without LZ4 has no way to make one.
+    let Ok((_, data)) = encoded else { return };
+    let mut body = (data.ipc_message.len() as u32).to_le_bytes().to_vec();
+    body.extend_from_slice(&data.ipc_message);
+    body.extend_from_slice(&data.arrow_data);
+    let lz4 = CutBatch { body: body.into(), ..cut(200) };
+    let lz4 = lz4.number(&"gw-1".parse().unwrap(), SpoolId([3; 16]), Seq(1), 0);
+    assert!(lz4.decode(&schema()).unwrap_err().to_string().contains("Zstandard"));
+}
+
+#[test]
+fn what_a_batch_unpacks_to_is_told_before() {
+    let batch = sealed(8_192);
+    let rows = batch.decode(&schema()).unwrap();
+    assert!(batch.decoded_bytes() >= 8_192 * 16, "{}", batch.decoded_bytes());
+    assert!(batch.decoded_bytes() <= rows.get_array_memory_size());
+}
+
 #[test]
 fn a_batch_of_too_many_dates_is_not_sealed() {
     let ts = TimestampMicrosecondArray::from_iter_values((0..65).map(|i| TS_MIN_US + i * DAY_US)).with_timezone("UTC");
