@@ -2,8 +2,10 @@
 //!
 //! Each stream has at most one request in flight, so its batches arrive in order; streams go in parallel. Nothing is
 //! sent to a node before it has answered `positions`. `durable` counts for the node that said it and is forgotten on a
-//! move; what may be freed is only what a node calls committed. A stream that is pushed back waits alone; a network
-//! error moves to the next address, after a wait that doubles up to [`BACKOFF_MAX_MS`]. The caller gives the jitter.
+//! move; what may be freed is only what a node calls committed. An answer tells only of the stream that it answers, so the
+//! node is asked about all at least every [`ASK_MAX_MS`] while anything waits, whatever else is sent. A stream that is
+//! pushed back waits alone; a network error moves to the next address, after a wait that doubles up to
+//! [`BACKOFF_MAX_MS`]. The caller gives the jitter.
 
 use std::collections::HashMap;
 
@@ -67,6 +69,8 @@ pub struct Uplink {
     /// When to ask again what is committed, and how long that wait was.
     ask_at_ms: u64,
     ask_wait_ms: u64,
+    /// When to ask all the same, though requests are in flight and put `ask_at_ms` off. None while nothing waits.
+    ask_by_ms: Option<u64>,
     failures: u32,
     not_before_ms: u64,
     chains: HashMap<StreamName, Chain>,
@@ -85,6 +89,7 @@ impl Uplink {
             asking: false,
             ask_at_ms: 0,
             ask_wait_ms: ASK_MIN_MS,
+            ask_by_ms: None,
             failures: 0,
             not_before_ms: 0,
             chains: HashMap::new(),
@@ -108,10 +113,17 @@ impl Uplink {
             self.asking = true;
             return Action::Positions { url: self.url, epoch: self.epoch };
         }
-        let mut until_ms = u64::MAX;
-        let mut uncommitted = false;
+        let mut candidates = candidates.peekable();
+        if candidates.peek().is_none() {
+            self.ask_by_ms = None;
+            return Action::Wait { until_ms: u64::MAX };
+        }
+        let ask_by_ms = *self.ask_by_ms.get_or_insert(now_ms + ASK_MAX_MS);
+        if now_ms >= ask_by_ms && !self.asking {
+            return self.ask(now_ms);
+        }
+        let mut until_ms = if self.asking { u64::MAX } else { ask_by_ms };
         for (stream, head, waiting) in candidates {
-            uncommitted = true;
             let chain = self.chains.entry(stream.clone()).or_default();
             if chain.in_flight || (head <= chain.durable && !waiting) {
                 continue;
@@ -125,17 +137,22 @@ impl Uplink {
             let (url, epoch, from) = (self.url, self.epoch, chain.durable.next());
             return Action::Send { url, epoch, stream: stream.clone(), from };
         }
-        if uncommitted && !self.asking {
-            // A node commits in its own time and says so only when it is asked.
-            if now_ms >= self.ask_at_ms && idle {
-                self.ask_wait_ms = (self.ask_wait_ms * 2).min(ASK_MAX_MS);
-                self.ask_at_ms = now_ms + self.ask_wait_ms;
-                self.asking = true;
-                return Action::Positions { url: self.url, epoch: self.epoch };
+        // A node commits in its own time and says so only when it is asked.
+        if idle && !self.asking {
+            if now_ms >= self.ask_at_ms {
+                return self.ask(now_ms);
             }
-            until_ms = until_ms.min(self.ask_at_ms.max(now_ms + 1));
+            until_ms = until_ms.min(self.ask_at_ms);
         }
         Action::Wait { until_ms }
+    }
+
+    fn ask(&mut self, now_ms: u64) -> Action {
+        self.ask_wait_ms = (self.ask_wait_ms * 2).min(ASK_MAX_MS);
+        self.ask_at_ms = now_ms + self.ask_wait_ms;
+        self.ask_by_ms = Some(now_ms + ASK_MAX_MS);
+        self.asking = true;
+        Action::Positions { url: self.url, epoch: self.epoch }
     }
 
     /// The node answered with acks, to `positions` (`sent` is none) or to a request of one stream; `epoch` is that of the
@@ -275,7 +292,7 @@ mod tests {
     fn positions_come_first_and_one_request_of_a_stream_at_a_time() {
         let mut uplink = ready(1, 1);
         let epoch = expect(next(&mut uplink, 0, 3, false), send(2));
-        expect(next(&mut uplink, 0, 3, true), wait(ASK_MIN_MS));
+        expect(next(&mut uplink, 0, 3, true), wait(ASK_MAX_MS));
         assert_eq!(uplink.acked(Some(&traffic()), epoch, &acks("a", 3, 2))[0].1.seq, Seq(2));
         expect(next(&mut uplink, 0, 3, false), wait(ASK_MIN_MS));
     }
@@ -293,6 +310,41 @@ mod tests {
             let epoch = expect(next(&mut uplink, now_ms, 10, false), positions(0));
             uplink.acked(None, epoch, &acks("a", 10, 0));
         }
+    }
+
+    #[test]
+    fn a_quiet_stream_is_asked_about_while_another_one_sends() {
+        let mut uplink = ready(1, 10);
+        let busy: StreamName = "busy".parse().unwrap();
+        let (mut asked, mut head) = (Vec::new(), 0);
+        for now_ms in (0..40_000).step_by(100) {
+            // One stream always has something in flight; the other is durable and waits for its commit.
+            let candidates = [(&busy, Seq(head), true), (&traffic(), Seq(10), false)];
+            match uplink.next(now_ms, candidates.into_iter()) {
+                Action::Send { epoch, stream, .. } => {
+                    assert_eq!(stream, busy);
+                    head += 1;
+                    let mut answer = acks("a", head, 0);
+                    answer.acks[0].stream = busy.clone();
+                    uplink.acked(Some(&busy), epoch, &answer);
+                }
+                Action::Positions { epoch, .. } => {
+                    asked.push(now_ms);
+                    uplink.acked(None, epoch, &acks("a", 10, 0));
+                }
+                Action::Wait { until_ms } => panic!("waits until {until_ms}"),
+            }
+        }
+        assert_eq!(asked, [ASK_MAX_MS, 2 * ASK_MAX_MS]);
+    }
+
+    #[test]
+    fn it_is_asked_while_a_request_is_in_flight_and_once_only() {
+        let mut uplink = ready(1, 10);
+        expect(next(&mut uplink, 0, 10, true), send(11));
+        expect(next(&mut uplink, 1, 11, false), wait(ASK_MAX_MS));
+        expect(next(&mut uplink, ASK_MAX_MS, 11, false), positions(0));
+        expect(next(&mut uplink, ASK_MAX_MS + 1, 11, false), wait(u64::MAX));
     }
 
     #[test]
