@@ -158,13 +158,15 @@ impl Uplink {
     /// The node answered with acks, to `positions` (`sent` is none) or to a request of one stream; `epoch` is that of the
     /// action. Returns what is committed, for the spool to free if the CRC is its own: that is true whoever says it.
     pub fn acked(&mut self, sent: Option<&StreamName>, epoch: u64, acks: &Acks) -> Vec<(StreamName, Mark)> {
-        let own = || acks.acks.iter().filter(|ack| ack.spool == self.spool);
-        let committed = own().map(|ack| (ack.stream.clone(), ack.committed)).collect();
+        let committed = self.committed(acks);
         self.landed(sent);
         if epoch != self.epoch {
             return committed;
         }
-        self.failures = 0;
+        // That a node tells its positions after a failure is no sign that it takes anything.
+        if sent.is_some() || self.node.is_some() {
+            self.failures = 0;
+        }
         if self.node.as_ref() != Some(&acks.node) {
             // At the start; or another node answers behind the same address, and what the old one holds counts for
             // nothing here.
@@ -183,7 +185,13 @@ impl Uplink {
         committed
     }
 
-    /// A request ended without acks; `sent` is its stream, none for `positions`. `jitter` is in [0, 1].
+    /// What acks that came with a failure call committed; nothing else of them counts, for the node is left.
+    pub fn committed(&self, acks: &Acks) -> Vec<(StreamName, Mark)> {
+        let own = acks.acks.iter().filter(|ack| ack.spool == self.spool);
+        own.map(|ack| (ack.stream.clone(), ack.committed)).collect()
+    }
+
+    /// A request was not taken; `sent` is its stream, none for `positions`. `jitter` is in [0, 1].
     pub fn failed(&mut self, sent: Option<&StreamName>, epoch: u64, failure: &Failure, now_ms: u64, jitter: f64) {
         self.landed(sent);
         if epoch != self.epoch {
@@ -384,6 +392,26 @@ mod tests {
         let epoch = expect(next(&mut uplink, 0, 10, true), positions(0));
         uplink.acked(None, epoch, &acks("b", 2, 0));
         expect(next(&mut uplink, 0, 10, true), send(3));
+    }
+
+    #[test]
+    fn a_node_that_tells_positions_and_takes_nothing_is_asked_less_and_less_often() {
+        let mut uplink = ready(1, 8);
+        let mut now_ms = 0;
+        for gap in [100, 200, 400, 800] {
+            let epoch = expect(next(&mut uplink, now_ms, 10, false), send(9));
+            assert_eq!(uplink.committed(&acks("a", 8, 3))[0].1.seq, Seq(3));
+            uplink.failed(Some(&traffic()), epoch, &Failure::Link, now_ms, 1.0);
+            expect(next(&mut uplink, now_ms, 10, false), wait(now_ms + gap));
+            now_ms += gap;
+            let epoch = expect(next(&mut uplink, now_ms, 10, false), positions(0));
+            uplink.acked(None, epoch, &acks("a", 8, 3));
+        }
+        let epoch = expect(next(&mut uplink, now_ms, 10, false), send(9));
+        uplink.acked(Some(&traffic()), epoch, &acks("a", 10, 3));
+        let epoch = expect(next(&mut uplink, now_ms, 10, true), send(11));
+        uplink.failed(Some(&traffic()), epoch, &Failure::Link, now_ms, 1.0);
+        expect(next(&mut uplink, now_ms, 11, false), wait(now_ms + BACKOFF_MIN_MS));
     }
 
     #[test]

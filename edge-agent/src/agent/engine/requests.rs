@@ -84,22 +84,23 @@ impl Engine {
         match result {
             Ok(acks) => {
                 self.last_error = None;
-                self.acked(stream.as_ref(), epoch, &acks)
+                self.acked(stream.as_ref(), epoch, &acks, false)
             }
             Err(Failed { failure, text, acks }) => {
+                let spool = self.parts.spool.id();
                 if let Some(acks) = acks {
-                    let spool = self.parts.spool.id();
-                    self.acked(stream.as_ref(), epoch, &acks)?;
-                    if self.parts.spool.id() != spool {
-                        return Ok(());
-                    }
+                    self.acked(stream.as_ref(), epoch, &acks, failure == Failure::Link)?;
+                }
+                if self.parts.spool.id() != spool {
+                    return Ok(());
                 }
                 self.failed(stream.as_ref(), epoch, failure, text)
             }
         }
     }
 
-    fn acked(&mut self, stream: Option<&StreamName>, epoch: u64, acks: &Acks) -> Result<(), EngineError> {
+    /// `left`: they came with a failure for which the node is left, and which must go on to count.
+    fn acked(&mut self, stream: Option<&StreamName>, epoch: u64, acks: &Acks, left: bool) -> Result<(), EngineError> {
         let ours = self.parts.spool.id();
         for ack in acks.acks.iter().filter(|ack| ack.spool == ours) {
             let known = self.known.entry(ack.stream.clone()).or_default();
@@ -112,10 +113,10 @@ impl Engine {
         for refusal in acks.refused.iter().filter(|refusal| refusal.spool == ours) {
             self.refused(refusal)?;
         }
-        for (stream, mark) in self.parts.uplink.acked(stream, epoch, acks) {
-            if mark.seq.0 > 0 {
-                self.parts.spool.free(&stream, mark)?;
-            }
+        let uplink = &mut self.parts.uplink;
+        let committed = if left { uplink.committed(acks) } else { uplink.acked(stream, epoch, acks) };
+        for (stream, mark) in committed.iter().filter(|(_, mark)| mark.seq.0 > 0) {
+            self.parts.spool.free(stream, *mark)?;
         }
         Ok(())
     }
