@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use wire::SpoolId;
 
 pub use self::engine::EngineError;
-use self::engine::{Engine, Parts, incident, remove_other_spools, spool_directory};
+use self::engine::{Engine, Parts, Snapshot, incident, remove_other_spools, spool_directory};
 pub use self::snapshot_file::SnapshotFileError;
 pub use self::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
 use crate::admin;
@@ -106,8 +106,8 @@ impl AgentHandle {
 /// # Errors
 /// When the data directory, the admin address or the certificates cannot be used.
 pub async fn start(settings: Settings, token: CancellationToken) -> Result<AgentHandle, AgentError> {
-    let data_dir = settings.edge.data_dir.clone();
-    std::fs::create_dir_all(&data_dir).map_err(|source| AgentError::DataDir { path: data_dir.clone(), source })?;
+    let data_dir = &settings.edge.data_dir;
+    std::fs::create_dir_all(data_dir).map_err(|source| AgentError::DataDir { path: data_dir.clone(), source })?;
     let address = settings.admin.listen;
     let listener = TcpListener::bind(address).await.map_err(|source| AgentError::Listen { address, source })?;
     let admin = listener.local_addr().map_err(|source| AgentError::Listen { address, source })?;
@@ -118,37 +118,8 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
     let recovered = recovered.await.map_err(|_| AgentError::Panicked)??;
 
     let status = Arc::new(Mutex::new(Status::default()));
-    let Recovered { journal, journal_id, reader, pipeline, snapshot, spool, lists, incidents } = recovered;
-    let sources = settings
-        .source
-        .iter()
-        .map(|source| {
-            let totals = lists.1.sources.get(source.name()).copied().unwrap_or_default();
-            let state = SourceState::from_totals(totals.journalled, totals.redelivered);
-            (source.name().to_owned(), Arc::new(state))
-        })
-        .collect::<Vec<_>>();
-    let uplink = Uplink::new(spool.id(), settings.cloud.urls.len());
-    let parts = Parts {
-        data_dir,
-        edge: settings.edge.id.to_string(),
-        stop_within: settings.edge.stop_within.0,
-        cut: settings.cut.clone(),
-        request_bytes: settings.cloud.request_bytes.bytes(),
-        journal_bytes_max: settings.journal.max_bytes.0,
-        sender: journal.sender(),
-        journal: Arc::clone(&journal),
-        journal_id,
-        reader,
-        pipeline,
-        snapshot,
-        spool,
-        uplink,
-        cloud,
-        sources: sources.clone(),
-        status: Arc::clone(&status),
-        incidents,
-    };
+    let (parts, lists) = recovered.into_parts(&settings, cloud, Arc::clone(&status));
+    let (journal, sources) = (Arc::clone(&parts.journal), parts.sources.clone());
     let engine_token = CancellationToken::new();
     let engine = Engine::new(parts, tokio::runtime::Handle::current());
     let (done, engine_done) = oneshot::channel();
@@ -161,7 +132,7 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
         })
         .map_err(AgentError::Thread)?;
     let intake = token.child_token();
-    let tasks = start_sources(&settings, &journal, lists.0, &sources, &intake);
+    let tasks = start_sources(&settings, &journal, lists, &sources, &intake);
     let admin_token = CancellationToken::new();
     tokio::spawn(admin::serve(listener, Arc::clone(&status), admin_token.clone()));
     tracing::info!(%admin, edge = %settings.edge.id, "the agent runs");
@@ -275,7 +246,7 @@ struct Recovered {
     journal_id: segment_log::LogId,
     reader: segment_log::Reader<Disk>,
     pipeline: Pipeline,
-    snapshot: (Position, u64),
+    snapshot: Snapshot,
     spool: Spool<Disk>,
     /// Up to the journal's end, and the counters there.
     lists: (Lists, crate::pipeline::Counters),
@@ -322,12 +293,51 @@ impl Recovered {
         };
         let from = pipeline.position();
         // Now, so that lanes and windows of this configuration are known before its first cut.
-        snapshot_file::write(data_dir, journal.id(), &pipeline.snapshot())?;
+        let mut snapshot = Snapshot { position: from, bytes, needed: false };
+        match snapshot_file::write(data_dir, journal.id(), &pipeline.snapshot()) {
+            Ok(()) => {}
+            Err(error) if error.is_full() => {
+                tracing::warn!(%error, "the disk has no room for a snapshot: it is tried again");
+                snapshot.needed = !pipeline.as_stored();
+            }
+            Err(error) => return Err(error.into()),
+        }
         let reader = journal.reader(from)?;
         let lists = up_to_the_end(&pipeline, &journal, from)?;
         let journal_id = journal.id();
         let journal = Arc::new(journal.run(settings.journal.group_wait.0)?);
-        Ok(Self { journal, journal_id, reader, pipeline, snapshot: (from, bytes), spool, lists, incidents })
+        Ok(Self { journal, journal_id, reader, pipeline, snapshot, spool, lists, incidents })
+    }
+
+    /// What the engine begins with, and the redelivery lists for the sources.
+    fn into_parts(self, settings: &Settings, cloud: CloudClient, status: Arc<Mutex<Status>>) -> (Parts, Lists) {
+        let Self { journal, journal_id, reader, pipeline, snapshot, spool, lists: (lists, counters), incidents } = self;
+        let state = |source: &SourceSettings| {
+            let totals = counters.sources.get(source.name()).copied().unwrap_or_default();
+            let state = SourceState::from_totals(totals.journalled, totals.redelivered);
+            (source.name().to_owned(), Arc::new(state))
+        };
+        let parts = Parts {
+            data_dir: settings.edge.data_dir.clone(),
+            edge: settings.edge.id.to_string(),
+            stop_within: settings.edge.stop_within.0,
+            cut: settings.cut.clone(),
+            request_bytes: settings.cloud.request_bytes.bytes(),
+            journal_bytes_max: settings.journal.max_bytes.0,
+            sender: journal.sender(),
+            journal,
+            journal_id,
+            reader,
+            pipeline,
+            snapshot,
+            uplink: Uplink::new(spool.id(), settings.cloud.urls.len()),
+            spool,
+            cloud,
+            sources: settings.source.iter().map(state).collect(),
+            status,
+            incidents,
+        };
+        (parts, lists)
     }
 }
 

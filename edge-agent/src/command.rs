@@ -33,6 +33,7 @@ pub async fn execute(command: EdgeCommand) -> anyhow::Result<()> {
     match command {
         EdgeCommand::Run(arguments) => {
             let settings = Settings::load(&arguments.config)?;
+            settings.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
             let stop_within = settings.edge.stop_within.0;
             let token = CancellationToken::new();
             let handle = agent::start(settings, token.clone()).await.context("start the agent")?;
@@ -85,14 +86,7 @@ fn describe(settings: &Settings) -> String {
         };
         lines.push(format!("lane {}: {streams}; at most {} MiB, {full}", lane.name, lane.max_bytes.0 >> 20));
     }
-    for url in &settings.cloud.urls {
-        let loopback = matches!(url.host_str(), Some("127.0.0.1" | "localhost" | "[::1]"));
-        if url.scheme() == "http" && !loopback {
-            lines.push(format!(
-                "warning: {url} carries token and rows in the clear; use https outside a trusted network"
-            ));
-        }
-    }
+    lines.extend(settings.warnings().into_iter().map(|warning| format!("warning: {warning}")));
     lines.join("\n")
 }
 

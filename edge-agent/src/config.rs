@@ -268,6 +268,30 @@ impl Settings {
         lanes
     }
 
+    /// What is right and may still not be meant, for `check` and the start.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        for url in &self.cloud.urls {
+            let loopback = matches!(url.host_str(), Some("127.0.0.1" | "localhost" | "[::1]"));
+            if url.scheme() == "http" && !loopback {
+                warnings
+                    .push(format!("{url} carries token and rows in the clear; use https outside a trusted network"));
+            }
+        }
+        let with_windows = self.stream.iter().filter(|(name, stream)| !stream.windows(name).is_empty());
+        let windows = with_windows.map(|(_, stream)| stream.windows_max_bytes.0).sum::<u64>();
+        if windows.saturating_mul(4) > self.journal.max_bytes.0 {
+            warnings.push(format!(
+                "the windows of all streams may hold {} MiB, and a snapshot of them is written whenever a quarter of the \
+                 journal ({} MiB) has come in: with full windows the disk writes more for them than for the data; raise \
+                 journal.max_bytes to four times that, or lower windows_max_bytes",
+                windows >> 20,
+                self.journal.max_bytes.0 >> 20
+            ));
+        }
+        warnings
+    }
+
     /// A segment of a lane's log: what one cut may bring fits in it, also when a source allows long payloads.
     pub fn lane_segment_bytes(&self) -> u64 {
         let payloads = self.source.iter().map(|source| match source {

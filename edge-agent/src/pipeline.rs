@@ -91,6 +91,8 @@ pub struct Pipeline {
     refused: BTreeMap<(SpoolId, StreamName), Seq>,
     /// Streams that changed their lane since the snapshot that this began with.
     moved: BTreeMap<StreamName, snapshot::Moved>,
+    /// Every stream goes to the lane that the snapshot names, from which this began.
+    as_stored: bool,
     pending_rows: usize,
     pending_bytes: usize,
     scratch: Vec<Result<Reading, Rejected>>,
@@ -114,6 +116,7 @@ impl Pipeline {
             lists: Lists::default(),
             refused: BTreeMap::new(),
             moved: BTreeMap::new(),
+            as_stored: false,
             pending_rows: 0,
             pending_bytes: 0,
             scratch: Vec::new(),
@@ -183,6 +186,12 @@ impl Pipeline {
     /// Behind the last entry that was applied.
     pub fn position(&self) -> Position {
         self.position
+    }
+
+    /// Whether a restart from the snapshot that this began with would find every stream in its lane. If not, nothing may be
+    /// cut before there is a new one.
+    pub fn as_stored(&self) -> bool {
+        self.as_stored
     }
 
     /// Rows that wait for a cut.

@@ -3,10 +3,13 @@
 //! It is woken by the journal's synced end, by answers from the cloud, and by its own deadlines. A turn takes answers,
 //! writes cuts that a full lane held back, applies entries, cuts when that is due, sends, and now and then writes a
 //! snapshot. Requests run as tasks beside it and come back as answers. It stops by the token, after what is journalled is
-//! in the spool; any error is final, and the process stops.
+//! in the spool; any error is final, and the process stops. A full disk is none: what finds no room waits, is shown as a
+//! problem, and is tried again.
 
 mod publish;
 mod requests;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -42,6 +45,10 @@ const PENDING_BYTES_MAX: usize = 2 << 20;
 /// A snapshot is due when the journal has grown by so many times its size, and by this much.
 const SNAPSHOT_FACTOR: u64 = 4;
 const SNAPSHOT_BYTES_MIN: u64 = 4 << 20;
+/// Or by this part of its cap: nothing else frees it.
+const SNAPSHOT_JOURNAL_PARTS: u64 = 4;
+/// A snapshot for which the disk had no room is tried again so often.
+const SNAPSHOT_RETRY: Duration = Duration::from_secs(1);
 /// So long after the last cut the spool is idle.
 const IDLE: Duration = Duration::from_secs(5);
 /// How often the status is published.
@@ -77,6 +84,16 @@ struct Answer {
     result: Result<Acks, Failed>,
 }
 
+/// What is known of the snapshot on disk.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Snapshot {
+    /// Where the journal stood.
+    pub(super) position: Position,
+    pub(super) bytes: u64,
+    /// Nothing may be read and cut before a new one is written.
+    pub(super) needed: bool,
+}
+
 /// What the engine is made of; see [`Engine::run`].
 #[derive(Debug)]
 pub(super) struct Parts {
@@ -91,7 +108,7 @@ pub(super) struct Parts {
     pub(super) sender: JournalSender,
     pub(super) reader: Reader<Disk>,
     pub(super) pipeline: Pipeline,
-    pub(super) snapshot: (Position, u64),
+    pub(super) snapshot: Snapshot,
     pub(super) spool: Spool<Disk>,
     pub(super) uplink: Uplink,
     pub(super) cloud: CloudClient,
@@ -119,6 +136,8 @@ pub(super) struct Engine {
     last_cut: Instant,
     /// Nothing was cut since the spool's last marker.
     marked: bool,
+    /// Why the last snapshot was not written, and when it is tried again.
+    no_snapshot: Option<(String, Instant)>,
     /// Since when rows are pending.
     pending_since: Option<Instant>,
     /// What the cloud was heard to have of each stream of this spool.
@@ -144,6 +163,7 @@ impl Engine {
             full_lanes: HashSet::new(),
             last_cut: now,
             marked: true,
+            no_snapshot: None,
             pending_since: None,
             known: HashMap::new(),
             started: now,
@@ -245,6 +265,9 @@ impl Engine {
     /// Applies entries; true when there may be more to apply at once.
     fn read(&mut self) -> Result<bool, EngineError> {
         let parts = &mut self.parts;
+        if parts.snapshot.needed {
+            return Ok(false);
+        }
         for _ in 0..ENTRIES_PER_TURN {
             if parts.pipeline.may_cut() && is_full(parts) {
                 return Ok(true);
@@ -333,21 +356,43 @@ impl Engine {
     }
 
     fn snapshot_is_due(&self) -> bool {
-        let (at, bytes) = self.parts.snapshot;
-        let grown = self.parts.pipeline.position().0.saturating_sub(at.0);
-        let idle = self.held.is_empty() && self.parts.pipeline.pending_rows() == 0;
-        idle && grown >= SNAPSHOT_BYTES_MIN.max(SNAPSHOT_FACTOR * bytes)
+        let parts = &self.parts;
+        let Snapshot { position: at, bytes, needed } = parts.snapshot;
+        let position = parts.pipeline.position();
+        let grown = position.0.saturating_sub(at.0);
+        let idle = self.held.is_empty() && parts.pipeline.pending_rows() == 0;
+        // Windows may hold so much that four times it never fits into the journal. And a full one brings nothing more.
+        let often =
+            (parts.journal_bytes_max / SNAPSHOT_JOURNAL_PARTS).min(SNAPSHOT_BYTES_MIN.max(SNAPSHOT_FACTOR * bytes));
+        let at_its_end = || parts.journal.is_full() && position >= *parts.journal.synced().borrow();
+        let waits = self.no_snapshot.as_ref().is_some_and(|(_, until)| Instant::now() < *until);
+        idle && !waits && (needed || grown >= often || (grown > 0 && at_its_end()))
     }
 
-    /// Only when no row is pending: all lanes have all before the position, or nothing of it.
+    /// Only when no row is pending: all lanes have all before the position, or nothing of it. A full disk leaves the old
+    /// one, and the journal that goes with it.
     fn snapshot(&mut self) -> Result<(), EngineError> {
         let parts = &mut self.parts;
         for (name, source) in &parts.sources {
             parts.pipeline.set_redelivered(name, source.redelivered.load(Ordering::Relaxed));
         }
         let state = parts.pipeline.snapshot();
-        snapshot_file::write(&parts.data_dir, parts.journal_id, &state)?;
-        parts.snapshot = (parts.pipeline.position(), state.len() as u64);
+        match snapshot_file::write(&parts.data_dir, parts.journal_id, &state) {
+            Ok(()) => {}
+            Err(error) if error.is_full() => {
+                let text = format!("the disk has no room for a snapshot of {} bytes", state.len());
+                if self.no_snapshot.is_none() {
+                    tracing::warn!(%error, "{text}: the journal is kept");
+                }
+                self.no_snapshot = Some((text, Instant::now() + SNAPSHOT_RETRY));
+                return Ok(());
+            }
+            Err(error) => return Err(error.into()),
+        }
+        if self.no_snapshot.take().is_some() {
+            tracing::info!("the disk has room for a snapshot again");
+        }
+        parts.snapshot = Snapshot { position: parts.pipeline.position(), bytes: state.len() as u64, needed: false };
         parts.journal.free_before(parts.pipeline.position());
         Ok(())
     }

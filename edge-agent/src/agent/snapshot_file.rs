@@ -3,7 +3,8 @@
 //! ```text
 //! "weirSNP\n" | version u8 = 1 | journal id [16] | crc32c u32 of journal id and state | state, to the end
 //! ```
-//! It is replaced by rename, so a crash leaves the old or the new one, whole. A damaged one is never used.
+//! It is replaced by rename, so a crash leaves the old or the new one, whole. A damaged one is never used. A full disk
+//! leaves the old one ([`SnapshotFileError::is_full`]): the caller frees nothing and tries again.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -30,6 +31,15 @@ pub enum SnapshotFileError {
     Io { path: PathBuf, source: io::Error },
     #[error("{0} is no snapshot of this version, or it is damaged")]
     Damaged(PathBuf),
+}
+
+impl SnapshotFileError {
+    /// Whether the disk had no room: a state, which passes.
+    pub fn is_full(&self) -> bool {
+        let full =
+            |error: &io::Error| matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        matches!(self, Self::Io { source, .. } if full(source))
+    }
 }
 
 /// Reads the snapshot of a data directory; None when there is none yet.
@@ -61,9 +71,16 @@ pub(super) fn write(data_dir: &Path, journal: LogId, state: &[u8]) -> Result<(),
     header.push(VERSION);
     header.extend(journal.0);
     header.extend(crc32c::crc32c_append(crc32c::crc32c(&journal.0), state).to_le_bytes());
-    let mut file = File::create(&new).map_err(io(&new))?;
-    file.write_all(&header).and_then(|()| file.write_all(state)).map_err(io(&new))?;
-    file.sync_all().map_err(io(&new))?;
+    let written = File::create(&new).and_then(|mut file| {
+        file.write_all(&header)?;
+        file.write_all(state)?;
+        file.sync_all()
+    });
+    if let Err(source) = written {
+        // What there was of it must not keep the disk full.
+        let _ = fs::remove_file(&new);
+        return Err(SnapshotFileError::Io { path: new, source });
+    }
     fs::rename(&new, &path).map_err(io(&path))?;
     File::open(data_dir).and_then(|directory| directory.sync_all()).map_err(io(data_dir))
 }
@@ -71,6 +88,19 @@ pub(super) fn write(data_dir: &Path, journal: LogId, state: &[u8]) -> Result<(),
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_full_disk_leaves_the_old_one_and_nothing_of_the_new_one() {
+        let directory = tempfile::tempdir().unwrap();
+        write(directory.path(), LogId([7; 16]), b"old").unwrap();
+        let new = directory.path().join("snapshot.new");
+        std::os::unix::fs::symlink("/dev/full", &new).unwrap();
+        let error = write(directory.path(), LogId([7; 16]), b"new").unwrap_err();
+        assert!(error.is_full(), "{error:?}");
+        assert!(fs::symlink_metadata(&new).is_err());
+        assert_eq!(read(directory.path()).unwrap().unwrap().state, b"old".as_slice());
+        assert!(!SnapshotFileError::Damaged(new).is_full());
+    }
 
     #[test]
     fn a_snapshot_comes_back_and_every_flipped_bit_is_noticed() {

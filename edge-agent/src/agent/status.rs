@@ -23,6 +23,8 @@ pub struct Status {
     pub rows: RowsStatus,
     /// Readings in quarantine, by reason.
     pub quarantined: std::collections::BTreeMap<String, u64>,
+    /// What does not go on for now, and why; it is tried again by itself.
+    pub problems: Vec<String>,
     /// Damage found on disk since the start.
     pub incidents: Vec<String>,
 }

@@ -107,3 +107,18 @@ fn no_secret_is_shown() {
     let text = format!("{HEAD}{TRAFFIC}").replace("topics = ", "username = \"u\"\npassword = \"secret\"\ntopics = ");
     assert!(!format!("{:?}", Settings::parse(&text).unwrap()).contains("secret"));
 }
+
+#[test]
+fn what_is_right_and_may_not_be_meant_is_said() {
+    let check = |more: &str, from: &str, to: &str, expected: &str| {
+        let text = format!("{HEAD}{TRAFFIC}{more}").replace(from, to);
+        let warnings = Settings::parse(&text).unwrap().warnings().join("\n");
+        assert_eq!(warnings.is_empty(), expected.is_empty(), "{warnings}");
+        assert!(warnings.contains(expected), "{warnings}");
+    };
+    check("", "", "", "");
+    check("", "http://127.0.0.1:7300", "http://cloud:7300", "in the clear");
+    check("[journal]\nmax_bytes = \"511MiB\"\n", "", "", "raise journal.max_bytes");
+    check("[journal]\nmax_bytes = \"512MiB\"\n", "", "", "");
+    check("[journal]\nmax_bytes = \"64MiB\"\n", "[stream.traffic.window.5m]\nsize = \"5m\"", "", "");
+}

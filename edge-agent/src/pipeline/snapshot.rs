@@ -13,6 +13,7 @@ use segment_log::Position;
 use serde::{Deserialize, Serialize};
 use wire::{Seq, SpoolId, StreamName};
 
+use super::output::Output;
 use super::{Counters, Pipeline};
 use crate::config::Settings;
 use crate::redelivery::Lists;
@@ -125,6 +126,8 @@ impl Pipeline {
                 tracing::warn!(stream = %stream.name, %error, "its windows begin anew");
             }
         }
+        let stored = |output: &Output| meta.lanes.get(&output.stream) == Some(&pipeline.lane_names[output.lane]);
+        pipeline.as_stored = pipeline.outputs.iter().all(stored);
         for output in &mut pipeline.outputs {
             output.watermark = meta.watermarks.get(&output.stream).copied().unwrap_or(output.watermark);
             let Some(was) = meta.lanes.get(&output.stream) else { continue };

@@ -90,8 +90,18 @@ impl Engine {
             },
             rows,
             quarantined: counters.reasons.clone(),
+            problems: self.problems(),
             incidents: parts.incidents.clone(),
         };
         *parts.status.lock() = status;
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let lanes = self.parts.spool.lanes().enumerate();
+        let full = lanes.filter(|(index, _)| self.full_lanes.contains(index));
+        let full = full.map(|(_, lane)| format!("lane {} is full", lane.name));
+        let journal = self.parts.journal.is_full().then(|| "the journal is full".to_owned());
+        let snapshot = self.no_snapshot.as_ref().map(|(text, _)| text.clone());
+        full.chain(journal).chain(snapshot).collect()
     }
 }

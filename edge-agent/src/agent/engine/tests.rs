@@ -1,0 +1,146 @@
+use std::os::unix::fs::symlink;
+
+use tokio::runtime::Runtime;
+
+use super::super::Recovered;
+use super::*;
+use crate::config::Settings;
+use crate::entry::{Message, Payload};
+
+/// An engine that is driven turn by turn; its cloud does not answer.
+struct Driven {
+    engine: Engine,
+    sender: JournalSender,
+    /// The engine's requests run on it.
+    runtime: Runtime,
+}
+
+fn settings(directory: &Path, more: &str) -> Settings {
+    let text = format!(
+        "[edge]\nid = \"e\"\ndata_dir = {directory:?}\n[cloud]\nurls = [\"http://127.0.0.1:9\"]\ntoken = \"t\"\n\
+         [[source]]\nkind = \"mqtt\"\nurl = \"mqtt://h\"\ntopics = [\"#\"]\nstream = \"s\"\nmax_payload = \"16KiB\"\n\
+         [source.map]\ndevice = \"const:d\"\nv = \"/v\"\n[stream.s.fields]\nv = {{ type = \"int64\" }}\n\
+         [cut]\nseal_min = \"1ms\"\nseal_max = \"1ms\"\n{more}"
+    );
+    Settings::parse(&text).unwrap()
+}
+
+fn start(settings: &Settings) -> Driven {
+    // Another test may have done it.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = Runtime::new().unwrap();
+    let cloud = CloudClient::new(&settings.cloud, &settings.edge.id).unwrap();
+    let recovered = Recovered::open(settings).unwrap();
+    let (parts, _) = recovered.into_parts(settings, cloud, Arc::default());
+    let sender = parts.journal.sender();
+    Driven { engine: Engine::new(parts, runtime.handle().clone()), sender, runtime }
+}
+
+impl Driven {
+    /// A message of the source `s`; false when the journal is full.
+    fn message(&mut self, payload: &str) -> bool {
+        let payload = Payload::Whole(Bytes::copy_from_slice(payload.as_bytes()));
+        let (topic, arrival_us) = ("t".to_owned(), 1_700_000_000_000_000);
+        let message = Message { source: "s".to_owned(), topic, payload, arrival_us, delivery: None };
+        let Ok(ticket) = self.sender.try_append(&Entry::Message(message)) else { return false };
+        let mut durable = self.sender.durable();
+        let durable = async { durable.wait_for(|durable| *durable >= ticket).await.is_ok() };
+        self.runtime.block_on(async { tokio::time::timeout(Duration::from_millis(500), durable).await.is_ok() })
+    }
+
+    /// Turns until all that is journalled is cut.
+    fn settle(&mut self) {
+        loop {
+            self.engine.turn().unwrap();
+            let parts = &self.engine.parts;
+            let all = parts.pipeline.position() >= *parts.journal.synced().borrow();
+            if (all || parts.snapshot.needed) && parts.pipeline.pending_rows() == 0 {
+                return;
+            }
+        }
+    }
+
+    fn status(&mut self) -> Status {
+        self.engine.publish();
+        self.engine.parts.status.lock().clone()
+    }
+
+    fn stop(self) {
+        self.engine.parts.journal.stop();
+    }
+}
+
+#[test]
+fn a_small_journal_is_freed_before_it_is_full() {
+    let directory = tempfile::tempdir().unwrap();
+    let more = "[journal]\nsegment_bytes = \"64KiB\"\nmax_bytes = \"128KiB\"\n";
+    let mut driven = start(&settings(directory.path(), more));
+    let payload = format!("{{\"v\":1,\"x\":\"{}\"}}", "x".repeat(8 << 10));
+    for message in 0..100 {
+        assert!(driven.message(&payload), "message {message} finds no room");
+        driven.settle();
+    }
+    driven.stop();
+}
+
+#[test]
+fn windows_that_are_larger_than_the_journal_do_not_fill_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let more = "[journal]\nsegment_bytes = \"64KiB\"\nmax_bytes = \"128KiB\"\n";
+    let mut driven = start(&settings(directory.path(), more));
+    driven.engine.parts.snapshot.bytes = 64 << 20;
+    let payload = format!("{{\"v\":1,\"x\":\"{}\"}}", "x".repeat(8 << 10));
+    while driven.message(&payload) {}
+    assert!(driven.engine.parts.journal.is_full());
+    let until = Instant::now() + Duration::from_secs(5);
+    while !driven.message("{}") {
+        assert!(Instant::now() < until, "a full journal waits for a snapshot that is never due");
+        driven.settle();
+    }
+    driven.stop();
+}
+
+#[test]
+fn a_snapshot_that_finds_no_room_leaves_the_old_one_and_is_tried_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut driven = start(&settings(directory.path(), ""));
+    let file = || std::fs::read(directory.path().join("snapshot")).unwrap();
+    let before = file();
+    assert!(driven.message("{\"v\":1}"));
+    driven.settle();
+    symlink("/dev/full", directory.path().join("snapshot.new")).unwrap();
+    driven.engine.snapshot().unwrap();
+    assert_eq!(file(), before);
+    assert_eq!(driven.engine.parts.snapshot.position, Position(0));
+    assert!(driven.status().problems[0].contains("no room for a snapshot"), "{:?}", driven.status().problems);
+    driven.engine.snapshot().unwrap();
+    assert_ne!(file(), before);
+    assert_eq!(driven.status().problems, [""; 0]);
+    driven.stop();
+}
+
+#[test]
+fn a_start_on_a_full_disk_goes_on_unless_lanes_have_changed() {
+    let directory = tempfile::tempdir().unwrap();
+    let fill = || symlink("/dev/full", directory.path().join("snapshot.new")).unwrap();
+    start(&settings(directory.path(), "")).stop();
+    fill();
+    let mut driven = start(&settings(directory.path(), ""));
+    assert!(driven.message("{\"v\":1}"));
+    driven.settle();
+    assert_eq!(driven.status().rows.spooled, 1);
+    driven.stop();
+    // The stream moved: a crash after its first cut would find it in no lane, or in two.
+    fill();
+    let mut driven = start(&settings(directory.path(), "[[lane]]\nname = \"other\"\nstreams = [\"s\"]\n"));
+    assert!(driven.message("{\"v\":2}"));
+    let needed = driven.engine.parts.snapshot;
+    driven.engine.no_snapshot = Some(("held back".to_owned(), Instant::now() + Duration::from_secs(60)));
+    driven.settle();
+    assert_eq!((needed.needed, driven.status().rows.spooled), (true, 1));
+    driven.engine.no_snapshot = None;
+    driven.settle();
+    driven.settle();
+    assert_eq!(driven.status().rows.spooled, 2);
+    driven.stop();
+}
