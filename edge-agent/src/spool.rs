@@ -81,6 +81,19 @@ pub enum SpoolError {
     Losses(#[from] wire::sealed::CutError),
 }
 
+impl SpoolError {
+    /// Whether there was no room, in a lane or on the disk: a state, which passes.
+    pub fn is_full(&self) -> bool {
+        let full =
+            |error: &io::Error| matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        match self {
+            Self::Full(_) | Self::Open(OpenError::Marker { source: AppendError::Full, .. }) => true,
+            Self::Open(OpenError::Io { source, .. }) | Self::Io { source, .. } => full(source),
+            _ => false,
+        }
+    }
+}
+
 /// Damage found at opening, for the operator.
 #[derive(Debug, Clone)]
 pub struct Incident {

@@ -55,6 +55,8 @@ const IDLE: Duration = Duration::from_secs(5);
 const STATUS_EVERY: Duration = Duration::from_millis(200);
 /// After a full lane or a failed request the next try without an event.
 const RETRY: Duration = Duration::from_millis(100);
+/// A fork for which the disk had no room is tried again so often: each try copies the spool.
+const FORK_RETRY: Duration = Duration::from_secs(5);
 /// Answers that wait for the next turn.
 const ANSWERS_MAX: usize = 64;
 /// Incidents that are shown.
@@ -81,6 +83,9 @@ struct Answer {
     /// None for `positions`.
     stream: Option<StreamName>,
     epoch: u64,
+    /// Of the request: when the answer comes there may be another spool, and more may be freed.
+    spool: SpoolId,
+    freed: Seq,
     result: Result<Acks, Failed>,
 }
 
@@ -136,6 +141,8 @@ pub(super) struct Engine {
     last_cut: Instant,
     /// Nothing was cut since the spool's last marker.
     marked: bool,
+    /// Nothing is sent any more for this spool: what is not committed goes on in a new one, at the next try.
+    forking: Option<Instant>,
     /// Why the last snapshot was not written, and when it is tried again.
     no_snapshot: Option<(String, Instant)>,
     /// Since when rows are pending.
@@ -163,6 +170,7 @@ impl Engine {
             full_lanes: HashSet::new(),
             last_cut: now,
             marked: true,
+            forking: None,
             no_snapshot: None,
             pending_since: None,
             known: HashMap::new(),
@@ -247,6 +255,7 @@ impl Engine {
         if self.snapshot_is_due() {
             self.snapshot()?;
         }
+        self.go_on_forking()?;
         wait = wait.min(self.send()?);
         if !self.marked && self.last_cut.elapsed() >= IDLE {
             // Damage in what is there will not pass for a torn tail (rule 8).

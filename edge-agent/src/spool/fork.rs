@@ -3,7 +3,7 @@
 //!
 //! All that is not committed goes to the new spool, without numbers. Rows that the cloud may have already, because a
 //! batch of their number is there, get `quality = 'forked'`. The new directory is complete and synced before the file
-//! `id` names it; a crash before that leaves the old spool as it was.
+//! `id` names it; a crash before that, or a disk without room for both, leaves the old spool as it was.
 
 use std::path::Path;
 
@@ -14,10 +14,12 @@ use std::sync::Arc;
 use wire::sealed::CutError;
 use wire::{CutBatch, Seq, SpoolId, StreamName, StreamSchema};
 
-use super::{Incident, Spool, SpoolError, recover};
+use super::{Incident, OnFull, Spool, SpoolError, recover};
 
 /// Compressed bytes in one record of the new spool.
 const GROUP_BYTES: usize = 1 << 20;
+/// What a batch takes there beside its body, at most.
+const BATCH_OVERHEAD: usize = 512;
 /// What a row's quality becomes when it may be there already.
 const FORKED: &str = "forked";
 
@@ -25,7 +27,8 @@ impl<L: FileLayer> Spool<L> {
     /// Moves to a new spool in the same directory. `known` is the highest number that the cloud has of a stream.
     ///
     /// # Errors
-    /// When the disk fails or has no room; the old spool then stands as it was.
+    /// When the disk fails or has no room ([`SpoolError::is_full`]); the old spool then stands as it was, and the
+    /// directory of the new one is the caller's to remove.
     pub fn fork(
         &mut self,
         layer: &L,
@@ -37,44 +40,59 @@ impl<L: FileLayer> Spool<L> {
         let io = |source| SpoolError::Io { path: path.clone(), source };
         layer.create_dir(&path).map_err(io)?;
         layer.sync_dir(directory).map_err(io)?;
-        let (mut new, incidents) = Self::open_as(layer, directory, self.settings.clone(), fresh)?;
+        // The copies lie less densely: what is in a lane must not find the new one full, or drop what is oldest.
+        let mut roomy = self.settings.clone();
+        for lane in &mut roomy.lanes {
+            (lane.max_bytes, lane.on_full) = (lane.max_bytes.saturating_mul(2), OnFull::Refuse);
+        }
+        let (mut new, _) = Self::open_as(layer, directory, roomy, fresh)?;
         new.schemas = self.schemas.clone();
         for lane in 0..self.lanes.len() {
-            new.lanes[lane].totals = self.lanes[lane].totals;
+            let mut totals = self.lanes[lane].totals;
             let cut = self.lanes[lane].cut;
+            let group_bytes = GROUP_BYTES.min(new.lanes[lane].log.options().payload_bytes_max() / 2);
             let mut group = Vec::new();
             let mut bytes = 0;
-            for (place, doubtful) in self.kept(lane, known) {
-                // What rotted was reported when the lane was opened, and is counted as lost by its number there.
-                let Some(mut batch) = self.read(place)? else { continue };
+            for (place, rows, doubtful) in self.kept(lane, known) {
+                let Some(mut batch) = self.read(place)? else {
+                    // It rotted, which was reported when the lane was opened.
+                    totals.lost += u64::from(rows);
+                    continue;
+                };
                 if doubtful {
                     batch = self.flagged(batch)?;
                 }
-                bytes += batch.body.len();
-                group.push(batch);
-                if bytes >= GROUP_BYTES {
+                let batch_bytes = batch.body.len() + BATCH_OVERHEAD;
+                if bytes + batch_bytes > group_bytes && !group.is_empty() {
                     new.append_copies(lane, cut, &std::mem::take(&mut group))?;
                     bytes = 0;
                 }
+                bytes += batch_bytes;
+                group.push(batch);
             }
             new.append_copies(lane, cut, &group)?;
+            new.lanes[lane].totals = totals;
+            new.put_state(lane)?;
         }
         new.mark()?;
+        drop(new);
+        let opened = Self::open_as(layer, directory, self.settings.clone(), fresh)?;
         recover::name(layer, directory, fresh)?;
-        layer.sync_dir(directory).map_err(io)?;
-        Ok((new, incidents))
+        // The name is given: an error from here on is final, whatever its kind.
+        layer.sync_dir(directory).map_err(|error| io(std::io::Error::other(error)))?;
+        Ok(opened)
     }
 
-    /// Places of a lane's batches that are not committed, oldest first, and whether the cloud may have them.
-    fn kept(&self, lane: usize, known: &dyn Fn(&StreamName) -> Seq) -> Vec<(super::Place, bool)> {
+    /// Places and rows of a lane's batches that are not committed, oldest first, and whether the cloud may have them.
+    fn kept(&self, lane: usize, known: &dyn Fn(&StreamName) -> Seq) -> Vec<(super::Place, u32, bool)> {
         let mut kept = Vec::new();
         for (stream, sequence) in &self.sequences {
             let numbered = sequence.numbered.iter().filter(|numbered| numbered.place.lane == lane);
             let numbered = numbered.filter(|numbered| numbered.void.is_none());
-            kept.extend(numbered.map(|numbered| (numbered.place, numbered.mark.seq <= known(stream))));
+            kept.extend(numbered.map(|numbered| (numbered.place, numbered.rows, numbered.mark.seq <= known(stream))));
         }
-        kept.extend(self.lanes[lane].waiting.values().flatten().map(|waiting| (waiting.place, false)));
-        kept.sort_by_key(|(place, _)| (place.group, place.index));
+        kept.extend(self.lanes[lane].waiting.values().flatten().map(|waiting| (waiting.place, waiting.rows, false)));
+        kept.sort_by_key(|(place, ..)| (place.group, place.index));
         kept
     }
 

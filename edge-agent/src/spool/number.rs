@@ -150,14 +150,15 @@ impl<L: FileLayer> Spool<L> {
         let header = void.header();
         let (_, numbered) = self.find(&header.stream, header.seq).expect("a void batch has a number that is held");
         let (lane, rows) = (numbered.place.lane, u64::from(numbered.rows));
-        let totals = &mut self.lanes[lane].totals;
+        let mut totals = self.lanes[lane].totals;
         if kept {
             totals.voided += rows;
         } else {
             totals.lost += rows;
         }
-        let payload = record::with_totals(*totals, void.bytes());
+        let payload = record::with_totals(totals, void.bytes());
         self.put(lane, record::VOID, &payload, &[], true)?;
+        self.lanes[lane].totals = totals;
         self.set_void(void.clone());
         Ok(())
     }

@@ -53,6 +53,12 @@ impl<L: FileLayer> Spool<L> {
         if control { lane.log.append_control(kind, payload) } else { lane.log.append(kind, payload) }.map_err(full)
     }
 
+    /// Writes the lane's state where it stands, not synced.
+    pub(super) fn put_state(&mut self, lane: usize) -> Result<(), SpoolError> {
+        let state = self.state(lane);
+        self.put(lane, record::STATE, &state, &[], true).map(|_| ())
+    }
+
     fn state(&self, lane: usize) -> Vec<u8> {
         let heads = self.sequences.iter().map(|(stream, s)| (stream, Heads { head: s.head, freed: s.freed }));
         let mut out = record::with_totals(self.lanes[lane].totals, &self.lanes[lane].cut.0.to_le_bytes());

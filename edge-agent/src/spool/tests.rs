@@ -16,11 +16,15 @@ fn schema() -> StreamSchema {
 }
 
 fn cut_batch(stream: &str, value: f64) -> CutBatch {
+    cut_batch_of("d", stream, value)
+}
+
+fn cut_batch_of(device: &str, stream: &str, value: f64) -> CutBatch {
     let rows = RecordBatch::try_new(
         schema().arrow().clone(),
         vec![
             Arc::new(TimestampMicrosecondArray::from(vec![NOW_US]).with_timezone("UTC")),
-            Arc::new(StringArray::from(vec!["d"])),
+            Arc::new(StringArray::from(vec![device])),
             Arc::new(Float64Array::from(vec![value])),
             Arc::new(StringArray::from(vec!["good"])),
         ],
@@ -233,6 +237,7 @@ fn a_fork_keeps_what_is_not_committed_and_flags_what_may_be_there() {
     drop(spool);
     let mut spool = open(&layer, OnFull::Refuse);
     assert_eq!((spool.id(), spool.cut_position(1)), (fresh, Position(50)));
+    assert_eq!(spool.rows_counted(), before, "after a restart");
     let sent = spool.number(1, &traffic(), usize::MAX).unwrap();
     let seen = sent.iter().map(|batch| {
         let rows = batch.decode(&schema()).unwrap();
@@ -242,6 +247,46 @@ fn a_fork_keeps_what_is_not_committed_and_flags_what_may_be_there() {
     let expected = [(2.0, "forked"), (3.0, "good"), (4.0, "good"), (5.0, "good")];
     assert_eq!(seen.collect::<Vec<_>>(), expected.map(|(value, quality)| (value, quality.to_owned())));
     assert_eq!(sent[0].header().seq, Seq(1));
+}
+
+#[test]
+fn a_fork_without_room_leaves_the_old_spool_as_it_was() {
+    let layer = SimLayer::new();
+    let mut spool = open(&layer, OnFull::Refuse);
+    (1..=5).for_each(|n| append(&mut spool, n * 10, n as f64));
+    let sent = spool.number(1, &traffic(), 1).unwrap();
+    let fresh = SpoolId([8; 16]);
+    // Each of the two lanes has a segment of 128 KiB and 8 KiB beside it: room for none, for one, for all but a part.
+    for (n, capacity_kib) in [0, 272, 300, 420, 540].into_iter().enumerate() {
+        layer.set_capacity(capacity_kib << 10);
+        let error = spool.fork(&layer, Path::new(DIRECTORY), SpoolId([n as u8; 16]), &|_| Seq(0)).unwrap_err();
+        assert!(error.is_full(), "{capacity_kib} KiB: {error:?}");
+        assert_eq!(spool.again(&traffic(), Seq(1), usize::MAX).unwrap(), sent);
+    }
+    layer.set_capacity(u64::MAX);
+    let (forked, _) = spool.fork(&layer, Path::new(DIRECTORY), fresh, &|_| Seq(0)).unwrap();
+    assert_eq!((forked.rows(), forked.id()), (5, fresh));
+}
+
+#[test]
+fn a_fork_of_a_full_lane_finds_room_and_drops_nothing() {
+    for on_full in [OnFull::Refuse, OnFull::DropOldest] {
+        let layer = SimLayer::new();
+        let mut spool = open(&layer, on_full);
+        // As full as it gets without a drop; seven fit into a segment, and of groups of three only two.
+        let mut random = Random::new(7);
+        for cut in 0.. {
+            let device = (0..10_000).map(|_| char::from(b'!' + random.below(94) as u8)).collect::<String>();
+            let batch = cut_batch_of(&device, "traffic", 1.0);
+            if spool.lanes[1].log.bytes_on_disk() >= 512 << 10 && spool.lanes[1].log.starts_segment(9 << 10) {
+                break;
+            }
+            spool.append(1, Position(cut), &[batch], &[schema()], NOW_US).unwrap();
+        }
+        let before = spool.rows_counted();
+        let (forked, _) = spool.fork(&layer, Path::new(DIRECTORY), SpoolId([8; 16]), &|_| Seq(0)).unwrap();
+        assert_eq!(forked.rows_counted(), before);
+    }
 }
 
 #[test]

@@ -213,6 +213,11 @@ impl Uplink {
         }
     }
 
+    /// Whether a request of the stream has no answer yet: what it sent may be there or not.
+    pub fn is_in_flight(&self, stream: &StreamName) -> bool {
+        self.chains.get(stream).is_some_and(|chain| chain.in_flight)
+    }
+
     /// The node that answers, once it has told its positions, and the index of its address.
     pub fn node(&self) -> (Option<&str>, usize) {
         (self.node.as_deref(), self.url)

@@ -102,6 +102,7 @@ impl Engine {
         let full = full.map(|(_, lane)| format!("lane {} is full", lane.name));
         let journal = self.parts.journal.is_full().then(|| "the journal is full".to_owned());
         let snapshot = self.no_snapshot.as_ref().map(|(text, _)| text.clone());
-        full.chain(journal).chain(snapshot).collect()
+        let fork = "a new spool finds no room on the disk: nothing is sent until it does";
+        full.chain(journal).chain(snapshot).chain(self.forking.map(|_| fork.to_owned())).collect()
     }
 }

@@ -4,15 +4,15 @@
 //! later turn, so nothing here waits for the network. The rows of a refused batch are waited for: until they are durable
 //! in the journal.
 
-use std::collections::HashSet;
-use std::time::Duration;
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use rand::Rng;
 use segment_log::Disk;
 use wire::{Acks, Refusal, Seq, SpoolId, StreamAck, StreamName};
 
-use super::{Answer, Engine, EngineError, RETRY, incident, remove_other_spools, spool_directory};
+use super::{Answer, Engine, EngineError, FORK_RETRY, RETRY, incident, remove_other_spools, spool_directory};
 use crate::entry::Entry;
 use crate::spool::SpoolError;
 use crate::uplink::http::{Failed, body};
@@ -21,6 +21,9 @@ use crate::uplink::state::{Action, Failure};
 impl Engine {
     /// Starts all requests that are due; returns how long the next is away.
     pub(super) fn send(&mut self) -> Result<Duration, EngineError> {
+        if self.forking.is_some() {
+            return Ok(RETRY);
+        }
         loop {
             let now_ms = self.now_ms();
             let parts = &mut self.parts;
@@ -37,17 +40,18 @@ impl Engine {
                     self.runtime.spawn(async move {
                         let result = cloud.positions(url, spool).await;
                         // The engine has ended when nobody listens.
-                        let _ = answers.send(Answer { stream: None, epoch, result }).await;
+                        let _ = answers.send(Answer { stream: None, epoch, spool, freed: Seq(0), result }).await;
                     });
                 }
                 Action::Send { url, epoch, stream, from } => {
                     if let Some(body) = self.gather(&stream, from)? {
                         let (cloud, answers) = (self.parts.cloud.clone(), self.answers.0.clone());
+                        let (spool, freed) = (self.parts.spool.id(), self.parts.spool.freed(&stream).seq);
                         self.in_flight += 1;
                         self.bytes_sent += body.len() as u64;
                         self.runtime.spawn(async move {
                             let result = cloud.send(url, body).await;
-                            let _ = answers.send(Answer { stream: Some(stream), epoch, result }).await;
+                            let _ = answers.send(Answer { stream: Some(stream), epoch, spool, freed, result }).await;
                         });
                     } else {
                         let failure = Failure::PushedBack { retry_after_ms: RETRY.as_millis() as u64 };
@@ -58,10 +62,14 @@ impl Engine {
         }
     }
 
-    /// The batches of a stream from a number on, as a body; None when the spool has no room for new numbers.
+    /// The batches of a stream from a number on, as a body; None when the spool has no room for new numbers, or for what
+    /// takes the place of a batch that rotted.
     fn gather(&mut self, stream: &StreamName, from: Seq) -> Result<Option<Bytes>, EngineError> {
         let spool = &mut self.parts.spool;
-        let mut batches = spool.again(stream, from, self.parts.request_bytes)?;
+        let mut batches = match spool.again(stream, from, self.parts.request_bytes) {
+            Err(SpoolError::Full(_)) => return Ok(None),
+            other => other?,
+        };
         if batches.is_empty() {
             let lane = spool.waiting().into_iter().find(|(_, waiting)| *waiting == stream).map(|(lane, _)| lane);
             let Some(lane) = lane else { return Ok(None) };
@@ -80,21 +88,22 @@ impl Engine {
 
     pub(super) fn answered(&mut self, answer: Answer) -> Result<(), EngineError> {
         self.in_flight -= 1;
-        let Answer { stream, epoch, result } = answer;
+        let Answer { stream, epoch, spool, freed, result } = answer;
         match result {
             Ok(acks) => {
                 self.last_error = None;
                 self.acked(stream.as_ref(), epoch, &acks, false)
             }
             Err(Failed { failure, text, acks }) => {
-                let spool = self.parts.spool.id();
                 if let Some(acks) = acks {
                     self.acked(stream.as_ref(), epoch, &acks, failure == Failure::Link)?;
                 }
                 if self.parts.spool.id() != spool {
+                    // Of a spool that is no more: only that the request has ended counts.
+                    self.parts.uplink.failed(stream.as_ref(), epoch, &Failure::Forked, 0, 0.0);
                     return Ok(());
                 }
-                self.failed(stream.as_ref(), epoch, failure, text)
+                self.failed(stream.as_ref(), epoch, failure, text, freed)
             }
         }
     }
@@ -108,7 +117,9 @@ impl Engine {
         }
         if let Some(ack) = acks.acks.iter().find(|ack| ack.spool == ours && self.is_foreign(ack)) {
             self.parts.uplink.acked(stream, epoch, &Acks { acks: Vec::new(), ..acks.clone() });
-            return self.fork(&ack.stream);
+            let text =
+                format!("spool {ours} is forked (seen in {}): what is not committed goes on in a new one", ack.stream);
+            return self.fork(text);
         }
         for refusal in acks.refused.iter().filter(|refusal| refusal.spool == ours) {
             self.refused(refusal)?;
@@ -125,27 +136,39 @@ impl Engine {
         &mut self,
         stream: Option<&StreamName>,
         epoch: u64,
-        mut failure: Failure,
+        failure: Failure,
         text: String,
+        freed: Seq,
     ) -> Result<(), EngineError> {
         if self.last_error.as_ref() != Some(&text) {
             tracing::warn!(error = %text, "the cloud did not take a request; it is tried again");
         }
         self.last_error = Some(text);
-        if let (Failure::Gap { expected }, Some(stream)) = (&failure, stream) {
-            // What the node asks for is gone from here because a node said that it was committed.
-            let freed = self.parts.spool.freed(stream).seq;
-            if *expected <= freed {
-                tracing::error!(%stream, %expected, %freed, "the cloud lost batches that it called committed");
-                failure = Failure::Link;
+        match (&failure, stream) {
+            (Failure::Forked, Some(stream)) => {
+                self.parts.uplink.failed(Some(stream), epoch, &failure, 0, 0.0);
+                let spool = self.parts.spool.id();
+                self.fork(format!(
+                    "spool {spool} is forked (seen in {stream}): what is not committed goes on in a new one"
+                ))
             }
-        }
-        let now_ms = self.now_ms();
-        let jitter = rand::rng().random_range(0.0..=1.0);
-        self.parts.uplink.failed(stream, epoch, &failure, now_ms, jitter);
-        match stream {
-            Some(stream) if failure == Failure::Forked => self.fork(stream),
-            _ => Ok(()),
+            // What the node asks for was gone from here before it was asked, because a node had called it committed.
+            (Failure::Gap { expected }, Some(stream)) if *expected <= freed => {
+                self.parts.uplink.failed(Some(stream), epoch, &Failure::Forked, 0, 0.0);
+                // Of the others of this stream it has none, whatever it said before.
+                self.known.insert(stream.clone(), Seq(expected.0.saturating_sub(1)));
+                let spool = self.parts.spool.id();
+                self.fork(format!(
+                    "the cloud lost batches {expected} to {freed} of {stream}, spool {spool}, which it had called committed: \
+                     they are gone from here, too; what is not committed goes on in a new spool"
+                ))
+            }
+            _ => {
+                let now_ms = self.now_ms();
+                let jitter = rand::rng().random_range(0.0..=1.0);
+                self.parts.uplink.failed(stream, epoch, &failure, now_ms, jitter);
+                Ok(())
+            }
         }
     }
 
@@ -166,7 +189,11 @@ impl Engine {
             }
         }
         if self.parts.spool.holds(&refusal.stream, refusal.seq) {
-            self.parts.spool.void(&refusal.stream, refusal.seq, &refusal.reason)?;
+            match self.parts.spool.void(&refusal.stream, refusal.seq, &refusal.reason) {
+                // The cloud refuses it again.
+                Err(SpoolError::Full(_)) => {}
+                other => drop(other?),
+            }
         }
         Ok(())
     }
@@ -180,23 +207,54 @@ impl Engine {
         })
     }
 
-    /// A copy of this data directory, or an older one that was restored, has used numbers of this spool (rule 8).
-    fn fork(&mut self, stream: &StreamName) -> Result<(), EngineError> {
+    /// A copy of this data directory, or an older one that was restored, has used numbers of this spool (rule 8); or the
+    /// cloud was restored and waits for what is gone here. `text` is the incident.
+    fn fork(&mut self, text: String) -> Result<(), EngineError> {
+        if self.forking.is_some() {
+            return Ok(());
+        }
+        incident(&mut self.parts.incidents, text);
+        self.forking = Some(Instant::now());
+        self.go_on_forking()
+    }
+
+    /// Moves to a new spool when that is due. Without room on the disk the old one stays, nothing is sent, and it is tried
+    /// again later.
+    pub(super) fn go_on_forking(&mut self) -> Result<(), EngineError> {
+        if self.forking.is_none_or(|due| Instant::now() < due) {
+            return Ok(());
+        }
         let parts = &mut self.parts;
         let (old, fresh) = (parts.spool.id(), SpoolId(rand::rng().random()));
-        let text = format!("spool {old} is forked (seen in {stream}): what is not committed goes on in spool {fresh}");
-        incident(&mut parts.incidents, text);
-        let known = std::mem::take(&mut self.known);
-        let known = |stream: &StreamName| known.get(stream).copied().unwrap_or_default();
         let directory = spool_directory(&parts.data_dir);
-        let (spool, incidents) = parts.spool.fork(&Disk, &directory, fresh, &known)?;
-        for damage in incidents {
-            incident(&mut parts.incidents, format!("spool: {damage:?}"));
+        let heads = parts.spool.numbered().filter(|(stream, _)| parts.uplink.is_in_flight(stream));
+        let sent = heads.map(|(stream, head)| (stream.clone(), head.seq)).collect::<HashMap<_, _>>();
+        // What has no answer yet may be there, too.
+        let known = |stream: &StreamName| {
+            let seq = |seqs: &HashMap<StreamName, Seq>| seqs.get(stream).copied().unwrap_or_default();
+            seq(&self.known).max(seq(&sent))
+        };
+        match parts.spool.fork(&Disk, &directory, fresh, &known) {
+            Ok((spool, incidents)) => {
+                for damage in incidents {
+                    incident(&mut parts.incidents, format!("spool: {damage:?}"));
+                }
+                tracing::warn!(%old, new = %fresh, "a new spool");
+                parts.spool = spool;
+                parts.uplink.restart(fresh);
+                self.known.clear();
+                self.full_lanes.clear();
+                self.forking = None;
+                // Its logs are still open here; the next start would do it, too.
+                remove_other_spools(&directory, fresh);
+            }
+            Err(error) if error.is_full() => {
+                tracing::warn!(%error, "the disk has no room for a new spool: nothing is sent until it has");
+                remove_other_spools(&directory, old);
+                self.forking = Some(Instant::now() + FORK_RETRY);
+            }
+            Err(error) => return Err(error.into()),
         }
-        parts.spool = spool;
-        parts.uplink.restart(fresh);
-        // Its logs are still open here; the next start would do it, too.
-        remove_other_spools(&directory, fresh);
         Ok(())
     }
 }

@@ -1,11 +1,13 @@
 use std::os::unix::fs::symlink;
 
 use tokio::runtime::Runtime;
+use wire::Mark;
 
 use super::super::Recovered;
 use super::*;
 use crate::config::Settings;
 use crate::entry::{Message, Payload};
+use crate::uplink::state::Failure;
 
 /// An engine that is driven turn by turn; its cloud does not answer.
 struct Driven {
@@ -63,6 +65,30 @@ impl Driven {
     fn status(&mut self) -> Status {
         self.engine.publish();
         self.engine.parts.status.lock().clone()
+    }
+
+    /// A number for a batch of the stream `s`, as if it were being sent; returns its mark.
+    fn number(&mut self) -> Mark {
+        assert!(self.message("{\"v\":1}"));
+        self.settle();
+        let (stream, lane) = ("s".parse().unwrap(), 1);
+        let sent = self.engine.parts.spool.number(lane, &stream, usize::MAX).unwrap();
+        let last = sent.last().unwrap();
+        Mark { seq: last.header().seq, crc: last.crc() }
+    }
+
+    /// An answer to a request of the stream that began now.
+    fn answer(&self, stream: &str, failure: Failure) -> Answer {
+        let stream: StreamName = stream.parse().unwrap();
+        let spool = &self.engine.parts.spool;
+        let (freed, spool) = (spool.freed(&stream).seq, spool.id());
+        let result = Err(Failed { failure, text: "no".to_owned(), acks: None });
+        Answer { stream: Some(stream), epoch: 0, spool, freed, result }
+    }
+
+    fn answered(&mut self, answer: Answer) {
+        self.engine.in_flight += 1;
+        self.engine.answered(answer).unwrap();
     }
 
     fn stop(self) {
@@ -142,5 +168,71 @@ fn a_start_on_a_full_disk_goes_on_unless_lanes_have_changed() {
     driven.settle();
     driven.settle();
     assert_eq!(driven.status().rows.spooled, 2);
+    driven.stop();
+}
+
+#[test]
+fn several_answers_of_one_fork_fork_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut driven = start(&settings(directory.path(), ""));
+    driven.number();
+    let old = driven.engine.parts.spool.id();
+    let answers = ["s", "quarantine", "losses"].map(|stream| driven.answer(stream, Failure::Forked));
+    answers.into_iter().for_each(|answer| driven.answered(answer));
+    assert_ne!(driven.engine.parts.spool.id(), old);
+    assert_eq!(driven.status().incidents.len(), 1, "{:?}", driven.status().incidents);
+    driven.stop();
+}
+
+#[test]
+fn a_cloud_that_lost_what_it_committed_gets_the_rest_in_a_new_spool() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut driven = start(&settings(directory.path(), ""));
+    let (stream, first) = ("s".parse().unwrap(), driven.number());
+    let second = driven.number();
+    // An older answer that comes after the commit is no loss.
+    let late = driven.answer("s", Failure::Gap { expected: first.seq });
+    driven.engine.parts.spool.free(&stream, first).unwrap();
+    driven.answered(late);
+    let old = driven.engine.parts.spool.id();
+    assert_eq!(driven.status().incidents, [""; 0]);
+    let gap = driven.answer("s", Failure::Gap { expected: first.seq });
+    driven.engine.known.insert(stream.clone(), second.seq);
+    driven.answered(gap);
+    assert_ne!(driven.engine.parts.spool.id(), old);
+    let status = driven.status();
+    assert!(status.incidents[0].contains("lost batches 1 to 1 of s"), "{:?}", status.incidents);
+    assert_eq!((status.rows.committed, status.rows.spooled), (1, 1));
+    let spool = &mut driven.engine.parts.spool;
+    let schema = settings(directory.path(), "").stream[&stream].schema();
+    let batch = spool.number(1, &stream, usize::MAX).unwrap().remove(0);
+    assert_eq!(batch.header().seq, Seq(1));
+    let rows = batch.decode(&schema).unwrap();
+    let quality = rows.columns().last().unwrap();
+    assert_eq!(arrow_array::cast::AsArray::as_string::<i32>(quality).value(0), "good", "the cloud does not have it");
+    driven.stop();
+}
+
+#[test]
+fn nothing_is_sent_while_a_new_spool_finds_no_room() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut driven = start(&settings(directory.path(), ""));
+    driven.number();
+    let old = driven.engine.parts.spool.id();
+    driven.engine.forking = Some(Instant::now() + Duration::from_secs(60));
+    // One that would ask at once.
+    driven.engine.parts.uplink = Uplink::new(old, 1);
+    let before = driven.engine.in_flight;
+    driven.engine.go_on_forking().unwrap();
+    driven.engine.send().unwrap();
+    assert_eq!((driven.engine.in_flight, driven.engine.parts.spool.id()), (before, old));
+    assert!(driven.status().problems[0].contains("nothing is sent"), "{:?}", driven.status().problems);
+    let answer = driven.answer("s", Failure::Forked);
+    driven.answered(answer);
+    assert_eq!(driven.status().incidents, [""; 0], "it is known already");
+    driven.engine.forking = Some(Instant::now());
+    driven.engine.turn().unwrap();
+    assert_ne!(driven.engine.parts.spool.id(), old);
+    assert_eq!(driven.status().problems, [""; 0]);
     driven.stop();
 }
