@@ -2,7 +2,7 @@
 //!
 //! One bad reading never rejects its neighbours. What cannot be read comes back as [`Rejected`] with a stable reason, a
 //! detail for people, and its bytes. Pure: the arrival is an argument. Limits: [`READINGS_MAX`] readings in a message,
-//! [`DEVICE_BYTES_MAX`] bytes in a device's name.
+//! [`DEVICE_BYTES_MAX`] bytes in a device's name, [`TEXT_BYTES_MAX`] of text in all readings of a message.
 
 mod json;
 #[cfg(test)]
@@ -22,6 +22,9 @@ use crate::config::{MapSettings, Place, Pointer, StreamSettings, TimePlace};
 pub const READINGS_MAX: usize = 65_536;
 /// Longest name of a device.
 pub const DEVICE_BYTES_MAX: usize = 256;
+
+/// Text in all readings of a message: one of its texts may stand in each field of each reading.
+pub const TEXT_BYTES_MAX: usize = 32 << 20;
 
 /// A value of a field.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,7 +51,7 @@ pub struct Reading {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rejected {
     /// A stable word: `not_utf8`, `malformed`, `empty`, `too_many`, `no_readings`, `no_device`, `bad_device`,
-    /// `no_time`, `bad_time`, `wrong_type`; and those of the checks.
+    /// `no_time`, `bad_time`, `wrong_type`, `too_large`; and those of the checks.
     pub reason: &'static str,
     /// What was there, for people.
     pub detail: String,
@@ -123,7 +126,9 @@ impl Decoder {
         };
         let spans = match message.readings {
             None => {
-                let reading = self.reading(topic, &message.reading, &message.slots, arrival_us, 0..payload.len());
+                let mut room = TEXT_BYTES_MAX;
+                let whole = 0..payload.len();
+                let reading = self.reading(topic, &message.reading, &message.slots, arrival_us, whole, &mut room);
                 return out.push(reading.map_err(|(reason, detail, device)| Rejected {
                     reason,
                     detail,
@@ -140,10 +145,11 @@ impl Decoder {
             }
             Some(spans) => spans,
         };
+        let mut room = TEXT_BYTES_MAX;
         for span in spans {
             let slots = self.scan.reading(&text[span.clone()]);
             let reading = match slots {
-                Ok(slots) => self.reading(topic, &slots, &message.slots, arrival_us, span.clone()),
+                Ok(slots) => self.reading(topic, &slots, &message.slots, arrival_us, span.clone(), &mut room),
                 Err((reason, detail)) => Err((reason, detail, None)),
             };
             out.push(reading.map_err(|(reason, detail, device)| Rejected {
@@ -162,6 +168,7 @@ impl Decoder {
         message: &[Scalar<'_>],
         arrival_us: i64,
         span: Range<usize>,
+        room: &mut usize,
     ) -> Result<Reading, Fault> {
         let at = |origin| value_at(origin, topic, reading, message);
         let device = device_name(&at(&self.device)).map_err(|(reason, detail)| (reason, detail, None))?;
@@ -172,10 +179,15 @@ impl Decoder {
         };
         let mut values = Vec::with_capacity(self.fields.len());
         for field in &self.fields {
-            values.push(match &field.origin {
+            let value = match &field.origin {
                 None => None,
                 Some(origin) => field.value(&at(origin), is_text(origin)).map_err(known)?,
-            });
+            };
+            if let Some(Value::Text(text)) = &value {
+                let too_large = || ("too_large", format!("more than {TEXT_BYTES_MAX} bytes of text in a message"));
+                *room = room.checked_sub(text.len()).ok_or_else(too_large).map_err(known)?;
+            }
+            values.push(value);
         }
         Ok(Reading { ts, device, values, span })
     }

@@ -20,6 +20,8 @@ use wire::{CutBatch, Seq, SpoolId};
 /// The journal's record kind of an entry.
 pub const RECORD_KIND: u8 = 1;
 const VERSION: u8 = 1;
+/// How much of an oversized payload is kept.
+pub const HEAD_BYTES: usize = 4 << 10;
 
 /// One thing that happened.
 #[derive(Debug, Clone, PartialEq, Eq)]

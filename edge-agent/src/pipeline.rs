@@ -4,7 +4,8 @@
 //! [`Pipeline::apply`] takes an entry with its position; [`Pipeline::cut`] takes all rows so far, lane by lane.
 //! [`Pipeline::snapshot`], taken when no row is pending, holds windows, counters and redelivery lists. After a crash the
 //! entries behind the snapshot are applied again, and a lane takes only rows of entries at or behind its own position.
-//! What does not decode or fails a check becomes a row of `quarantine`. (Rules and alerts will stand between the
+//! What does not decode or fails a check becomes a row of `quarantine`; so does what would not fit into a batch, or into the
+//! one record that a lane gets at a cut: input alone never makes a cut fail. (Rules and alerts will stand between the
 //! windows and the outputs.)
 
 mod counters;
@@ -36,6 +37,8 @@ use crate::window::{self, Late, Windows};
 pub const AGENT_VERSION: &str = concat!("weir ", env!("CARGO_PKG_VERSION"));
 /// `quality` of a row with nothing against it.
 const GOOD: &str = "good";
+/// `quality` of a result of a window without its texts, which are too long.
+const TOO_LARGE: &str = "too_large";
 /// `quality` of a row that came too late for its windows (rule 5).
 const LATE: &str = "late";
 
@@ -83,6 +86,8 @@ pub struct Pipeline {
     quarantine: usize,
     losses: usize,
     edge: String,
+    /// The longest row; a quarter of what one record of a lane takes.
+    row_bytes_max: usize,
     lane_names: Vec<String>,
     counters: Counters,
     lists: Lists,
@@ -111,6 +116,7 @@ impl Pipeline {
             quarantine: 0,
             losses: 0,
             edge: settings.edge.id.to_string(),
+            row_bytes_max: usize::try_from(settings.lane_segment_bytes() / 4).unwrap_or(usize::MAX),
             lane_names: lane_settings.iter().map(|lane| lane.name.to_string()).collect(),
             counters: Counters::default(),
             lists: Lists::default(),
@@ -287,23 +293,43 @@ impl Pipeline {
             }
         };
         let mut readings = std::mem::take(&mut self.scratch);
+        let (mut taken, mut rest) = (0, 0);
         source.decoder.decode(&message.topic, payload, message.arrival_us, &mut readings);
         for (index, reading) in readings.drain(..).enumerate() {
-            let checked =
-                reading.and_then(|reading| match self.streams[stream].checks.check(&reading, message.arrival_us) {
-                    Ok(()) => Ok(reading),
-                    Err((reason, detail)) => {
-                        let payload = payload.slice(reading.span);
-                        Err(Rejected { reason, detail, device: Some(reading.device), payload })
-                    }
-                });
+            // A short text of the message may stand in each of its rows.
+            if taken > self.row_bytes_max {
+                rest += 1;
+                continue;
+            }
+            let checked = reading.and_then(|reading| match self.check(stream, &reading, message.arrival_us) {
+                Ok(()) => Ok(reading),
+                Err((reason, detail)) => {
+                    let payload = payload.slice(reading.span);
+                    Err(Rejected { reason, detail, device: Some(reading.device), payload })
+                }
+            });
+            taken += match &checked {
+                Ok(reading) => reading.device.len() + cells_bytes(&reading.values),
+                Err(rejected) => rejected.payload.len() + rejected.detail.len() + message.topic.len(),
+            };
             match checked {
                 Ok(reading) => self.accept(position, message, stream, &reading),
                 Err(rejected) => self.reject(position, message, &rejected, Some(stream), index == 0),
             }
         }
         self.scratch = readings;
+        if rest > 0 {
+            self.reject_rest(position, message, stream, rest);
+        }
         self.close_windows(position, stream);
+    }
+
+    fn check(&self, stream: usize, reading: &Reading, arrival_us: i64) -> Result<(), (&'static str, String)> {
+        let bytes = cells_bytes(&reading.values);
+        if bytes > self.row_bytes_max {
+            return Err(("too_large", format!("its values take {bytes} bytes, a row at most {}", self.row_bytes_max)));
+        }
+        self.streams[stream].checks.check(reading, arrival_us)
     }
 
     fn accept(&mut self, position: Position, message: &Message, stream: usize, reading: &Reading) {
@@ -343,9 +369,15 @@ impl Pipeline {
                 continue;
             }
             let before = output.bytes();
+            // Its texts may be of as many readings.
+            let too_large = cells_bytes(&row.values) > self.row_bytes_max;
+            let value = |value| match value {
+                &Some(Value::Text(_)) if too_large => Cell::Null,
+                value => cell(value),
+            };
             let bounds = [Cell::Time(row.start), Cell::Time(row.end), Cell::Int(row.count)];
-            let cells = bounds.into_iter().chain(row.values.iter().map(cell)).chain([Cell::Int(row.revision)]);
-            output.push(row.start, Some(&row.device), cells, GOOD);
+            let cells = bounds.into_iter().chain(row.values.iter().map(value)).chain([Cell::Int(row.revision)]);
+            output.push(row.start, Some(&row.device), cells, if too_large { TOO_LARGE } else { GOOD });
             self.pending_rows += 1;
             self.pending_bytes += output.bytes() - before;
         }
@@ -354,6 +386,15 @@ impl Pipeline {
 
 fn own_name(name: &str) -> StreamName {
     name.parse().expect("an own name is valid")
+}
+
+/// What values take in a row, about.
+fn cells_bytes(values: &[Option<Value>]) -> usize {
+    let bytes = |value: &Option<Value>| match value {
+        Some(Value::Text(text)) => 4 + text.len(),
+        _ => 8,
+    };
+    values.iter().map(bytes).sum()
 }
 
 fn cell(value: &Option<Value>) -> Cell<'_> {

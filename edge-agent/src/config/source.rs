@@ -355,6 +355,8 @@ impl SourceSettings {
 
 /// The host is not read more often: its counters change no faster.
 const HOST_EVERY_MIN: Duration = Duration::from_millis(200);
+/// A payload is a value of one row, and a row fits into one batch.
+const MAX_PAYLOAD_MAX: u64 = wire::BATCH_BYTES_MAX as u64 / 2;
 /// Connections of one source.
 const CONNECTIONS_MAX: u16 = 16;
 
@@ -407,6 +409,9 @@ impl MqttSettings {
         }
         if self.receive_maximum == 0 || self.keep_alive.0 < Duration::from_secs(5) {
             return fail("receive_maximum must be at least 1, keep_alive at least 5 s".to_owned());
+        }
+        if self.max_payload.0 > MAX_PAYLOAD_MAX {
+            return fail(format!("max_payload must be at most {} MiB", MAX_PAYLOAD_MAX >> 20));
         }
         if self.max_payload.0.saturating_mul(4) > segment_bytes.0 {
             return fail("max_payload must be at most a quarter of journal.segment_bytes".to_owned());

@@ -100,6 +100,10 @@ fn wrong_configurations_say_what_is_wrong() {
     check("[edge]", "[journal]\nsegment_bytes = \"1GiB\"\n[edge]", "two times");
     check("[edge]", "[cut]\nrows = 0\n[edge]", "cut.rows");
     check("topics = ", "max_payload = \"8MiB\"\ntopics = ", "a quarter");
+    let large = "max_payload = \"17MiB\"\ntopics = ";
+    let text = format!("[journal]\nsegment_bytes = \"68MiB\"\n{HEAD}{TRAFFIC}").replace("topics = ", large);
+    assert!(Settings::parse(&text).unwrap_err().contains("at most 16 MiB"));
+    Settings::parse(&text.replace("17MiB", "16MiB")).unwrap();
 }
 
 #[test]

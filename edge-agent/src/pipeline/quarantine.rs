@@ -12,10 +12,13 @@ use wire::{CutBatch, FieldType, Seq, StreamSchema, TS_MIN_US};
 use super::output::Cell;
 use super::{GOOD, Pipeline};
 use crate::decode::Rejected;
-use crate::entry::{Message, Payload};
+use crate::entry::{HEAD_BYTES, Message, Payload};
 
 /// `detail` is for people.
 const DETAIL_BYTES_MAX: usize = 1_000;
+
+/// What a row takes beside its payload, at most: topic, detail, names.
+const ROW_OVERHEAD: usize = 128 << 10;
 
 /// A whole message is rejected.
 pub(super) fn whole(message: &Message, reason: &'static str, detail: String) -> Rejected {
@@ -71,6 +74,32 @@ impl Pipeline {
                 detail: &rejected.detail,
                 payload,
                 payload_bytes,
+            },
+        );
+    }
+
+    /// The last readings of a message whose rows take too much: one row with all of the message.
+    pub(super) fn reject_rest(&mut self, position: Position, message: &Message, stream: usize, readings: u64) {
+        let totals = self.counters.source(&message.source);
+        totals.read += readings;
+        totals.quarantined += readings;
+        *self.counters.reasons.entry("too_large".to_owned()).or_default() += readings;
+        let stream = self.streams[stream].name.clone();
+        let Payload::Whole(payload) = &message.payload else { return };
+        let detail =
+            format!("its rows take more than {} bytes: the last {readings} readings are here", self.row_bytes_max);
+        self.quarantine(
+            position,
+            &Row {
+                ts: message.arrival_us,
+                device: None,
+                stream: Some(stream.as_str()),
+                source: &message.source,
+                topic: &message.topic,
+                reason: "too_large",
+                detail: &detail,
+                payload,
+                payload_bytes: payload.len() as i64,
             },
         );
     }
@@ -143,13 +172,19 @@ impl Pipeline {
         }
         let before = output.bytes();
         let detail = &row.detail[..row.detail.floor_char_boundary(DETAIL_BYTES_MAX)];
+        // One that was journalled when the configuration allowed more.
+        let too_large = row.payload.len() > self.row_bytes_max.saturating_sub(ROW_OVERHEAD);
+        let whole = || format!("{detail}; of {} bytes, crc32c {:08x}", row.payload.len(), crc32c::crc32c(row.payload));
+        let with_crc = too_large.then(whole);
+        let detail = with_crc.as_deref().unwrap_or(detail);
+        let payload = if too_large { &row.payload[..HEAD_BYTES.min(row.payload.len())] } else { row.payload };
         let cells = [
             row.stream.map_or(Cell::Null, Cell::Text),
             Cell::Text(row.source),
             Cell::Text(row.topic),
             Cell::Text(row.reason),
             Cell::Text(detail),
-            Cell::Bytes(row.payload),
+            Cell::Bytes(payload),
             Cell::Int(row.payload_bytes),
         ];
         // A clock before 2000 must not make the row itself unstorable.

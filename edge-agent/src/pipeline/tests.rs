@@ -104,6 +104,84 @@ fn an_oversized_payload_is_quarantined_by_its_head() {
     assert!(row.contains("too_large") && row.contains("67108864") && row.contains("0000abcd"), "{row}");
 }
 
+/// A pipeline whose stream has four texts from one place.
+fn texts(max_payload: &str) -> (Settings, Pipeline) {
+    let text = format!(
+        "[edge]\nid = \"e\"\ndata_dir = \"x\"\n[cloud]\nurls = [\"http://h\"]\ntoken = \"t\"\n\
+         [journal]\nsegment_bytes = \"64MiB\"\n\
+         [[source]]\nkind = \"mqtt\"\nurl = \"mqtt://h\"\ntopics = [\"#\"]\nstream = \"s\"\n\
+         max_payload = \"{max_payload}\"\nreadings = \"/r\"\n[source.map]\ndevice = \"const:d\"\n\
+         a = \"message:/x\"\nb = \"message:/x\"\nc = \"/y\"\n[stream.s.fields]\n\
+         a = {{ type = \"text\" }}\nb = {{ type = \"text\" }}\nc = {{ type = \"text\" }}\n\
+         [stream.s.window.10s]\nsize = \"10s\"\n"
+    );
+    let settings = Settings::parse(&text).unwrap();
+    let pipeline = start(&settings);
+    (settings, pipeline)
+}
+
+/// Text that does not get shorter.
+fn noise(bytes: usize) -> String {
+    let mut random = StdRng::seed_from_u64(7);
+    (0..bytes).map(|_| char::from(random.random_range(b'#'..b'['))).collect()
+}
+
+#[test]
+fn no_payload_makes_a_cut_that_does_not_fit() {
+    let check = |max_payload: &str, payload: Vec<u8>, good: usize, bad: usize, rows: usize| {
+        let (settings, mut pipeline) = texts(max_payload);
+        pipeline.apply(Position(0), Position(1), &message(payload));
+        let totals = pipeline.counters().sources["s"];
+        assert_eq!((totals.accepted, totals.quarantined, totals.read), (good as u64, bad as u64, (good + bad) as u64));
+        let cut = pipeline.cut().unwrap();
+        let segment = settings.lane_segment_bytes() as usize;
+        let mut seen = BTreeMap::new();
+        for lane in &cut.lanes {
+            let bytes = lane.batches.iter().map(|batch| batch.body.len() + 512).sum::<usize>();
+            assert!(bytes < segment - (1 << 20), "{bytes} bytes in a lane of {segment}");
+            for batch in &lane.batches {
+                let schema = lane.schemas.iter().find(|schema| schema.id() == batch.schema).unwrap();
+                batch.decode(schema).unwrap();
+                *seen.entry(batch.stream.to_string()).or_default() += batch.rows as usize;
+            }
+        }
+        let seen = |stream: &str| seen.get(stream).copied().unwrap_or(0);
+        assert_eq!((seen("s"), seen("quarantine")), (good, rows));
+    };
+    let with = |x: &str, readings: &str| format!("{{\"x\":\"{x}\",\"r\":[{readings}]}}").into_bytes();
+    let many = |readings: usize| vec!["{}"; readings].join(",");
+    check("16MiB", with("x", "{}"), 1, 0, 0);
+    // One long value, twice in its row.
+    check("16MiB", with(&noise(8 << 20), "{}"), 1, 0, 0);
+    check("16MiB", with(&"x".repeat(10 << 20), "{}"), 0, 1, 1);
+    // A text of the message in each of its rows: 60,000 times 2 KiB.
+    check("1MiB", with(&noise(1 << 10), &many(60_000)), 2_032, 57_968, 1);
+    // 60 GB of readings.
+    check("1MiB", with(&noise(500 << 10), &many(60_000)), 5, 59_995, 1);
+    // What was journalled when more was allowed.
+    check("1MiB", vec![b'x'; 15 << 20], 0, 1, 1);
+    check("1MiB", vec![b'x'; 80 << 20], 0, 1, 1);
+}
+
+#[test]
+fn a_result_of_a_window_that_is_too_long_goes_without_its_texts() {
+    let (settings, mut pipeline) = texts("1MiB");
+    // First and last of three texts, each of which fits.
+    let payload = |x: &str, y: &str| format!("{{\"x\":\"{x}\",\"r\":[{{\"y\":\"{y}\"}}]}}").into_bytes();
+    let long = noise(1_300_000);
+    for (n, (x, y)) in [(long.as_str(), "y"), ("x", long.as_str()), (long.as_str(), "y")].into_iter().enumerate() {
+        pipeline.apply(Position(n as u64), Position(n as u64 + 1), &message(payload(x, y)));
+    }
+    let mut late = message(payload("x", "y"));
+    if let Entry::Message(message) = &mut late {
+        message.arrival_us += 3_600_000_000;
+    }
+    pipeline.apply(Position(3), Position(4), &late);
+    let rows = rows(&settings, &pipeline.cut().unwrap());
+    let row: serde_json::Value = serde_json::from_str(&rows["s_10s"][0]).unwrap();
+    assert_eq!((&row["quality"], &row["count"], &row["a_first"]), (&"too_large".into(), &3.into(), &().into()));
+}
+
 #[test]
 fn a_message_of_an_unknown_source_is_kept() {
     let mut entry = message("{}");

@@ -29,6 +29,7 @@ use self::client::{Client, Event, EventLoop, Publish};
 use self::subscriptions::Change;
 use super::{SourceState, now_us};
 use crate::config::MqttSettings;
+use crate::entry::HEAD_BYTES;
 use crate::entry::{Delivery, Entry, Message, Payload};
 use crate::journal::{Closed, JournalSender, Ticket};
 use crate::redelivery;
@@ -37,8 +38,6 @@ use crate::redelivery;
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// The longest wait.
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
-/// How much of an oversized payload is kept.
-const HEAD_BYTES: usize = 4 << 10;
 /// A drained client that hears nothing for so long has nothing more to get.
 const DRAINED_AFTER: Duration = Duration::from_secs(2);
 /// A drained client unsubscribes after so long also when messages still come: its topics are busy.
