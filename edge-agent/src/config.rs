@@ -317,6 +317,13 @@ impl Settings {
         if self.cloud.urls.is_empty() {
             return Err("[cloud] urls is empty: name at least one".to_owned());
         }
+        if self.cloud.urls.iter().any(|url| url.password().is_some() || !url.username().is_empty()) {
+            return Err(
+                "[cloud] urls: an address has a user or a password: they belong to no url, and are shown with it; \
+                        what the cloud asks for is `token`"
+                    .to_owned(),
+            );
+        }
         if let Some(url) = self.cloud.urls.iter().find(|url| !matches!(url.scheme(), "http" | "https")) {
             return Err(format!("[cloud] urls: `{url}` is neither http nor https"));
         }

@@ -95,12 +95,68 @@ pub fn load<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T, String>) -> Re
     parse(&read(path)?).map_err(|message| ConfigError::Wrong { path: path.to_owned(), message })
 }
 
-/// Adds "did you mean" to serde's list of expected keys.
-pub fn with_nearest_key(message: &str) -> String {
-    let mut quoted = message.split('`').skip(1).step_by(2);
-    if !message.contains("unknown field") {
-        return message.to_owned();
+/// What is said of a text that is no right configuration: toml's own words, with "did you mean" for a key that is not
+/// known, and without any value that may be a secret.
+pub fn with_nearest_key(error: &str) -> String {
+    with_hint(&without_secrets(error))
+}
+
+/// toml shows the line of an error, and serde the value that it did not expect. Both are kept only for a line that is
+/// plainly of another key.
+fn without_secrets(error: &str) -> String {
+    let shown = |line: &str| {
+        let (number, line) = line.split_once(" | ")?;
+        number.trim().parse::<u64>().is_ok().then(|| line.to_owned())
+    };
+    let mut lines = Vec::new();
+    let mut hidden = true;
+    let mut marks = false;
+    for line in error.lines() {
+        if let Some(source) = shown(line) {
+            hidden = may_hold_secret(&source);
+            marks = hidden;
+            if !hidden {
+                lines.push(line.to_owned());
+            } else if let Some((key, _)) = line.split_once('=') {
+                lines.push(format!("{}= (not shown)", key));
+            }
+        } else if marks && line.trim_start().starts_with('|') && line.contains('^') {
+            // They would tell how long it is.
+        } else if hidden && line.starts_with("invalid ") {
+            lines.push(without_value(line));
+        } else {
+            lines.push(line.to_owned());
+        }
     }
+    lines.join("\n")
+}
+
+/// False only for `key = value` where no key is like one of a secret, and no address has a user.
+fn may_hold_secret(line: &str) -> bool {
+    let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '-');
+    let before_equals = line.split('=').rev().skip(1);
+    let mut keys = before_equals.filter_map(|text| text.split(word).rfind(|key| !key.is_empty())).peekable();
+    let like = |key: &str| {
+        let key = key.to_ascii_lowercase();
+        ["token", "password", "secret", "key"]
+            .iter()
+            .any(|secret| key.contains(secret) || strsim::jaro_winkler(&key, secret) > 0.8)
+    };
+    keys.peek().is_none() || keys.any(like) || line.contains('@')
+}
+
+/// "invalid type: integer `7`, expected a string": without the 7.
+fn without_value(message: &str) -> String {
+    let Some((found, expected)) = message.split_once(", expected") else { return "a value is wrong here".to_owned() };
+    let kind = found.split(['`', '"']).next().unwrap_or_default().trim_end();
+    format!("{kind}, expected{expected}")
+}
+
+/// Adds "did you mean" to serde's list of expected keys.
+fn with_hint(message: &str) -> String {
+    // The line that is shown may have quotes of its own.
+    let Some(at) = message.find("unknown field") else { return message.to_owned() };
+    let mut quoted = message[at..].split('`').skip(1).step_by(2);
     let Some(wrong) = quoted.next() else { return message.to_owned() };
     let best = quoted.map(|key| (strsim::jaro_winkler(wrong, key), key)).max_by(|a, b| a.0.total_cmp(&b.0));
     match best {
@@ -112,6 +168,34 @@ pub fn with_nearest_key(message: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_that_may_hold_a_secret_is_not_shown() {
+        let check = |line: &str, message: &str, expected: &str| {
+            let error =
+                format!("TOML parse error at line 5, column 9\n  |\n5 | {line}\n  |         ^^^^^\n{message}\n");
+            let said = with_nearest_key(&error);
+            let said = said.strip_prefix("TOML parse error at line 5, column 9\n  |\n").unwrap();
+            assert_eq!(said, expected, "{line}");
+        };
+        let kept = "5 | rows = 4711\n  |         ^^^^^\ninvalid type: integer `4711`, expected a string";
+        check("rows = 4711", "invalid type: integer `4711`, expected a string", kept);
+        let hidden = "invalid type: integer, expected a string";
+        check(
+            "token = 4711",
+            "invalid type: integer `4711`, expected a string",
+            &format!("5 | token = (not shown)\n{hidden}"),
+        );
+        check("[[reader]]", "invalid type: integer `4711`, expected a string", hidden);
+        check(
+            "edge = [{ id = \"a\", token = 4711 }]",
+            "invalid type: integer `4711`, expected a string",
+            &format!("5 | edge = (not shown)\n{hidden}"),
+        );
+        check("4711\\q", "missing escaped value", "missing escaped value");
+        let unknown = "unknown field `tokn`, expected `id` or `token`";
+        check("tokn = \"`4711\"", unknown, &format!("5 | tokn = (not shown)\n{unknown}\ndid you mean `token`?"));
+    }
 
     #[test]
     fn a_file_that_is_not_there_or_wrong_is_named() {

@@ -114,7 +114,11 @@ pub struct HostSettings {
 
 pub(super) fn url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Url, D::Error> {
     let text = String::deserialize(deserializer)?;
-    Url::parse(&text).map_err(|error| D::Error::custom(format!("`{text}` is no address: {error}")))
+    Url::parse(&text).map_err(|error| {
+        // Before an @ there may be a password.
+        let shown = if text.contains('@') { "this".to_owned() } else { format!("`{text}`") };
+        D::Error::custom(format!("{shown} is no address: {error}"))
+    })
 }
 
 fn one() -> u16 {
@@ -379,11 +383,11 @@ impl MqttSettings {
     fn check(&self, stream: Option<&StreamSettings>, segment_bytes: Size) -> Result<(), String> {
         let here = format!("[[source]] `{}`", self.name);
         let fail = |message: String| Err(format!("{here}: {message}"));
-        if !matches!(self.url.scheme(), "mqtt" | "mqtts") || self.url.host_str().is_none() {
-            return fail(format!("`{}` is no broker: write mqtt://host:1883 or mqtts://host:8883", self.url));
-        }
         if self.url.password().is_some() || !self.url.username().is_empty() {
             return fail("put user and password into `username` and `password`, not into the url".to_owned());
+        }
+        if !matches!(self.url.scheme(), "mqtt" | "mqtts") || self.url.host_str().is_none() {
+            return fail(format!("`{}` is no broker: write mqtt://host:1883 or mqtts://host:8883", self.url));
         }
         if self.url.scheme() == "mqtt" && (self.ca_file.is_some() || self.cert_file.is_some()) {
             return fail("certificates are for mqtts://".to_owned());

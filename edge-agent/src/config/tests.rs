@@ -126,3 +126,34 @@ fn what_is_right_and_may_not_be_meant_is_said() {
     check("[journal]\nmax_bytes = \"512MiB\"\n", "", "", "");
     check("[journal]\nmax_bytes = \"64MiB\"\n", "[stream.traffic.window.5m]\nsize = \"5m\"", "", "");
 }
+
+#[test]
+fn no_error_shows_a_secret() {
+    let check = |from: &str, to: &str, says: &str| {
+        let text = format!("{HEAD}{TRAFFIC}");
+        assert!(text.contains(from), "{from}");
+        let error = Settings::parse(&text.replacen(from, to, 1)).unwrap_err();
+        assert!(!error.contains("4711") && error.contains(says), "{to}: {error}");
+    };
+    let token = "token = \"secret\"";
+    check(token, "token = 4711", "expected a string");
+    check(token, "token = 4711.5", "expected a string");
+    check(token, "token = [\"4711\"]", "expected a string");
+    check(token, "token = s4711", "line 7");
+    check(token, "token = \"s4711", "line 7");
+    check(token, "token = \"\"\"\nx\n4711\\q\"\"\"", "line 9");
+    check(token, "tokn = \"4711\"", "did you mean `token`?");
+    check(token, "token = \"a\"\ntoken = \"4711\"", "duplicate key");
+    check(token, "token = \"a\", x = \"4711\"", "line 7");
+    check("topics = ", "password = 4711\ntopics = ", "expected a string");
+    check("topics = ", "pasword = \"4711\"\ntopics = ", "did you mean `password`?");
+    check("topics = ", "username = \"u\"\npassword = \"4711\ntopics = ", "line 13");
+    check("http://127.0.0.1:7300", "http://u:4711@h", "user or a password");
+    check("http://127.0.0.1:7300", "ftp://u:4711@h", "user or a password");
+    check("http://127.0.0.1:7300", "http://u:4711@h:x", "no address");
+    check("mqtt://127.0.0.1:1883", "mqtt://u:4711@h:x", "no address");
+    check("mqtt://127.0.0.1:1883", "http://u:4711@h", "not into the url");
+    // What is no secret is shown, as it helps.
+    let error = Settings::parse(&format!("{HEAD}{TRAFFIC}").replace("\"float64\"", "4812")).unwrap_err();
+    assert!(error.contains("speed = { type = 4812") && error.contains("^"), "{error}");
+}
