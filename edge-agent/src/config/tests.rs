@@ -157,3 +157,60 @@ fn no_error_shows_a_secret() {
     let error = Settings::parse(&format!("{HEAD}{TRAFFIC}").replace("\"float64\"", "4812")).unwrap_err();
     assert!(error.contains("speed = { type = 4812") && error.contains("^"), "{error}");
 }
+
+/// What serde says that it expects in place of `zzz`.
+fn expected(text: &str) -> Vec<String> {
+    let error = toml::from_str::<Settings>(text).unwrap_err().to_string();
+    let at = error.find("`zzz`, expected ").unwrap_or_else(|| panic!("{text}: {error}"));
+    error[at..].split('`').skip(3).step_by(2).map(str::to_owned).collect()
+}
+
+#[test]
+fn the_shipped_configuration_shows_every_key() {
+    let shipped = include_str!("../../../configs/edge.toml");
+    // From a header to the next one; commented out or not.
+    let section = |header: &str| {
+        let is_header = |line: &&str| line.trim_start_matches("# ").starts_with('[');
+        let lines = shipped.lines().skip_while(|line| !line.trim_start_matches("# ").starts_with(header));
+        let lines = lines.enumerate().take_while(|(index, line)| *index == 0 || !is_header(line));
+        lines.map(|(_, line)| line).collect::<Vec<_>>().join("\n")
+    };
+    let check = |header: &str, keys: Vec<String>| {
+        let section = section(header);
+        assert!(!section.is_empty(), "configs/edge.toml has no {header}");
+        for key in keys {
+            let written = |line: &str| {
+                let line = line.trim_start_matches("# ");
+                line.starts_with(&format!("{key} = ")) || line.contains(&format!(" {key} = "))
+            };
+            // A table of its own has its own header.
+            let table = format!("{}.{key}", header.trim_matches(['[', ']']));
+            let has_header = shipped.contains(&format!("[{table}]")) || shipped.contains(&format!("[{table}."));
+            assert!(section.lines().any(written) || has_header, "{header} does not show `{key}`");
+        }
+    };
+    let mut tables = expected("zzz = 1");
+    tables.retain(|table| match table.as_str() {
+        "edge" | "admin" | "cloud" | "journal" | "cut" => {
+            check(&format!("[{table}]"), expected(&format!("[{table}]\nzzz = 1")));
+            false
+        }
+        _ => true,
+    });
+    assert_eq!(tables, ["source", "stream", "lane"], "a table is not looked at here");
+    check("[[lane]]", expected("[[lane]]\nzzz = 1"));
+    check("[stream.traffic]", expected("[stream.s]\nzzz = 1"));
+    check("[stream.traffic.fields]", expected("[stream.s.fields]\nv = { zzz = 1 }"));
+    check("[stream.traffic.window.5m]", expected("[stream.s.window.w]\nzzz = 1"));
+    let kinds = expected("[[source]]\nkind = \"zzz\"");
+    for kind in &kinds {
+        let at = shipped.find(&format!("kind = \"{kind}\"")).unwrap_or_else(|| panic!("no source of kind `{kind}`"));
+        let source = &shipped[at..];
+        let source = &source[..source.find("\n[").unwrap_or(source.len())];
+        for key in expected(&format!("[[source]]\nkind = \"{kind}\"\nzzz = 1")) {
+            let written = |line: &str| line.trim_start_matches("# ").starts_with(&format!("{key} = "));
+            let table = source.lines().any(written) || shipped[at..].contains(&format!("[source.{key}]"));
+            assert!(table, "the source of kind `{kind}` does not show `{key}`");
+        }
+    }
+}
