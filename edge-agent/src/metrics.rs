@@ -43,6 +43,14 @@ pub fn render(status: &Status) -> String {
             out.value(&[("stream", &stream.name)], watermark_us as f64 / 1e6);
         }
     }
+    out.family("weir_edge_stream_lag_seconds", "gauge", "How far the watermark is behind the gateway's clock");
+    for stream in &status.streams {
+        if let Some(lag_s) = stream.lag_s {
+            out.value(&[("stream", &stream.name)], lag_s);
+        }
+    }
+    out.family("weir_edge_stream_rows_uncommitted", "gauge", "Rows that the cloud has not called committed");
+    status.streams.iter().for_each(|s| out.value(&[("stream", &s.name)], s.uncommitted as f64));
     out.family("weir_edge_rows_total", "counter", "Rows by where they are: sealed is the sum of the others");
     let rows = &status.rows;
     let places = [
@@ -57,6 +65,8 @@ pub fn render(status: &Status) -> String {
     status.lanes.iter().for_each(|lane| out.value(&[("lane", &lane.name)], lane.bytes as f64));
     out.family("weir_edge_lane_bytes_max", "gauge", "The cap of a lane");
     status.lanes.iter().for_each(|lane| out.value(&[("lane", &lane.name)], lane.bytes_max as f64));
+    out.family("weir_edge_lane_bytes_written_total", "counter", "Bytes written since the start or the last fork");
+    status.lanes.iter().for_each(|lane| out.value(&[("lane", &lane.name)], lane.bytes_written as f64));
     out.family("weir_edge_lane_batches_waiting", "gauge", "Batches that were never sent");
     status.lanes.iter().for_each(|lane| out.value(&[("lane", &lane.name)], lane.batches_waiting as f64));
     out.family("weir_edge_lane_full", "gauge", "1 while a lane has no room");

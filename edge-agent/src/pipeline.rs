@@ -70,6 +70,8 @@ struct Stream {
     checks: Checks,
     windows: Windows,
     output: usize,
+    /// Why a reading went to quarantine last, since the start.
+    last_error: Option<String>,
     /// The outputs of its windows, in the order of the settings, with the window's size in µs.
     window_outputs: Vec<(usize, i64)>,
 }
@@ -156,6 +158,7 @@ impl Pipeline {
                 checks: Checks::new(stream),
                 windows: Windows::new(name, stream),
                 output: main,
+                last_error: None,
                 window_outputs,
             });
         }
@@ -259,6 +262,11 @@ impl Pipeline {
     /// The streams with their watermarks (µs), and the rows that wait for a cut.
     pub fn streams(&self) -> impl Iterator<Item = (&StreamName, i64, usize)> {
         self.outputs.iter().map(|output| (&output.stream, output.watermark, output.rows()))
+    }
+
+    /// Why a reading of a stream went to quarantine last, since the start.
+    pub fn last_error(&self, stream: &StreamName) -> Option<&str> {
+        self.streams.iter().find(|known| known.name == *stream).and_then(|stream| stream.last_error.as_deref())
     }
 
     fn add_sources(&mut self, settings: &Settings, streams: &BTreeMap<StreamName, StreamSettings>) {

@@ -119,6 +119,8 @@ pub struct LaneInfo {
     pub name: String,
     pub bytes: u64,
     pub max_bytes: u64,
+    /// Since the start, or the last fork.
+    pub bytes_written: u64,
     pub batches_waiting: usize,
 }
 
@@ -283,6 +285,17 @@ impl<L: FileLayer> Spool<L> {
             + numbered.map(|batch| u64::from(batch.rows)).sum::<u64>()
     }
 
+    /// Rows of each stream that are in the spool, numbered or not.
+    pub fn rows_of_streams(&self) -> HashMap<&StreamName, u64> {
+        let waiting = self.lanes.iter().flat_map(|lane| &lane.waiting);
+        let waiting = waiting.flat_map(|(stream, batches)| batches.iter().map(move |batch| (stream, batch.rows)));
+        let numbered = self.sequences.iter();
+        let numbered = numbered.flat_map(|(stream, s)| s.numbered.iter().map(move |batch| (stream, batch.rows)));
+        let mut rows = HashMap::new();
+        waiting.chain(numbered).for_each(|(stream, count)| *rows.entry(stream).or_default() += u64::from(count));
+        rows
+    }
+
     /// Where all rows that ever came here are now.
     pub fn rows_counted(&self) -> RowCounts {
         let sum = |value: fn(&Totals) -> u64| self.lanes.iter().map(|lane| value(&lane.totals)).sum();
@@ -300,6 +313,7 @@ impl<L: FileLayer> Spool<L> {
             name: lane.settings.name.clone(),
             bytes: lane.log.bytes_on_disk(),
             max_bytes: lane.settings.max_bytes,
+            bytes_written: lane.log.counters().bytes_written,
             batches_waiting: lane.waiting.values().map(VecDeque::len).sum(),
         })
     }

@@ -1,4 +1,4 @@
-//! Messages a second, over some seconds, from totals.
+//! So many a second, over some seconds, from totals.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -23,5 +23,11 @@ impl Rates {
             (*since, *before) = (now, total);
         }
         (*rate * 10.0).round() / 10.0
+    }
+
+    /// For tests: all totals are from so long ago.
+    #[cfg(test)]
+    pub(super) fn back_date(&mut self, by: Duration) {
+        self.0.values_mut().for_each(|(since, ..)| *since -= by);
     }
 }

@@ -50,10 +50,18 @@ pub struct StreamStatus {
     pub name: String,
     #[serde(flatten)]
     pub totals: StreamTotals,
+    /// Rows a second over the last seconds.
+    pub rate: f64,
     /// Rows that wait for a cut.
     pub pending: u64,
+    /// Rows that the cloud has not called committed: those that wait for a cut, and those in the spool.
+    pub uncommitted: u64,
     /// µs since 1970 UTC.
     pub watermark_us: Option<i64>,
+    /// How far the watermark is behind the gateway's clock, s.
+    pub lag_s: Option<f64>,
+    /// Why a reading went to quarantine last, since the start.
+    pub last_error: Option<String>,
 }
 
 /// One lane of the spool.
@@ -62,6 +70,9 @@ pub struct LaneStatus {
     pub name: String,
     pub bytes: u64,
     pub bytes_max: u64,
+    pub bytes_written: u64,
+    /// Bytes written a second over the last seconds.
+    pub rate: f64,
     pub batches_waiting: u64,
     pub full: bool,
 }

@@ -17,6 +17,8 @@ use crate::entry::{HEAD_BYTES, Message, Payload};
 /// `detail` is for people.
 const DETAIL_BYTES_MAX: usize = 1_000;
 
+/// And so much of it stands in the status.
+const LAST_ERROR_BYTES_MAX: usize = 200;
 /// What a row takes beside its payload, at most: topic, detail, names.
 const ROW_OVERHEAD: usize = 128 << 10;
 
@@ -61,7 +63,11 @@ impl Pipeline {
             Payload::Oversized { len, .. } => (false, i64::try_from(*len).unwrap_or(i64::MAX)),
         };
         let payload = if is_whole && !first { &[] } else { rejected.payload.as_ref() };
-        let stream = stream.map(|index| self.streams[index].name.clone());
+        let stream = stream.map(|index| {
+            let detail = &rejected.detail[..rejected.detail.floor_char_boundary(LAST_ERROR_BYTES_MAX)];
+            self.streams[index].last_error = Some(format!("{}: {detail}", rejected.reason));
+            self.streams[index].name.clone()
+        });
         self.quarantine(
             position,
             &Row {

@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::super::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
-use super::Engine;
-use crate::pipeline::AGENT_VERSION;
+use super::{Engine, now_us};
+use wire::StreamName;
+
+use crate::pipeline::{AGENT_VERSION, LaneCut};
 
 impl Engine {
     /// Shows the state of this moment to status and metrics.
@@ -26,19 +28,41 @@ impl Engine {
                 connected: state.connected.load(Ordering::Relaxed),
                 connects: load(&state.connects),
                 received,
-                rate: self.rates.of(name, received, self.published),
+                rate: self.rates.of(&format!("source {name}"), received, self.published),
                 totals,
                 last_arrival_us: state.last_arrival_us.load(Ordering::Relaxed),
                 last_error: state.last_error.lock().clone(),
             });
         }
-        let streams = parts.pipeline.streams().map(|(name, watermark, pending)| StreamStatus {
-            name: name.to_string(),
-            totals: counters.streams.get(name).copied().unwrap_or_default(),
-            pending: pending as u64,
-            watermark_us: (watermark != wire::sealed::NO_WATERMARK).then_some(watermark),
-        });
-        let streams = streams.collect::<Vec<_>>();
+        let spooled = parts.spool.rows_of_streams();
+        let now_us = now_us();
+        let mut streams = Vec::new();
+        for (name, watermark, pending) in parts.pipeline.streams() {
+            let totals = counters.streams.get(name).copied().unwrap_or_default();
+            let watermark_us = (watermark != wire::sealed::NO_WATERMARK).then_some(watermark);
+            streams.push(StreamStatus {
+                name: name.to_string(),
+                rate: self.rates.of(&format!("stream {name}"), totals.rows, self.published),
+                totals,
+                pending: pending as u64,
+                uncommitted: pending as u64 + spooled.get(name).copied().unwrap_or(0) + held_of(&self.held, name),
+                watermark_us,
+                lag_s: watermark_us.map(|us| (now_us.saturating_sub(us) / 1_000) as f64 / 1e3),
+                last_error: parts.pipeline.last_error(name).map(str::to_owned),
+            });
+        }
+        let mut lanes = Vec::new();
+        for (index, lane) in parts.spool.lanes().enumerate() {
+            lanes.push(LaneStatus {
+                rate: self.rates.of(&format!("lane {}", lane.name), lane.bytes_written, self.published),
+                name: lane.name,
+                bytes: lane.bytes,
+                bytes_max: lane.max_bytes,
+                bytes_written: lane.bytes_written,
+                batches_waiting: lane.batches_waiting as u64,
+                full: self.full_lanes.contains(&index),
+            });
+        }
         let pending = streams.iter().map(|stream| stream.pending).sum::<u64>();
         let held = self.held.iter().flat_map(|(_, lane)| &lane.batches).map(|batch| u64::from(batch.rows)).sum::<u64>();
         let counted = parts.spool.rows_counted();
@@ -61,18 +85,7 @@ impl Engine {
             drained: lag_bytes == 0 && pending == 0 && held == 0 && rows.spooled == 0,
             sources,
             streams,
-            lanes: parts
-                .spool
-                .lanes()
-                .enumerate()
-                .map(|(index, lane)| LaneStatus {
-                    name: lane.name,
-                    bytes: lane.bytes,
-                    bytes_max: lane.max_bytes,
-                    batches_waiting: lane.batches_waiting as u64,
-                    full: self.full_lanes.contains(&index),
-                })
-                .collect(),
+            lanes,
             journal: JournalStatus {
                 bytes,
                 bytes_max: parts.journal_bytes_max,
@@ -105,4 +118,10 @@ impl Engine {
         let fork = "a new spool finds no room on the disk: nothing is sent until it does";
         full.chain(journal).chain(snapshot).chain(self.forking.map(|_| fork.to_owned())).collect()
     }
+}
+
+/// Rows of a stream in a cut that a full lane holds back.
+fn held_of(held: &[(usize, LaneCut)], stream: &StreamName) -> u64 {
+    let batches = held.iter().flat_map(|(_, lane)| &lane.batches).filter(|batch| batch.stream == *stream);
+    batches.map(|batch| u64::from(batch.rows)).sum()
 }

@@ -236,3 +236,27 @@ fn nothing_is_sent_while_a_new_spool_finds_no_room() {
     assert_eq!(driven.status().problems, [""; 0]);
     driven.stop();
 }
+
+#[test]
+fn a_stream_and_a_lane_tell_their_rate_lag_and_last_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut driven = start(&settings(directory.path(), ""));
+    let lane = driven.status().lanes[1].bytes_written;
+    assert!(driven.message("{\"v\":1}") && driven.message("{\"v\":\"x\"}") && driven.message("{\"v\":2}"));
+    driven.settle();
+    // As if that had taken six seconds.
+    driven.engine.rates.back_date(Duration::from_secs(6));
+    let status = driven.status();
+    let stream = status.streams.iter().find(|stream| stream.name == "s").unwrap();
+    assert!(stream.rate > 0.0 && stream.uncommitted == 2, "{stream:?}");
+    assert!(stream.last_error.as_ref().unwrap().starts_with("wrong_type: "), "{stream:?}");
+    let behind = (now_us() - stream.watermark_us.unwrap()) as f64 / 1e6;
+    assert!((stream.lag_s.unwrap() - behind).abs() < 60.0, "{stream:?}");
+    let quarantine = status.streams.iter().find(|stream| stream.name == "quarantine").unwrap();
+    assert!(quarantine.rate > 0.0 && quarantine.rate < stream.rate, "{quarantine:?}");
+    assert_eq!((quarantine.uncommitted, quarantine.lag_s), (1, None));
+    assert!(status.lanes[1].bytes_written > lane && status.lanes[1].rate > 0.0, "{:?}", status.lanes);
+    let metrics = crate::metrics::render(&status);
+    assert!(metrics.contains("weir_edge_stream_rows_uncommitted{stream=\"s\"} 2"), "{metrics}");
+    driven.stop();
+}
