@@ -99,3 +99,19 @@ async fn psql_logs_in_with_its_password_and_only_asks() {
         psql("right", "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'").unwrap();
     assert_eq!(String::from_utf8_lossy(&table.stdout).trim(), "load");
 }
+
+/// The script says what is asked and what must come back.
+#[tokio::test(flavor = "multi_thread")]
+async fn psycopg_prepares_reads_every_type_and_cancels() {
+    let python = std::env::var("WEIR_PYTHON").unwrap_or_default();
+    if !Command::new(&python).args(["-c", "import psycopg"]).output().is_ok_and(|found| found.status.success()) {
+        println!("left out: WEIR_PYTHON names no Python with psycopg");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let cloud = stage(directory.path()).await;
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/postgres_client.py");
+    let output = Command::new(&python).args([script, &cloud.postgres.to_string(), "right"]).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && text.ends_with("ok\n"), "{text}{}", String::from_utf8_lossy(&output.stderr));
+}
