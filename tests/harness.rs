@@ -26,6 +26,9 @@ pub(crate) struct Cloud {
     process: Process,
     pub(crate) http: String,
     pub(crate) postgres: u16,
+    config: PathBuf,
+    /// The configuration.
+    text: String,
     client: reqwest::Client,
 }
 
@@ -43,13 +46,18 @@ impl Cloud {
             directory.join(name).display(),
             tables.canonicalize().unwrap().display(),
         );
-        std::fs::write(&config, text).unwrap();
+        std::fs::write(&config, &text).unwrap();
         let process = Process::weir(name, &["cloud", "--config", config.to_str().unwrap()], directory);
         let http = format!("http://127.0.0.1:{port}");
-        let mut cloud = Self { process, http, postgres, client: reqwest::Client::new() };
+        let mut cloud = Self { process, http, postgres, config, text, client: reqwest::Client::new() };
         cloud.run();
         cloud.wait().await;
         cloud
+    }
+
+    /// Another token of the edge, from the next start on.
+    pub(crate) fn expect_token(&self, token: &str) {
+        std::fs::write(&self.config, self.text.replace(TOKEN, token)).unwrap();
     }
 
     /// Starts the process, which must not run.
@@ -90,6 +98,28 @@ impl Cloud {
         rows[0].as_object().unwrap().values().next().unwrap().as_i64().unwrap()
     }
 
+    /// Rows of all tables.
+    pub(crate) async fn stored_rows(&self) -> u64 {
+        let tables = "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'";
+        let mut rows = 0;
+        for table in self.sql(tables).await.unwrap() {
+            let table = table["table_name"].as_str().unwrap();
+            rows += self.integer(&format!("SELECT count(*) FROM {table}")).await as u64;
+        }
+        rows
+    }
+
+    /// Checks that the counters of the door balance (rule 6), and returns them: received, durable, duplicate, refused,
+    /// pushed back. They count from this process's start, and no request may be under way.
+    pub(crate) async fn check_rows(&self) -> [u64; 5] {
+        let mut counts = [0; 5];
+        for (count, name) in counts.iter_mut().zip(["received", "durable", "duplicate", "refused", "pushed_back"]) {
+            *count = self.counter(&format!("weir_cloud_rows_{name}_total")).await;
+        }
+        assert_eq!(counts[0], counts[1..].iter().sum::<u64>(), "{counts:?}");
+        counts
+    }
+
     /// One counter of `/metrics`.
     pub(crate) async fn counter(&self, name: &str) -> u64 {
         let text = self.client.get(format!("{}/metrics", self.http)).send().await.unwrap().text().await.unwrap();
@@ -120,13 +150,12 @@ pub(crate) struct Edge {
 impl Edge {
     /// One that sends to `cloud`; `more` is added to its configuration: sources and streams.
     pub(crate) async fn start(directory: &Path, cloud: &Cloud, more: &str) -> Self {
-        Self::start_with(directory, &[cloud], more).await
+        Self::start_with(directory, &[&cloud.http], more).await
     }
 
-    /// One that sends to the first of these nodes that answers.
-    pub(crate) async fn start_with(directory: &Path, clouds: &[&Cloud], more: &str) -> Self {
+    /// One that sends to the first of these addresses that answers.
+    pub(crate) async fn start_with(directory: &Path, urls: &[&str], more: &str) -> Self {
         let port = free_port();
-        let urls = clouds.iter().map(|cloud| cloud.http.as_str()).collect::<Vec<_>>();
         let config = directory.join("edge.toml");
         let head = format!(
             "[edge]\nid = \"{EDGE}\"\ndata_dir = \"{}\"\n[admin]\nlisten = \"127.0.0.1:{port}\"\n\

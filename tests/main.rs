@@ -13,6 +13,8 @@ mod faults;
 mod fusion;
 mod harness;
 mod kills;
+mod links;
+mod load;
 mod process;
 mod proxy;
 mod real_data;

@@ -1,0 +1,240 @@
+//! A load of numbered messages, and what must be true of it in the end.
+//!
+//! A publisher numbers its messages and never sends one twice. What the broker acknowledged must be stored, what is
+//! stored must have been sent, no number may be twice, values must be equal, and windows must equal a recomputation.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use rumqttc::v5::mqttbytes::QoS;
+use rumqttc::v5::mqttbytes::v5::Packet;
+use rumqttc::v5::{AsyncClient, Event, MqttOptions};
+use tokio::task::JoinHandle;
+
+use crate::harness::{Cloud, Edge, mqtt_source};
+use crate::process::{PATIENCE, POLL};
+
+const DEVICES: u64 = 20;
+/// Messages go in bursts, so that a kill finds some that are journalled and not acknowledged.
+const BURST: u64 = 8;
+const PAUSE_BETWEEN_BURSTS: Duration = Duration::from_millis(2);
+
+fn now_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis() as u64
+}
+
+/// The value that goes with a number.
+pub(crate) fn value(number: u64) -> f64 {
+    (number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as f64 / 16.0
+}
+
+/// What was sent, and what of it the broker acknowledged.
+#[derive(Debug, Default)]
+pub(crate) struct Ledger {
+    next: AtomicU64,
+    acknowledged: Mutex<HashSet<u64>>,
+}
+
+impl Ledger {
+    /// All numbers below this one were given out.
+    pub(crate) fn sent(&self) -> u64 {
+        self.next.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn acknowledged(&self) -> HashSet<u64> {
+        self.acknowledged.lock().unwrap().clone()
+    }
+}
+
+/// Publishes numbered messages until it is told to stop. After a broken connection it goes on with new numbers.
+#[derive(Debug)]
+pub(crate) struct Load {
+    ledger: Arc<Ledger>,
+    stop: Arc<AtomicBool>,
+    task: JoinHandle<()>,
+}
+
+impl Load {
+    pub(crate) fn start(port: u16) -> Self {
+        Self::on(port, "load/a", Arc::default())
+    }
+
+    /// Several may share a ledger: each number goes to one of their topics.
+    pub(crate) fn on(port: u16, topic: &'static str, ledger: Arc<Ledger>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let task = tokio::spawn(publish(port, topic, Arc::clone(&ledger), Arc::clone(&stop)));
+        Self { ledger, stop, task }
+    }
+
+    pub(crate) async fn finish(self) -> Arc<Ledger> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.task.await.unwrap();
+        self.ledger
+    }
+}
+
+async fn publish(port: u16, topic: &'static str, ledger: Arc<Ledger>, stop: Arc<AtomicBool>) {
+    let mut connection = 0;
+    while !stop.load(Ordering::Relaxed) {
+        connection += 1;
+        let mut options = MqttOptions::new(format!("{topic}-{connection}"), "127.0.0.1", port);
+        options.set_keep_alive(Duration::from_secs(30)).set_clean_start(true);
+        let (client, mut events) = AsyncClient::new(options, 100);
+        let sent = Arc::new(Mutex::new(HashMap::<u16, u64>::new()));
+        // Numbers in the order of sending; packet ids are given in that order, too.
+        let queued = Arc::new(Mutex::new(std::collections::VecDeque::<u64>::new()));
+        let sender = tokio::spawn({
+            let (ledger, stop, queued) = (Arc::clone(&ledger), Arc::clone(&stop), Arc::clone(&queued));
+            async move {
+                while !stop.load(Ordering::Relaxed) {
+                    let number = ledger.next.fetch_add(1, Ordering::Relaxed);
+                    let body = format!(
+                        "{{\"n\":{number},\"d\":\"dev-{}\",\"ts\":{},\"v\":{}}}",
+                        number % DEVICES,
+                        now_ms(),
+                        value(number)
+                    );
+                    queued.lock().unwrap().push_back(number);
+                    if client.publish(topic, QoS::AtLeastOnce, false, body).await.is_err() {
+                        return;
+                    }
+                    if number % BURST == 0 {
+                        tokio::time::sleep(PAUSE_BETWEEN_BURSTS).await;
+                    }
+                }
+                client.disconnect().await.ok();
+            }
+        });
+        loop {
+            match tokio::time::timeout(Duration::from_secs(10), events.poll()).await {
+                Ok(Ok(Event::Outgoing(rumqttc::Outgoing::Publish(id)))) => {
+                    let number = queued.lock().unwrap().pop_front().expect("every publish was queued");
+                    sent.lock().unwrap().insert(id, number);
+                }
+                Ok(Ok(Event::Incoming(Packet::PubAck(ack)))) => {
+                    if let Some(number) = sent.lock().unwrap().remove(&ack.pkid) {
+                        ledger.acknowledged.lock().unwrap().insert(number);
+                    }
+                }
+                Ok(Ok(_)) => {}
+                Ok(Err(_)) | Err(_) => break,
+            }
+        }
+        sender.abort();
+    }
+}
+
+/// Configuration of an edge that takes the load.
+pub(crate) fn stream(url: &str) -> String {
+    stream_of(url, "load/+", "")
+}
+
+/// The same for one topic; `source` is added to its source.
+pub(crate) fn stream_of(url: &str, topic: &str, source: &str) -> String {
+    mqtt_source(url, topic, "load", &format!("{source}{LOAD}"))
+}
+
+const LOAD: &str = r#"
+[source.map]
+device = "/d"
+ts = { at = "/ts", format = "epoch_ms" }
+n = "/n"
+v = "/v"
+[stream.load]
+lateness = "2s"
+[stream.load.fields]
+n = { type = "int64", min = 0 }
+v = { type = "float64" }
+[stream.load.window.1s]
+size = "1s"
+"#;
+
+/// What the tests promise of the broker's acknowledgements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Broker {
+    /// It kept what it acknowledged.
+    Kept,
+    /// It was killed with -9, rolled back to what it saved last, and may have lost some of it.
+    Killed,
+}
+
+/// Waits until all is stored and committed, and checks it.
+pub(crate) async fn check(cloud: &Cloud, edge: &mut Edge, ledger: &Ledger, broker: Broker) -> serde_json::Value {
+    let acknowledged = ledger.acknowledged();
+    assert!(acknowledged.len() > 500, "the load did not get through: {}", acknowledged.len());
+    let started = Instant::now();
+    // A node that takes over knows the table with its first batch.
+    let stored = async || match cloud.sql("SELECT count(*) AS n FROM load").await {
+        Ok(rows) => rows[0]["n"].as_i64().unwrap(),
+        Err(_) => 0,
+    };
+    while broker == Broker::Kept && stored().await < acknowledged.len() as i64 {
+        assert!(started.elapsed() < PATIENCE, "not all arrives: {:#}", edge.status().await);
+        tokio::time::sleep(POLL).await;
+    }
+    let status = edge.drained().await;
+    let journalled = status["sources"][0]["journalled"].as_i64().unwrap();
+    assert_eq!(
+        cloud.integer("SELECT count(*) FROM load").await,
+        journalled,
+        "what was acknowledged to the broker is stored"
+    );
+    let rows = cloud.sql("SELECT n, v, device FROM load ORDER BY n").await.unwrap();
+    let sent = ledger.sent();
+    let mut stored = HashSet::new();
+    for row in &rows {
+        let number = row["n"].as_u64().unwrap();
+        // A broker that was rolled back sends again what it had queued, as if it were new: no client can tell.
+        assert!(stored.insert(number) || broker == Broker::Killed, "{number} is stored twice");
+        assert!(number < sent, "{number} was never sent");
+        assert_eq!(row["v"].as_f64().unwrap(), value(number), "value of {number}");
+        assert_eq!(row["device"], format!("dev-{}", number % DEVICES));
+    }
+    let lost: Vec<_> = acknowledged.difference(&stored).collect();
+    assert!(broker == Broker::Killed || lost.is_empty(), "{} acknowledged messages are missing: {lost:?}", lost.len());
+    assert_eq!(status["quarantined"], serde_json::json!({}), "nothing good belongs in quarantine");
+    println!("{} stored, {} redelivered", stored.len(), status["sources"][0]["redelivered"]);
+    check_windows(cloud).await;
+    cloud.check_rows().await;
+    status
+}
+
+/// Every window row of the highest revision equals what its readings give, and closed windows are all there.
+async fn check_windows(cloud: &Cloud) {
+    let expected = "SELECT device, date_trunc('second', ts) AS start, count(*) AS c, sum(n) AS s \
+                    FROM load WHERE quality = 'good' GROUP BY 1, 2";
+    let windows = "SELECT device, window_start AS start, count AS c, n_sum AS s, \
+                   row_number() OVER (PARTITION BY device, window_start ORDER BY revision DESC) AS place FROM load_1s";
+    let wrong = cloud
+        .sql(&format!(
+            "SELECT w.device, w.start, w.c, e.c AS expected FROM ({windows}) w LEFT JOIN ({expected}) e \
+             ON w.device = e.device AND w.start = e.start \
+             WHERE w.place = 1 AND (e.c IS NULL OR w.c <> e.c OR w.s <> e.s) ORDER BY 2 LIMIT 5"
+        ))
+        .await
+        .unwrap();
+    assert!(wrong.is_empty(), "windows differ from a recomputation: {wrong:?}");
+    let missing = cloud
+        .integer(&format!(
+            "SELECT count(*) FROM ({expected}) e LEFT JOIN load_1s w ON w.device = e.device AND w.window_start = e.start \
+             WHERE w.device IS NULL AND e.start < (SELECT max(ts) - INTERVAL '10 seconds' FROM load)"
+        ))
+        .await;
+    assert_eq!(missing, 0, "closed windows are missing");
+}
+
+/// A seed of its own, printed, or the one that is set.
+pub(crate) fn seeded() -> StdRng {
+    let seed = std::env::var("WEIR_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or_else(rand::random);
+    println!("WEIR_SEED={seed}");
+    StdRng::seed_from_u64(seed)
+}
+
+pub(crate) async fn a_moment(random: &mut StdRng) {
+    // The moment of the kill is what is random here; nothing is waited for.
+    tokio::time::sleep(Duration::from_millis(random.random_range(50..700))).await;
+}
