@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::harness::{Cloud, Edge, Mosquitto, TOKEN};
+use crate::harness::{Cloud, Edge, Mosquitto, TOKEN, mqtt_source, publish};
 use crate::load::{Broker, Load, a_moment, check, seeded, stream};
 use crate::process::{PATIENCE, POLL};
 use crate::proxy::{Harm, Proxy};
@@ -90,4 +90,44 @@ async fn requests_damaged_on_the_way_lose_and_double_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn answers_that_break_off_lose_and_double_nothing() {
     over_a_bad_link(Harm::CutAnswers).await;
+}
+
+/// Streams that an edge sends side by side, each with so many messages.
+const STREAMS: usize = 12;
+const MESSAGES: usize = 400;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_pushed_back_waits_at_the_edge_and_arrives_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some(broker) = Mosquitto::start(directory.path()) else { return };
+    // Of the requests that come at once most find no place.
+    let narrow = format!("{COMMIT}[limits]\nrequests_waiting = 1\n");
+    let cloud = Cloud::start(directory.path(), "a", &narrow).await;
+    let streams = (0..STREAMS).map(|index| {
+        let map = format!(
+            "[source.map]\ndevice = \"topic:1\"\nn = \"/n\"\n[stream.s{index}.fields]\nn = {{ type = \"int64\" }}\n"
+        );
+        mqtt_source(&broker.url(), &format!("s{index}/+"), &format!("s{index}"), &map)
+    });
+    let mut edge = Edge::start(directory.path(), &cloud, &streams.collect::<String>()).await;
+    let messages = (0..MESSAGES)
+        .flat_map(|n| (0..STREAMS).map(move |index| (format!("s{index}/d"), format!("{{\"n\":{n}}}").into_bytes())));
+    publish(broker.client("p"), messages.collect()).await;
+    let started = Instant::now();
+    while cloud.stored_rows().await < (STREAMS * MESSAGES) as u64 {
+        assert!(started.elapsed() < PATIENCE, "not all arrives: {:#}", edge.status().await);
+        tokio::time::sleep(POLL).await;
+    }
+    let status = edge.drained().await;
+    assert_eq!(status["quarantined"], serde_json::json!({}), "a refusal of the moment says nothing of the rows");
+    let counts = cloud.check_rows().await;
+    println!("received, durable, duplicate, refused, pushed back: {counts:?}");
+    assert!(counts[4] > 0, "nothing was pushed back: nothing was tried");
+    assert_eq!((counts[1], counts[3]), (cloud.stored_rows().await, 0));
+    for index in 0..STREAMS {
+        let found =
+            cloud.sql(&format!("SELECT count(*) AS c, count(DISTINCT n) AS d, sum(n) AS s FROM s{index}")).await;
+        let expected = serde_json::json!({ "c": MESSAGES, "d": MESSAGES, "s": MESSAGES * (MESSAGES - 1) / 2 });
+        assert_eq!(found.unwrap(), [expected], "s{index}");
+    }
 }
