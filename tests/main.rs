@@ -10,6 +10,7 @@ mod bad_input;
 mod demo;
 mod doors;
 mod faults;
+mod forks;
 mod fusion;
 mod harness;
 mod kills;
