@@ -1,6 +1,7 @@
 //! Two edges of one spool: a data directory that was copied, and one that was restored from earlier.
 //!
-//! The fork is noticed and told, and what either of them took is stored at least once, with the values that it had.
+//! What either of them took is stored at least once. A number that is there twice is so because nobody could tell whether
+//! it was there, and then all but one of its rows say `forked`.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -119,8 +120,11 @@ impl Stage {
         let sent = self.ledger.sent();
         assert!(stored.keys().all(|number| *number < sent), "a number that was never sent");
         let twice = stored.values().filter(|rows| rows.len() > 1).count();
+        let hidden: Vec<_> =
+            stored.iter().filter(|(_, rows)| rows.iter().filter(|forked| !**forked).count() > 1).collect();
         let flagged = stored.values().flatten().filter(|forked| **forked).count();
         println!("{} stored, {twice} of them twice, {flagged} rows flagged", stored.len());
+        assert!(hidden.is_empty(), "{} of {twice} are there twice and none says so", hidden.len());
         // What came after the copy was made is known to be new.
         assert!(flagged < stored.len() / 2, "{flagged} of {} rows are flagged", stored.len());
         self.cloud.check_rows().await;
