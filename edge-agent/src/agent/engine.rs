@@ -143,6 +143,10 @@ pub(super) struct Engine {
     marked: bool,
     /// Nothing is sent any more for this spool: what is not committed goes on in a new one, at the next try.
     forking: Option<Instant>,
+    /// Where the journal ended at the start: a copy of this directory may have what is before.
+    found_until: Position,
+    /// Another directory has the same batches; else it is the cloud that lost some.
+    copied: bool,
     /// Why the last snapshot was not written, and when it is tried again.
     no_snapshot: Option<(String, Instant)>,
     /// Since when rows are pending.
@@ -157,6 +161,7 @@ pub(super) struct Engine {
 impl Engine {
     pub(super) fn new(parts: Parts, runtime: Handle) -> Self {
         let now = Instant::now();
+        let found_until = *parts.journal.synced().borrow();
         Self {
             parts,
             runtime,
@@ -171,6 +176,8 @@ impl Engine {
             last_cut: now,
             marked: true,
             forking: None,
+            found_until,
+            copied: false,
             no_snapshot: None,
             pending_since: None,
             known: HashMap::new(),

@@ -24,7 +24,8 @@ const BATCH_OVERHEAD: usize = 512;
 const FORKED: &str = "forked";
 
 impl<L: FileLayer> Spool<L> {
-    /// Moves to a new spool in the same directory. `known` is the highest number that the cloud has of a stream.
+    /// Moves to a new spool in the same directory. `known` is the highest number that the cloud has of a stream: none when
+    /// another directory has the same batches, and may send any of them under its own numbers.
     ///
     /// # Errors
     /// When the disk fails or has no room ([`SpoolError::is_full`]); the old spool then stands as it was, and the
@@ -34,7 +35,7 @@ impl<L: FileLayer> Spool<L> {
         layer: &L,
         directory: &Path,
         fresh: SpoolId,
-        known: &dyn Fn(&StreamName) -> Seq,
+        known: Option<&dyn Fn(&StreamName) -> Seq>,
     ) -> Result<(Self, Vec<Incident>), SpoolError> {
         let path = directory.join(fresh.to_string());
         let io = |source| SpoolError::Io { path: path.clone(), source };
@@ -84,14 +85,17 @@ impl<L: FileLayer> Spool<L> {
     }
 
     /// Places and rows of a lane's batches that are not committed, oldest first, and whether the cloud may have them.
-    fn kept(&self, lane: usize, known: &dyn Fn(&StreamName) -> Seq) -> Vec<(super::Place, u32, bool)> {
+    fn kept(&self, lane: usize, known: Option<&dyn Fn(&StreamName) -> Seq>) -> Vec<(super::Place, u32, bool)> {
         let mut kept = Vec::new();
+        let doubtful = |stream: &StreamName, seq: Seq| known.is_none_or(|known| seq <= known(stream));
         for (stream, sequence) in &self.sequences {
             let numbered = sequence.numbered.iter().filter(|numbered| numbered.place.lane == lane);
             let numbered = numbered.filter(|numbered| numbered.void.is_none());
-            kept.extend(numbered.map(|numbered| (numbered.place, numbered.rows, numbered.mark.seq <= known(stream))));
+            kept.extend(numbered.map(|numbered| (numbered.place, numbered.rows, doubtful(stream, numbered.mark.seq))));
         }
-        kept.extend(self.lanes[lane].waiting.values().flatten().map(|waiting| (waiting.place, waiting.rows, false)));
+        kept.extend(
+            self.lanes[lane].waiting.values().flatten().map(|waiting| (waiting.place, waiting.rows, known.is_none())),
+        );
         kept.sort_by_key(|(place, ..)| (place.group, place.index));
         kept
     }

@@ -220,6 +220,18 @@ fn a_lane_that_is_no_longer_configured_is_drained() {
 }
 
 #[test]
+fn when_another_directory_has_the_same_batches_all_of_them_may_be_there() {
+    let layer = SimLayer::new();
+    let mut spool = open(&layer, OnFull::Refuse);
+    (1..=3).for_each(|n| append(&mut spool, n * 10, n as f64));
+    spool.number(1, &traffic(), 1).unwrap();
+    let (mut forked, _) = spool.fork(&layer, Path::new(DIRECTORY), SpoolId([8; 16]), None).unwrap();
+    for batch in forked.number(1, &traffic(), usize::MAX).unwrap() {
+        assert_eq!(batch.decode(&schema()).unwrap().column(3).as_string::<i32>().value(0), "forked");
+    }
+}
+
+#[test]
 fn a_fork_keeps_what_is_not_committed_and_flags_what_may_be_there() {
     let layer = SimLayer::new();
     let mut spool = open(&layer, OnFull::Refuse);
@@ -230,7 +242,7 @@ fn a_fork_keeps_what_is_not_committed_and_flags_what_may_be_there() {
     spool.number(1, &traffic(), 1).unwrap();
     let before = spool.rows_counted();
     let fresh = SpoolId([8; 16]);
-    let (forked, _) = spool.fork(&layer, Path::new(DIRECTORY), fresh, &|_| Seq(2)).unwrap();
+    let (forked, _) = spool.fork(&layer, Path::new(DIRECTORY), fresh, Some(&|_| Seq(2))).unwrap();
     drop(spool);
     let spool = forked;
     assert_eq!(spool.rows_counted(), before);
@@ -259,12 +271,12 @@ fn a_fork_without_room_leaves_the_old_spool_as_it_was() {
     // Each of the two lanes has a segment of 128 KiB and 8 KiB beside it: room for none, for one, for all but a part.
     for (n, capacity_kib) in [0, 272, 300, 420, 540].into_iter().enumerate() {
         layer.set_capacity(capacity_kib << 10);
-        let error = spool.fork(&layer, Path::new(DIRECTORY), SpoolId([n as u8; 16]), &|_| Seq(0)).unwrap_err();
+        let error = spool.fork(&layer, Path::new(DIRECTORY), SpoolId([n as u8; 16]), Some(&|_| Seq(0))).unwrap_err();
         assert!(error.is_full(), "{capacity_kib} KiB: {error:?}");
         assert_eq!(spool.again(&traffic(), Seq(1), usize::MAX).unwrap(), sent);
     }
     layer.set_capacity(u64::MAX);
-    let (forked, _) = spool.fork(&layer, Path::new(DIRECTORY), fresh, &|_| Seq(0)).unwrap();
+    let (forked, _) = spool.fork(&layer, Path::new(DIRECTORY), fresh, Some(&|_| Seq(0))).unwrap();
     assert_eq!((forked.rows(), forked.id()), (5, fresh));
 }
 
@@ -284,7 +296,7 @@ fn a_fork_of_a_full_lane_finds_room_and_drops_nothing() {
             spool.append(1, Position(cut), &[batch], &[schema()], NOW_US).unwrap();
         }
         let before = spool.rows_counted();
-        let (forked, _) = spool.fork(&layer, Path::new(DIRECTORY), SpoolId([8; 16]), &|_| Seq(0)).unwrap();
+        let (forked, _) = spool.fork(&layer, Path::new(DIRECTORY), SpoolId([8; 16]), Some(&|_| Seq(0))).unwrap();
         assert_eq!(forked.rows_counted(), before);
     }
 }
@@ -298,7 +310,7 @@ fn a_crash_in_a_fork_leaves_the_old_spool_or_the_new_one_whole() {
         (1..=6).for_each(|n| append(&mut spool, n, n as f64));
         spool.number(1, &traffic(), 1).unwrap();
         layer.fail_after(random.below(40));
-        let _ = spool.fork(&layer, Path::new(DIRECTORY), SpoolId([8; 16]), &|_| Seq(0));
+        let _ = spool.fork(&layer, Path::new(DIRECTORY), SpoolId([8; 16]), Some(&|_| Seq(0)));
         drop(spool);
         layer.power_cut(&mut random);
         let spool = open(&layer, OnFull::Refuse);

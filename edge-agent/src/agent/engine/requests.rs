@@ -119,7 +119,7 @@ impl Engine {
             self.parts.uplink.acked(stream, epoch, &Acks { acks: Vec::new(), ..acks.clone() });
             let text =
                 format!("spool {ours} is forked (seen in {}): what is not committed goes on in a new one", ack.stream);
-            return self.fork(text);
+            return self.fork(text, true);
         }
         for refusal in acks.refused.iter().filter(|refusal| refusal.spool == ours) {
             self.refused(refusal)?;
@@ -148,9 +148,9 @@ impl Engine {
             (Failure::Forked, Some(stream)) => {
                 self.parts.uplink.failed(Some(stream), epoch, &failure, 0, 0.0);
                 let spool = self.parts.spool.id();
-                self.fork(format!(
-                    "spool {spool} is forked (seen in {stream}): what is not committed goes on in a new one"
-                ))
+                let text =
+                    format!("spool {spool} is forked (seen in {stream}): what is not committed goes on in a new one");
+                self.fork(text, true)
             }
             // What the node asks for was gone from here before it was asked, because a node had called it committed.
             (Failure::Gap { expected }, Some(stream)) if *expected <= freed => {
@@ -158,10 +158,11 @@ impl Engine {
                 // Of the others of this stream it has none, whatever it said before.
                 self.known.insert(stream.clone(), Seq(expected.0.saturating_sub(1)));
                 let spool = self.parts.spool.id();
-                self.fork(format!(
+                let text = format!(
                     "the cloud lost batches {expected} to {freed} of {stream}, spool {spool}, which it had called committed: \
                      they are gone from here, too; what is not committed goes on in a new spool"
-                ))
+                );
+                self.fork(text, false)
             }
             _ => {
                 let now_ms = self.now_ms();
@@ -209,10 +210,11 @@ impl Engine {
 
     /// A copy of this data directory, or an older one that was restored, has used numbers of this spool (rule 8); or the
     /// cloud was restored and waits for what is gone here. `text` is the incident.
-    fn fork(&mut self, text: String) -> Result<(), EngineError> {
+    fn fork(&mut self, text: String, copied: bool) -> Result<(), EngineError> {
         if self.forking.is_some() {
             return Ok(());
         }
+        self.copied = copied;
         incident(&mut self.parts.incidents, text);
         self.forking = Some(Instant::now());
         self.go_on_forking()
@@ -224,6 +226,13 @@ impl Engine {
         if self.forking.is_none_or(|due| Instant::now() < due) {
             return Ok(());
         }
+        if self.copied && self.held.is_empty() {
+            // What the other directory may have goes through the old spool first, or it could not be flagged.
+            if self.parts.pipeline.position() < self.found_until || !self.parts.pipeline.may_cut() {
+                return Ok(());
+            }
+            self.cut()?;
+        }
         let parts = &mut self.parts;
         let (old, fresh) = (parts.spool.id(), SpoolId(rand::rng().random()));
         let directory = spool_directory(&parts.data_dir);
@@ -234,7 +243,8 @@ impl Engine {
             let seq = |seqs: &HashMap<StreamName, Seq>| seqs.get(stream).copied().unwrap_or_default();
             seq(&self.known).max(seq(&sent))
         };
-        match parts.spool.fork(&Disk, &directory, fresh, &known) {
+        let known: Option<&dyn Fn(&StreamName) -> Seq> = if self.copied { None } else { Some(&known) };
+        match parts.spool.fork(&Disk, &directory, fresh, known) {
             Ok((spool, incidents)) => {
                 for damage in incidents {
                     incident(&mut parts.incidents, format!("spool: {damage:?}"));
