@@ -6,6 +6,7 @@
 //! retried that a disk refused.
 
 mod engine;
+mod intake;
 mod rate;
 mod snapshot_file;
 mod status;
@@ -29,13 +30,12 @@ use self::engine::{Engine, Parts, incident, remove_other_spools, spool_directory
 pub use self::snapshot_file::SnapshotFileError;
 pub use self::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
 use crate::admin;
-use crate::config::{LaneSettings as LaneConfig, MqttSettings, Settings, SourceSettings};
+use crate::config::{LaneSettings as LaneConfig, Settings};
 use crate::entry::Entry;
 use crate::journal::{Journal, JournalError, OpenJournal};
 use crate::pipeline::{AGENT_VERSION, Pipeline, SnapshotError};
 use crate::redelivery::Lists;
-use crate::source::mqtt::{Connection, Task};
-use crate::source::{SourceState, host};
+use crate::source::SourceState;
 use crate::spool::{LaneSettings, Spool, SpoolError, SpoolSettings};
 use crate::uplink::http::{ClientError, CloudClient};
 use crate::uplink::state::Uplink;
@@ -161,7 +161,7 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
         })
         .map_err(AgentError::Thread)?;
     let intake = token.child_token();
-    let tasks = start_sources(&settings, &journal, lists.0, &sources, &intake);
+    let tasks = intake::start_sources(&settings, &journal, lists.0, &sources, &intake);
     let admin_token = CancellationToken::new();
     tokio::spawn(admin::serve(listener, Arc::clone(&status), admin_token.clone()));
     tracing::info!(%admin, edge = %settings.edge.id, "the agent runs");
@@ -198,75 +198,6 @@ async fn supervise(
     };
     admin.cancel();
     result
-}
-
-fn start_sources(
-    settings: &Settings,
-    journal: &Journal,
-    mut lists: Lists,
-    states: &[(String, Arc<SourceState>)],
-    token: &CancellationToken,
-) -> JoinSet<()> {
-    let mut tasks = JoinSet::new();
-    let edge = &settings.edge.id;
-    let connect = |tasks: &mut JoinSet<()>, connection: Connection| {
-        let token = token.clone();
-        tasks.spawn(async move {
-            let (client, state) = (connection.client.clone(), Arc::clone(&connection.state));
-            if let Err(error) = connection.run(token).await {
-                tracing::error!(%client, %error, "the source does not run");
-                *state.last_error.lock() = Some(error.to_string());
-            }
-        });
-    };
-    for (source, (_, state)) in settings.source.iter().zip(states) {
-        match source {
-            SourceSettings::Host(host) => {
-                let (host, state, token) = (host.clone(), Arc::clone(state), token.clone());
-                tasks.spawn(host::run(host, edge.clone(), journal.sender(), state, token));
-            }
-            SourceSettings::Mqtt(mqtt) => {
-                for index in 0..mqtt.connections {
-                    let client = mqtt.client(edge, index);
-                    let known = lists.0.remove(&client).unwrap_or_default();
-                    let (settings, state) = ((**mqtt).clone(), Arc::clone(state));
-                    connect(
-                        &mut tasks,
-                        Connection { settings, client, journal: journal.sender(), known, state, task: Task::Collect },
-                    );
-                }
-            }
-        }
-    }
-    // What is left belongs to clients that are not configured any more.
-    for (client, known) in lists.0 {
-        let Some(mqtt) = same_broker(settings, &known.source) else {
-            tracing::warn!(client, source = known.source, "its broker is not configured any more: it is not drained");
-            continue;
-        };
-        tracing::info!(client, "is no longer configured: what the broker holds for it is taken");
-        let settings = MqttSettings { name: known.source.clone(), ..mqtt.clone() };
-        // Its messages count for the source that they belonged to.
-        let state = states.iter().find(|(name, _)| *name == known.source).map(|(_, state)| Arc::clone(state));
-        let state = state.unwrap_or_default();
-        connect(
-            &mut tasks,
-            Connection { settings, client, journal: journal.sender(), known, state, task: Task::Drain },
-        );
-    }
-    tasks
-}
-
-/// The broker of a client that is no longer configured: that of the source that it belonged to, or the only one.
-fn same_broker<'a>(settings: &'a Settings, source: &str) -> Option<&'a MqttSettings> {
-    let mqtt = settings.source.iter().filter_map(|source| match source {
-        SourceSettings::Mqtt(mqtt) => Some(&**mqtt),
-        SourceSettings::Host(_) => None,
-    });
-    let mqtt = mqtt.collect::<Vec<_>>();
-    let named = mqtt.iter().find(|mqtt| mqtt.name == source).copied();
-    let one = mqtt.first().filter(|first| mqtt.iter().all(|other| other.url == first.url)).copied();
-    named.or(one)
 }
 
 /// What a start finds on disk.

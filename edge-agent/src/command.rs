@@ -66,6 +66,10 @@ fn describe(settings: &Settings) -> String {
                 let clients = clients.collect::<Vec<_>>().join(", ");
                 format!("source {}: {} {:?} as {clients}", mqtt.name, mqtt.url, mqtt.filters())
             }
+            SourceSettings::Http(http) => {
+                let open = if http.token.is_some() { "with its token" } else { "without a token" };
+                format!("source {}: POST http://{}/ingest/{} {open}", http.name, http.listen, http.name)
+            }
             SourceSettings::Host(host) => format!("source {}: this machine, every {:?}", host.name, host.every.0),
         });
     }

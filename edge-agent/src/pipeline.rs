@@ -252,9 +252,9 @@ impl Pipeline {
         for source in &settings.source {
             let Some(stream) = index(source.stream()) else { continue };
             let stream_settings = &streams[source.stream()];
-            let decoder = match source {
-                SourceSettings::Mqtt(mqtt) => Decoder::new(&mqtt.map, mqtt.readings.as_ref(), stream_settings),
-                SourceSettings::Host(_) => Decoder::new(&host::map(), None, stream_settings),
+            let decoder = match source.decoding() {
+                Some(decoding) => Decoder::new(&decoding.map, decoding.readings.as_ref(), stream_settings),
+                None => Decoder::new(&host::map(), None, stream_settings),
             };
             sources.insert(source.name().to_owned(), Source { decoder, stream });
         }
