@@ -33,7 +33,8 @@ use crate::admin;
 use crate::config::{LaneSettings as LaneConfig, Settings};
 use crate::entry::Entry;
 use crate::journal::{Journal, JournalError, OpenJournal};
-use crate::pipeline::{AGENT_VERSION, Pipeline, SnapshotError};
+use crate::pipeline::{AGENT_VERSION, Counters, Pipeline, SnapshotError};
+use crate::places::Places;
 use crate::redelivery::Lists;
 use crate::source::SourceState;
 use crate::spool::{LaneSettings, Spool, SpoolError, SpoolSettings};
@@ -118,12 +119,12 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
     let recovered = recovered.await.map_err(|_| AgentError::Panicked)??;
 
     let status = Arc::new(Mutex::new(Status::default()));
-    let Recovered { journal, journal_id, reader, pipeline, snapshot, spool, lists, incidents } = recovered;
+    let Recovered { journal, journal_id, reader, pipeline, snapshot, spool, at_end, incidents } = recovered;
     let sources = settings
         .source
         .iter()
         .map(|source| {
-            let totals = lists.1.sources.get(source.name()).copied().unwrap_or_default();
+            let totals = at_end.counters.sources.get(source.name()).copied().unwrap_or_default();
             let state = SourceState::from_totals(totals.journalled, totals.redelivered);
             (source.name().to_owned(), Arc::new(state))
         })
@@ -161,7 +162,7 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
         })
         .map_err(AgentError::Thread)?;
     let intake = token.child_token();
-    let tasks = intake::start_sources(&settings, &journal, lists.0, &sources, &intake);
+    let tasks = intake::start_sources(&settings, &journal, at_end, &sources, &intake);
     let admin_token = CancellationToken::new();
     tokio::spawn(admin::serve(listener, Arc::clone(&status), admin_token.clone()));
     tracing::info!(%admin, edge = %settings.edge.id, "the agent runs");
@@ -208,8 +209,7 @@ struct Recovered {
     pipeline: Pipeline,
     snapshot: (Position, u64),
     spool: Spool<Disk>,
-    /// Up to the journal's end, and the counters there.
-    lists: (Lists, crate::pipeline::Counters),
+    at_end: AtEnd,
     incidents: Vec<String>,
 }
 
@@ -255,34 +255,41 @@ impl Recovered {
         // Now, so that lanes and windows of this configuration are known before its first cut.
         snapshot_file::write(data_dir, journal.id(), &pipeline.snapshot())?;
         let reader = journal.reader(from)?;
-        let lists = up_to_the_end(&pipeline, &journal, from)?;
+        let at_end = AtEnd::read(&pipeline, &journal, from)?;
         let journal_id = journal.id();
         let journal = Arc::new(journal.run(settings.journal.group_wait.0)?);
-        Ok(Self { journal, journal_id, reader, pipeline, snapshot: (from, bytes), spool, lists, incidents })
+        Ok(Self { journal, journal_id, reader, pipeline, snapshot: (from, bytes), spool, at_end, incidents })
     }
 }
 
-/// The redelivery lists at the journal's end, and how many messages it has of each source.
-fn up_to_the_end(
-    pipeline: &Pipeline,
-    journal: &OpenJournal,
-    from: Position,
-) -> Result<(Lists, crate::pipeline::Counters), AgentError> {
-    let (mut lists, mut counters) = (pipeline.lists().clone(), pipeline.counters().clone());
-    let mut reader = journal.reader(from)?;
-    loop {
-        match reader.next() {
-            Ok(Some(record)) => {
-                let Ok(entry) = Entry::read(Bytes::copy_from_slice(record.payload)) else { continue };
-                if let Entry::Message(message) = &entry {
-                    counters.sources.entry(message.source.clone()).or_default().journalled += 1;
+/// What sources need to know of all that was journalled.
+#[derive(Debug)]
+struct AtEnd {
+    lists: Lists,
+    places: Places,
+    counters: Counters,
+}
+
+impl AtEnd {
+    fn read(pipeline: &Pipeline, journal: &OpenJournal, from: Position) -> Result<Self, AgentError> {
+        let (lists, places) = (pipeline.lists().clone(), pipeline.places().clone());
+        let mut at_end = Self { lists, places, counters: pipeline.counters().clone() };
+        let mut reader = journal.reader(from)?;
+        loop {
+            match reader.next() {
+                Ok(Some(record)) => {
+                    let Ok(entry) = Entry::read(Bytes::copy_from_slice(record.payload)) else { continue };
+                    if let Some(message) = entry.message() {
+                        at_end.counters.sources.entry(message.source.clone()).or_default().journalled += 1;
+                    }
+                    at_end.lists.apply(&entry);
+                    at_end.places.apply(&entry);
                 }
-                lists.apply(&entry);
+                Ok(None) => return Ok(at_end),
+                // The pipeline reports it when it comes there.
+                Err(ReadError::Damaged { .. }) => {}
+                Err(error) => return Err(error.into()),
             }
-            Ok(None) => return Ok((lists, counters)),
-            // The pipeline reports it when it comes there.
-            Err(ReadError::Damaged { .. }) => {}
-            Err(error) => return Err(error.into()),
         }
     }
 }

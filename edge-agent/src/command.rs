@@ -70,6 +70,11 @@ fn describe(settings: &Settings) -> String {
                 let open = if http.token.is_some() { "with its token" } else { "without a token" };
                 format!("source {}: POST http://{}/ingest/{} {open}", http.name, http.listen, http.name)
             }
+            SourceSettings::File(file) => {
+                let how = if file.follow { "as it grows" } else { "once" };
+                let header = if file.header() { ", with its first line before each" } else { "" };
+                format!("source {}: the lines of {} {how}{header}", file.name, file.path.display())
+            }
             SourceSettings::Host(host) => format!("source {}: this machine, every {:?}", host.name, host.every.0),
         });
     }

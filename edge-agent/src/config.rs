@@ -25,7 +25,7 @@ use wire::{BATCH_ROWS_MAX, EdgeId, StreamName};
 
 pub use self::number::Number;
 pub use self::source::{
-    Decoding, Format, HostSettings, HttpSettings, MapSettings, MqttSettings, MqttVersion, Place, Pointer,
+    Decoding, FileSettings, Format, HostSettings, HttpSettings, MapSettings, MqttSettings, MqttVersion, Place, Pointer,
     SourceSettings, TimeFormat, TimePlace,
 };
 pub use self::stream::{FieldSettings, StreamSettings, WindowSettings};

@@ -27,6 +27,7 @@ pub use self::snapshot::SnapshotError;
 use crate::config::{REST_LANE, Settings, SourceSettings, StreamSettings};
 use crate::decode::{Decoder, Reading, Rejected, Value};
 use crate::entry::{Entry, Message, Payload};
+use crate::places::Places;
 use crate::redelivery::Lists;
 use crate::source::host;
 use crate::validate::Checks;
@@ -86,6 +87,7 @@ pub struct Pipeline {
     lane_names: Vec<String>,
     counters: Counters,
     lists: Lists,
+    places: Places,
     /// The highest number of each sequence whose refusal is in quarantine: a crash between journal and spool makes the
     /// cloud refuse it again.
     refused: BTreeMap<(SpoolId, StreamName), Seq>,
@@ -112,6 +114,7 @@ impl Pipeline {
             lane_names: lane_settings.iter().map(|lane| lane.name.to_string()).collect(),
             counters: Counters::default(),
             lists: Lists::default(),
+            places: Places::default(),
             refused: BTreeMap::new(),
             moved: BTreeMap::new(),
             pending_rows: 0,
@@ -158,8 +161,9 @@ impl Pipeline {
     pub fn apply(&mut self, position: Position, next: Position, entry: &Entry) {
         self.position = next;
         self.lists.apply(entry);
+        self.places.apply(entry);
         match entry {
-            Entry::Message(message) => self.message(position, message),
+            Entry::Message(message) | Entry::Line { message, .. } => self.message(position, message),
             Entry::Session { .. } | Entry::Forgotten { .. } | Entry::Subscribed { .. } => {}
             Entry::Refused { spool, seq, reason, schema, batch } => {
                 let key = (*spool, batch.stream.clone());
@@ -239,6 +243,11 @@ impl Pipeline {
     /// What is known of the brokers' deliveries up to [`Pipeline::position`].
     pub fn lists(&self) -> &Lists {
         &self.lists
+    }
+
+    /// How far the journal is in each file up to [`Pipeline::position`].
+    pub fn places(&self) -> &Places {
+        &self.places
     }
 
     /// The streams with their watermarks (µs), and the rows that wait for a cut.

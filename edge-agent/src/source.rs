@@ -1,7 +1,9 @@
 //! Where messages come from. A source gives each message to the journal and does nothing else with it.
 
+pub mod file;
 pub mod host;
 pub mod http;
+mod lines;
 pub mod mqtt;
 
 use std::net::SocketAddr;

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::AtEnd;
 use crate::config::{MqttSettings, Settings, SourceSettings};
 use crate::journal::Journal;
-use crate::redelivery::Lists;
+use crate::source::file::Follow;
 use crate::source::mqtt::{Connection, Task};
 use crate::source::{SourceState, host, http};
 
@@ -17,10 +18,11 @@ use crate::source::{SourceState, host, http};
 pub(super) fn start_sources(
     settings: &Settings,
     journal: &Journal,
-    mut lists: Lists,
+    at_end: AtEnd,
     states: &[(String, Arc<SourceState>)],
     token: &CancellationToken,
 ) -> JoinSet<()> {
+    let AtEnd { mut lists, places, .. } = at_end;
     let mut tasks = JoinSet::new();
     let edge = &settings.edge.id;
     let connect = |tasks: &mut JoinSet<()>, connection: Connection| {
@@ -39,6 +41,11 @@ pub(super) fn start_sources(
             SourceSettings::Host(host) => {
                 let (host, state, token) = (host.clone(), Arc::clone(state), token.clone());
                 tasks.spawn(host::run(host, edge.clone(), journal.sender(), state, token));
+            }
+            SourceSettings::File(file) => {
+                let (settings, state, token) = ((**file).clone(), Arc::clone(state), token.clone());
+                let place = places.0.get(&file.name).copied();
+                tasks.spawn(Follow { settings, journal: journal.sender(), state, place }.run(token));
             }
             SourceSettings::Http(http) => {
                 let (settings, state) = ((**http).clone(), Arc::clone(state));

@@ -1,5 +1,6 @@
 //! Where readings come from, and where in a message each value stands.
 
+mod file;
 mod http;
 
 use std::fmt;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Deserializer};
 use url::Url;
 use wire::{EdgeId, FieldName, StreamName};
 
+pub use self::file::FileSettings;
 pub use self::http::HttpSettings;
 use super::{Size, Span, StreamSettings};
 
@@ -22,6 +24,7 @@ use super::{Size, Span, StreamSettings};
 pub enum SourceSettings {
     Mqtt(Box<MqttSettings>),
     Http(Box<HttpSettings>),
+    File(Box<FileSettings>),
     Host(HostSettings),
 }
 
@@ -343,6 +346,7 @@ impl SourceSettings {
         match self {
             Self::Mqtt(mqtt) => &mqtt.name,
             Self::Http(http) => &http.name,
+            Self::File(file) => &file.name,
             Self::Host(host) => &host.name,
         }
     }
@@ -353,6 +357,7 @@ impl SourceSettings {
         let (name, stream) = match self {
             Self::Mqtt(mqtt) => (&mut mqtt.name, &mqtt.stream),
             Self::Http(http) => (&mut http.name, &http.stream),
+            Self::File(file) => (&mut file.name, &file.stream),
             Self::Host(host) => (&mut host.name, &host.stream),
         };
         if name.is_empty() {
@@ -365,6 +370,7 @@ impl SourceSettings {
         match self {
             Self::Mqtt(mqtt) => &mqtt.stream,
             Self::Http(http) => &http.stream,
+            Self::File(file) => &file.stream,
             Self::Host(host) => &host.stream,
         }
     }
@@ -374,6 +380,7 @@ impl SourceSettings {
         let (format, readings, map) = match self {
             Self::Mqtt(mqtt) => (mqtt.format, &mqtt.readings, &mqtt.map),
             Self::Http(http) => (http.format, &http.readings, &http.map),
+            Self::File(file) => (file.format, &file.readings, &file.map),
             Self::Host(_) => return None,
         };
         Some(Decoding { format, readings: readings.clone(), map: map.clone() })
@@ -384,6 +391,7 @@ impl SourceSettings {
         match self {
             Self::Mqtt(mqtt) => mqtt.max_payload,
             Self::Http(http) => http.max_payload,
+            Self::File(file) => file.max_payload,
             Self::Host(_) => Size(0),
         }
     }
@@ -392,6 +400,7 @@ impl SourceSettings {
         let own = match self {
             Self::Mqtt(mqtt) => mqtt.check(),
             Self::Http(http) => http.check(),
+            Self::File(file) => file.check(),
             Self::Host(host) if host.every.0 < HOST_EVERY_MIN => Err(format!("every is less than {HOST_EVERY_MIN:?}")),
             Self::Host(_) => Ok(()),
         };
