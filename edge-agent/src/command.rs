@@ -75,6 +75,7 @@ fn describe(settings: &Settings) -> String {
                 let header = if file.header() { ", with its first line before each" } else { "" };
                 format!("source {}: the lines of {} {how}{header}", file.name, file.path.display())
             }
+            SourceSettings::Exec(exec) => format!("source {}: the lines of {:?}", exec.name, exec.command),
             SourceSettings::Host(host) => format!("source {}: this machine, every {:?}", host.name, host.every.0),
         });
     }

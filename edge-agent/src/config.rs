@@ -25,8 +25,8 @@ use wire::{BATCH_ROWS_MAX, EdgeId, StreamName};
 
 pub use self::number::Number;
 pub use self::source::{
-    Decoding, FileSettings, Format, HostSettings, HttpSettings, MapSettings, MqttSettings, MqttVersion, Place, Pointer,
-    SourceSettings, TimeFormat, TimePlace,
+    Decoding, ExecSettings, FileSettings, Format, HostSettings, HttpSettings, MapSettings, MqttSettings, MqttVersion,
+    Place, Pointer, SourceSettings, TimeFormat, TimePlace,
 };
 pub use self::stream::{FieldSettings, StreamSettings, WindowSettings};
 

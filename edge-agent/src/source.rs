@@ -1,5 +1,6 @@
 //! Where messages come from. A source gives each message to the journal and does nothing else with it.
 
+pub mod exec;
 pub mod file;
 pub mod host;
 pub mod http;

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::AtEnd;
 use crate::config::{MqttSettings, Settings, SourceSettings};
 use crate::journal::Journal;
+use crate::source::exec::Exec;
 use crate::source::file::Follow;
 use crate::source::mqtt::{Connection, Task};
 use crate::source::{SourceState, host, http};
@@ -41,6 +42,10 @@ pub(super) fn start_sources(
             SourceSettings::Host(host) => {
                 let (host, state, token) = (host.clone(), Arc::clone(state), token.clone());
                 tasks.spawn(host::run(host, edge.clone(), journal.sender(), state, token));
+            }
+            SourceSettings::Exec(exec) => {
+                let (settings, state, token) = ((**exec).clone(), Arc::clone(state), token.clone());
+                tasks.spawn(Exec { settings, journal: journal.sender(), state }.run(token));
             }
             SourceSettings::File(file) => {
                 let (settings, state, token) = ((**file).clone(), Arc::clone(state), token.clone());

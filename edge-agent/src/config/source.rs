@@ -1,5 +1,6 @@
 //! Where readings come from, and where in a message each value stands.
 
+mod exec;
 mod file;
 mod http;
 
@@ -14,6 +15,7 @@ use serde::{Deserialize, Deserializer};
 use url::Url;
 use wire::{EdgeId, FieldName, StreamName};
 
+pub use self::exec::ExecSettings;
 pub use self::file::FileSettings;
 pub use self::http::HttpSettings;
 use super::{Size, Span, StreamSettings};
@@ -25,6 +27,7 @@ pub enum SourceSettings {
     Mqtt(Box<MqttSettings>),
     Http(Box<HttpSettings>),
     File(Box<FileSettings>),
+    Exec(Box<ExecSettings>),
     Host(HostSettings),
 }
 
@@ -347,6 +350,7 @@ impl SourceSettings {
             Self::Mqtt(mqtt) => &mqtt.name,
             Self::Http(http) => &http.name,
             Self::File(file) => &file.name,
+            Self::Exec(exec) => &exec.name,
             Self::Host(host) => &host.name,
         }
     }
@@ -358,6 +362,7 @@ impl SourceSettings {
             Self::Mqtt(mqtt) => (&mut mqtt.name, &mqtt.stream),
             Self::Http(http) => (&mut http.name, &http.stream),
             Self::File(file) => (&mut file.name, &file.stream),
+            Self::Exec(exec) => (&mut exec.name, &exec.stream),
             Self::Host(host) => (&mut host.name, &host.stream),
         };
         if name.is_empty() {
@@ -371,6 +376,7 @@ impl SourceSettings {
             Self::Mqtt(mqtt) => &mqtt.stream,
             Self::Http(http) => &http.stream,
             Self::File(file) => &file.stream,
+            Self::Exec(exec) => &exec.stream,
             Self::Host(host) => &host.stream,
         }
     }
@@ -381,6 +387,7 @@ impl SourceSettings {
             Self::Mqtt(mqtt) => (mqtt.format, &mqtt.readings, &mqtt.map),
             Self::Http(http) => (http.format, &http.readings, &http.map),
             Self::File(file) => (file.format, &file.readings, &file.map),
+            Self::Exec(exec) => (exec.format, &exec.readings, &exec.map),
             Self::Host(_) => return None,
         };
         Some(Decoding { format, readings: readings.clone(), map: map.clone() })
@@ -392,6 +399,7 @@ impl SourceSettings {
             Self::Mqtt(mqtt) => mqtt.max_payload,
             Self::Http(http) => http.max_payload,
             Self::File(file) => file.max_payload,
+            Self::Exec(exec) => exec.max_payload,
             Self::Host(_) => Size(0),
         }
     }
@@ -401,6 +409,7 @@ impl SourceSettings {
             Self::Mqtt(mqtt) => mqtt.check(),
             Self::Http(http) => http.check(),
             Self::File(file) => file.check(),
+            Self::Exec(exec) => exec.check(),
             Self::Host(host) if host.every.0 < HOST_EVERY_MIN => Err(format!("every is less than {HOST_EVERY_MIN:?}")),
             Self::Host(_) => Ok(()),
         };
