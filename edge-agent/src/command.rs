@@ -76,6 +76,14 @@ fn describe(settings: &Settings) -> String {
                 format!("source {}: the lines of {} {how}{header}", file.name, file.path.display())
             }
             SourceSettings::Exec(exec) => format!("source {}: the lines of {:?}", exec.name, exec.command),
+            SourceSettings::Modbus(modbus) => {
+                let (units, registers) = (modbus.unit.len(), modbus.register.len());
+                let every = modbus.every.0;
+                format!(
+                    "source {}: {registers} values of {units} devices at {:?}, every {every:?}",
+                    modbus.name, modbus.url
+                )
+            }
             SourceSettings::Host(host) => format!("source {}: this machine, every {:?}", host.name, host.every.0),
         });
     }

@@ -25,8 +25,9 @@ use wire::{BATCH_ROWS_MAX, EdgeId, StreamName};
 
 pub use self::number::Number;
 pub use self::source::{
-    Decoding, ExecSettings, FileSettings, Format, HostSettings, HttpSettings, MapSettings, MqttSettings, MqttVersion,
-    Place, Pointer, SourceSettings, TimeFormat, TimePlace,
+    Decoding, ExecSettings, FileSettings, Format, HostSettings, HttpSettings, MapSettings, ModbusAddress,
+    ModbusSettings, MqttSettings, MqttVersion, Order, Parity, Place, Pointer, RegisterSettings, RegisterType, STATUS,
+    SourceSettings, Table, TimeFormat, TimePlace, UnitSettings,
 };
 pub use self::stream::{FieldSettings, StreamSettings, WindowSettings};
 

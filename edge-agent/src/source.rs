@@ -5,6 +5,8 @@ pub mod file;
 pub mod host;
 pub mod http;
 mod lines;
+mod missed;
+pub mod modbus;
 pub mod mqtt;
 
 use std::net::SocketAddr;

@@ -8,10 +8,11 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::AtEnd;
-use crate::config::{MqttSettings, Settings, SourceSettings};
+use crate::config::{ModbusSettings, MqttSettings, Settings, SourceSettings};
 use crate::journal::Journal;
 use crate::source::exec::Exec;
 use crate::source::file::Follow;
+use crate::source::modbus::Poll;
 use crate::source::mqtt::{Connection, Task};
 use crate::source::{SourceState, host, http};
 
@@ -46,6 +47,12 @@ pub(super) fn start_sources(
             SourceSettings::Exec(exec) => {
                 let (settings, state, token) = ((**exec).clone(), Arc::clone(state), token.clone());
                 tasks.spawn(Exec { settings, journal: journal.sender(), state }.run(token));
+            }
+            SourceSettings::Modbus(modbus) => {
+                let (state, token) = (Arc::clone(state), token.clone());
+                let marks = settings.stream.get(&modbus.stream).is_some_and(ModbusSettings::marks);
+                let poll = Poll { settings: (**modbus).clone(), marks, journal: journal.sender(), state };
+                tasks.spawn(poll.run(token));
             }
             SourceSettings::File(file) => {
                 let (settings, state, token) = ((**file).clone(), Arc::clone(state), token.clone());

@@ -3,6 +3,7 @@
 mod exec;
 mod file;
 mod http;
+mod modbus;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -18,6 +19,9 @@ use wire::{EdgeId, FieldName, StreamName};
 pub use self::exec::ExecSettings;
 pub use self::file::FileSettings;
 pub use self::http::HttpSettings;
+pub use self::modbus::{
+    ModbusAddress, ModbusSettings, Order, Parity, RegisterSettings, RegisterType, STATUS, Table, UnitSettings,
+};
 use super::{Size, Span, StreamSettings};
 
 /// One source.
@@ -28,6 +32,7 @@ pub enum SourceSettings {
     Http(Box<HttpSettings>),
     File(Box<FileSettings>),
     Exec(Box<ExecSettings>),
+    Modbus(Box<ModbusSettings>),
     Host(HostSettings),
 }
 
@@ -351,6 +356,7 @@ impl SourceSettings {
             Self::Http(http) => &http.name,
             Self::File(file) => &file.name,
             Self::Exec(exec) => &exec.name,
+            Self::Modbus(modbus) => &modbus.name,
             Self::Host(host) => &host.name,
         }
     }
@@ -363,6 +369,7 @@ impl SourceSettings {
             Self::Http(http) => (&mut http.name, &http.stream),
             Self::File(file) => (&mut file.name, &file.stream),
             Self::Exec(exec) => (&mut exec.name, &exec.stream),
+            Self::Modbus(modbus) => (&mut modbus.name, &modbus.stream),
             Self::Host(host) => (&mut host.name, &host.stream),
         };
         if name.is_empty() {
@@ -377,6 +384,7 @@ impl SourceSettings {
             Self::Http(http) => &http.stream,
             Self::File(file) => &file.stream,
             Self::Exec(exec) => &exec.stream,
+            Self::Modbus(modbus) => &modbus.stream,
             Self::Host(host) => &host.stream,
         }
     }
@@ -388,6 +396,9 @@ impl SourceSettings {
             Self::Http(http) => (http.format, &http.readings, &http.map),
             Self::File(file) => (file.format, &file.readings, &file.map),
             Self::Exec(exec) => (exec.format, &exec.readings, &exec.map),
+            Self::Modbus(modbus) => {
+                return Some(Decoding { format: Format::Json, readings: None, map: modbus.map() });
+            }
             Self::Host(_) => return None,
         };
         Some(Decoding { format, readings: readings.clone(), map: map.clone() })
@@ -400,7 +411,7 @@ impl SourceSettings {
             Self::Http(http) => http.max_payload,
             Self::File(file) => file.max_payload,
             Self::Exec(exec) => exec.max_payload,
-            Self::Host(_) => Size(0),
+            Self::Modbus(_) | Self::Host(_) => Size(0),
         }
     }
 
@@ -410,6 +421,7 @@ impl SourceSettings {
             Self::Http(http) => http.check(),
             Self::File(file) => file.check(),
             Self::Exec(exec) => exec.check(),
+            Self::Modbus(modbus) => modbus.check(stream),
             Self::Host(host) if host.every.0 < HOST_EVERY_MIN => Err(format!("every is less than {HOST_EVERY_MIN:?}")),
             Self::Host(_) => Ok(()),
         };
@@ -437,7 +449,8 @@ impl SourceSettings {
             return Err("map has no `device`: say where its name stands, or write device = \"const:name\"".to_owned());
         }
         for (field, _) in &map.fields {
-            if !stream.fields.iter().any(|(name, _)| name == field) {
+            let optional = matches!(self, Self::Modbus(_)) && field.as_str() == STATUS;
+            if !optional && !stream.fields.iter().any(|(name, _)| name == field) {
                 let near = stream.fields.iter().map(|(name, _)| name.as_str());
                 let near = near.max_by(|a, b| {
                     let likeness = |name| strsim::jaro_winkler(field.as_str(), name);

@@ -98,8 +98,11 @@ impl Run {
     }
 }
 
+/// A step, and the lines that it brings.
+type Step<'a> = (&'a dyn Fn(&Path), &'a [&'a str]);
+
 /// Steps, each followed by the lines that must then be there, with a restart or without one.
-async fn check(name: &str, more: &'static str, restart: bool, steps: &[(&dyn Fn(&Path), &[&str])]) {
+async fn check(name: &str, more: &'static str, restart: bool, steps: &[Step<'_>]) {
     let place = Place::new(name, more);
     let mut run = None;
     let (mut lines, mut expected) = (Vec::new(), Vec::new());
