@@ -6,6 +6,7 @@
 //! retried that a disk refused.
 
 mod engine;
+mod intake;
 mod rate;
 mod snapshot_file;
 mod status;
@@ -29,13 +30,13 @@ use self::engine::{Engine, Parts, Snapshot, incident, remove_other_spools, spool
 pub use self::snapshot_file::SnapshotFileError;
 pub use self::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
 use crate::admin;
-use crate::config::{LaneSettings as LaneConfig, MqttSettings, Settings, SourceSettings};
+use crate::config::{LaneSettings as LaneConfig, Settings};
 use crate::entry::Entry;
 use crate::journal::{Journal, JournalError, OpenJournal};
-use crate::pipeline::{AGENT_VERSION, Pipeline, SnapshotError};
+use crate::pipeline::{AGENT_VERSION, Counters, Pipeline, SnapshotError};
+use crate::places::Places;
 use crate::redelivery::Lists;
-use crate::source::mqtt::{Connection, Task};
-use crate::source::{SourceState, host};
+use crate::source::SourceState;
 use crate::spool::{LaneSettings, Spool, SpoolError, SpoolSettings};
 use crate::uplink::http::{ClientError, CloudClient};
 use crate::uplink::state::Uplink;
@@ -118,7 +119,7 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
     let recovered = recovered.await.map_err(|_| AgentError::Panicked)??;
 
     let status = Arc::new(Mutex::new(Status::default()));
-    let (parts, lists) = recovered.into_parts(&settings, cloud, Arc::clone(&status));
+    let (parts, at_end) = recovered.into_parts(&settings, cloud, Arc::clone(&status));
     let (journal, sources) = (Arc::clone(&parts.journal), parts.sources.clone());
     let engine_token = CancellationToken::new();
     let engine = Engine::new(parts, tokio::runtime::Handle::current());
@@ -132,7 +133,7 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
         })
         .map_err(AgentError::Thread)?;
     let intake = token.child_token();
-    let tasks = start_sources(&settings, &journal, lists, &sources, &intake);
+    let tasks = intake::start_sources(&settings, &journal, at_end, &sources, &intake);
     let admin_token = CancellationToken::new();
     tokio::spawn(admin::serve(listener, Arc::clone(&status), admin_token.clone()));
     tracing::info!(%admin, edge = %settings.edge.id, "the agent runs");
@@ -171,75 +172,6 @@ async fn supervise(
     result
 }
 
-fn start_sources(
-    settings: &Settings,
-    journal: &Journal,
-    mut lists: Lists,
-    states: &[(String, Arc<SourceState>)],
-    token: &CancellationToken,
-) -> JoinSet<()> {
-    let mut tasks = JoinSet::new();
-    let edge = &settings.edge.id;
-    let connect = |tasks: &mut JoinSet<()>, connection: Connection| {
-        let token = token.clone();
-        tasks.spawn(async move {
-            let (client, state) = (connection.client.clone(), Arc::clone(&connection.state));
-            if let Err(error) = connection.run(token).await {
-                tracing::error!(%client, %error, "the source does not run");
-                *state.last_error.lock() = Some(error.to_string());
-            }
-        });
-    };
-    for (source, (_, state)) in settings.source.iter().zip(states) {
-        match source {
-            SourceSettings::Host(host) => {
-                let (host, state, token) = (host.clone(), Arc::clone(state), token.clone());
-                tasks.spawn(host::run(host, edge.clone(), journal.sender(), state, token));
-            }
-            SourceSettings::Mqtt(mqtt) => {
-                for index in 0..mqtt.connections {
-                    let client = mqtt.client(edge, index);
-                    let known = lists.0.remove(&client).unwrap_or_default();
-                    let (settings, state) = ((**mqtt).clone(), Arc::clone(state));
-                    connect(
-                        &mut tasks,
-                        Connection { settings, client, journal: journal.sender(), known, state, task: Task::Collect },
-                    );
-                }
-            }
-        }
-    }
-    // What is left belongs to clients that are not configured any more.
-    for (client, known) in lists.0 {
-        let Some(mqtt) = same_broker(settings, &known.source) else {
-            tracing::warn!(client, source = known.source, "its broker is not configured any more: it is not drained");
-            continue;
-        };
-        tracing::info!(client, "is no longer configured: what the broker holds for it is taken");
-        let settings = MqttSettings { name: known.source.clone(), ..mqtt.clone() };
-        // Its messages count for the source that they belonged to.
-        let state = states.iter().find(|(name, _)| *name == known.source).map(|(_, state)| Arc::clone(state));
-        let state = state.unwrap_or_default();
-        connect(
-            &mut tasks,
-            Connection { settings, client, journal: journal.sender(), known, state, task: Task::Drain },
-        );
-    }
-    tasks
-}
-
-/// The broker of a client that is no longer configured: that of the source that it belonged to, or the only one.
-fn same_broker<'a>(settings: &'a Settings, source: &str) -> Option<&'a MqttSettings> {
-    let mqtt = settings.source.iter().filter_map(|source| match source {
-        SourceSettings::Mqtt(mqtt) => Some(&**mqtt),
-        SourceSettings::Host(_) => None,
-    });
-    let mqtt = mqtt.collect::<Vec<_>>();
-    let named = mqtt.iter().find(|mqtt| mqtt.name == source).copied();
-    let one = mqtt.first().filter(|first| mqtt.iter().all(|other| other.url == first.url)).copied();
-    named.or(one)
-}
-
 /// What a start finds on disk.
 struct Recovered {
     journal: Arc<Journal>,
@@ -248,8 +180,7 @@ struct Recovered {
     pipeline: Pipeline,
     snapshot: Snapshot,
     spool: Spool<Disk>,
-    /// Up to the journal's end, and the counters there.
-    lists: (Lists, crate::pipeline::Counters),
+    at_end: AtEnd,
     incidents: Vec<String>,
 }
 
@@ -303,17 +234,17 @@ impl Recovered {
             Err(error) => return Err(error.into()),
         }
         let reader = journal.reader(from)?;
-        let lists = up_to_the_end(&pipeline, &journal, from)?;
+        let at_end = AtEnd::read(&pipeline, &journal, from)?;
         let journal_id = journal.id();
         let journal = Arc::new(journal.run(settings.journal.group_wait.0)?);
-        Ok(Self { journal, journal_id, reader, pipeline, snapshot, spool, lists, incidents })
+        Ok(Self { journal, journal_id, reader, pipeline, snapshot, spool, at_end, incidents })
     }
 
-    /// What the engine begins with, and the redelivery lists for the sources.
-    fn into_parts(self, settings: &Settings, cloud: CloudClient, status: Arc<Mutex<Status>>) -> (Parts, Lists) {
-        let Self { journal, journal_id, reader, pipeline, snapshot, spool, lists: (lists, counters), incidents } = self;
+    /// What the engine begins with, and what the sources begin with.
+    fn into_parts(self, settings: &Settings, cloud: CloudClient, status: Arc<Mutex<Status>>) -> (Parts, AtEnd) {
+        let Self { journal, journal_id, reader, pipeline, snapshot, spool, at_end, incidents } = self;
         let state = |source: &SourceSettings| {
-            let totals = counters.sources.get(source.name()).copied().unwrap_or_default();
+            let totals = at_end.counters.sources.get(source.name()).copied().unwrap_or_default();
             let state = SourceState::from_totals(totals.journalled, totals.redelivered);
             (source.name().to_owned(), Arc::new(state))
         };
@@ -337,31 +268,38 @@ impl Recovered {
             status,
             incidents,
         };
-        (parts, lists)
+        (parts, at_end)
     }
 }
 
-/// The redelivery lists at the journal's end, and how many messages it has of each source.
-fn up_to_the_end(
-    pipeline: &Pipeline,
-    journal: &OpenJournal,
-    from: Position,
-) -> Result<(Lists, crate::pipeline::Counters), AgentError> {
-    let (mut lists, mut counters) = (pipeline.lists().clone(), pipeline.counters().clone());
-    let mut reader = journal.reader(from)?;
-    loop {
-        match reader.next() {
-            Ok(Some(record)) => {
-                let Ok(entry) = Entry::read(Bytes::copy_from_slice(record.payload)) else { continue };
-                if let Entry::Message(message) = &entry {
-                    counters.sources.entry(message.source.clone()).or_default().journalled += 1;
+/// What sources need to know of all that was journalled.
+#[derive(Debug)]
+struct AtEnd {
+    lists: Lists,
+    places: Places,
+    counters: Counters,
+}
+
+impl AtEnd {
+    fn read(pipeline: &Pipeline, journal: &OpenJournal, from: Position) -> Result<Self, AgentError> {
+        let (lists, places) = (pipeline.lists().clone(), pipeline.places().clone());
+        let mut at_end = Self { lists, places, counters: pipeline.counters().clone() };
+        let mut reader = journal.reader(from)?;
+        loop {
+            match reader.next() {
+                Ok(Some(record)) => {
+                    let Ok(entry) = Entry::read(Bytes::copy_from_slice(record.payload)) else { continue };
+                    if let Some(message) = entry.message() {
+                        at_end.counters.sources.entry(message.source.clone()).or_default().journalled += 1;
+                    }
+                    at_end.lists.apply(&entry);
+                    at_end.places.apply(&entry);
                 }
-                lists.apply(&entry);
+                Ok(None) => return Ok(at_end),
+                // The pipeline reports it when it comes there.
+                Err(ReadError::Damaged { .. }) => {}
+                Err(error) => return Err(error.into()),
             }
-            Ok(None) => return Ok((lists, counters)),
-            // The pipeline reports it when it comes there.
-            Err(ReadError::Damaged { .. }) => {}
-            Err(error) => return Err(error.into()),
         }
     }
 }

@@ -67,6 +67,24 @@ fn describe(settings: &Settings) -> String {
                 let clients = clients.collect::<Vec<_>>().join(", ");
                 format!("source {}: {} {:?} as {clients}", mqtt.name, mqtt.url, mqtt.filters())
             }
+            SourceSettings::Http(http) => {
+                let open = if http.token.is_some() { "with its token" } else { "without a token" };
+                format!("source {}: POST http://{}/ingest/{} {open}", http.name, http.listen, http.name)
+            }
+            SourceSettings::File(file) => {
+                let how = if file.follow { "as it grows" } else { "once" };
+                let header = if file.header() { ", with its first line before each" } else { "" };
+                format!("source {}: the lines of {} {how}{header}", file.name, file.path.display())
+            }
+            SourceSettings::Exec(exec) => format!("source {}: the lines of {:?}", exec.name, exec.command),
+            SourceSettings::Modbus(modbus) => {
+                let (units, registers) = (modbus.unit.len(), modbus.register.len());
+                let every = modbus.every.0;
+                format!(
+                    "source {}: {registers} values of {units} devices at {:?}, every {every:?}",
+                    modbus.name, modbus.url
+                )
+            }
             SourceSettings::Host(host) => format!("source {}: this machine, every {:?}", host.name, host.every.0),
         });
     }

@@ -25,7 +25,9 @@ use wire::{BATCH_ROWS_MAX, EdgeId, StreamName};
 
 pub use self::number::Number;
 pub use self::source::{
-    Format, HostSettings, MapSettings, MqttSettings, MqttVersion, Place, Pointer, SourceSettings, TimeFormat, TimePlace,
+    Decoding, ExecSettings, FileSettings, Format, HostSettings, HttpSettings, MapSettings, ModbusAddress,
+    ModbusSettings, MqttSettings, MqttVersion, Order, Parity, Place, Pointer, RegisterSettings, RegisterType, STATUS,
+    SourceSettings, Table, TimeFormat, TimePlace, UnitSettings,
 };
 pub use self::stream::{FieldSettings, StreamSettings, WindowSettings};
 
@@ -206,6 +208,10 @@ pub const LANE_SEGMENT_BYTES: u64 = 16 << 20;
 /// What the rest lane may take on disk, unless a lane named `rest` says otherwise.
 const REST_BYTES: u64 = 4 << 30;
 
+fn first_line(path: &Path) -> Result<String, ConfigError> {
+    Ok(read(path)?.lines().next().unwrap_or_default().trim().to_owned())
+}
+
 impl Settings {
     /// Reads and checks a file.
     ///
@@ -214,7 +220,14 @@ impl Settings {
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let mut settings = load(path, Self::parse)?;
         if let Some(file) = &settings.cloud.token_file {
-            settings.cloud.token = Some(read(file)?.lines().next().unwrap_or_default().trim().to_owned());
+            settings.cloud.token = Some(first_line(file)?);
+        }
+        for source in &mut settings.source {
+            if let SourceSettings::Http(http) = source
+                && let Some(file) = &http.token_file
+            {
+                http.token = Some(first_line(file)?);
+            }
         }
         Ok(settings)
     }
@@ -226,7 +239,7 @@ impl Settings {
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut settings: Self = toml::from_str(text).map_err(|error| with_nearest_key(&error.to_string()))?;
         settings.version = u64::from(crc32c::crc32c(text.as_bytes()));
-        settings.name_sources();
+        settings.source.iter_mut().for_each(SourceSettings::name_by_stream);
         settings.check()?;
         Ok(settings)
     }
@@ -294,23 +307,8 @@ impl Settings {
 
     /// A segment of a lane's log: what one cut may bring fits in it, also when a source allows long payloads.
     pub fn lane_segment_bytes(&self) -> u64 {
-        let payloads = self.source.iter().map(|source| match source {
-            SourceSettings::Mqtt(mqtt) => mqtt.max_payload.0,
-            SourceSettings::Host(_) => 0,
-        });
+        let payloads = self.source.iter().map(|source| source.max_payload().0);
         LANE_SEGMENT_BYTES.max(payloads.max().unwrap_or(0).saturating_mul(4) + (8 << 20))
-    }
-
-    /// Sources without a name take that of their kind and stream: it is part of the client id, so it must not depend
-    /// on the order in the file.
-    fn name_sources(&mut self) {
-        for source in &mut self.source {
-            match source {
-                SourceSettings::Mqtt(mqtt) if mqtt.name.is_empty() => mqtt.name = mqtt.stream.to_string(),
-                SourceSettings::Host(host) if host.name.is_empty() => host.name = host.stream.to_string(),
-                _ => {}
-            }
-        }
     }
 
     fn check(&self) -> Result<(), String> {

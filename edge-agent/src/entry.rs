@@ -11,10 +11,12 @@
 //! kind 4 refused   spool [16] | seq u64 | reason str16 | schema str16 | one cut batch (wire::CutBatch::write) to the end
 //! kind 5 missed    source str8 | messages u64 | bytes u64 | first i64 | last i64
 //! kind 6 subscribed client str8 | (filter str16)* to the end
+//! kind 7 line      device u64 | inode u64 | offset u64 | line u64 | checked u16 | crc u32 | a message, as of kind 1
 //! ```
 //! Times are µs since 1970 UTC by the gateway's clock.
 
 use bytes::{Buf, Bytes};
+use serde::{Deserialize, Serialize};
 use wire::{CutBatch, Seq, SpoolId};
 
 /// The journal's record kind of an entry.
@@ -27,6 +29,11 @@ pub const HEAD_BYTES: usize = 4 << 10;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Entry {
     Message(Message),
+    /// A message that is a line of a file, and where the file goes on behind it.
+    Line {
+        place: Place,
+        message: Message,
+    },
     /// A broker answered a connection: it kept the client's session, or began the one with this number.
     Session {
         client: String,
@@ -72,6 +79,53 @@ pub struct Message {
     pub delivery: Option<Delivery>,
 }
 
+/// Which file on this machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileId {
+    pub device: u64,
+    pub inode: u64,
+}
+
+/// A place in a file, behind a line, and what that line is recognised by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Place {
+    pub file: FileId,
+    /// Where the next line begins.
+    pub offset: u64,
+    /// What the line takes, its end included.
+    pub line_bytes: u64,
+    /// CRC32C of so many bytes of the line's beginning.
+    pub check_bytes: u16,
+    pub check_crc: u32,
+}
+
+/// What of a line is checked at most.
+const CHECK_BYTES_MAX: usize = 1 << 10;
+
+impl Place {
+    /// Behind a line whose text begins with `text`.
+    pub fn new(file: FileId, offset: u64, line_bytes: u64, text: &[u8]) -> Self {
+        let checked = &text[..text.len().min(CHECK_BYTES_MAX)];
+        Self { file, offset, line_bytes, check_bytes: checked.len() as u16, check_crc: crc32c::crc32c(checked) }
+    }
+
+    fn write(&self, out: &mut Vec<u8>) {
+        for number in [self.file.device, self.file.inode, self.offset, self.line_bytes] {
+            out.extend(number.to_le_bytes());
+        }
+        out.extend(self.check_bytes.to_le_bytes());
+        out.extend(self.check_crc.to_le_bytes());
+    }
+
+    fn read(bytes: &mut Bytes) -> Option<Self> {
+        let mut number = || bytes.try_get_u64_le().ok();
+        let file = FileId { device: number()?, inode: number()? };
+        let (offset, line_bytes) = (number()?, number()?);
+        let (check_bytes, check_crc) = (bytes.try_get_u16_le().ok()?, bytes.try_get_u32_le().ok()?);
+        Some(Self { file, offset, line_bytes, check_bytes, check_crc })
+    }
+}
+
 /// The bytes of a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Payload {
@@ -104,6 +158,14 @@ pub struct EntryError {
 }
 
 impl Entry {
+    /// The message that it brings.
+    pub fn message(&self) -> Option<&Message> {
+        match self {
+            Self::Message(message) | Self::Line { message, .. } => Some(message),
+            _ => None,
+        }
+    }
+
     /// Appends the entry's bytes.
     pub fn write(&self, out: &mut Vec<u8>) {
         out.push(VERSION);
@@ -143,6 +205,11 @@ impl Entry {
                 put_str8(out, client);
                 filters.iter().for_each(|filter| put_str16(out, filter));
             }
+            Self::Line { place, message } => {
+                out.push(7);
+                place.write(out);
+                message.write(out);
+            }
         }
     }
 
@@ -164,6 +231,7 @@ impl Entry {
             4 => read_refused(rest),
             5 => read_missed(rest),
             6 => read_subscribed(rest),
+            7 => read_line(rest),
             _ => None,
         }
         .ok_or(error)
@@ -261,6 +329,11 @@ fn read_subscribed(mut bytes: Bytes) -> Option<Entry> {
     Some(Entry::Subscribed { client, filters })
 }
 
+fn read_line(mut bytes: Bytes) -> Option<Entry> {
+    let place = Place::read(&mut bytes)?;
+    Some(Entry::Line { place, message: Message::read(bytes)? })
+}
+
 fn clip(text: &str, bytes_max: usize) -> &str {
     &text[..text.floor_char_boundary(bytes_max)]
 }
@@ -324,13 +397,21 @@ mod tests {
         ]
     }
 
+    fn line() -> Entry {
+        let place = Place::new(FileId { device: 1, inode: 2 }, 300, 3, b"{}");
+        let payload = Payload::Whole(Bytes::from_static(b"{}"));
+        let message = Message { source: "f".into(), topic: "a".into(), payload, arrival_us: 5, delivery: None };
+        Entry::Line { place, message }
+    }
+
     #[test]
     fn entries_come_back_as_they_were_written() {
         let subscribed = |filters: &[&str]| Entry::Subscribed {
             client: "c".into(),
             filters: filters.iter().map(|filter| (*filter).to_owned()).collect(),
         };
-        for entry in entries().into_iter().chain([subscribed(&[]), subscribed(&["a/+", "$share/g/ü"])]) {
+        let more = [subscribed(&[]), subscribed(&["a/+", "$share/g/ü"]), line()];
+        for entry in entries().into_iter().chain(more) {
             let mut bytes = Vec::new();
             entry.write(&mut bytes);
             assert_eq!(Entry::read(Bytes::from(bytes)).unwrap(), entry);
@@ -345,6 +426,12 @@ mod tests {
         let mut bytes = Vec::new();
         Entry::Subscribed { client: "c".into(), filters: vec!["a".into(), "b/#".into()] }.write(&mut bytes);
         assert_eq!(bytes, b"\x01\x06\x01c\x01\x00a\x03\x00b/#");
+        let mut bytes = Vec::new();
+        line().write(&mut bytes);
+        let numbers = [1_u64, 2, 300, 3].map(u64::to_le_bytes).concat();
+        let check = [b"\x02\x00".as_slice(), &crc32c::crc32c(b"{}").to_le_bytes()].concat();
+        let message = b"\x01f\x01\x00a\x05\x00\x00\x00\x00\x00\x00\x00\x00\x00{}";
+        assert_eq!(bytes, [b"\x01\x07".as_slice(), &numbers, &check, message].concat());
     }
 
     #[test]

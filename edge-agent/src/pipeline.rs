@@ -28,6 +28,7 @@ pub use self::snapshot::SnapshotError;
 use crate::config::{REST_LANE, Settings, SourceSettings, StreamSettings};
 use crate::decode::{Decoder, Reading, Rejected, Value};
 use crate::entry::{Entry, Message, Payload};
+use crate::places::Places;
 use crate::redelivery::Lists;
 use crate::source::host;
 use crate::validate::Checks;
@@ -93,6 +94,7 @@ pub struct Pipeline {
     lane_names: Vec<String>,
     counters: Counters,
     lists: Lists,
+    places: Places,
     /// The highest number of each sequence whose refusal is in quarantine: a crash between journal and spool makes the
     /// cloud refuse it again.
     refused: BTreeMap<(SpoolId, StreamName), Seq>,
@@ -122,6 +124,7 @@ impl Pipeline {
             lane_names: lane_settings.iter().map(|lane| lane.name.to_string()).collect(),
             counters: Counters::default(),
             lists: Lists::default(),
+            places: Places::default(),
             refused: BTreeMap::new(),
             moved: BTreeMap::new(),
             as_stored: false,
@@ -170,8 +173,9 @@ impl Pipeline {
     pub fn apply(&mut self, position: Position, next: Position, entry: &Entry) {
         self.position = next;
         self.lists.apply(entry);
+        self.places.apply(entry);
         match entry {
-            Entry::Message(message) => self.message(position, message),
+            Entry::Message(message) | Entry::Line { message, .. } => self.message(position, message),
             Entry::Session { .. } | Entry::Forgotten { .. } | Entry::Subscribed { .. } => {}
             Entry::Refused { spool, seq, reason, schema, batch } => {
                 let key = (*spool, batch.stream.clone());
@@ -259,6 +263,11 @@ impl Pipeline {
         &self.lists
     }
 
+    /// How far the journal is in each file up to [`Pipeline::position`].
+    pub fn places(&self) -> &Places {
+        &self.places
+    }
+
     /// The streams with their watermarks (µs), and the rows that wait for a cut.
     pub fn streams(&self) -> impl Iterator<Item = (&StreamName, i64, usize)> {
         self.outputs.iter().map(|output| (&output.stream, output.watermark, output.rows()))
@@ -275,9 +284,9 @@ impl Pipeline {
         for source in &settings.source {
             let Some(stream) = index(source.stream()) else { continue };
             let stream_settings = &streams[source.stream()];
-            let decoder = match source {
-                SourceSettings::Mqtt(mqtt) => Decoder::new(&mqtt.map, mqtt.readings.as_ref(), stream_settings),
-                SourceSettings::Host(_) => Decoder::new(&host::map(), None, stream_settings),
+            let decoder = match source.decoding() {
+                Some(decoding) => Decoder::new(&decoding.map, decoding.readings.as_ref(), stream_settings),
+                None => Decoder::new(&host::map(), None, stream_settings),
             };
             sources.insert(source.name().to_owned(), Source { decoder, stream });
         }

@@ -1,8 +1,15 @@
 //! Where messages come from. A source gives each message to the journal and does nothing else with it.
 
+pub mod exec;
+pub mod file;
 pub mod host;
+pub mod http;
+mod lines;
+mod missed;
+pub mod modbus;
 pub mod mqtt;
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -19,6 +26,8 @@ pub struct SourceState {
     /// µs since 1970 UTC; 0 before the first.
     pub last_arrival_us: AtomicI64,
     pub last_error: Mutex<Option<String>>,
+    /// Where a source that is a door listens.
+    pub address: Mutex<Option<SocketAddr>>,
 }
 
 impl SourceState {

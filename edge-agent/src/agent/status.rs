@@ -1,5 +1,7 @@
 //! What the agent tells about itself: published by the engine some times a second, shown by `admin`.
 
+use std::net::SocketAddr;
+
 use serde::Serialize;
 
 use crate::pipeline::{SourceTotals, StreamTotals};
@@ -42,6 +44,8 @@ pub struct SourceStatus {
     pub totals: SourceTotals,
     pub last_arrival_us: i64,
     pub last_error: Option<String>,
+    /// Where it listens, when it is a door.
+    pub address: Option<SocketAddr>,
 }
 
 /// One stream.

@@ -1,5 +1,10 @@
 //! Where readings come from, and where in a message each value stands.
 
+mod exec;
+mod file;
+mod http;
+mod modbus;
+
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -11,6 +16,12 @@ use serde::{Deserialize, Deserializer};
 use url::Url;
 use wire::{EdgeId, FieldName, StreamName};
 
+pub use self::exec::ExecSettings;
+pub use self::file::FileSettings;
+pub use self::http::HttpSettings;
+pub use self::modbus::{
+    ModbusAddress, ModbusSettings, Order, Parity, RegisterSettings, RegisterType, STATUS, Table, UnitSettings,
+};
 use super::{Size, Span, StreamSettings};
 
 /// One source.
@@ -18,7 +29,19 @@ use super::{Size, Span, StreamSettings};
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum SourceSettings {
     Mqtt(Box<MqttSettings>),
+    Http(Box<HttpSettings>),
+    File(Box<FileSettings>),
+    Exec(Box<ExecSettings>),
+    Modbus(Box<ModbusSettings>),
     Host(HostSettings),
+}
+
+/// How the messages of a source become readings.
+#[derive(Debug)]
+pub struct Decoding {
+    pub format: Format,
+    pub readings: Option<Pointer>,
+    pub map: MapSettings,
 }
 
 /// Topics of a broker.
@@ -334,7 +357,27 @@ impl SourceSettings {
     pub fn name(&self) -> &str {
         match self {
             Self::Mqtt(mqtt) => &mqtt.name,
+            Self::Http(http) => &http.name,
+            Self::File(file) => &file.name,
+            Self::Exec(exec) => &exec.name,
+            Self::Modbus(modbus) => &modbus.name,
             Self::Host(host) => &host.name,
+        }
+    }
+
+    /// A source without a name takes that of its stream: it is part of client ids, paths and what the journal says, so
+    /// it must not depend on the order in the file.
+    pub(super) fn name_by_stream(&mut self) {
+        let (name, stream) = match self {
+            Self::Mqtt(mqtt) => (&mut mqtt.name, &mqtt.stream),
+            Self::Http(http) => (&mut http.name, &http.stream),
+            Self::File(file) => (&mut file.name, &file.stream),
+            Self::Exec(exec) => (&mut exec.name, &exec.stream),
+            Self::Modbus(modbus) => (&mut modbus.name, &modbus.stream),
+            Self::Host(host) => (&mut host.name, &host.stream),
+        };
+        if name.is_empty() {
+            *name = stream.to_string();
         }
     }
 
@@ -342,18 +385,89 @@ impl SourceSettings {
     pub fn stream(&self) -> &StreamName {
         match self {
             Self::Mqtt(mqtt) => &mqtt.stream,
+            Self::Http(http) => &http.stream,
+            Self::File(file) => &file.stream,
+            Self::Exec(exec) => &exec.stream,
+            Self::Modbus(modbus) => &modbus.stream,
             Self::Host(host) => &host.stream,
         }
     }
 
-    pub(super) fn check(&self, stream: Option<&StreamSettings>, segment_bytes: Size) -> Result<(), String> {
-        match self {
-            Self::Mqtt(mqtt) => mqtt.check(stream, segment_bytes),
-            Self::Host(host) if host.every.0 < HOST_EVERY_MIN => {
-                Err(format!("[[source]] `{}`: every is less than {HOST_EVERY_MIN:?}", host.name))
+    /// How its messages are read; None for the host, whose mapping is its own.
+    pub fn decoding(&self) -> Option<Decoding> {
+        let (format, readings, map) = match self {
+            Self::Mqtt(mqtt) => (mqtt.format, &mqtt.readings, &mqtt.map),
+            Self::Http(http) => (http.format, &http.readings, &http.map),
+            Self::File(file) => (file.format, &file.readings, &file.map),
+            Self::Exec(exec) => (exec.format, &exec.readings, &exec.map),
+            Self::Modbus(modbus) => {
+                return Some(Decoding { format: Format::Json, readings: None, map: modbus.map() });
             }
-            Self::Host(_) => Ok(()),
+            Self::Host(_) => return None,
+        };
+        Some(Decoding { format, readings: readings.clone(), map: map.clone() })
+    }
+
+    /// The longest message that is kept whole.
+    pub fn max_payload(&self) -> Size {
+        match self {
+            Self::Mqtt(mqtt) => mqtt.max_payload,
+            Self::Http(http) => http.max_payload,
+            Self::File(file) => file.max_payload,
+            Self::Exec(exec) => exec.max_payload,
+            Self::Modbus(_) | Self::Host(_) => Size(0),
         }
+    }
+
+    pub(super) fn check(&self, stream: Option<&StreamSettings>, segment_bytes: Size) -> Result<(), String> {
+        let own = match self {
+            Self::Mqtt(mqtt) => mqtt.check(),
+            Self::Http(http) => http.check(),
+            Self::File(file) => file.check(),
+            Self::Exec(exec) => exec.check(),
+            Self::Modbus(modbus) => modbus.check(stream),
+            Self::Host(host) if host.every.0 < HOST_EVERY_MIN => Err(format!("every is less than {HOST_EVERY_MIN:?}")),
+            Self::Host(_) => Ok(()),
+        };
+        let read = || match self.decoding() {
+            Some(decoding) => self.check_map(&decoding.map, stream),
+            None => Ok(()),
+        };
+        own.and_then(|()| self.check_payload(segment_bytes))
+            .and_then(|()| read())
+            .map_err(|error| format!("[[source]] `{}`: {error}", self.name()))
+    }
+
+    fn check_payload(&self, segment_bytes: Size) -> Result<(), String> {
+        if self.max_payload().0 > MAX_PAYLOAD_MAX {
+            return Err(format!("max_payload must be at most {} MiB", MAX_PAYLOAD_MAX >> 20));
+        }
+        if self.max_payload().0.saturating_mul(4) > segment_bytes.0 {
+            return Err("max_payload must be at most a quarter of journal.segment_bytes".to_owned());
+        }
+        Ok(())
+    }
+
+    fn check_map(&self, map: &MapSettings, stream: Option<&StreamSettings>) -> Result<(), String> {
+        let Some(stream) = stream else {
+            return Err(format!("there is no [stream.{}]: say there which fields it has", self.stream()));
+        };
+        if map.device.is_none() {
+            return Err("map has no `device`: say where its name stands, or write device = \"const:name\"".to_owned());
+        }
+        for (field, _) in &map.fields {
+            let optional = matches!(self, Self::Modbus(_)) && field.as_str() == STATUS;
+            if !optional && !stream.fields.iter().any(|(name, _)| name == field) {
+                let near = stream.fields.iter().map(|(name, _)| name.as_str());
+                let near = near.max_by(|a, b| {
+                    let likeness = |name| strsim::jaro_winkler(field.as_str(), name);
+                    likeness(a).total_cmp(&likeness(b))
+                });
+                let hint = near.map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
+                return Err(format!("map: [stream.{}.fields] has no `{field}`{hint}", self.stream()));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -380,62 +494,37 @@ impl MqttSettings {
         self.topics.iter().map(shared).collect()
     }
 
-    fn check(&self, stream: Option<&StreamSettings>, segment_bytes: Size) -> Result<(), String> {
-        let here = format!("[[source]] `{}`", self.name);
-        let fail = |message: String| Err(format!("{here}: {message}"));
+    fn check(&self) -> Result<(), String> {
         if self.url.password().is_some() || !self.url.username().is_empty() {
-            return fail("put user and password into `username` and `password`, not into the url".to_owned());
+            return Err("put user and password into `username` and `password`, not into the url".to_owned());
         }
         if !matches!(self.url.scheme(), "mqtt" | "mqtts") || self.url.host_str().is_none() {
-            return fail(format!("`{}` is no broker: write mqtt://host:1883 or mqtts://host:8883", self.url));
+            return Err(format!("`{}` is no broker: write mqtt://host:1883 or mqtts://host:8883", self.url));
         }
         if self.url.scheme() == "mqtt" && (self.ca_file.is_some() || self.cert_file.is_some()) {
-            return fail("certificates are for mqtts://".to_owned());
+            return Err("certificates are for mqtts://".to_owned());
         }
         if self.cert_file.is_some() != self.key_file.is_some() {
-            return fail("cert_file and key_file go together".to_owned());
+            return Err("cert_file and key_file go together".to_owned());
         }
         if self.topics.is_empty() {
-            return fail("topics is empty".to_owned());
+            return Err("topics is empty".to_owned());
         }
         if let Some(topic) = self.topics.iter().find(|topic| !is_filter(topic)) {
-            return fail(format!("`{topic}` is no topic filter (for a shared one, set `share`)"));
+            return Err(format!("`{topic}` is no topic filter (for a shared one, set `share`)"));
         }
         if self.connections == 0 || self.connections > CONNECTIONS_MAX {
-            return fail(format!("connections must be from 1 to {CONNECTIONS_MAX}"));
+            return Err(format!("connections must be from 1 to {CONNECTIONS_MAX}"));
         }
         match &self.share {
-            None if self.connections > 1 => return fail("several connections need `share`".to_owned()),
+            None if self.connections > 1 => return Err("several connections need `share`".to_owned()),
             Some(group) if group.is_empty() || group.contains(['/', '+', '#']) => {
-                return fail(format!("`{group}` is no group of a shared subscription"));
+                return Err(format!("`{group}` is no group of a shared subscription"));
             }
             _ => {}
         }
         if self.receive_maximum == 0 || self.keep_alive.0 < Duration::from_secs(5) {
-            return fail("receive_maximum must be at least 1, keep_alive at least 5 s".to_owned());
-        }
-        if self.max_payload.0 > MAX_PAYLOAD_MAX {
-            return fail(format!("max_payload must be at most {} MiB", MAX_PAYLOAD_MAX >> 20));
-        }
-        if self.max_payload.0.saturating_mul(4) > segment_bytes.0 {
-            return fail("max_payload must be at most a quarter of journal.segment_bytes".to_owned());
-        }
-        let Some(stream) = stream else {
-            return fail(format!("there is no [stream.{}]: say there which fields it has", self.stream));
-        };
-        if self.map.device.is_none() {
-            return fail("map has no `device`: say where its name stands, or write device = \"const:name\"".to_owned());
-        }
-        for (field, _) in &self.map.fields {
-            if !stream.fields.iter().any(|(name, _)| name == field) {
-                let near = stream.fields.iter().map(|(name, _)| name.as_str());
-                let near = near.max_by(|a, b| {
-                    let likeness = |name| strsim::jaro_winkler(field.as_str(), name);
-                    likeness(a).total_cmp(&likeness(b))
-                });
-                let hint = near.map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
-                return fail(format!("map: [stream.{}.fields] has no `{field}`{hint}", self.stream));
-            }
+            return Err("receive_maximum must be at least 1, keep_alive at least 5 s".to_owned());
         }
         Ok(())
     }

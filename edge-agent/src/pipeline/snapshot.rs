@@ -3,7 +3,7 @@
 //! ```text
 //! version u8 = 1 | meta_len u32 | meta (JSON) | lists_len u32 | lists | (name_len u8 | name | len u32 | windows)*
 //! ```
-//! The meta data hold the position, counters, watermarks, refusals, and which lane each stream went to. A stream that the
+//! The meta data hold the position, counters, watermarks, refusals, places in files, and which lane each stream went to. A stream that the
 //! configuration has since moved to another lane is skipped by what its *old* lane has, until the new lane is cut.
 
 use std::collections::BTreeMap;
@@ -16,6 +16,7 @@ use wire::{Seq, SpoolId, StreamName};
 use super::output::Output;
 use super::{Counters, Pipeline};
 use crate::config::Settings;
+use crate::places::Places;
 use crate::redelivery::Lists;
 
 const VERSION: u8 = 1;
@@ -42,6 +43,9 @@ struct Meta {
     /// Lane of each stream, by name.
     lanes: BTreeMap<StreamName, String>,
     moved: BTreeMap<StreamName, Moved>,
+    /// Missing in a snapshot of an agent that read no files.
+    #[serde(default)]
+    places: Places,
 }
 
 /// A stream that changed its lane when the new one stood at `lane_at`: its rows below `has` are in the spool.
@@ -76,6 +80,7 @@ impl Pipeline {
             refused: self.refused.iter().map(|((spool, stream), seq)| (*spool, stream.clone(), *seq)).collect(),
             lanes: outputs().map(|output| (output.stream.clone(), self.lane_names[output.lane].clone())).collect(),
             moved: self.moved.clone(),
+            places: self.places.clone(),
         };
         let mut out = vec![VERSION];
         let mut section = |bytes: &[u8]| {
@@ -113,6 +118,7 @@ impl Pipeline {
         let meta: Meta = serde_json::from_slice(&section(&mut bytes)?)?;
         let mut pipeline = Self::new(settings, Position(meta.position), lanes);
         pipeline.counters = meta.counters;
+        pipeline.places = meta.places;
         pipeline.refused = meta.refused.into_iter().map(|(spool, stream, seq)| ((spool, stream), seq)).collect();
         pipeline.lists = Lists::read(&section(&mut bytes)?).map_err(|_| SnapshotError::Lists)?;
         while !bytes.is_empty() {

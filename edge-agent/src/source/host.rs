@@ -2,15 +2,13 @@
 //!
 //! Every `every` one message: an array with a reading for the machine (device `<edge>`), each disk (`<edge>/disk/<mount>`),
 //! each network interface (`<edge>/net/<name>`) and each temperature sensor (`<edge>/temperature/<label>`). What the machine does not have is null or missing.
-//! It cannot wait: what comes while the journal is full is counted and told to it afterwards ([`Entry::Missed`]), at the
-//! latest when it stops. A kill, or a journal that has no room at the stop either, loses the count.
+//! It cannot wait: what comes while the journal is full is counted (`missed.rs`).
 //!
 //! The machine is read on a thread of its own: a disk that does not answer holds neither the other sources nor the stop.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::time::Duration;
 
 use bytes::Bytes;
 use serde_json::{Value, json};
@@ -19,10 +17,10 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use wire::{EdgeId, FieldName, FieldType};
 
-use super::{SourceState, now_us};
+use super::SourceState;
+use super::missed::Giver;
 use crate::config::{FieldSettings, HostSettings, MapSettings, Place, Pointer, StreamSettings, TimePlace};
-use crate::entry::{Entry, Message, Payload};
-use crate::journal::{JournalSender, TryAppendError};
+use crate::journal::JournalSender;
 
 /// Fields of the stream with their types. Bytes are counted since the machine's start where they grow.
 const FIELDS: [(&str, FieldType); 15] = [
@@ -42,9 +40,6 @@ const FIELDS: [(&str, FieldType); 15] = [
     ("network_errors", FieldType::Int64),
     ("temperature_c", FieldType::Float64),
 ];
-
-/// How long a stop waits for the journal to take what was missed.
-const MISSED_WITHIN: Duration = Duration::from_secs(2);
 
 /// The stream `host`.
 pub fn stream_settings() -> StreamSettings {
@@ -72,7 +67,7 @@ fn field_name(name: &str) -> FieldName {
 pub async fn run(
     settings: HostSettings,
     edge: EdgeId,
-    mut journal: JournalSender,
+    journal: JournalSender,
     state: Arc<SourceState>,
     token: CancellationToken,
 ) {
@@ -80,7 +75,7 @@ pub async fn run(
         Ok(requests) => requests,
         Err(error) => return state.error(format!("start a thread: {error}")),
     };
-    let mut missed: Option<Missed> = None;
+    let mut giver = Giver::new(settings.name, journal);
     let mut ticks = tokio::time::interval(settings.every.0);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
     state.connected.store(true, Ordering::Relaxed);
@@ -99,68 +94,12 @@ pub async fn run(
             () = token.cancelled() => break,
         };
         let Ok(payload) = payload else { continue };
-        let arrival_us = now_us();
-        let bytes = payload.len() as u64;
-        if let Some(count) = &missed {
-            match journal.try_append(&count.entry(&settings.name)) {
-                Ok(_) => {
-                    missed = None;
-                    *state.last_error.lock() = None;
-                }
-                Err(TryAppendError::Full) => {}
-                Err(TryAppendError::Closed(_)) => break,
-            }
-        }
-        let entry = Entry::Message(Message {
-            source: settings.name.clone(),
-            topic: String::new(),
-            payload: Payload::Whole(payload),
-            arrival_us,
-            delivery: None,
-        });
-        match journal.try_append(&entry) {
-            Ok(_) => {
-                state.received.fetch_add(1, Ordering::Relaxed);
-                state.last_arrival_us.store(arrival_us, Ordering::Relaxed);
-            }
-            Err(TryAppendError::Full) => {
-                let count = missed.get_or_insert(Missed { messages: 0, bytes: 0, first_us: arrival_us, last_us: 0 });
-                count.messages += 1;
-                count.bytes += bytes;
-                count.last_us = arrival_us;
-                state.error("the journal is full: readings are counted and not kept".to_owned());
-            }
-            Err(TryAppendError::Closed(_)) => break,
+        if giver.give(payload, &state).is_err() {
+            break;
         }
     }
-    if let Some(count) = missed {
-        let entry = count.entry(&settings.name);
-        // The journal may have room by now, or get it: the pipeline still reads.
-        let told = tokio::time::timeout(MISSED_WITHIN, async {
-            let ticket = journal.append(&entry).await.ok()?;
-            journal.durable().wait_for(|durable| *durable >= ticket).await.ok().map(|_| ())
-        });
-        if told.await != Ok(Some(())) {
-            tracing::warn!(source = settings.name, ?count, "the journal has no room: this count is lost");
-        }
-    }
+    giver.finish().await;
     state.connected.store(false, Ordering::Relaxed);
-}
-
-/// Messages that the journal had no room for.
-#[derive(Debug)]
-struct Missed {
-    messages: u64,
-    bytes: u64,
-    first_us: i64,
-    last_us: i64,
-}
-
-impl Missed {
-    fn entry(&self, source: &str) -> Entry {
-        let Self { messages, bytes, first_us, last_us } = *self;
-        Entry::Missed { source: source.to_owned(), messages, bytes, first_us, last_us }
-    }
 }
 
 /// A thread that reads the machine once for each request, and ends with the sender. One that waits for a dead disk is left
@@ -252,11 +191,14 @@ impl Machine {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use segment_log::{Options, Position};
 
     use super::*;
     use crate::config::Span;
     use crate::decode::Decoder;
+    use crate::entry::Entry;
     use crate::journal::OpenJournal;
 
     #[test]

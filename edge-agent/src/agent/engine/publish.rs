@@ -32,6 +32,7 @@ impl Engine {
                 totals,
                 last_arrival_us: state.last_arrival_us.load(Ordering::Relaxed),
                 last_error: state.last_error.lock().clone(),
+                address: *state.address.lock(),
             });
         }
         let spooled = parts.spool.rows_of_streams();

@@ -21,7 +21,7 @@ fn settings(port: u16, topics: &str) -> MqttSettings {
     );
     match Settings::parse(&text).unwrap().source.remove(0) {
         SourceSettings::Mqtt(mqtt) => *mqtt,
-        SourceSettings::Host(_) => panic!(),
+        _ => panic!(),
     }
 }
 
