@@ -30,7 +30,7 @@ use self::engine::{Engine, Parts, Snapshot, incident, remove_other_spools, spool
 pub use self::snapshot_file::SnapshotFileError;
 pub use self::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
 use crate::admin;
-use crate::config::{LaneSettings as LaneConfig, Settings};
+use crate::config::{LaneSettings as LaneConfig, Settings, SourceSettings};
 use crate::entry::Entry;
 use crate::journal::{Journal, JournalError, OpenJournal};
 use crate::pipeline::{AGENT_VERSION, Counters, Pipeline, SnapshotError};
