@@ -207,8 +207,14 @@ fn the_shipped_configuration_shows_every_key() {
         let at = shipped.find(&format!("kind = \"{kind}\"")).unwrap_or_else(|| panic!("no source of kind `{kind}`"));
         let source = &shipped[at..];
         let source = &source[..source.find("\n[").unwrap_or(source.len())];
+        let source = &source[..source.find("\n# [[source]]").unwrap_or(source.len())];
         for key in expected(&format!("[[source]]\nkind = \"{kind}\"\nzzz = 1")) {
-            let written = |line: &str| line.trim_start_matches("# ").starts_with(&format!("{key} = "));
+            let written = |line: &str| {
+                line.trim_start_matches("# ").starts_with(&format!("{key} = "))
+                    || line.contains(&format!("{key} = ")) && line.starts_with("# ")
+                    || line.contains(&key) && line.contains("as above")
+                    || line.starts_with(&format!("# [[source.{key}]]"))
+            };
             let table = source.lines().any(written) || shipped[at..].contains(&format!("[source.{key}]"));
             assert!(table, "the source of kind `{kind}` does not show `{key}`");
         }
