@@ -11,6 +11,7 @@ use serde::{Deserialize, Deserializer};
 use url::Url;
 use wire::{EdgeId, FieldName, StreamName};
 
+use super::decoding::{Decoding, Format, FormatOptions, Readings, When};
 use super::{Size, Span, StreamSettings};
 
 /// One source.
@@ -66,10 +67,14 @@ pub struct MqttSettings {
     pub stream: StreamName,
     #[serde(default)]
     pub format: Format,
-    /// Pointer to the array of readings in a message. Without it a message that is an array holds readings, and any
-    /// other message is one reading.
+    /// Where the readings of a message stand. Without it a message that is an array holds readings, and any other message
+    /// is one reading.
     #[serde(default)]
-    pub readings: Option<Pointer>,
+    pub readings: Option<Readings>,
+    #[serde(default)]
+    pub when: When,
+    #[serde(default)]
+    pub options: FormatOptions,
     #[serde(default)]
     pub map: MapSettings,
 }
@@ -90,14 +95,6 @@ pub enum MqttVersion {
     V5,
     #[serde(rename = "3.1.1")]
     V311,
-}
-
-/// How a payload is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Format {
-    #[default]
-    Json,
 }
 
 /// The machine's own load, memory, disks, network and temperatures; the stream is always `host`.
@@ -162,6 +159,8 @@ pub enum Place {
     Message(Pointer),
     /// `"topic:2"`: a level of the topic, counted from 0.
     Topic(usize),
+    /// `"key:0"`: the name that a `*` of `readings` stands for, counted from 0.
+    Key(usize),
     /// `"const:north"`: always this.
     Constant(String),
 }
@@ -211,15 +210,23 @@ impl FromStr for Place {
         let help = || {
             format!(
                 "`{text}` names no place: write \"/pointer\" (in the reading), \"message:/pointer\" (in the whole \
-                 message), \"topic:2\" (a level of the topic, from 0), or \"const:text\""
+                 message), \"topic:2\" (a level of the topic, from 0), \"key:0\" (what a * in `readings` stands for), \
+                 or \"const:text\""
             )
         };
         match text.split_once(':').ok_or_else(help)? {
             ("message", pointer) => Ok(Self::Message(pointer.parse()?)),
             ("topic", level) => level.parse().map(Self::Topic).map_err(|_| help()),
+            ("key", level) => level.parse().map(Self::Key).map_err(|_| help()),
             ("const", value) => Ok(Self::Constant(value.to_owned())),
             _ => Err(help()),
         }
+    }
+}
+
+impl fmt::Display for Pointer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|step| write!(f, "/{}", step.replace('~', "~0").replace('/', "~1")))
     }
 }
 
@@ -342,14 +349,27 @@ impl SourceSettings {
         }
     }
 
+    /// How its messages are read; None for the host, whose mapping is its own.
+    pub fn decoding(&self) -> Option<Decoding> {
+        let (format, readings, when, options, map) = match self {
+            Self::Mqtt(mqtt) => (mqtt.format, &mqtt.readings, &mqtt.when, &mqtt.options, &mqtt.map),
+            Self::Host(_) => return None,
+        };
+        let (readings, when, options, map) = (readings.clone(), when.clone(), options.clone(), map.clone());
+        Some(Decoding { format, readings, when, options, map })
+    }
+
     pub(super) fn check(&self, stream: Option<&StreamSettings>, segment_bytes: Size) -> Result<(), String> {
         match self {
-            Self::Mqtt(mqtt) => mqtt.check(stream, segment_bytes),
+            Self::Mqtt(mqtt) => mqtt.check(segment_bytes)?,
             Self::Host(host) if host.every.0 < HOST_EVERY_MIN => {
-                Err(format!("[[source]] `{}`: every is less than {HOST_EVERY_MIN:?}", host.name))
+                return Err(format!("[[source]] `{}`: every is less than {HOST_EVERY_MIN:?}", host.name));
             }
-            Self::Host(_) => Ok(()),
+            Self::Host(_) => {}
         }
+        let Some(decoding) = self.decoding() else { return Ok(()) };
+        let checked = decoding.check(self.stream().as_str(), stream);
+        checked.map_err(|error| format!("[[source]] `{}`: {error}", self.name()))
     }
 }
 
@@ -374,7 +394,7 @@ impl MqttSettings {
         self.topics.iter().map(shared).collect()
     }
 
-    fn check(&self, stream: Option<&StreamSettings>, segment_bytes: Size) -> Result<(), String> {
+    fn check(&self, segment_bytes: Size) -> Result<(), String> {
         let here = format!("[[source]] `{}`", self.name);
         let fail = |message: String| Err(format!("{here}: {message}"));
         if !matches!(self.url.scheme(), "mqtt" | "mqtts") || self.url.host_str().is_none() {
@@ -410,23 +430,6 @@ impl MqttSettings {
         }
         if self.max_payload.0.saturating_mul(4) > segment_bytes.0 {
             return fail("max_payload must be at most a quarter of journal.segment_bytes".to_owned());
-        }
-        let Some(stream) = stream else {
-            return fail(format!("there is no [stream.{}]: say there which fields it has", self.stream));
-        };
-        if self.map.device.is_none() {
-            return fail("map has no `device`: say where its name stands, or write device = \"const:name\"".to_owned());
-        }
-        for (field, _) in &self.map.fields {
-            if !stream.fields.iter().any(|(name, _)| name == field) {
-                let near = stream.fields.iter().map(|(name, _)| name.as_str());
-                let near = near.max_by(|a, b| {
-                    let likeness = |name| strsim::jaro_winkler(field.as_str(), name);
-                    likeness(a).total_cmp(&likeness(b))
-                });
-                let hint = near.map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
-                return fail(format!("map: [stream.{}.fields] has no `{field}`{hint}", self.stream));
-            }
         }
         Ok(())
     }
