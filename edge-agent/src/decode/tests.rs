@@ -1,6 +1,7 @@
 mod formats;
 mod poison;
 mod senml;
+mod shipped;
 mod sparkplug;
 
 use super::*;
