@@ -12,7 +12,7 @@ mod scalar;
 mod senml;
 mod sparkplug;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod time;
 mod tree;
 mod when;

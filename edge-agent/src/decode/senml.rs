@@ -54,6 +54,9 @@ pub(super) struct Resolved<'a> {
     update_time: Option<f64>,
 }
 
+/// Where a record stands, and what it says or what is wrong with it.
+type Placed<'a> = (Range<usize>, Result<Resolved<'a>, Fault>);
+
 /// What the records so far have said for those that follow.
 #[derive(Default)]
 struct Base {
@@ -106,7 +109,7 @@ impl Packs {
     pub(super) fn records<'a>(&self, payload: &'a [u8], arrival_us: i64) -> Result<(Vec<Record<'a>>, u64), Fault> {
         let resolved = self.resolve(payload, arrival_us)?;
         let Some(spread) = self.spread else {
-            let record = |(span, resolved): (Range<usize>, Result<Resolved<'a>, Fault>)| Record {
+            let record = |(span, resolved): Placed<'a>| Record {
                 span,
                 keys: Vec::new(),
                 slots: resolved.map(|resolved| self.places.iter().map(|place| resolved.at(place)).collect()),
@@ -167,11 +170,7 @@ impl Packs {
     }
 
     /// The records of a pack with their places in it, resolved.
-    pub(super) fn resolve<'a>(
-        &self,
-        payload: &'a [u8],
-        arrival_us: i64,
-    ) -> Result<Vec<(Range<usize>, Result<Resolved<'a>, Fault>)>, Fault> {
+    pub(super) fn resolve<'a>(&self, payload: &'a [u8], arrival_us: i64) -> Result<Vec<Placed<'a>>, Fault> {
         let text =
             if self.cbor { "" } else { std::str::from_utf8(payload).map_err(|e| ("not_utf8", e.to_string()))? };
         let members = |at: &Range<usize>| if self.cbor { cbor::members(payload, at) } else { json::members(text, at) };

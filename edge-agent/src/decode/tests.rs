@@ -2,7 +2,7 @@ mod formats;
 mod poison;
 mod senml;
 mod shipped;
-mod sparkplug;
+pub(crate) mod sparkplug;
 
 use super::*;
 use crate::config::Settings;

@@ -28,7 +28,7 @@ fn bytes_field(out: &mut Vec<u8>, number: u64, bytes: &[u8]) {
 }
 
 #[derive(Clone, Copy)]
-pub(super) enum Is {
+pub(crate) enum Is {
     Int(u32),
     Long(u64),
     Double(f64),
@@ -37,7 +37,7 @@ pub(super) enum Is {
 }
 
 /// A metric with what is not 0 or empty.
-pub(super) fn metric(name: &str, alias: u64, kind: u32, value: Is) -> Vec<u8> {
+pub(crate) fn metric(name: &str, alias: u64, kind: u32, value: Is) -> Vec<u8> {
     let mut out = Vec::new();
     if !name.is_empty() {
         bytes_field(&mut out, 1, name.as_bytes());
@@ -67,7 +67,7 @@ fn at(mut metric: Vec<u8>, after_ms: i64, historical: bool) -> Vec<u8> {
     metric
 }
 
-pub(super) fn payload(seq: Option<u64>, metrics: &[Vec<u8>]) -> Vec<u8> {
+pub(crate) fn payload(seq: Option<u64>, metrics: &[Vec<u8>]) -> Vec<u8> {
     let mut out = Vec::new();
     field(&mut out, 1, (ARRIVAL / 1_000) as u64);
     metrics.iter().for_each(|metric| bytes_field(&mut out, 2, metric));
