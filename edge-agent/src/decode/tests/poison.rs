@@ -330,8 +330,7 @@ fn cases() -> Vec<Case> {
         "0.".repeat(200).as_str(),
     ]);
     raw_bad.extend([b"\xff".to_vec(), b"1\x80".to_vec(), b"\xc0\x80".to_vec()]);
-    let spark = |hexes: &[&str]| hex(hexes);
-    let mut spark_bad = spark(&[
+    let mut spark_bad = hex(&[
         "00",
         "01",
         "02",
@@ -471,8 +470,7 @@ fn bad_payloads_come_back_as_readings_or_rejections() {
             // Cut short at each byte.
             (0..payload.len()).for_each(|end| _ = check(&mut decoder, &case, &payload[..end]));
         }
-        let cut = case.good.iter().map(Vec::len).sum::<usize>();
-        assert!(case.bad.len() >= 40 && cut > 0, "{} has {} cases", case.format, case.bad.len());
+        assert!(case.bad.len() >= 40, "{} has {} cases", case.format, case.bad.len());
         case.bad.iter().for_each(|payload| _ = check(&mut decoder, &case, payload));
     }
 }
