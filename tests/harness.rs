@@ -227,7 +227,8 @@ fn check_counters(status: &Value) {
     for source in status["sources"].as_array().unwrap() {
         let count = |name: &str| source[name].as_u64().unwrap();
         assert_eq!(count("received"), count("journalled") + count("redelivered"), "{source:#}");
-        let decided = count("accepted") + count("quarantined") + count("duplicate") + count("waiting");
+        let decided =
+            count("accepted") + count("quarantined") + count("duplicate") + count("waiting") + count("filtered");
         assert_eq!(count("read"), decided, "{source:#}");
     }
     let count = |name: &str| status["rows"][name].as_u64().unwrap();

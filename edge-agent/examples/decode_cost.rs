@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
-use edge_agent::config::{Settings, SourceSettings};
+use edge_agent::config::Settings;
 use edge_agent::decode::Decoder;
 use edge_agent::validate::Checks;
 
@@ -45,9 +45,9 @@ vehicle_count = { type = "int64", min = 0 }
 #[allow(clippy::print_stdout, reason = "its answer")]
 fn main() -> anyhow::Result<()> {
     let settings = Settings::parse(SETTINGS).map_err(anyhow::Error::msg)?;
-    let Some(SourceSettings::Mqtt(source)) = settings.source.first() else { bail!("no source") };
+    let decoding = settings.source.first().and_then(|source| source.decoding()).context("no source")?;
     let stream = settings.stream.values().next().context("no stream")?;
-    let (decoder, checks) = (Decoder::new(&source.map, None, stream), Checks::new(stream));
+    let (mut decoder, checks) = (Decoder::new(&decoding, stream), Checks::new(stream));
     let messages = (0..DIFFERENT).map(message).collect::<Vec<_>>();
     let bytes = messages.iter().map(|(_, payload)| payload.len()).sum::<usize>() / DIFFERENT;
     let mut out = Vec::new();

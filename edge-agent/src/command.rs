@@ -1,5 +1,6 @@
 //! The command line of the agent: `run` and `check`, for its own binary and for `weir edge`.
 
+use std::io::Read;
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -7,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent;
 use crate::config::{OnFull, Settings, SourceSettings};
+use crate::{source, trial};
 
 /// What the agent is asked to do.
 #[derive(Debug, clap::Subcommand)]
@@ -15,6 +17,8 @@ pub enum EdgeCommand {
     Run(ConfigArguments),
     /// Read the configuration, say what it means, and end
     Check(ConfigArguments),
+    /// Show what becomes of one message: readings, checks, windows, or why it goes to quarantine
+    Try(TryArguments),
 }
 
 /// Arguments of both.
@@ -23,6 +27,23 @@ pub struct ConfigArguments {
     /// Configuration, as in configs/edge.toml
     #[arg(long)]
     config: PathBuf,
+}
+
+/// Arguments of `try`.
+#[derive(Debug, clap::Args)]
+pub struct TryArguments {
+    /// Configuration, as in configs/edge.toml
+    #[arg(long)]
+    config: PathBuf,
+    /// File with the payload of one message; - reads it from the standard input
+    #[arg(long)]
+    message: PathBuf,
+    /// Topic that it came with; only MQTT sources that subscribe to it are tried
+    #[arg(long)]
+    topic: Option<String>,
+    /// Only the source of this name
+    #[arg(long)]
+    source: Option<String>,
 }
 
 /// Does it.
@@ -52,6 +73,19 @@ pub async fn execute(command: EdgeCommand) -> anyhow::Result<()> {
         EdgeCommand::Check(arguments) => {
             let settings = Settings::load(&arguments.config)?;
             say(&describe(&settings));
+            Ok(())
+        }
+        EdgeCommand::Try(arguments) => {
+            let settings = Settings::load(&arguments.config)?;
+            let mut payload = Vec::new();
+            if arguments.message.as_os_str() == "-" {
+                std::io::stdin().read_to_end(&mut payload).context("read the message")?;
+            } else {
+                payload = std::fs::read(&arguments.message).context("read the message")?;
+            }
+            let (topic, source) = (arguments.topic.as_deref(), arguments.source.as_deref());
+            let shown = trial::explain(&settings, source, topic, payload.into(), source::now_us());
+            say(&shown.map_err(anyhow::Error::msg)?);
             Ok(())
         }
     }

@@ -4,6 +4,7 @@
 //! field that is mapped has a type, every stream that is named is there. `configs/edge.toml` shows every key; a test
 //! parses it. Secrets are never printed.
 
+mod decoding;
 mod number;
 mod source;
 mod stream;
@@ -23,11 +24,14 @@ pub use wire::written::{ConfigError, Size, Span};
 use wire::written::{load, read, with_nearest_key};
 use wire::{BATCH_ROWS_MAX, EdgeId, StreamName};
 
+pub use self::decoding::{
+    Condition, Constant, Decoding, Format, FormatOptions, Precision, Readings, Spread, Test, When,
+};
 pub use self::number::Number;
 pub use self::source::{
-    Decoding, ExecSettings, FileSettings, Format, HostSettings, HttpSettings, MapSettings, ModbusAddress,
-    ModbusSettings, MqttSettings, MqttVersion, Order, Parity, Place, Pointer, RegisterSettings, RegisterType, STATUS,
-    SourceSettings, Table, TimeFormat, TimePlace, UnitSettings,
+    ExecSettings, FileSettings, HostSettings, HttpSettings, MapSettings, ModbusAddress, ModbusSettings, MqttSettings,
+    MqttVersion, Order, Parity, Place, Pointer, RegisterSettings, RegisterType, STATUS, SourceSettings, Table,
+    TimeFormat, TimePlace, UnitSettings,
 };
 pub use self::stream::{FieldSettings, StreamSettings, WindowSettings};
 

@@ -4,19 +4,30 @@
 //! detail for people, and its bytes. Pure: the arrival is an argument. Limits: [`READINGS_MAX`] readings in a message,
 //! [`DEVICE_BYTES_MAX`] bytes in a device's name, [`TEXT_BYTES_MAX`] of text in all readings of a message.
 
+mod cbor;
+mod csv;
+mod influx;
 mod json;
+mod scalar;
+mod senml;
+mod sparkplug;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod time;
+mod tree;
+mod when;
 
 use std::ops::Range;
 
 use bytes::Bytes;
 use wire::FieldType;
 
-use self::json::{Scalar, Scan};
+use self::scalar::{Fault, Record, Scalar};
+use self::sparkplug::Sparkplug;
+pub use self::sparkplug::{Births, Command};
 use self::time::TimeReader;
-use crate::config::{MapSettings, Place, Pointer, StreamSettings, TimePlace};
+use self::when::Filter;
+use crate::config::{Decoding, Format, Place, Pointer, StreamSettings, TimePlace};
 
 /// Readings in one message; a message with more is rejected whole.
 pub const READINGS_MAX: usize = 65_536;
@@ -51,7 +62,9 @@ pub struct Reading {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rejected {
     /// A stable word: `not_utf8`, `malformed`, `empty`, `too_many`, `no_readings`, `no_device`, `bad_device`,
-    /// `no_time`, `bad_time`, `wrong_type`, `too_large`; and those of the checks.
+    /// `no_time`, `bad_time`, `wrong_type`, `too_large`, `not_finite`; of CSV `no_column`, `wrong_columns`; of SenML `bad_name`,
+    /// `bad_base`, `bad_version`, `must_understand`, `two_values`; of Sparkplug `bad_topic`, `compressed`,
+    /// `too_many_metrics`, `unknown_alias`; and those of the checks.
     pub reason: &'static str,
     /// What was there, for people.
     pub detail: String,
@@ -66,6 +79,7 @@ enum Origin {
     Reading(usize),
     Message(usize),
     Topic(usize),
+    Key(usize),
     Constant(String),
 }
 
@@ -76,143 +90,292 @@ struct FieldReader {
     origin: Option<Origin>,
 }
 
-/// Reads the messages of one source.
+/// Reads the messages of one source: a format finds values, the mapping makes readings of them.
 #[derive(Debug)]
 pub struct Decoder {
-    scan: Scan,
+    reader: Reader,
+    mapping: Mapping,
+}
+
+/// A format.
+#[derive(Debug)]
+enum Reader {
+    Json(json::Scan),
+    Cbor(cbor::Scan),
+    Senml(senml::Packs),
+    Influx(influx::Lines),
+    Csv(csv::Lines),
+    Raw,
+    Sparkplug(Box<Sparkplug>),
+}
+
+/// What readings are made of.
+#[derive(Debug)]
+struct Mapping {
     device: Origin,
     /// None: the arrival.
     ts: Option<(Origin, TimeReader)>,
     fields: Vec<FieldReader>,
+    filter: Filter,
+    /// The format knows text alone, as CSV does: it is read as what the field is.
+    text_only: bool,
 }
 
-/// A fault of one reading: reason, detail, and its device when that is known.
-type Fault = (&'static str, String, Option<String>);
+/// A fault of one reading, with its device when that is known.
+type ReadingFault = (&'static str, String, Option<String>);
+
+/// One message, on its way.
+struct Arrived<'a> {
+    topic: &'a str,
+    payload: &'a Bytes,
+    arrival_us: i64,
+    out: &'a mut Vec<Result<Reading, Rejected>>,
+    filtered: u64,
+    /// Bytes of text that the readings may still have.
+    room: usize,
+}
 
 impl Decoder {
-    /// For a source with this mapping; `readings` points to the array of readings in a message.
-    pub fn new(map: &MapSettings, readings: Option<&Pointer>, stream: &StreamSettings) -> Self {
-        let mut scan = Scan::new(readings);
+    /// For a source that is read like this.
+    pub fn new(decoding: &Decoding, stream: &StreamSettings) -> Self {
+        let (mut of_reading, mut of_message) = (Vec::<Pointer>::new(), Vec::<Pointer>::new());
+        let slot = |wanted: &mut Vec<Pointer>, pointer: &Pointer| {
+            wanted.iter().position(|other| other == pointer).unwrap_or_else(|| {
+                wanted.push(pointer.clone());
+                wanted.len() - 1
+            })
+        };
         let mut origin = |place: &Place| match place {
-            Place::Reading(pointer) => Origin::Reading(scan.of_reading(pointer)),
-            Place::Message(pointer) => Origin::Message(scan.of_message(pointer)),
+            Place::Reading(pointer) => Origin::Reading(slot(&mut of_reading, pointer)),
+            Place::Message(pointer) => Origin::Message(slot(&mut of_message, pointer)),
             Place::Topic(level) => Origin::Topic(*level),
+            Place::Key(level) => Origin::Key(*level),
             Place::Constant(text) => Origin::Constant(text.clone()),
         };
+        let map = &decoding.map;
         let device = map.device.as_ref().map_or(Origin::Constant(String::new()), &mut origin);
         let ts = match &map.ts {
             TimePlace::Arrival => None,
             TimePlace::At(place, format) => Some((origin(place), TimeReader::new(format))),
         };
+        let filter = Filter::new(&decoding.when, &mut origin);
         let field = |(name, field): &(wire::FieldName, crate::config::FieldSettings)| FieldReader {
             name: name.to_string(),
             kind: field.kind,
             origin: map.fields.iter().find(|(mapped, _)| mapped == name).map(|(_, place)| origin(place)),
         };
         let fields = stream.fields.iter().map(field).collect();
-        Self { scan, device, ts, fields }
+        let (readings, options) = (decoding.readings.as_ref(), &decoding.options);
+        let reader = match decoding.format {
+            Format::Json => Reader::Json(json::Scan::new(readings, &of_message, &of_reading)),
+            Format::Cbor => Reader::Cbor(cbor::Scan::new(readings, &of_message, &of_reading)),
+            Format::Senml => Reader::Senml(senml::Packs::new(&of_reading, options.spread, false)),
+            Format::SenmlCbor => Reader::Senml(senml::Packs::new(&of_reading, options.spread, true)),
+            Format::Influx => Reader::Influx(influx::Lines::new(&of_reading, options.precision.unwrap_or_default())),
+            Format::Csv => Reader::Csv(csv::Lines::new(&of_reading, options)),
+            Format::Raw => Reader::Raw,
+            Format::Sparkplug => Reader::Sparkplug(Box::new(Sparkplug::new(&of_reading, options))),
+        };
+        let text_only = matches!(decoding.format, Format::Csv | Format::Raw);
+        Self { reader, mapping: Mapping { device, ts, fields, filter, text_only } }
     }
 
-    /// Appends the readings of a message, at least one or one rejection.
-    pub fn decode(&self, topic: &str, payload: &Bytes, arrival_us: i64, out: &mut Vec<Result<Reading, Rejected>>) {
-        let whole = |reason, detail| Rejected { reason, detail, device: None, payload: payload.clone() };
-        let text = match std::str::from_utf8(payload) {
-            Ok(text) => text,
-            Err(error) => return out.push(Err(whole("not_utf8", error.to_string()))),
-        };
-        let message = match self.scan.message(text) {
-            Ok(message) => message,
-            Err((reason, detail)) => return out.push(Err(whole(reason, detail))),
-        };
-        let spans = match message.readings {
-            None => {
-                let mut room = TEXT_BYTES_MAX;
-                let whole = 0..payload.len();
-                let reading = self.reading(topic, &message.reading, &message.slots, arrival_us, whole, &mut room);
-                return out.push(reading.map_err(|(reason, detail, device)| Rejected {
-                    reason,
-                    detail,
-                    device,
-                    payload: payload.clone(),
-                }));
-            }
-            Some(spans) if spans.is_empty() => {
-                return out.push(Err(whole("empty", "an array of no readings".to_owned())));
-            }
-            Some(spans) if spans.len() > READINGS_MAX => {
-                let detail = format!("{} readings are more than {READINGS_MAX}", spans.len());
-                return out.push(Err(whole("too_many", detail)));
-            }
-            Some(spans) => spans,
-        };
-        let mut room = TEXT_BYTES_MAX;
-        for span in spans {
-            let slots = self.scan.reading(&text[span.clone()]);
-            let reading = match slots {
-                Ok(slots) => self.reading(topic, &slots, &message.slots, arrival_us, span.clone(), &mut room),
-                Err((reason, detail)) => Err((reason, detail, None)),
-            };
-            out.push(reading.map_err(|(reason, detail, device)| Rejected {
-                reason,
-                detail,
-                device,
-                payload: payload.slice(span),
-            }));
+    /// Appends the readings of a message and its rejections, and returns how many readings were filtered: one of the three
+    /// there always is. A filtered message without readings is one.
+    pub fn decode(
+        &mut self,
+        topic: &str,
+        payload: &Bytes,
+        arrival_us: i64,
+        out: &mut Vec<Result<Reading, Rejected>>,
+    ) -> u64 {
+        let mut message = Arrived { topic, payload, arrival_us, out, filtered: 0, room: TEXT_BYTES_MAX };
+        if let Err((reason, detail)) = self.read(&mut message) {
+            let payload = payload.clone();
+            message.out.push(Err(Rejected { reason, detail, device: None, payload }));
+        }
+        message.filtered
+    }
+
+    /// What births have told; None for formats that remember nothing.
+    pub fn births(&self) -> Option<&Births> {
+        match &self.reader {
+            Reader::Sparkplug(sparkplug) => Some(&sparkplug.births),
+            _ => None,
         }
     }
 
-    fn reading(
-        &self,
-        topic: &str,
-        reading: &[Scalar<'_>],
-        message: &[Scalar<'_>],
-        arrival_us: i64,
-        span: Range<usize>,
-        room: &mut usize,
-    ) -> Result<Reading, Fault> {
-        let at = |origin| value_at(origin, topic, reading, message);
-        let device = device_name(&at(&self.device)).map_err(|(reason, detail)| (reason, detail, None))?;
-        let known = |fault: (&'static str, String)| (fault.0, fault.1, Some(device.clone()));
+    /// Goes on from what [`Decoder::births`] was.
+    pub fn restore(&mut self, births: Births) {
+        if let Reader::Sparkplug(sparkplug) = &mut self.reader {
+            sparkplug.restore(births);
+        }
+    }
+
+    /// What should be published because of the messages since the last call: Sparkplug's requests for births.
+    pub fn take_commands(&mut self) -> Vec<Command> {
+        match &mut self.reader {
+            Reader::Sparkplug(sparkplug) => sparkplug.take_commands(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// A fault is that of the whole message, of which nothing was taken.
+    fn read(&mut self, message: &mut Arrived<'_>) -> Result<(), Fault> {
+        let Self { reader, mapping } = self;
+        let payload = message.payload;
+        let (records, filtered) = match reader {
+            Reader::Json(scan) => return read_json(scan, mapping, message),
+            Reader::Cbor(scan) => {
+                let found = scan.message(payload)?;
+                if found.several {
+                    some(found.readings.len())?;
+                }
+                for (span, keys) in found.readings {
+                    let slots = scan.reading(&payload[span.clone()]);
+                    mapping.take(message, &found.slots, Record { span, keys, slots });
+                }
+                return Ok(());
+            }
+            Reader::Senml(packs) => packs.records(payload, message.arrival_us)?,
+            Reader::Influx(lines) => (lines.records(utf8(payload)?, message.arrival_us)?, 0),
+            Reader::Csv(lines) => (lines.records(utf8(payload)?)?, 0),
+            Reader::Raw => {
+                let value = Scalar::Text(utf8(payload)?.trim().into());
+                // Each place of the mapping is the one that there is.
+                let slots = Ok(vec![value]);
+                (vec![Record { span: 0..payload.len(), keys: Vec::new(), slots }], 0)
+            }
+            Reader::Sparkplug(sparkplug) => {
+                let records = sparkplug.records(message.topic, payload, message.arrival_us)?;
+                let filtered = u64::from(records.is_empty());
+                (records, filtered)
+            }
+        };
+        message.filtered += filtered;
+        if filtered == 0 {
+            some(records.len())?;
+        }
+        for record in records {
+            mapping.take(message, &[], record);
+        }
+        Ok(())
+    }
+}
+
+fn read_json(scan: &json::Scan, mapping: &Mapping, message: &mut Arrived<'_>) -> Result<(), Fault> {
+    let text = utf8(message.payload)?;
+    let found = scan.message(text)?;
+    let Some(readings) = found.readings else {
+        let record = Record { span: 0..text.len(), keys: Vec::new(), slots: Ok(found.reading) };
+        mapping.take(message, &found.slots, record);
+        return Ok(());
+    };
+    some(readings.len())?;
+    for (span, keys) in readings {
+        let slots = scan.reading(&text[span.clone()]);
+        mapping.take(message, &found.slots, Record { span, keys, slots });
+    }
+    Ok(())
+}
+
+/// There must be readings, and not too many.
+fn some(readings: usize) -> Result<(), Fault> {
+    match readings {
+        0 => Err(("empty", "a message of no readings".to_owned())),
+        1..=READINGS_MAX => Ok(()),
+        _ => Err(tree::too_many(readings)),
+    }
+}
+
+fn utf8(payload: &[u8]) -> Result<&str, Fault> {
+    std::str::from_utf8(payload).map_err(|error| ("not_utf8", error.to_string()))
+}
+
+impl Mapping {
+    /// Makes a reading of what was found, or a rejection, or passes it over.
+    fn take(&self, message: &mut Arrived<'_>, of_message: &[Scalar<'_>], record: Record<'_>) {
+        let span = record.span.clone();
+        let reading = match &record.slots {
+            Ok(slots) => self.reading(&Found { slots, of_message, keys: &record.keys, message }, span.clone()),
+            Err((reason, detail)) => Err((*reason, detail.clone(), None)),
+        };
+        match reading {
+            Ok(Some(reading)) => {
+                let text = |value: &Option<Value>| if let Some(Value::Text(text)) = value { text.len() } else { 0 };
+                match message.room.checked_sub(reading.values.iter().map(text).sum()) {
+                    Some(room) => {
+                        message.room = room;
+                        message.out.push(Ok(reading));
+                    }
+                    None => {
+                        let detail = format!("more than {TEXT_BYTES_MAX} bytes of text in a message");
+                        let (device, payload) = (Some(reading.device), message.payload.slice(span));
+                        message.out.push(Err(Rejected { reason: "too_large", detail, device, payload }));
+                    }
+                }
+            }
+            Ok(None) => message.filtered += 1,
+            Err((reason, detail, device)) => {
+                let payload = message.payload.slice(span);
+                message.out.push(Err(Rejected { reason, detail, device, payload }));
+            }
+        }
+    }
+
+    /// None when it is filtered.
+    fn reading(&self, found: &Found<'_>, span: Range<usize>) -> Result<Option<Reading>, ReadingFault> {
+        if !self.filter.passes(found) {
+            return Ok(None);
+        }
+        let device = device_name(&found.at(&self.device)).map_err(|(reason, detail)| (reason, detail, None))?;
+        let known = |fault: Fault| (fault.0, fault.1, Some(device.clone()));
         let ts = match &self.ts {
-            None => arrival_us,
-            Some((origin, time)) => time.read(&at(origin)).map_err(known)?,
+            None => found.message.arrival_us,
+            Some((origin, time)) => time.read(&found.at(origin)).map_err(known)?,
         };
         let mut values = Vec::with_capacity(self.fields.len());
         for field in &self.fields {
-            let value = match &field.origin {
+            values.push(match &field.origin {
                 None => None,
-                Some(origin) => field.value(&at(origin), is_text(origin)).map_err(known)?,
-            };
-            if let Some(Value::Text(text)) = &value {
-                let too_large = || ("too_large", format!("more than {TEXT_BYTES_MAX} bytes of text in a message"));
-                *room = room.checked_sub(text.len()).ok_or_else(too_large).map_err(known)?;
-            }
-            values.push(value);
+                Some(origin) => {
+                    let from_text = self.text_only || is_text(origin);
+                    field.value(&found.at(origin), from_text).map_err(known)?
+                }
+            });
         }
-        Ok(Reading { ts, device, values, span })
+        Ok(Some(Reading { ts, device, values, span }))
     }
 }
 
-/// Topics and constants are text, whatever the field's type is.
+/// All that a reading can be made of.
+struct Found<'a> {
+    slots: &'a [Scalar<'a>],
+    of_message: &'a [Scalar<'a>],
+    keys: &'a [String],
+    message: &'a Arrived<'a>,
+}
+
+impl Found<'_> {
+    fn at<'a>(&'a self, origin: &'a Origin) -> Scalar<'a> {
+        match origin {
+            Origin::Reading(slot) => self.slots[*slot].reborrow(),
+            Origin::Message(slot) => self.of_message[*slot].reborrow(),
+            Origin::Topic(level) => {
+                self.message.topic.split('/').nth(*level).map_or(Scalar::Null, |text| Scalar::Text(text.into()))
+            }
+            Origin::Key(level) => self.keys.get(*level).map_or(Scalar::Null, |key| Scalar::Text(key.as_str().into())),
+            Origin::Constant(text) => Scalar::Text(text.as_str().into()),
+        }
+    }
+}
+
+/// Topics, keys and constants are text, whatever the field's type is.
 fn is_text(origin: &Origin) -> bool {
-    matches!(origin, Origin::Topic(_) | Origin::Constant(_))
+    matches!(origin, Origin::Topic(_) | Origin::Key(_) | Origin::Constant(_))
 }
 
-fn value_at<'a>(
-    origin: &'a Origin,
-    topic: &'a str,
-    reading: &'a [Scalar<'_>],
-    message: &'a [Scalar<'_>],
-) -> Scalar<'a> {
-    match origin {
-        Origin::Reading(slot) => reading[*slot].reborrow(),
-        Origin::Message(slot) => message[*slot].reborrow(),
-        Origin::Topic(level) => topic.split('/').nth(*level).map_or(Scalar::Null, |text| Scalar::Text(text.into())),
-        Origin::Constant(text) => Scalar::Text(text.as_str().into()),
-    }
-}
-
-fn device_name(value: &Scalar<'_>) -> Result<String, (&'static str, String)> {
+fn device_name(value: &Scalar<'_>) -> Result<String, Fault> {
     let name = match value {
         Scalar::Null => return Err(("no_device", "nothing stands where its name should be".to_owned())),
         Scalar::Text(text) => text.to_string(),
@@ -235,15 +398,18 @@ fn device_name(value: &Scalar<'_>) -> Result<String, (&'static str, String)> {
 }
 
 impl FieldReader {
-    fn value(&self, value: &Scalar<'_>, from_text: bool) -> Result<Option<Value>, (&'static str, String)> {
+    fn value(&self, value: &Scalar<'_>, from_text: bool) -> Result<Option<Value>, Fault> {
         let wrong =
             || Err(("wrong_type", format!("{} should be {} and is {}", self.name, self.kind, value.describe())));
         Ok(Some(match (self.kind, value) {
             (_, Scalar::Null) => return Ok(None),
+            (FieldType::Float64 | FieldType::Int64, Scalar::Float(value)) if !value.is_finite() => {
+                return Err(("not_finite", format!("{} is {value}", self.name)));
+            }
             (FieldType::Float64, Scalar::Float(value)) => Value::Float(*value),
             (FieldType::Float64, Scalar::Int(value)) => Value::Float(*value as f64),
             (FieldType::Float64, Scalar::Unsigned(value)) => Value::Float(*value as f64),
-            (FieldType::Int64, Scalar::Int(value)) => Value::Int(*value),
+            (FieldType::Int64, Scalar::Int(value) | Scalar::Time(value)) => Value::Int(*value),
             // 3.0 is a whole number, however it is written; from 2^53 on a float does not say which one.
             (FieldType::Int64, Scalar::Float(value))
                 if value.fract() == 0.0 && value.abs() < 9_007_199_254_740_992.0 =>

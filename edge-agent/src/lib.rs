@@ -1,5 +1,5 @@
 //! The edge side of Weir. The path, in order: `source` → `journal` → `decode` → `validate` → `window` → `pipeline` →
-//! `spool` → `uplink`; `agent` wires it, `admin` shows it.
+//! `spool` → `uplink`; `agent` wires it, `admin` shows it, `trial` explains it for one message.
 
 pub mod admin;
 pub mod agent;
@@ -14,6 +14,7 @@ pub mod places;
 pub mod redelivery;
 pub mod source;
 pub mod spool;
+pub mod trial;
 pub mod uplink;
 pub mod validate;
 pub mod window;

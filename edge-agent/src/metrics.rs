@@ -26,6 +26,7 @@ pub fn render(status: &Status) -> String {
             ("quarantined", totals.quarantined),
             ("duplicate", totals.duplicate),
             ("waiting", totals.waiting),
+            ("filtered", totals.filtered),
         ];
         for (result, count) in results {
             out.value(&[("source", &source.name), ("result", result)], count as f64);

@@ -25,8 +25,8 @@ use wire::{CutBatch, Seq, SpoolId, StreamName, StreamSchema};
 pub use self::counters::{Counters, SourceTotals, StreamTotals};
 use self::output::{Cell, Output};
 pub use self::snapshot::SnapshotError;
-use crate::config::{REST_LANE, Settings, SourceSettings, StreamSettings};
-use crate::decode::{Decoder, Reading, Rejected, Value};
+use crate::config::{Decoding, REST_LANE, Settings, SourceSettings, StreamSettings};
+use crate::decode::{Command, Decoder, Reading, Rejected, Value};
 use crate::entry::{Entry, Message, Payload};
 use crate::places::Places;
 use crate::redelivery::Lists;
@@ -258,6 +258,15 @@ impl Pipeline {
         self.counters.source(source).redelivered = messages;
     }
 
+    /// What decoders ask to be published, by source: requests for births, which a replay of the journal brings about again.
+    /// The caller publishes what comes of new entries, and may drop the rest: what is needed is asked for again.
+    pub fn take_commands(&mut self) -> Vec<(String, Command)> {
+        let of = |(name, source): (&String, &mut Source)| {
+            source.decoder.take_commands().into_iter().map(|command| (name.clone(), command)).collect::<Vec<_>>()
+        };
+        self.sources.iter_mut().flat_map(of).collect()
+    }
+
     /// What is known of the brokers' deliveries up to [`Pipeline::position`].
     pub fn lists(&self) -> &Lists {
         &self.lists
@@ -284,10 +293,8 @@ impl Pipeline {
         for source in &settings.source {
             let Some(stream) = index(source.stream()) else { continue };
             let stream_settings = &streams[source.stream()];
-            let decoder = match source.decoding() {
-                Some(decoding) => Decoder::new(&decoding.map, decoding.readings.as_ref(), stream_settings),
-                None => Decoder::new(&host::map(), None, stream_settings),
-            };
+            let own = || Decoding { map: host::map(), ..Decoding::default() };
+            let decoder = Decoder::new(&source.decoding().unwrap_or_else(own), stream_settings);
             sources.insert(source.name().to_owned(), Source { decoder, stream });
         }
         self.sources = sources;
@@ -295,7 +302,7 @@ impl Pipeline {
 
     fn message(&mut self, position: Position, message: &Message) {
         self.counters.source(&message.source).journalled += 1;
-        let Some(source) = self.sources.get(&message.source) else {
+        let Some(source) = self.sources.get_mut(&message.source) else {
             let rejected =
                 quarantine::whole(message, "unknown_source", "no [[source]] has this name any more".to_owned());
             return self.reject(position, message, &rejected, None, true);
@@ -311,7 +318,10 @@ impl Pipeline {
         };
         let mut readings = std::mem::take(&mut self.scratch);
         let (mut taken, mut rest) = (0, 0);
-        source.decoder.decode(&message.topic, payload, message.arrival_us, &mut readings);
+        let filtered = source.decoder.decode(&message.topic, payload, message.arrival_us, &mut readings);
+        let totals = self.counters.source(&message.source);
+        totals.read += filtered;
+        totals.filtered += filtered;
         for (index, reading) in readings.drain(..).enumerate() {
             // A short text of the message may stand in each of its rows.
             if taken > self.row_bytes_max {

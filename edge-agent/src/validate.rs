@@ -74,7 +74,7 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::config::{Settings, SourceSettings};
+    use crate::config::Settings;
     use crate::decode::Decoder;
 
     const DAY_US: i64 = 86_400_000_000;
@@ -164,12 +164,12 @@ mod tests {
     fn what_is_required_must_be_there_and_the_rest_need_not() {
         let payload = |payload: &str, fields: &str| {
             let settings = settings("", fields);
-            let SourceSettings::Mqtt(mqtt) = &settings.source[0] else { panic!() };
+            let decoding = settings.source[0].decoding().unwrap();
             let stream = settings.stream.values().next().unwrap();
             let mut out = Vec::new();
             let payload = Bytes::copy_from_slice(payload.as_bytes());
             let now = us("2026-01-01T00:00:00Z");
-            Decoder::new(&mqtt.map, None, stream).decode("t", &payload, now, &mut out);
+            Decoder::new(&decoding, stream).decode("t", &payload, now, &mut out);
             match out.pop().unwrap() {
                 Ok(reading) => Checks::new(stream).check(&reading, now).map_err(|(reason, _)| reason),
                 Err(rejected) => Err(rejected.reason),

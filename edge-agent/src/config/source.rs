@@ -22,6 +22,7 @@ pub use self::http::HttpSettings;
 pub use self::modbus::{
     ModbusAddress, ModbusSettings, Order, Parity, RegisterSettings, RegisterType, STATUS, Table, UnitSettings,
 };
+use super::decoding::{Decoding, Format, FormatOptions, Readings, When};
 use super::{Size, Span, StreamSettings};
 
 /// One source.
@@ -34,14 +35,6 @@ pub enum SourceSettings {
     Exec(Box<ExecSettings>),
     Modbus(Box<ModbusSettings>),
     Host(HostSettings),
-}
-
-/// How the messages of a source become readings.
-#[derive(Debug)]
-pub struct Decoding {
-    pub format: Format,
-    pub readings: Option<Pointer>,
-    pub map: MapSettings,
 }
 
 /// Topics of a broker.
@@ -89,10 +82,14 @@ pub struct MqttSettings {
     pub stream: StreamName,
     #[serde(default)]
     pub format: Format,
-    /// Pointer to the array of readings in a message. Without it a message that is an array holds readings, and any
-    /// other message is one reading.
+    /// Where the readings of a message stand. Without it a message that is an array holds readings, and any other message
+    /// is one reading.
     #[serde(default)]
-    pub readings: Option<Pointer>,
+    pub readings: Option<Readings>,
+    #[serde(default)]
+    pub when: When,
+    #[serde(default)]
+    pub options: FormatOptions,
     #[serde(default)]
     pub map: MapSettings,
 }
@@ -113,14 +110,6 @@ pub enum MqttVersion {
     V5,
     #[serde(rename = "3.1.1")]
     V311,
-}
-
-/// How a payload is read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Format {
-    #[default]
-    Json,
 }
 
 /// The machine's own load, memory, disks, network and temperatures; the stream is always `host`.
@@ -189,6 +178,8 @@ pub enum Place {
     Message(Pointer),
     /// `"topic:2"`: a level of the topic, counted from 0.
     Topic(usize),
+    /// `"key:0"`: the name that a `*` of `readings` stands for, counted from 0.
+    Key(usize),
     /// `"const:north"`: always this.
     Constant(String),
 }
@@ -238,15 +229,23 @@ impl FromStr for Place {
         let help = || {
             format!(
                 "`{text}` names no place: write \"/pointer\" (in the reading), \"message:/pointer\" (in the whole \
-                 message), \"topic:2\" (a level of the topic, from 0), or \"const:text\""
+                 message), \"topic:2\" (a level of the topic, from 0), \"key:0\" (what a * in `readings` stands for), \
+                 or \"const:text\""
             )
         };
         match text.split_once(':').ok_or_else(help)? {
             ("message", pointer) => Ok(Self::Message(pointer.parse()?)),
             ("topic", level) => level.parse().map(Self::Topic).map_err(|_| help()),
+            ("key", level) => level.parse().map(Self::Key).map_err(|_| help()),
             ("const", value) => Ok(Self::Constant(value.to_owned())),
             _ => Err(help()),
         }
+    }
+}
+
+impl fmt::Display for Pointer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|step| write!(f, "/{}", step.replace('~', "~0").replace('/', "~1")))
     }
 }
 
@@ -395,17 +394,16 @@ impl SourceSettings {
 
     /// How its messages are read; None for the host, whose mapping is its own.
     pub fn decoding(&self) -> Option<Decoding> {
-        let (format, readings, map) = match self {
-            Self::Mqtt(mqtt) => (mqtt.format, &mqtt.readings, &mqtt.map),
-            Self::Http(http) => (http.format, &http.readings, &http.map),
-            Self::File(file) => (file.format, &file.readings, &file.map),
-            Self::Exec(exec) => (exec.format, &exec.readings, &exec.map),
-            Self::Modbus(modbus) => {
-                return Some(Decoding { format: Format::Json, readings: None, map: modbus.map() });
-            }
+        let (format, readings, when, options, map) = match self {
+            Self::Mqtt(mqtt) => (mqtt.format, &mqtt.readings, &mqtt.when, &mqtt.options, &mqtt.map),
+            Self::Http(http) => (http.format, &http.readings, &http.when, &http.options, &http.map),
+            Self::File(file) => (file.format, &file.readings, &file.when, &file.options, &file.map),
+            Self::Exec(exec) => (exec.format, &exec.readings, &exec.when, &exec.options, &exec.map),
+            Self::Modbus(modbus) => return Some(Decoding { map: modbus.map(), ..Decoding::default() }),
             Self::Host(_) => return None,
         };
-        Some(Decoding { format, readings: readings.clone(), map: map.clone() })
+        let (readings, when, options, map) = (readings.clone(), when.clone(), options.clone(), map.clone());
+        Some(Decoding { format, readings, when, options, map })
     }
 
     /// The longest message that is kept whole.
@@ -429,9 +427,16 @@ impl SourceSettings {
             Self::Host(host) if host.every.0 < HOST_EVERY_MIN => Err(format!("every is less than {HOST_EVERY_MIN:?}")),
             Self::Host(_) => Ok(()),
         };
-        let read = || match self.decoding() {
-            Some(decoding) => self.check_map(&decoding.map, stream),
-            None => Ok(()),
+        let read = || {
+            let Some(mut decoding) = self.decoding() else { return Ok(()) };
+            if matches!(self, Self::Modbus(_)) {
+                // How a device answered is for streams that have a field for it.
+                let has = |name: &FieldName| {
+                    stream.is_some_and(|stream| stream.fields.iter().any(|(field, _)| field == name))
+                };
+                decoding.map.fields.retain(|(name, _)| name.as_str() != STATUS || has(name));
+            }
+            decoding.check(self.stream().as_str(), stream)
         };
         own.and_then(|()| self.check_payload(segment_bytes))
             .and_then(|()| read())
@@ -444,28 +449,6 @@ impl SourceSettings {
         }
         if self.max_payload().0.saturating_mul(4) > segment_bytes.0 {
             return Err("max_payload must be at most a quarter of journal.segment_bytes".to_owned());
-        }
-        Ok(())
-    }
-
-    fn check_map(&self, map: &MapSettings, stream: Option<&StreamSettings>) -> Result<(), String> {
-        let Some(stream) = stream else {
-            return Err(format!("there is no [stream.{}]: say there which fields it has", self.stream()));
-        };
-        if map.device.is_none() {
-            return Err("map has no `device`: say where its name stands, or write device = \"const:name\"".to_owned());
-        }
-        for (field, _) in &map.fields {
-            let optional = matches!(self, Self::Modbus(_)) && field.as_str() == STATUS;
-            if !optional && !stream.fields.iter().any(|(name, _)| name == field) {
-                let near = stream.fields.iter().map(|(name, _)| name.as_str());
-                let near = near.max_by(|a, b| {
-                    let likeness = |name| strsim::jaro_winkler(field.as_str(), name);
-                    likeness(a).total_cmp(&likeness(b))
-                });
-                let hint = near.map(|near| format!("; did you mean `{near}`?")).unwrap_or_default();
-                return Err(format!("map: [stream.{}.fields] has no `{field}`{hint}", self.stream()));
-            }
         }
         Ok(())
     }

@@ -12,36 +12,9 @@ use std::ops::Range;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use crate::config::Pointer;
-
-/// A value at a place.
-#[derive(Debug, Clone, PartialEq)]
-pub(super) enum Scalar<'a> {
-    /// Null, or nothing there.
-    Null,
-    Bool(bool),
-    Int(i64),
-    /// Above what an i64 holds.
-    Unsigned(u64),
-    Float(f64),
-    Text(Cow<'a, str>),
-    Object,
-    Array,
-}
-
-/// A fault of a document: reason and detail.
-pub(super) type Fault = (&'static str, String);
-
-/// The places that are wanted, as a tree.
-#[derive(Debug, Default)]
-struct Node {
-    children: Vec<(String, Node)>,
-    slot: Option<usize>,
-    /// The array of readings stands here.
-    readings: bool,
-    /// It stands here or below.
-    leads_to_readings: bool,
-}
+use super::scalar::{Fault, Scalar};
+use super::tree::{Located, Members, Node, forget, locate};
+use crate::config::{Pointer, Readings};
 
 /// What is wanted of each message and of each reading.
 #[derive(Debug)]
@@ -52,6 +25,8 @@ pub(super) struct Scan {
     reading_slots: usize,
     /// Whether a mapping says where readings stand; if not, the root is one or an array of them.
     nested: bool,
+    /// Where they stand, when it is not one array.
+    spread: Option<Readings>,
 }
 
 /// A message, read.
@@ -61,79 +36,28 @@ pub(super) struct Message<'a> {
     /// When the message is one reading: its values.
     pub(super) reading: Vec<Scalar<'a>>,
     /// Else where each reading stands in the text.
-    pub(super) readings: Option<Vec<Range<usize>>>,
-}
-
-impl Scalar<'_> {
-    pub(super) fn reborrow(&self) -> Scalar<'_> {
-        match self {
-            Scalar::Text(text) => Scalar::Text(Cow::Borrowed(text)),
-            Scalar::Null => Scalar::Null,
-            Scalar::Bool(value) => Scalar::Bool(*value),
-            Scalar::Int(value) => Scalar::Int(*value),
-            Scalar::Unsigned(value) => Scalar::Unsigned(*value),
-            Scalar::Float(value) => Scalar::Float(*value),
-            Scalar::Object => Scalar::Object,
-            Scalar::Array => Scalar::Array,
-        }
-    }
-
-    /// For people.
-    pub(super) fn describe(&self) -> String {
-        match self {
-            Scalar::Null => "null".to_owned(),
-            Scalar::Bool(value) => format!("{value}"),
-            Scalar::Int(value) => format!("{value}"),
-            Scalar::Unsigned(value) => format!("{value}"),
-            Scalar::Float(value) => format!("{value}"),
-            Scalar::Text(text) => format!("the text {:?}", text.chars().take(80).collect::<String>()),
-            Scalar::Object => "an object".to_owned(),
-            Scalar::Array => "an array".to_owned(),
-        }
-    }
-}
-
-impl Node {
-    fn at(&mut self, pointer: &Pointer) -> &mut Self {
-        pointer.0.iter().fold(self, |node, step| {
-            let index = node.children.iter().position(|(key, _)| key == step).unwrap_or_else(|| {
-                node.children.push((step.clone(), Self::default()));
-                node.children.len() - 1
-            });
-            &mut node.children[index].1
-        })
-    }
-
-    fn slot(&mut self, pointer: &Pointer, slots: &mut usize) -> usize {
-        *self.at(pointer).slot.get_or_insert_with(|| {
-            *slots += 1;
-            *slots - 1
-        })
-    }
-
-    fn child(&self, key: &str) -> Option<&Self> {
-        self.children.iter().find(|(step, _)| step == key).map(|(_, node)| node)
-    }
+    pub(super) readings: Option<Vec<Located>>,
 }
 
 impl Scan {
-    pub(super) fn new(readings: Option<&Pointer>) -> Self {
-        let mut message = Node::default();
-        if let Some(pointer) = readings {
-            for steps in 0..=pointer.0.len() {
-                message.at(&Pointer(pointer.0[..steps].to_vec())).leads_to_readings = true;
+    /// For these places in the message and in each reading.
+    pub(super) fn new(readings: Option<&Readings>, message: &[Pointer], reading: &[Pointer]) -> Self {
+        let mut root = Node::of(message);
+        let (mut nested, mut spread) = (false, None);
+        match readings {
+            None => {}
+            Some(Readings(pointers)) if pointers.len() == 1 && !pointers[0].0.iter().any(|step| step == "*") => {
+                nested = true;
+                let pointer = &pointers[0];
+                for steps in 0..=pointer.0.len() {
+                    root.at(&Pointer(pointer.0[..steps].to_vec())).leads_to_readings = true;
+                }
+                root.at(pointer).readings = true;
             }
-            message.at(pointer).readings = true;
+            Some(readings) => spread = Some(readings.clone()),
         }
-        Self { message, message_slots: 0, reading: Node::default(), reading_slots: 0, nested: readings.is_some() }
-    }
-
-    pub(super) fn of_reading(&mut self, pointer: &Pointer) -> usize {
-        self.reading.slot(pointer, &mut self.reading_slots)
-    }
-
-    pub(super) fn of_message(&mut self, pointer: &Pointer) -> usize {
-        self.message.slot(pointer, &mut self.message_slots)
+        let (message_slots, reading_slots) = (message.len(), reading.len());
+        Self { message: root, message_slots, reading: Node::of(reading), reading_slots, nested, spread }
     }
 
     /// Reads a message, and with it its only reading.
@@ -145,6 +69,14 @@ impl Scan {
             walk(text, &self.message, &mut slots, Some(&mut readings))?;
             let readings = readings.ok_or(("no_readings", "no array stands where `readings` points".to_owned()))?;
             return Ok(Message { slots, reading: Vec::new(), readings: Some(spans(text, &readings)) });
+        }
+        if let Some(readings) = &self.spread {
+            let mut slots = vec![Scalar::Null; self.message_slots];
+            // Also without slots: what is no JSON is rejected whole.
+            walk(text, &self.message, &mut slots, None)?;
+            let start = text.len() - text.trim_start().len();
+            let located = locate(readings, &(start..text.trim_end().len()), &|span| members(text, span))?;
+            return Ok(Message { slots, reading: Vec::new(), readings: Some(located) });
         }
         if array {
             let readings: Vec<&RawValue> = serde_json::from_str(text).map_err(fault)?;
@@ -167,16 +99,50 @@ impl Scan {
     }
 }
 
-fn spans(text: &str, readings: &[&RawValue]) -> Vec<Range<usize>> {
-    let base = text.as_ptr().addr();
-    readings
-        .iter()
-        .map(|reading| {
-            // A borrowed raw value is a part of the text that it was read from.
-            let start = reading.get().as_ptr().addr() - base;
-            start..start + reading.get().len()
-        })
-        .collect()
+fn spans(text: &str, readings: &[&RawValue]) -> Vec<Located> {
+    readings.iter().map(|reading| (span(text, reading), Vec::new())).collect()
+}
+
+/// A borrowed raw value is a part of the text that it was read from.
+fn span(text: &str, value: &RawValue) -> Range<usize> {
+    let start = value.get().as_ptr().addr() - text.as_ptr().addr();
+    start..start + value.get().len()
+}
+
+/// What the value at a range holds; keys that come twice are there twice.
+pub(super) fn members(text: &str, at: &Range<usize>) -> Result<Members, Fault> {
+    struct Entries<'a>(Vec<(String, &'a RawValue)>);
+    impl<'a> serde::Deserialize<'a> for Entries<'a> {
+        fn deserialize<D: Deserializer<'a>>(deserializer: D) -> Result<Self, D::Error> {
+            struct Each;
+            impl<'a> Visitor<'a> for Each {
+                type Value = Entries<'a>;
+                fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    f.write_str("an object")
+                }
+                fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<Entries<'a>, A::Error> {
+                    let mut entries = Vec::new();
+                    while let Some(entry) = map.next_entry()? {
+                        entries.push(entry);
+                    }
+                    Ok(Entries(entries))
+                }
+            }
+            deserializer.deserialize_map(Each)
+        }
+    }
+    let value = &text[at.clone()];
+    Ok(match value.as_bytes().first() {
+        Some(b'{') => {
+            let Entries(entries) = serde_json::from_str(value).map_err(fault)?;
+            Members::Object(entries.into_iter().map(|(key, value)| (key, span(text, value))).collect())
+        }
+        Some(b'[') => {
+            let elements: Vec<&RawValue> = serde_json::from_str(value).map_err(fault)?;
+            Members::Array(elements.into_iter().map(|value| span(text, value)).collect())
+        }
+        _ => Members::None,
+    })
 }
 
 fn walk<'a>(
@@ -223,7 +189,7 @@ impl<'a> DeserializeSeed<'a> for Walk<'_, '_, 'a, '_> {
 }
 
 /// A value from its characters, which are right; None when a number is too large for a float.
-fn scalar(text: &str) -> Option<Scalar<'_>> {
+pub(super) fn scalar(text: &str) -> Option<Scalar<'_>> {
     Some(match text.as_bytes().first() {
         Some(b'n') | None => Scalar::Null,
         Some(b't') => Scalar::Bool(true),
@@ -260,15 +226,6 @@ impl<'a> Walk<'_, '_, 'a, '_> {
         {
             **readings = None;
         }
-    }
-}
-
-fn forget(node: &Node, slots: &mut [Scalar<'_>]) {
-    for (_, child) in &node.children {
-        if let Some(slot) = child.slot {
-            slots[slot] = Scalar::Null;
-        }
-        forget(child, slots);
     }
 }
 

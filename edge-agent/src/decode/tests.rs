@@ -1,22 +1,29 @@
+mod formats;
+mod poison;
+mod senml;
+mod shipped;
+pub(crate) mod sparkplug;
+
 use super::*;
-use crate::config::{Settings, SourceSettings};
+use crate::config::Settings;
 
 const ARRIVAL: i64 = 1_700_000_000_000_000;
 
-fn decoder(source: &str, map: &str) -> Decoder {
-    let text = format!(
+fn text(source: &str, map: &str) -> String {
+    format!(
         "[edge]\nid = \"e\"\ndata_dir = \"x\"\n[cloud]\nurls = [\"http://h\"]\ntoken = \"t\"\n\
          [[source]]\nkind = \"mqtt\"\nurl = \"mqtt://h\"\ntopics = [\"#\"]\nstream = \"s\"\n{source}\n[source.map]\n{map}\n\
          [stream.s.fields]\nf = {{ type = \"float64\" }}\ni = {{ type = \"int64\" }}\nb = {{ type = \"bool\" }}\n\
          t = {{ type = \"text\" }}\n"
-    );
-    let settings = Settings::parse(&text).unwrap();
-    let SourceSettings::Mqtt(mqtt) = &settings.source[0] else { panic!() };
-    let stream = settings.stream.values().next().unwrap();
-    Decoder::new(&mqtt.map, mqtt.readings.as_ref(), stream)
+    )
 }
 
-fn decode(decoder: &Decoder, payload: &[u8]) -> Vec<Result<Reading, Rejected>> {
+fn decoder(source: &str, map: &str) -> Decoder {
+    let settings = Settings::parse(&text(source, map)).unwrap();
+    Decoder::new(&settings.source[0].decoding().unwrap(), settings.stream.values().next().unwrap())
+}
+
+fn decode(decoder: &mut Decoder, payload: &[u8]) -> Vec<Result<Reading, Rejected>> {
     let mut out = Vec::new();
     decoder.decode("city/traffic/d7", &Bytes::copy_from_slice(payload), ARRIVAL, &mut out);
     out
@@ -30,9 +37,9 @@ fn reasons(results: &[Result<Reading, Rejected>]) -> Vec<&str> {
 
 #[test]
 fn values_have_the_type_of_their_field_or_the_reading_is_rejected() {
-    let decoder = decoder("", FLAT);
-    let check = |json: &str, expected: Result<[Option<Value>; 4], &str>| {
-        let results = decode(&decoder, format!("{{\"d\":\"x\",{json}}}").as_bytes());
+    let mut decoder = decoder("", FLAT);
+    let mut check = |json: &str, expected: Result<[Option<Value>; 4], &str>| {
+        let results = decode(&mut decoder, format!("{{\"d\":\"x\",{json}}}").as_bytes());
         let [result] = results.as_slice() else { panic!("{results:?}") };
         match expected {
             Ok(values) => assert_eq!(result.as_ref().unwrap().values, values, "{json}"),
@@ -72,9 +79,9 @@ fn values_have_the_type_of_their_field_or_the_reading_is_rejected() {
 
 #[test]
 fn what_is_no_message_is_rejected_once_with_its_bytes() {
-    let decoder = decoder("", FLAT);
-    let check = |payload: &[u8], reason: &str| {
-        let results = decode(&decoder, payload);
+    let mut decoder = decoder("", FLAT);
+    let mut check = |payload: &[u8], reason: &str| {
+        let results = decode(&mut decoder, payload);
         assert_eq!(reasons(&results), [reason], "{}", String::from_utf8_lossy(payload));
         assert_eq!(results[0].as_ref().unwrap_err().payload, payload);
     };
@@ -91,17 +98,17 @@ fn what_is_no_message_is_rejected_once_with_its_bytes() {
     check(b"{}", "no_device");
     check("[".repeat(200).as_bytes(), "malformed");
     check(format!("{{\"d\":{}}}", "{\"a\":".repeat(200)).as_bytes(), "malformed");
-    let deep = format!("{{\"d\":\"x\",\"f\":{}1{}}}", "[".repeat(200), "]".repeat(200));
-    assert_eq!(reasons(&decode(&decoder, deep.as_bytes())), ["wrong_type"]);
     let many = format!("[{}]", vec!["1"; READINGS_MAX + 1].join(","));
     check(many.as_bytes(), "too_many");
+    let deep = format!("{{\"d\":\"x\",\"f\":{}1{}}}", "[".repeat(200), "]".repeat(200));
+    assert_eq!(reasons(&decode(&mut decoder, deep.as_bytes())), ["wrong_type"]);
 }
 
 #[test]
 fn one_bad_reading_never_rejects_its_neighbours() {
-    let decoder = decoder("", FLAT);
+    let mut decoder = decoder("", FLAT);
     let payload = br#" [ {"d":"a","i":1}, {"d":"b","i":"x"} ,7, {"i":1}, {"d":"c","i":3} ]"#;
-    let results = decode(&decoder, payload);
+    let results = decode(&mut decoder, payload);
     assert_eq!(reasons(&results), ["ok", "wrong_type", "no_device", "no_device", "ok"]);
     let rejected = results[1].as_ref().unwrap_err();
     assert_eq!(
@@ -116,7 +123,7 @@ fn one_bad_reading_never_rejects_its_neighbours() {
 fn readings_may_lie_within_a_message_with_values_of_its_own() {
     let map = "device = \"message:/gateway/id\"\nts = { at = \"message:/at\", format = \"epoch_ms\" }\nt = \"/name\"\n\
                f = \"/values/1\"\ni = \"topic:3\"\nb = \"const:true\"";
-    let decoder = decoder("readings = \"/data/list\"", map);
+    let mut decoder = decoder("readings = \"/data/list\"", map);
     let payload = br#"{"at":1500,"data":{"list":[{"name":"x","values":[1,2.5]},{"name":"y"}]},"gateway":{"id":17}}"#;
     let mut out = Vec::new();
     decoder.decode("a/b/c/42", &Bytes::from_static(payload), ARRIVAL, &mut out);
@@ -128,10 +135,10 @@ fn readings_may_lie_within_a_message_with_values_of_its_own() {
     out.clear();
     decoder.decode("a/b/c/x", &Bytes::from_static(payload), ARRIVAL, &mut out);
     assert_eq!(reasons(&out), ["wrong_type", "wrong_type"]);
-    assert_eq!(reasons(&decode(&decoder, br#"{"data":{"list":5}}"#)), ["no_readings"]);
-    assert_eq!(reasons(&decode(&decoder, br#"{"data":5}"#)), ["no_readings"]);
+    assert_eq!(reasons(&decode(&mut decoder, br#"{"data":{"list":5}}"#)), ["no_readings"]);
+    assert_eq!(reasons(&decode(&mut decoder, br#"{"data":5}"#)), ["no_readings"]);
     assert_eq!(
-        reasons(&decode(&decoder, br#"{"data":{"list":[{"name":"x"}]},"data":5}"#)),
+        reasons(&decode(&mut decoder, br#"{"data":{"list":[{"name":"x"}]},"data":5}"#)),
         ["no_readings"],
         "the last counts"
     );
@@ -139,9 +146,9 @@ fn readings_may_lie_within_a_message_with_values_of_its_own() {
 
 #[test]
 fn devices_have_names_that_topics_and_people_can_bear() {
-    let decoder = decoder("", "device = \"/d\"");
-    let check = |json: &str, expected: Result<&str, &str>| {
-        let results = decode(&decoder, format!("{{\"d\":{json}}}").as_bytes());
+    let mut decoder = decoder("", "device = \"/d\"");
+    let mut check = |json: &str, expected: Result<&str, &str>| {
+        let results = decode(&mut decoder, format!("{{\"d\":{json}}}").as_bytes());
         let device = results[0].as_ref().map(|reading| reading.device.as_str()).map_err(|rejected| rejected.reason);
         assert_eq!(device, expected, "{json}");
     };
@@ -162,8 +169,8 @@ fn devices_have_names_that_topics_and_people_can_bear() {
 fn times_are_read_as_they_are_written() {
     let check = |format: &str, json: &str, expected: Result<&str, &str>| {
         let place = if format.is_empty() { "\"/ts\"".to_owned() } else { format!("{{ at = \"/ts\", {format} }}") };
-        let decoder = decoder("", &format!("device = \"topic:2\"\nts = {place}"));
-        let results = decode(&decoder, format!("{{\"ts\":{json}}}").as_bytes());
+        let mut decoder = decoder("", &format!("device = \"topic:2\"\nts = {place}"));
+        let results = decode(&mut decoder, format!("{{\"ts\":{json}}}").as_bytes());
         let time = results[0].as_ref().map_err(|rejected| rejected.reason).map(|reading| {
             chrono::DateTime::from_timestamp_micros(reading.ts).unwrap().format("%FT%T%.fZ").to_string()
         });
@@ -197,9 +204,9 @@ fn times_are_read_as_they_are_written() {
 
 #[test]
 fn a_history_of_400_days_in_one_message_is_read() {
-    let decoder = decoder("", "device = \"const:well\"\nts = { at = \"/h\", format = \"epoch_s\" }\nf = \"/f\"");
+    let mut decoder = decoder("", "device = \"const:well\"\nts = { at = \"/h\", format = \"epoch_s\" }\nf = \"/f\"");
     let hours = (0..9_600).map(|hour| format!("{{\"h\":{},\"f\":{hour}}}", 1_600_000_000 + hour * 3_600));
-    let results = decode(&decoder, format!("[{}]", hours.collect::<Vec<_>>().join(",")).as_bytes());
+    let results = decode(&mut decoder, format!("[{}]", hours.collect::<Vec<_>>().join(",")).as_bytes());
     assert_eq!(results.len(), 9_600);
     assert!(results.iter().all(Result::is_ok));
 }
@@ -209,13 +216,13 @@ fn floats_are_the_nearest_to_what_was_written() {
     let seed = rand::random::<u64>();
     println!("seed {seed}");
     let mut random = <rand::rngs::StdRng as rand::SeedableRng>::seed_from_u64(seed);
-    let decoder = decoder("", FLAT);
+    let mut decoder = decoder("", FLAT);
     for _ in 0..20_000 {
         let value = f64::from_bits(rand::Rng::random(&mut random));
         if !value.is_finite() {
             continue;
         }
-        let results = decode(&decoder, format!("{{\"d\":\"x\",\"f\":{value:e}}}").as_bytes());
+        let results = decode(&mut decoder, format!("{{\"d\":\"x\",\"f\":{value:e}}}").as_bytes());
         let Some(Value::Float(read)) = results[0].as_ref().unwrap().values[0] else { panic!("{value:e}") };
         assert_eq!(read.to_bits(), value.to_bits(), "{value:e}");
     }

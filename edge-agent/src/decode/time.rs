@@ -4,7 +4,7 @@ use chrono::format::{Item, Parsed, StrftimeItems, parse};
 use chrono::{DateTime, LocalResult, NaiveDateTime, NaiveTime, TimeZone};
 use chrono_tz::Tz;
 
-use super::json::Scalar;
+use super::scalar::Scalar;
 use crate::config::TimeFormat;
 
 /// Reads times of one format.
@@ -31,6 +31,9 @@ impl TimeReader {
     pub(super) fn read(&self, value: &Scalar<'_>) -> Result<i64, (&'static str, String)> {
         if *value == Scalar::Null {
             return Err(("no_time", "nothing stands where the time should be".to_owned()));
+        }
+        if let Scalar::Time(us) = value {
+            return Ok(*us);
         }
         let bad = |why: &str| Err(("bad_time", format!("{} is no time: {why}", value.describe())));
         match (self, value) {

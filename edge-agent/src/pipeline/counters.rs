@@ -1,7 +1,7 @@
 //! What the pipeline counted since the agent's directory was made: part of the snapshot, so exact over restarts.
 //!
-//! They balance (rule 6): for each source read = accepted + quarantined + duplicate + waiting, and
-//! received = journalled + redelivered; for each stream rows = pending + what the spool has, freed, lost or voided.
+//! They balance (rule 6): for each source read = accepted + quarantined + duplicate + waiting + filtered,
+//! and received = journalled + redelivered; for each stream rows = pending + what the spool has, freed, lost or voided.
 
 use std::collections::BTreeMap;
 
@@ -34,6 +34,9 @@ pub struct SourceTotals {
     pub quarantined: u64,
     pub duplicate: u64,
     pub waiting: u64,
+    /// Readings that the source's `when` or its format passes over.
+    #[serde(default)]
+    pub filtered: u64,
 }
 
 /// Rows of one stream.

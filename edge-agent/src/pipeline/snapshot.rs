@@ -3,7 +3,7 @@
 //! ```text
 //! version u8 = 1 | meta_len u32 | meta (JSON) | lists_len u32 | lists | (name_len u8 | name | len u32 | windows)*
 //! ```
-//! The meta data hold the position, counters, watermarks, refusals, places in files, and which lane each stream went to. A stream that the
+//! The meta data hold the position, counters, watermarks, refusals, places in files, births, and which lane each stream went to. A stream that the
 //! configuration has since moved to another lane is skipped by what its *old* lane has, until the new lane is cut.
 
 use std::collections::BTreeMap;
@@ -14,8 +14,9 @@ use serde::{Deserialize, Serialize};
 use wire::{Seq, SpoolId, StreamName};
 
 use super::output::Output;
-use super::{Counters, Pipeline};
+use super::{Counters, Pipeline, Source};
 use crate::config::Settings;
+use crate::decode::Births;
 use crate::places::Places;
 use crate::redelivery::Lists;
 
@@ -46,6 +47,9 @@ struct Meta {
     /// Missing in a snapshot of an agent that read no files.
     #[serde(default)]
     places: Places,
+    /// What decoders remember, by source. Snapshots of before Sparkplug have none.
+    #[serde(default)]
+    births: BTreeMap<String, Births>,
 }
 
 /// A stream that changed its lane when the new one stood at `lane_at`: its rows below `has` are in the spool.
@@ -73,6 +77,7 @@ impl Pipeline {
     pub fn snapshot(&self) -> Vec<u8> {
         debug_assert_eq!(self.pending_rows, 0, "pending rows would be lost");
         let outputs = || self.outputs.iter();
+        let births = |(name, source): (&String, &Source)| Some((name.clone(), source.decoder.births()?.clone()));
         let meta = Meta {
             position: self.position.0,
             counters: self.counters.clone(),
@@ -81,6 +86,7 @@ impl Pipeline {
             lanes: outputs().map(|output| (output.stream.clone(), self.lane_names[output.lane].clone())).collect(),
             moved: self.moved.clone(),
             places: self.places.clone(),
+            births: self.sources.iter().filter_map(births).collect(),
         };
         let mut out = vec![VERSION];
         let mut section = |bytes: &[u8]| {
@@ -121,6 +127,11 @@ impl Pipeline {
         pipeline.places = meta.places;
         pipeline.refused = meta.refused.into_iter().map(|(spool, stream, seq)| ((spool, stream), seq)).collect();
         pipeline.lists = Lists::read(&section(&mut bytes)?).map_err(|_| SnapshotError::Lists)?;
+        for (name, births) in meta.births {
+            if let Some(source) = pipeline.sources.get_mut(&name) {
+                source.decoder.restore(births);
+            }
+        }
         while !bytes.is_empty() {
             let name = section(&mut bytes)?;
             let windows = section(&mut bytes)?;

@@ -205,7 +205,8 @@ mod tests {
     fn every_reading_of_this_machine_decodes() {
         let payload = Bytes::from(Machine::new("gw".parse().unwrap()).read().to_string());
         let mut out = Vec::new();
-        Decoder::new(&map(), None, &stream_settings()).decode("", &payload, 1, &mut out);
+        let decoding = crate::config::Decoding { map: map(), ..Default::default() };
+        Decoder::new(&decoding, &stream_settings()).decode("", &payload, 1, &mut out);
         assert!(out.iter().all(Result::is_ok), "{out:?}");
         let machine = out[0].as_ref().unwrap();
         assert_eq!(machine.device, "gw");

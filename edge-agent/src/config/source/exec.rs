@@ -6,7 +6,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use wire::StreamName;
 
-use super::{Format, MapSettings, Pointer, max_payload};
+use super::{MapSettings, max_payload};
+use crate::config::decoding::{Format, FormatOptions, Readings, When};
 use crate::config::{Size, Span};
 
 /// A program that runs as long as the agent; each line of its output is a message.
@@ -34,7 +35,11 @@ pub struct ExecSettings {
     pub format: Format,
     /// As of an MQTT source.
     #[serde(default)]
-    pub readings: Option<Pointer>,
+    pub readings: Option<Readings>,
+    #[serde(default)]
+    pub when: When,
+    #[serde(default)]
+    pub options: FormatOptions,
     #[serde(default)]
     pub map: MapSettings,
 }

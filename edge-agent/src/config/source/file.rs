@@ -6,7 +6,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use wire::StreamName;
 
-use super::{Format, MapSettings, Pointer, max_payload};
+use super::{MapSettings, max_payload};
+use crate::config::decoding::{Format, FormatOptions, Readings, When};
 use crate::config::{Size, Span};
 
 /// A CSV or NDJSON file: each line is a message, whose topic is the file's name.
@@ -34,7 +35,11 @@ pub struct FileSettings {
     pub format: Format,
     /// As of an MQTT source.
     #[serde(default)]
-    pub readings: Option<Pointer>,
+    pub readings: Option<Readings>,
+    #[serde(default)]
+    pub when: When,
+    #[serde(default)]
+    pub options: FormatOptions,
     #[serde(default)]
     pub map: MapSettings,
 }

@@ -8,7 +8,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use wire::StreamName;
 
-use super::{Format, MapSettings, Pointer, max_payload};
+use super::{MapSettings, max_payload};
+use crate::config::decoding::{Format, FormatOptions, Readings, When};
 use crate::config::{Size, Span};
 
 /// A door for devices and for servers that call webhooks. Sources with the same `listen` share it.
@@ -38,7 +39,11 @@ pub struct HttpSettings {
     pub format: Format,
     /// As of an MQTT source.
     #[serde(default)]
-    pub readings: Option<Pointer>,
+    pub readings: Option<Readings>,
+    #[serde(default)]
+    pub when: When,
+    #[serde(default)]
+    pub options: FormatOptions,
     #[serde(default)]
     pub map: MapSettings,
 }
