@@ -54,7 +54,13 @@ impl Place {
     /// Starts as the agent does: the place is what the journal says.
     fn start(&self) -> Run {
         let options = Options { segment_bytes: 8 << 10, max_bytes: 1 << 20, reserve_bytes: 64 };
-        let open = OpenJournal::open(self.directory.path().join("journal"), options).unwrap().0;
+        // The thread of the run before may still be ending: it has the lock until then.
+        let open = loop {
+            match OpenJournal::open(self.directory.path().join("journal"), options) {
+                Err(error) if format!("{error:?}").contains("Locked") => std::thread::yield_now(),
+                opened => break opened.unwrap().0,
+            }
+        };
         let mut places = Places::default();
         let mut scan = open.reader(Position(0)).unwrap();
         while let Some(record) = scan.next().unwrap() {
