@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
+use std::time::Duration;
 
 use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::{Path, RawQuery, State};
@@ -22,7 +23,9 @@ use subtle::ConstantTimeEq;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use wire::request::{Frame, frames};
 use wire::schema::SchemaId;
-use wire::{Acks, BATCH_DECODED_BYTES_MAX, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId, StreamSchema};
+use wire::{
+    Acks, BATCH_DECODED_BYTES_MAX, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId, StreamAck, StreamSchema,
+};
 
 use crate::config::EdgeSettings;
 use crate::ingest::request::Arrived;
@@ -35,6 +38,8 @@ const SCHEMAS_MAX: usize = 10_000;
 const SPOOLS_MAX: usize = 64;
 /// Room for requests is counted in units of so many bytes.
 const ROOM_UNIT: usize = 1 << 10;
+/// How long the body of a request may take.
+const BODY_MAX: Duration = Duration::from_secs(60);
 /// Decoded rows of one request that are in memory at a time; a batch may have as much.
 const PART_BYTES: usize = BATCH_DECODED_BYTES_MAX;
 
@@ -133,7 +138,11 @@ async fn take_batches(door: &Arc<Door>, edge: &str, headers: &HeaderMap, body: B
     let bytes_max = door.request_bytes_max;
     // Held until the answer is known.
     let _room = room(door, headers)?;
-    let body = to_bytes(body, bytes_max).await.map_err(|error| {
+    let body = tokio::time::timeout(BODY_MAX, to_bytes(body, bytes_max)).await.map_err(|_| {
+        let detail = format!("the body did not come within {} s", BODY_MAX.as_secs());
+        RefusedRequest::Damaged { detail }
+    })?;
+    let body = body.map_err(|error| {
         let too_large =
             std::error::Error::source(&error).is_some_and(|cause| cause.to_string().contains("length limit"));
         if too_large {
@@ -143,22 +152,46 @@ async fn take_batches(door: &Arc<Door>, edge: &str, headers: &HeaderMap, body: B
         }
     })?;
     let reader = Arc::clone(door);
-    let whole = tokio::task::spawn_blocking(move || read(&reader, &edge, body)).await.map_err(|_| unreadable())??;
-    let (mut taken, mut refused) = (Acks::default(), Vec::new());
-    for part in parts(whole) {
+    let reading =
+        tokio::task::spawn_blocking(move || read(&reader, &edge, body).map(|batches| parts(batches, PART_BYTES)));
+    let mut parts = reading.await.map_err(|_| unreadable())??.into_iter();
+    let mut all = Acks::default();
+    for part in parts.by_ref() {
         match take_part(door, part).await {
-            Ok(acks) => taken = acks,
-            Err(mut answer) => {
-                if let Some(acks) = &mut answer.acks {
-                    refused.append(&mut acks.refused);
-                    acks.refused = refused;
-                }
-                return Err(answer);
+            Ok(acks) => merge(&mut all, acks),
+            Err(RefusedAnswer { refused, acks }) => {
+                merge(&mut all, acks.map(|acks| *acks).unwrap_or_default());
+                push_back(door, parts);
+                return Err(RefusedAnswer { refused, acks: Some(Box::new(all)) });
             }
         }
-        refused.append(&mut taken.refused);
+        if !all.refused.is_empty() {
+            // What follows a refused batch would be a gap.
+            break;
+        }
     }
-    Ok(Acks { refused, ..taken })
+    push_back(door, parts);
+    Ok(all)
+}
+
+/// The later answer of a sequence counts.
+fn merge(all: &mut Acks, later: Acks) {
+    let is_new = |ack: &StreamAck| !later.acks.iter().any(|new| (new.spool, &new.stream) == (ack.spool, &ack.stream));
+    all.acks.retain(is_new);
+    all.acks.extend(later.acks);
+    all.refused.extend(later.refused);
+    all.node = later.node;
+}
+
+/// Counts the rows of parts that the ingest thread never saw.
+fn push_back(door: &Door, parts: impl Iterator<Item = Part>) {
+    let rows = parts.map(|(_, part)| rows_of(&part)).sum();
+    door.metrics.rows_received.add(rows);
+    door.metrics.rows_pushed_back.add(rows);
+}
+
+fn rows_of(part: &[Checked]) -> u64 {
+    part.iter().map(|(batch, _)| u64::from(batch.header().rows)).sum()
 }
 
 fn unreadable() -> RefusedRequest {
@@ -167,15 +200,17 @@ fn unreadable() -> RefusedRequest {
 
 /// A batch that is undamaged, and its schema.
 type Checked = (SealedBatch, Arc<StreamSchema>);
+/// Some of the batches of a request, and how much they take once decoded.
+type Part = (usize, Vec<Checked>);
 
-/// The batches of a request in parts that take at most [`PART_BYTES`] once decoded, or one batch each: rows that repeat
-/// unpack to a hundred times their size.
-fn parts(batches: Vec<Checked>) -> Vec<(usize, Vec<Checked>)> {
-    let mut parts = Vec::<(usize, Vec<Checked>)>::new();
+/// The batches of a request in parts that take at most so much once decoded, or one batch each: rows that repeat unpack
+/// to a hundred times their size.
+fn parts(batches: Vec<Checked>, bytes_max: usize) -> Vec<Part> {
+    let mut parts = Vec::<Part>::new();
     for checked in batches {
         let bytes = checked.0.decoded_bytes();
         match parts.last_mut() {
-            Some((all, part)) if *all + bytes <= PART_BYTES => {
+            Some((all, part)) if *all + bytes <= bytes_max => {
                 *all += bytes;
                 part.push(checked);
             }
@@ -185,13 +220,13 @@ fn parts(batches: Vec<Checked>) -> Vec<(usize, Vec<Checked>)> {
     parts
 }
 
-async fn take_part(door: &Arc<Door>, (bytes, part): (usize, Vec<Checked>)) -> Result<Acks, RefusedAnswer> {
+async fn take_part(door: &Arc<Door>, (bytes, part): Part) -> Result<Acks, RefusedAnswer> {
     let units = u32::try_from(bytes.div_ceil(ROOM_UNIT)).unwrap_or(u32::MAX);
     // Waits for its turn: the body is here already, and counted.
     let room = Arc::clone(&door.decoded).acquire_many_owned(units).await;
     let _room = room.map_err(|_| RefusedRequest::NotReady { detail: "the node stops".to_owned() })?;
     let stream = part[0].0.header().stream.clone();
-    let rows = part.iter().map(|(batch, _)| u64::from(batch.header().rows)).sum();
+    let rows = rows_of(&part);
     let decode = |(batch, schema): Checked| Arrived { rows: batch.decode(&schema), batch, schema };
     let decoding = tokio::task::spawn_blocking(move || part.into_iter().map(decode).collect());
     let batches = decoding.await.map_err(|_| unreadable())?;
@@ -280,4 +315,59 @@ fn read(door: &Door, edge: &EdgeId, body: Bytes) -> Result<Vec<Checked>, Refused
         }
     }
     Ok(checked)
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow_array::{ArrayRef, RecordBatch, StringArray, TimestampMicrosecondArray};
+    use wire::sealed::NO_WATERMARK;
+    use wire::{CutBatch, Mark, Refusal, Seq, TS_MIN_US};
+
+    use super::*;
+
+    fn checked(seq: u64) -> Checked {
+        let schema = StreamSchema::new(Vec::new()).unwrap();
+        let columns: Vec<ArrayRef> = vec![
+            Arc::new(TimestampMicrosecondArray::from_value(TS_MIN_US, 1_000).with_timezone("UTC")),
+            Arc::new(StringArray::from(vec!["d"; 1_000])),
+            Arc::new(StringArray::from(vec!["good"; 1_000])),
+        ];
+        let rows = RecordBatch::try_new(schema.arrow().clone(), columns).unwrap();
+        let cut = CutBatch::seal("traffic".parse().unwrap(), &schema, &rows, NO_WATERMARK, "test", 1).unwrap();
+        (cut.number(&"gw".parse().unwrap(), SpoolId([1; 16]), Seq(seq), 0), Arc::new(schema))
+    }
+
+    #[test]
+    fn a_request_is_taken_in_parts_by_what_it_unpacks_to() {
+        let one = checked(1).0.decoded_bytes();
+        assert!(one > checked(1).0.bytes().len(), "rows that repeat");
+        let sizes = |bytes_max| {
+            let parts = parts((1..=7).map(checked).collect(), bytes_max);
+            assert!(parts.iter().all(|(bytes, part)| *bytes == one * part.len()));
+            let seqs = parts.iter().flat_map(|(_, part)| part).map(|(batch, _)| batch.header().seq.0);
+            assert!(seqs.eq(1..=7), "in order");
+            parts.into_iter().map(|(_, part)| part.len()).collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(3 * one), [3, 3, 1]);
+        assert_eq!(sizes(7 * one), [7]);
+        assert_eq!(sizes(0), [1; 7], "a batch that is too large for a part is one");
+    }
+
+    #[test]
+    fn the_answer_of_the_last_part_counts_for_each_sequence() {
+        let ack = |stream: &str, seq| {
+            let durable = Mark { seq: Seq(seq), crc: 0 };
+            StreamAck { spool: SpoolId([1; 16]), stream: stream.parse().unwrap(), durable, committed: Mark::default() }
+        };
+        let refusal = |seq| Refusal {
+            spool: SpoolId([1; 16]),
+            stream: "a".parse().unwrap(),
+            seq: Seq(seq),
+            reason: String::new(),
+        };
+        let mut all = Acks { node: "n".into(), acks: vec![ack("a", 1), ack("b", 2)], refused: vec![refusal(1)] };
+        merge(&mut all, Acks { node: "n".into(), acks: vec![ack("a", 3)], refused: vec![refusal(4)] });
+        assert_eq!(all.acks, [ack("b", 2), ack("a", 3)]);
+        assert_eq!(all.refused, [refusal(1), refusal(4)]);
+    }
 }

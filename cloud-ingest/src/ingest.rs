@@ -18,16 +18,15 @@ use std::time::{Duration, Instant};
 use segment_log::{AppendError, FileLayer, FreeError, Options, ReadError, SyncError};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
-use wire::schema::StreamField;
 use wire::{Acks, RefusedAnswer, RefusedRequest, SpoolId, StreamAck, StreamName};
 
 use self::carry::Carry;
-use self::errand::{Done, Listed, LookBook, Subject, Ticket, chain};
+use self::errand::{Done, LookBook, Subject, Ticket};
 use self::request::{Arrived, Request};
 use self::stream::Stream;
 use crate::catalog::Catalogue;
 use crate::config::Settings;
-use crate::delta::{DeltaTable, TableError};
+use crate::delta::TableError;
 use crate::metrics::Metrics;
 use crate::store::{Store, StoreError};
 use crate::wal::Wal;
@@ -63,13 +62,9 @@ pub(crate) type Reply = oneshot::Sender<Result<Acks, RefusedAnswer>>;
 pub(crate) enum Job {
     Batches { batches: Vec<Arrived>, reply: Reply, _place: OwnedSemaphorePermit },
     Positions { spools: Vec<SpoolId>, reply: Reply, _place: OwnedSemaphorePermit },
-    Done(Box<ErrandDone>),
+    Done(Box<Done>),
     Stop,
 }
-
-/// An errand that is back, for the thread alone.
-#[derive(Debug)]
-pub(crate) struct ErrandDone(Done);
 
 /// Why the node cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +120,8 @@ pub(crate) struct Ingest<L: FileLayer> {
     wal: Wal<L>,
     streams: BTreeMap<StreamName, Stream>,
     looks: LookBook,
+    /// Why tables could not be opened, so that each reason is told once.
+    unopened: BTreeMap<StreamName, String>,
     parked: Vec<Parked>,
     carry: Option<Carry<L>>,
     carry_not_before: Option<Instant>,
@@ -171,6 +168,7 @@ impl<L: FileLayer> Ingest<L> {
             wal,
             streams: BTreeMap::new(),
             looks: LookBook::default(),
+            unopened: BTreeMap::new(),
             parked: Vec::new(),
             carry: None,
             carry_not_before: None,
@@ -228,7 +226,7 @@ impl<L: FileLayer> Ingest<L> {
                     requests.push(Request::new(batches, reply));
                 }
                 Job::Positions { spools, reply, .. } => self.park_positions(spools, reply),
-                Job::Done(errand) => done.push(errand.0),
+                Job::Done(errand) => done.push(*errand),
                 Job::Stop => self.stopping = Some(Instant::now()),
             }
             if bytes < GROUP_BYTES_MAX {
@@ -349,108 +347,6 @@ impl<L: FileLayer> Ingest<L> {
             }
         }
         acks
-    }
-
-    /// Asks for a look at the store.
-    fn ask(&mut self, subject: Subject, fields: &[StreamField]) -> Ticket {
-        let (ticket, start) = self.looks.ask(subject.clone(), fields);
-        if let Some(fields) = start {
-            self.start_look(subject, fields);
-        }
-        ticket
-    }
-
-    fn start_look(&self, subject: Subject, fields: Vec<StreamField>) {
-        let store = self.store.clone();
-        match subject {
-            Subject::All => {
-                let known = self.streams.keys().cloned().collect();
-                let died = Done::Listed { outcome: Err(TableError::Unanswered) };
-                let list = async move { Done::Listed { outcome: errand::list(&store, &known).await } };
-                self.send(&self.looks_at_once, errand::LOOK_MAX, died, list);
-            }
-            Subject::Stream(stream) => {
-                let table = self.streams.get(&stream).map(|stream| stream.table.clone());
-                let died = Done::Looked { stream: stream.clone(), outcome: Err(TableError::Unanswered) };
-                self.send(&self.looks_at_once, errand::LOOK_MAX, died, async move {
-                    let outcome = errand::look(&store, &stream, table, &fields).await;
-                    Done::Looked { stream, outcome }
-                });
-            }
-        }
-    }
-
-    /// Sends an errand off; `died` is what is said of one that panics or takes too long.
-    fn send(
-        &self,
-        at_once: &Arc<Semaphore>,
-        longest: Duration,
-        died: Done,
-        errand: impl Future<Output = Done> + Send + 'static,
-    ) {
-        let (sender, at_once) = (self.sender.clone(), Arc::clone(at_once));
-        self.runtime.spawn(async move {
-            let _turn = at_once.acquire_owned().await;
-            let task = tokio::spawn(errand);
-            let stop = task.abort_handle();
-            let done = match tokio::time::timeout(longest, task).await {
-                Ok(done) => done.unwrap_or(died),
-                Err(_) => {
-                    stop.abort();
-                    died
-                }
-            };
-            // Nobody listens any more when the process ends; the WAL has the rows.
-            sender.send(Job::Done(Box::new(ErrandDone(done)))).ok();
-        });
-    }
-
-    fn done(&mut self, done: Done) -> Result<(), Fault> {
-        let looked = match done {
-            Done::Looked { stream, outcome } => {
-                let failure = outcome.map(|table| self.adopt(&stream, table)).err();
-                Some((Subject::Stream(stream), failure))
-            }
-            Done::Listed { outcome } => {
-                let failure = outcome.map(|tables| self.adopt_all(tables)).err();
-                Some((Subject::All, failure))
-            }
-            Done::Committed { stream, table, end } => {
-                self.committed(&stream, table, end);
-                None
-            }
-        };
-        if let Some((subject, failure)) = looked {
-            let failure = failure.map(|error| chain(&error));
-            if let Some(fields) = self.looks.finish(&subject, failure) {
-                self.start_look(subject, fields);
-            }
-        }
-        if let Some(fault) = self.store.sync_failure() {
-            return Err(Fault::Store(fault.to_owned()));
-        }
-        self.free()
-    }
-
-    fn adopt_all(&mut self, tables: Listed) {
-        for (name, opened) in tables {
-            match opened {
-                Ok(table) => self.adopt(&name, table),
-                Err(error) => tracing::error!(stream = %name, reason = chain(&error), "its table cannot be opened"),
-            }
-        }
-    }
-
-    /// The table as it is now: ours to show from here on, unless a newer one is.
-    fn adopt(&mut self, name: &StreamName, table: DeltaTable) {
-        match self.streams.get_mut(name) {
-            Some(stream) => stream.apply(table, self.settings.hot.grace.0),
-            None => {
-                tracing::info!(stream = %name, "table appears");
-                self.streams.insert(name.clone(), Stream::new(name.clone(), table));
-            }
-        }
-        self.publish(name);
     }
 
     fn publish(&self, name: &StreamName) {

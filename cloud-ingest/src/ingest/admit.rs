@@ -105,18 +105,22 @@ impl<L: FileLayer> Ingest<L> {
     /// Whether there is room for a batch in memory and WAL, and in its stream's share of each. A stream may have so much
     /// of what is free ([`SHARE`] times) that some always is: one that cannot commit is pushed back alone.
     fn has_room(&self, name: &StreamName, bytes: usize, wal_bytes: usize) -> bool {
-        let (hot_max, wal_max) = (self.settings.hot.max_bytes.bytes(), self.settings.wal.max_bytes.bytes());
-        let carried = self.carry.as_ref().is_some_and(|carry| carry.stream == *name);
-        // A segment for the batch itself, and one for those that share its sync.
-        let reserve = self.carry_room() + 2 * self.settings.wal.segment_bytes.bytes();
-        if carried || self.wal.bytes() as usize + wal_bytes + reserve > wal_max {
+        let Some(stream) = self.streams.get(name) else { return false };
+        if self.carry.as_ref().is_some_and(|carry| carry.stream == *name) {
             return false;
         }
-        let free = hot_max.saturating_sub(self.hot_bytes());
-        let live = self.streams.values().map(|stream| stream.hot.wal_bytes()).sum();
+        let (mut hot, mut live, mut largest) = (0, 0, 0);
+        for stream in self.streams.values() {
+            let wal_bytes = stream.hot.wal_bytes();
+            (hot, live, largest) = (hot + stream.hot.bytes(), live + wal_bytes, wal_bytes.max(largest));
+        }
+        let (hot_max, wal_max) = (self.settings.hot.max_bytes.bytes(), self.settings.wal.max_bytes.bytes());
+        // A segment for the batch itself, and one for those that share its sync.
+        let reserve = self.carry_room(largest) + 2 * self.settings.wal.segment_bytes.bytes();
+        let free = hot_max.saturating_sub(hot);
         let wal_free = (wal_max / carry::LIVE_SHARE).saturating_sub(live);
-        let Some(stream) = self.streams.get(name) else { return false };
-        bytes <= free
+        self.wal.bytes() as usize + wal_bytes + reserve <= wal_max
+            && bytes <= free
             && stream.hot.bytes() + bytes <= SHARE * free
             && stream.hot.wal_bytes() + wal_bytes <= SHARE * wal_free
     }

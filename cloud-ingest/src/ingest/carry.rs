@@ -20,8 +20,10 @@ use crate::wal::{Found, Replay, Wal};
 pub(super) const LIVE_SHARE: usize = 4;
 /// Bytes of the WAL that one step reads at most.
 const STEP_BYTES: u64 = 8 << 20;
-/// After one that could not be done the next is tried so much later.
+/// After one that found no room the next is tried so much later.
 const TRY_AGAIN: Duration = Duration::from_secs(10);
+/// After one that could not be read: each try leaves a part of the copy, and those must not fill the WAL.
+const TRY_AGAIN_UNREADABLE: Duration = Duration::from_secs(3_600);
 
 /// One stream's move.
 #[derive(Debug)]
@@ -40,6 +42,8 @@ enum Step {
     Over(Position),
     /// There is no room.
     Full,
+    /// The disk does not give back what it has.
+    Unreadable,
 }
 
 impl<L: FileLayer> Carry<L> {
@@ -50,7 +54,7 @@ impl<L: FileLayer> Carry<L> {
     }
 
     fn step(&mut self, wal: &mut Wal<L>, stream: &mut Stream) -> Result<Step, Fault> {
-        let mut until = None;
+        let mut step_end = None;
         loop {
             let replayed = match self.replay.next() {
                 Ok(None) => break,
@@ -60,8 +64,8 @@ impl<L: FileLayer> Carry<L> {
                     continue;
                 }
                 Err(error) => {
-                    tracing::error!(%error, "read the wal again");
-                    return Ok(Step::Full);
+                    tracing::error!(stream = %self.stream, %error, "read the wal again");
+                    return Ok(Step::Unreadable);
                 }
             };
             if replayed.next > self.until {
@@ -76,8 +80,8 @@ impl<L: FileLayer> Carry<L> {
                 };
                 self.first.get_or_insert(position);
             }
-            let until = *until.get_or_insert(replayed.next.0 + STEP_BYTES);
-            if replayed.next.0 >= until {
+            let step_end = *step_end.get_or_insert(replayed.next.0 + STEP_BYTES);
+            if replayed.next.0 >= step_end {
                 return Ok(Step::More);
             }
         }
@@ -97,9 +101,8 @@ impl<L: FileLayer> Ingest<L> {
         (from < self.wal.newest_segment()).then(|| name.clone())
     }
 
-    /// Bytes of the WAL that the carry of any stream may need.
-    pub(super) fn carry_room(&self) -> usize {
-        let largest = self.streams.values().map(|stream| stream.hot.wal_bytes()).max().unwrap_or(0);
+    /// Bytes of the WAL that the carry of a stream with so many may need.
+    pub(super) fn carry_room(&self, largest: usize) -> usize {
         // Records have headers, segments have ends, and schemas are there again.
         largest + largest / 4 + self.settings.wal.segment_bytes.bytes()
     }
@@ -109,7 +112,8 @@ impl<L: FileLayer> Ingest<L> {
         if self.carry.is_none() {
             let early = self.carry_not_before.is_some_and(|until| until > Instant::now());
             let Some(stream) = pins.and_then(|name| self.streams.get(&name)).filter(|_| !early) else { return Ok(()) };
-            let fits = self.wal.bytes() as usize + self.carry_room() <= self.settings.wal.max_bytes.bytes();
+            let room = self.carry_room(stream.hot.wal_bytes());
+            let fits = self.wal.bytes() as usize + room <= self.settings.wal.max_bytes.bytes();
             if !stream.commits.struggle() || !fits {
                 return Ok(());
             }
@@ -117,7 +121,7 @@ impl<L: FileLayer> Ingest<L> {
                 Ok(carry) => self.carry = carry,
                 Err(error) => {
                     tracing::error!(stream = %stream.name, %error, "read the wal again");
-                    self.carry_not_before = Some(Instant::now() + TRY_AGAIN);
+                    self.carry_not_before = Some(Instant::now() + TRY_AGAIN_UNREADABLE);
                 }
             }
         }
@@ -128,6 +132,7 @@ impl<L: FileLayer> Ingest<L> {
         match carry.step(&mut self.wal, stream)? {
             Step::More => self.carry = Some(carry),
             Step::Full => self.carry_not_before = Some(Instant::now() + TRY_AGAIN),
+            Step::Unreadable => self.carry_not_before = Some(Instant::now() + TRY_AGAIN_UNREADABLE),
             Step::Over(to) => {
                 tracing::info!(stream = %stream.name, from = %to, "carried to the head of the wal: it cannot commit");
                 stream.hot.moved_in_wal(to);

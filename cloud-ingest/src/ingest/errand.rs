@@ -12,9 +12,13 @@ use std::time::Duration;
 
 use arrow_array::{RecordBatch, RecordBatchOptions, new_null_array};
 use arrow_schema::SchemaRef;
+use segment_log::FileLayer;
+use tokio::sync::Semaphore;
 use wire::StreamName;
 use wire::schema::StreamField;
 
+use super::stream::Stream;
+use super::{Fault, Ingest, Job};
 use crate::delta::{CommitError, DeltaTable, TableError};
 use crate::hot::Taking;
 use crate::rescue::row_schema;
@@ -87,7 +91,7 @@ impl LookBook {
 
 /// How a commit ended.
 #[derive(Debug)]
-pub(super) enum CommitEnd {
+pub(crate) enum CommitEnd {
     Made {
         rows: u64,
     },
@@ -100,7 +104,7 @@ pub(super) enum CommitEnd {
 
 /// An errand that is back.
 #[derive(Debug)]
-pub(super) enum Done {
+pub(crate) enum Done {
     /// With the table as it is now.
     Looked {
         stream: StreamName,
@@ -118,7 +122,118 @@ pub(super) enum Done {
 }
 
 /// One bad table is no reason to leave out the others.
-pub(super) type Listed = Vec<(StreamName, Result<DeltaTable, TableError>)>;
+pub(crate) type Listed = Vec<(StreamName, Result<DeltaTable, TableError>)>;
+
+impl<L: FileLayer> Ingest<L> {
+    /// Asks for a look at the store.
+    pub(super) fn ask(&mut self, subject: Subject, fields: &[StreamField]) -> Ticket {
+        let (ticket, start) = self.looks.ask(subject.clone(), fields);
+        if let Some(fields) = start {
+            self.start_look(subject, fields);
+        }
+        ticket
+    }
+
+    fn start_look(&self, subject: Subject, fields: Vec<StreamField>) {
+        let store = self.store.clone();
+        match subject {
+            Subject::All => {
+                let known = self.streams.keys().cloned().collect();
+                let died = Done::Listed { outcome: Err(TableError::Unanswered) };
+                let listing = async move { Done::Listed { outcome: list(&store, &known).await } };
+                self.send(&self.looks_at_once, LOOK_MAX, died, listing);
+            }
+            Subject::Stream(stream) => {
+                let table = self.streams.get(&stream).map(|stream| stream.table.clone());
+                let died = Done::Looked { stream: stream.clone(), outcome: Err(TableError::Unanswered) };
+                self.send(&self.looks_at_once, LOOK_MAX, died, async move {
+                    let outcome = look(&store, &stream, table, &fields).await;
+                    Done::Looked { stream, outcome }
+                });
+            }
+        }
+    }
+
+    /// Sends an errand off; `died` is what is said of one that panics or takes too long.
+    pub(super) fn send(
+        &self,
+        at_once: &Arc<Semaphore>,
+        longest: Duration,
+        died: Done,
+        errand: impl Future<Output = Done> + Send + 'static,
+    ) {
+        let (sender, at_once) = (self.sender.clone(), Arc::clone(at_once));
+        self.runtime.spawn(async move {
+            let _turn = at_once.acquire_owned().await;
+            let task = tokio::spawn(errand);
+            let stop = task.abort_handle();
+            let done = match tokio::time::timeout(longest, task).await {
+                Ok(done) => done.unwrap_or(died),
+                Err(_) => {
+                    stop.abort();
+                    died
+                }
+            };
+            // Nobody listens any more when the process ends; the WAL has the rows.
+            sender.send(Job::Done(Box::new(done))).ok();
+        });
+    }
+
+    pub(super) fn done(&mut self, done: Done) -> Result<(), Fault> {
+        let looked = match done {
+            Done::Looked { stream, outcome } => {
+                let failure = outcome.map(|table| self.adopt(&stream, table)).err();
+                Some((Subject::Stream(stream), failure))
+            }
+            Done::Listed { outcome } => {
+                let failure = outcome.map(|tables| self.adopt_all(tables)).err();
+                Some((Subject::All, failure))
+            }
+            Done::Committed { stream, table, end } => {
+                self.committed(&stream, table, end);
+                None
+            }
+        };
+        if let Some((subject, failure)) = looked {
+            let failure = failure.map(|error| chain(&error));
+            if let Some(fields) = self.looks.finish(&subject, failure) {
+                self.start_look(subject, fields);
+            }
+        }
+        if let Some(fault) = self.store.sync_failure() {
+            return Err(Fault::Store(fault.to_owned()));
+        }
+        self.free()
+    }
+
+    pub(super) fn adopt_all(&mut self, tables: Listed) {
+        for (name, opened) in tables {
+            match opened {
+                Ok(table) => self.adopt(&name, table),
+                Err(error) => {
+                    let reason = chain(&error);
+                    if self.unopened.get(&name) != Some(&reason) {
+                        tracing::error!(stream = %name, reason, "its table cannot be opened");
+                        self.unopened.insert(name, reason);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The table as it is now: ours to show from here on, unless a newer one is.
+    pub(super) fn adopt(&mut self, name: &StreamName, table: DeltaTable) {
+        match self.streams.get_mut(name) {
+            Some(stream) => stream.apply(table, self.settings.hot.grace.0),
+            None => {
+                tracing::info!(stream = %name, "table appears");
+                self.unopened.remove(name);
+                self.streams.insert(name.clone(), Stream::new(name.clone(), table));
+            }
+        }
+        self.publish(name);
+    }
+}
 
 /// Opens a table, or makes it when fields are wanted; reads it anew; adds the fields it lacks. A void batch wants none.
 pub(super) async fn look(

@@ -1,7 +1,8 @@
 //! The start: tables are opened, and what the WAL has above their `txn` becomes hot again.
 //!
-//! A table that cannot be opened keeps only its own stream from starting. It commits as it replays, within the memory of hot. A sequence that was carried stands in the WAL twice, the older
-//! copy perhaps without its beginning: what does not follow is skipped, its number comes again further on.
+//! It commits as it replays, within the memory of hot. A table that cannot be opened keeps only its own stream from
+//! starting. A sequence that was carried stands in the WAL twice, the older copy perhaps without its beginning: what does
+//! not follow is skipped, its number comes again further on.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -38,8 +39,7 @@ impl<L: FileLayer> Ingest<L> {
         let header = replayed.batch.header();
         let name = &header.stream;
         let fields = if header.void.is_some() { &[] } else { replayed.schema.fields() };
-        let known = self.streams.get_mut(name);
-        if let Some(stream) = known
+        if let Some(stream) = self.streams.get_mut(name)
             && stream.judge(&replayed.batch) != Verdict::Accept
         {
             return Ok(0);

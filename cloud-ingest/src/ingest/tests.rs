@@ -8,7 +8,7 @@ use arrow_array::{ArrayRef, Float64Array, RecordBatch, StringArray, TimestampMic
 use segment_log::sim::{Random, SimLayer};
 use tokio::runtime::Runtime;
 use wire::hot::HotAnswer;
-use wire::schema::FieldType;
+use wire::schema::{FieldType, StreamField};
 use wire::sealed::NO_WATERMARK;
 use wire::{CutBatch, SealedBatch, Seq, StreamSchema, TS_MIN_US};
 
