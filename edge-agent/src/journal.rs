@@ -23,7 +23,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::entry::{Entry, RECORD_KIND};
 
 /// Entries that wait for the disk, in all.
-pub const QUEUE_BYTES_MAX: usize = 8 << 20;
+pub const QUEUE_BYTES_MAX: usize = 4 << 20;
 /// A permit of the queue stands for so many bytes; an entry takes at least one.
 const PERMIT_BYTES: usize = 256;
 /// A group is synced at once when it has so many bytes.
