@@ -35,7 +35,7 @@ use crate::journal::{Journal, JournalError, OpenJournal};
 use crate::pipeline::{AGENT_VERSION, Pipeline, SnapshotError};
 use crate::redelivery::Lists;
 use crate::source::mqtt::{Connection, Task};
-use crate::source::{SourceState, host};
+use crate::source::{SourceState, host, tick};
 use crate::spool::{LaneSettings, Spool, SpoolError, SpoolSettings};
 use crate::uplink::http::{ClientError, CloudClient};
 use crate::uplink::state::Uplink;
@@ -237,6 +237,9 @@ fn start_sources(
                 }
             }
         }
+    }
+    if let Some(every) = settings.tick_every() {
+        tasks.spawn(tick::run(every, journal.sender(), token.clone()));
     }
     // What is left belongs to clients that are not configured any more.
     for (client, known) in lists.0 {

@@ -4,11 +4,13 @@
 //! field that is mapped has a type, every stream that is named is there. `configs/edge.toml` shows every key; a test
 //! parses it. Secrets are never printed.
 
+mod checks;
 mod number;
 mod source;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod unit;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -23,11 +25,13 @@ pub use wire::written::{ConfigError, Size, Span};
 use wire::written::{load, read, with_nearest_key};
 use wire::{BATCH_ROWS_MAX, EdgeId, StreamName};
 
+pub use self::checks::{Allowed, Duplicates, FieldCheck, Fill, StreamCheck, Verdict};
 pub use self::number::Number;
 pub use self::source::{
     Format, HostSettings, MapSettings, MqttSettings, MqttVersion, Place, Pointer, SourceSettings, TimeFormat, TimePlace,
 };
 pub use self::stream::{FieldSettings, StreamSettings, WindowSettings};
+pub use self::unit::{Conversion, Unit};
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Deserialize)]
@@ -240,9 +244,11 @@ impl Settings {
         let own = [own::QUARANTINE, own::LOSSES, "alerts"].map(str::to_owned);
         let windows =
             self.stream.iter().flat_map(|(name, stream)| stream.windows(name)).map(|(name, _)| name.to_string());
+        let absent = self.stream.iter().filter_map(|(name, stream)| stream.absent_stream(name));
         let first = own
             .into_iter()
             .chain(windows)
+            .chain(absent.map(|name| name.to_string()))
             .filter(|stream| !named(&lanes, stream))
             .map(|stream| stream.parse().expect("checked when the settings were read"))
             .collect::<Vec<StreamName>>();
@@ -266,6 +272,11 @@ impl Settings {
         }
         lanes.sort_by_key(|lane| lane.priority);
         lanes
+    }
+
+    /// How often the journal is told the time. None when nothing needs it.
+    pub fn tick_every(&self) -> Option<Duration> {
+        self.stream.values().filter_map(StreamSettings::tick_every).min()
     }
 
     /// A segment of a lane's log: what one cut may bring fits in it, also when a source allows long payloads.

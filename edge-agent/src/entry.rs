@@ -11,6 +11,7 @@
 //! kind 4 refused   spool [16] | seq u64 | reason str16 | schema str16 | one cut batch (wire::CutBatch::write) to the end
 //! kind 5 missed    source str8 | messages u64 | bytes u64 | first i64 | last i64
 //! kind 6 subscribed client str8 | (filter str16)* to the end
+//! kind 7 tick      now i64
 //! ```
 //! Times are µs since 1970 UTC by the gateway's clock.
 
@@ -56,6 +57,10 @@ pub enum Entry {
     Subscribed {
         client: String,
         filters: Vec<String>,
+    },
+    /// Nothing but the time: what the pipeline does when nothing comes goes by it.
+    Tick {
+        now_us: i64,
     },
 }
 
@@ -141,6 +146,10 @@ impl Entry {
                 put_str8(out, client);
                 filters.iter().for_each(|filter| put_str16(out, filter));
             }
+            Self::Tick { now_us } => {
+                out.push(7);
+                out.extend(now_us.to_le_bytes());
+            }
         }
     }
 
@@ -162,6 +171,7 @@ impl Entry {
             4 => read_refused(rest),
             5 => read_missed(rest),
             6 => read_subscribed(rest),
+            7 => read_tick(rest),
             _ => None,
         }
         .ok_or(error)
@@ -259,6 +269,10 @@ fn read_subscribed(mut bytes: Bytes) -> Option<Entry> {
     Some(Entry::Subscribed { client, filters })
 }
 
+fn read_tick(mut bytes: Bytes) -> Option<Entry> {
+    Some(Entry::Tick { now_us: bytes.try_get_i64_le().ok()? })
+}
+
 fn clip(text: &str, bytes_max: usize) -> &str {
     &text[..text.floor_char_boundary(bytes_max)]
 }
@@ -328,7 +342,8 @@ mod tests {
             client: "c".into(),
             filters: filters.iter().map(|filter| (*filter).to_owned()).collect(),
         };
-        for entry in entries().into_iter().chain([subscribed(&[]), subscribed(&["a/+", "$share/g/ü"])]) {
+        let tick = Entry::Tick { now_us: -7 };
+        for entry in entries().into_iter().chain([subscribed(&[]), subscribed(&["a/+", "$share/g/ü"]), tick]) {
             let mut bytes = Vec::new();
             entry.write(&mut bytes);
             assert_eq!(Entry::read(Bytes::from(bytes)).unwrap(), entry);
@@ -343,6 +358,9 @@ mod tests {
         let mut bytes = Vec::new();
         Entry::Subscribed { client: "c".into(), filters: vec!["a".into(), "b/#".into()] }.write(&mut bytes);
         assert_eq!(bytes, b"\x01\x06\x01c\x01\x00a\x03\x00b/#");
+        bytes.clear();
+        Entry::Tick { now_us: 258 }.write(&mut bytes);
+        assert_eq!(bytes, b"\x01\x07\x02\x01\0\0\0\0\0\0");
     }
 
     #[test]

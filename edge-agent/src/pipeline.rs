@@ -4,10 +4,12 @@
 //! [`Pipeline::apply`] takes an entry with its position; [`Pipeline::cut`] takes all rows so far, lane by lane.
 //! [`Pipeline::snapshot`], taken when no row is pending, holds windows, counters and redelivery lists. After a crash the
 //! entries behind the snapshot are applied again, and a lane takes only rows of entries at or behind its own position.
+//! What goes by time when nothing comes (readings that wait, silent devices) goes by `judging.rs`' clock.
 //! What does not decode or fails a check becomes a row of `quarantine`. (Rules and alerts will stand between the
 //! windows and the outputs.)
 
 mod counters;
+mod judging;
 mod output;
 mod quarantine;
 mod snapshot;
@@ -16,6 +18,7 @@ mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 
+use bytes::Bytes;
 use segment_log::Position;
 use wire::schema::own;
 use wire::sealed::{CutError, NO_WATERMARK};
@@ -29,7 +32,7 @@ use crate::decode::{Decoder, Reading, Rejected, Value};
 use crate::entry::{Entry, Message, Payload};
 use crate::redelivery::Lists;
 use crate::source::host;
-use crate::validate::Checks;
+use crate::validate::{Judge, Outcome, Quality};
 use crate::window::{self, Late, Windows};
 
 /// The version of this agent, in every batch.
@@ -38,6 +41,8 @@ pub const AGENT_VERSION: &str = concat!("weir ", env!("CARGO_PKG_VERSION"));
 const GOOD: &str = "good";
 /// `quality` of a row that came too late for its windows (rule 5).
 const LATE: &str = "late";
+/// `quality` of a row that was made up for a gap.
+const IMPUTED: &str = "imputed";
 
 /// One cut: for each lane what it gets; all entries before `position` are in it.
 #[derive(Debug)]
@@ -64,9 +69,12 @@ struct Source {
 #[derive(Debug)]
 struct Stream {
     name: StreamName,
-    checks: Checks,
+    judge: Judge,
     windows: Windows,
+    fill_in_windows: bool,
     output: usize,
+    /// The output of its absent devices.
+    absent_output: Option<usize>,
     /// The outputs of its windows, in the order of the settings, with the window's size in µs.
     window_outputs: Vec<(usize, i64)>,
 }
@@ -94,6 +102,12 @@ pub struct Pipeline {
     pending_rows: usize,
     pending_bytes: usize,
     scratch: Vec<Result<Reading, Rejected>>,
+    quality: Quality,
+    clock: judging::Clock,
+    /// How far the clock goes between two entries at most; 0 when nothing goes by it.
+    clock_step_us: i64,
+    /// States of checks of streams that are not configured.
+    orphans: Vec<(Bytes, Bytes)>,
 }
 
 impl Pipeline {
@@ -117,6 +131,10 @@ impl Pipeline {
             pending_rows: 0,
             pending_bytes: 0,
             scratch: Vec::new(),
+            quality: Quality::default(),
+            clock: judging::Clock::default(),
+            clock_step_us: settings.tick_every().map_or(0, |every| 2 * every.as_micros() as i64),
+            orphans: Vec::new(),
         };
         let lane_of = |stream: &StreamName| {
             let named = lane_settings.iter().position(|lane| lane.streams.contains(stream));
@@ -144,9 +162,11 @@ impl Pipeline {
                 .collect();
             pipeline.streams.push(Stream {
                 name: name.clone(),
-                checks: Checks::new(stream),
+                judge: Judge::new(stream),
                 windows: Windows::new(name, stream),
+                fill_in_windows: stream.fill_in_windows,
                 output: main,
+                absent_output: stream.absent_stream(name).map(|absent| output(absent, judging::absent_schema())),
                 window_outputs,
             });
         }
@@ -159,7 +179,11 @@ impl Pipeline {
         self.position = next;
         self.lists.apply(entry);
         match entry {
-            Entry::Message(message) => self.message(position, message),
+            Entry::Message(message) => {
+                self.advance_clock(position, message.arrival_us);
+                self.message(position, message);
+            }
+            Entry::Tick { now_us } => self.advance_clock(position, *now_us),
             Entry::Session { .. } | Entry::Forgotten { .. } | Entry::Subscribed { .. } => {}
             Entry::Refused { spool, seq, reason, schema, batch } => {
                 let key = (*spool, batch.stream.clone());
@@ -280,37 +304,47 @@ impl Pipeline {
         let mut readings = std::mem::take(&mut self.scratch);
         source.decoder.decode(&message.topic, payload, message.arrival_us, &mut readings);
         for (index, reading) in readings.drain(..).enumerate() {
-            let checked =
-                reading.and_then(|reading| match self.streams[stream].checks.check(&reading, message.arrival_us) {
-                    Ok(()) => Ok(reading),
-                    Err((reason, detail)) => {
-                        let payload = payload.slice(reading.span);
-                        Err(Rejected { reason, detail, device: Some(reading.device), payload })
-                    }
-                });
-            match checked {
-                Ok(reading) => self.accept(position, message, stream, &reading),
+            let judged = reading.and_then(|mut reading| match self.judge(position, message, stream, &mut reading) {
+                Ok(outcome) => Ok((reading, outcome)),
+                Err((reason, detail)) => {
+                    let payload = payload.slice(reading.span);
+                    Err(Rejected { reason, detail, device: Some(reading.device), payload })
+                }
+            });
+            match judged {
+                Ok((reading, Outcome::Keep { .. })) => self.keep(position, message, stream, reading),
+                Ok((_, Outcome::Repeat)) => {
+                    let totals = self.counters.source(&message.source);
+                    totals.read += 1;
+                    totals.duplicate += 1;
+                }
                 Err(rejected) => self.reject(position, message, &rejected, Some(stream), index == 0),
             }
         }
         self.scratch = readings;
         self.close_windows(position, stream);
+        self.absences(position, stream);
     }
 
-    fn accept(&mut self, position: Position, message: &Message, stream: usize, reading: &Reading) {
-        let totals = self.counters.source(&message.source);
-        totals.read += 1;
-        totals.accepted += 1;
+    /// A row of the stream; `quality` is what checks found.
+    fn row(&mut self, position: Position, stream: usize, reading: &Reading, quality: &str, in_windows: bool) {
         let stream = &mut self.streams[stream];
-        let quality = match stream.windows.add(reading) {
-            Late::Good => GOOD,
-            Late::Late => LATE,
+        let late = if in_windows { stream.windows.add(reading) } else { Late::Good };
+        let joined;
+        let quality = match (late, quality) {
+            (Late::Good, "") => GOOD,
+            (Late::Good, found) => found,
+            (Late::Late, "") => LATE,
+            (Late::Late, found) => {
+                joined = format!("{found},{LATE}");
+                &joined
+            }
         };
         let output = &mut self.outputs[stream.output];
         output.watermark = output.watermark.max(stream.windows.watermark());
         let totals = self.counters.stream(&output.stream);
         totals.rows += 1;
-        totals.late += u64::from(quality == LATE);
+        totals.late += u64::from(late == Late::Late);
         if position < output.skip_before {
             return;
         }

@@ -2,6 +2,7 @@
 
 pub mod host;
 pub mod mqtt;
+pub mod tick;
 
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};

@@ -1,8 +1,9 @@
 //! The pipeline's state as bytes, taken when no row is pending, and back.
 //!
 //! ```text
-//! version u8 = 1 | meta_len u32 | meta (JSON) | lists_len u32 | lists | (name_len u8 | name | len u32 | windows)*
+//! version u8 = 1 | meta_len u32 | meta (JSON) | lists_len u32 | lists | (name_len u32 | name | len u32 | state)*
 //! ```
+//! The state of a stream's windows goes by its name, that of its checks by `<name>/checks`.
 //! The meta data hold the position, counters, watermarks, refusals, and which lane each stream went to. A stream that the
 //! configuration has since moved to another lane is skipped by what its *old* lane has, until the new lane is cut.
 
@@ -13,11 +14,14 @@ use segment_log::Position;
 use serde::{Deserialize, Serialize};
 use wire::{Seq, SpoolId, StreamName};
 
+use super::judging::Clock;
 use super::{Counters, Pipeline};
 use crate::config::Settings;
 use crate::redelivery::Lists;
 
 const VERSION: u8 = 1;
+/// Behind a stream's name; no name has a slash.
+const CHECKS: &str = "/checks";
 
 /// Why bytes are no snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +45,8 @@ struct Meta {
     /// Lane of each stream, by name.
     lanes: BTreeMap<StreamName, String>,
     moved: BTreeMap<StreamName, Moved>,
+    #[serde(default)]
+    clock: Clock,
 }
 
 /// A stream that changed its lane when the new one stood at `lane_at`: its rows below `has` are in the spool.
@@ -75,6 +81,7 @@ impl Pipeline {
             refused: self.refused.iter().map(|((spool, stream), seq)| (*spool, stream.clone(), *seq)).collect(),
             lanes: outputs().map(|output| (output.stream.clone(), self.lane_names[output.lane].clone())).collect(),
             moved: self.moved.clone(),
+            clock: self.clock,
         };
         let mut out = vec![VERSION];
         let mut section = |bytes: &[u8]| {
@@ -90,6 +97,16 @@ impl Pipeline {
             let mut windows = Vec::new();
             stream.windows.write(&mut windows);
             section(&windows);
+            if stream.judge.remembers() {
+                section(format!("{}{CHECKS}", stream.name).as_bytes());
+                let mut judge = Vec::new();
+                stream.judge.write(&mut judge);
+                section(&judge);
+            }
+        }
+        for (name, state) in &self.orphans {
+            section(name);
+            section(state);
         }
         out
     }
@@ -114,9 +131,22 @@ impl Pipeline {
         pipeline.counters = meta.counters;
         pipeline.refused = meta.refused.into_iter().map(|(spool, stream, seq)| ((spool, stream), seq)).collect();
         pipeline.lists = Lists::read(&section(&mut bytes)?).map_err(|_| SnapshotError::Lists)?;
+        pipeline.clock = meta.clock;
         while !bytes.is_empty() {
             let name = section(&mut bytes)?;
             let windows = section(&mut bytes)?;
+            if let Some(name_of) = name.strip_suffix(CHECKS.as_bytes()) {
+                match pipeline.streams.iter_mut().find(|stream| stream.name.as_str().as_bytes() == name_of) {
+                    // Readings may wait in it, which are counted as waiting until the stream is configured again.
+                    None => pipeline.orphans.push((name, windows)),
+                    Some(stream) => {
+                        if let Err(error) = stream.judge.restore(&windows) {
+                            tracing::warn!(stream = %stream.name, %error, "its checks begin anew");
+                        }
+                    }
+                }
+                continue;
+            }
             let stream = pipeline.streams.iter_mut().find(|stream| stream.name.as_str().as_bytes() == name);
             // A stream that is no longer configured takes its open windows with it.
             if let Some(stream) = stream
