@@ -8,9 +8,9 @@ use std::fmt::Write;
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat};
 
-use crate::config::{Decoding, Settings, SourceSettings, StreamSettings};
+use crate::config::{Decoding, Settings, SourceSettings, StreamSettings, Unit};
 use crate::decode::{Decoder, Reading, Rejected, Value};
-use crate::validate::Checks;
+use crate::validate::{Judge, Outcome, Quality};
 
 /// Bytes of a payload that are shown.
 const SHOWN_BYTES: usize = 200;
@@ -59,14 +59,14 @@ fn one(
     now_us: i64,
 ) {
     let mut decoder = Decoder::new(decoding, stream);
-    let checks = Checks::new(stream);
+    let mut judge = Judge::new(stream);
     let mut out = Vec::new();
     let filtered = decoder.decode(topic, payload, now_us, &mut out);
     let (name, format, bytes) = (source.name(), decoding.format, payload.len());
     line(text, format_args!("source {name}: {format}, topic {topic}, {bytes} bytes, to stream {}", source.stream()));
-    for (index, result) in out.iter().enumerate() {
+    for (index, result) in out.iter_mut().enumerate() {
         match result {
-            Ok(reading) => accepted(text, index + 1, source, stream, &checks, reading, now_us),
+            Ok(reading) => decoded(text, index + 1, source, stream, &mut judge, reading, now_us),
             Err(rejected) => {
                 let of = rejected.device.as_ref().map(|device| format!(" of device {device}")).unwrap_or_default();
                 line(text, format_args!("reading {}{of}: not decoded", index + 1));
@@ -82,34 +82,51 @@ fn one(
     }
 }
 
-fn accepted(
+fn decoded(
     text: &mut String,
     number: usize,
     source: &SourceSettings,
     stream: &StreamSettings,
-    checks: &Checks,
-    reading: &Reading,
+    judge: &mut Judge,
+    reading: &mut Reading,
     now_us: i64,
 ) {
     line(text, format_args!("reading {number}: device {}, ts {}", reading.device, time(reading.ts)));
-    for ((name, field), value) in stream.fields.iter().zip(&reading.values) {
-        let value = match value {
-            None => "null".to_owned(),
-            Some(Value::Float(value)) => format!("{value:?}"),
-            Some(Value::Int(value)) => value.to_string(),
-            Some(Value::Bool(value)) => value.to_string(),
-            Some(Value::Text(value)) => format!("{value:?}"),
-        };
-        line(text, format_args!("  {name} {} = {value}", field.kind));
+    let before = reading.values.clone();
+    let mut quality = Quality::default();
+    // The watermark of nothing: no device is absent.
+    let judged = judge.judge(reading, now_us, 0, i64::MIN, &mut quality);
+    for (((name, field), was), is) in stream.fields.iter().zip(&before).zip(&reading.values) {
+        let unit = |unit: Option<Unit>| unit.map(|unit| format!(" {unit}")).unwrap_or_default();
+        let converted =
+            if was == is { String::new() } else { format!(" = {}{}", shown_value(is), unit(field.store_unit)) };
+        line(text, format_args!("  {name} {} = {}{}{converted}", field.kind, shown_value(was), unit(field.unit)));
     }
-    if let Err((reason, detail)) = checks.check(reading, now_us) {
-        return quarantined(text, reason, &detail, "");
+    match judged {
+        Err((reason, detail)) => return quarantined(text, reason, &detail, ""),
+        Ok(Outcome::Repeat) => return line(text, format_args!("  checks: repeats one before it, no row")),
+        Ok(Outcome::Keep { .. }) => {}
     }
-    line(text, format_args!("  checks: passed, a row of {}", source.stream()));
+    let found = match quality.as_str() {
+        "" => "passed".to_owned(),
+        words => format!("suspect, quality {words}"),
+    };
+    let waits = if judge.waits { ", when it has waited for one that repeats it" } else { "" };
+    line(text, format_args!("  checks: {found}, a row of {}{waits}", source.stream()));
     for (window, settings) in stream.windows(source.stream()) {
         let size = settings.size.micros();
         let start = reading.ts.div_euclid(size) * size;
         line(text, format_args!("  window {window}: {} to {}", time(start), time(start + size)));
+    }
+}
+
+fn shown_value(value: &Option<Value>) -> String {
+    match value {
+        None => "null".to_owned(),
+        Some(Value::Float(value)) => format!("{value:?}"),
+        Some(Value::Int(value)) => value.to_string(),
+        Some(Value::Bool(value)) => value.to_string(),
+        Some(Value::Text(value)) => format!("{value:?}"),
     }
 }
 

@@ -81,6 +81,11 @@ fn wrong_configurations_say_what_is_wrong() {
     check("min = 0", "min = 9007199254740993, max = 9007199254740992", "min is above max");
     check("min = 0", "max = nan", "not nan");
     check("min = 0", "min = \"0\"", "a number");
+    check("min = 0", "unit = \"kmph\"", "did you mean `kmh`?");
+    check("min = 0", "unit = \"km/h\", store_unit = \"°C\"", "speed: km/h and °C do not measure the same");
+    check("min = 0", "store_unit = \"m/s\"", "in what do the values come");
+    check("type = \"int64\"", "type = \"int64\", unit = \"km/h\", store_unit = \"m/s\"", "make the type float64");
+    check("type = \"int64\"", "type = \"bool\", unit = \"km/h\"", "units are for numbers");
     check("Europe/Copenhagen", "Copenhagen", "no time zone");
     check(", zone = \"Europe/Copenhagen\"", "", "add zone");
     check("format = \"%Y", "format = \"%!", "strftime");
