@@ -11,6 +11,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 mod unit;
+mod window;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -30,8 +31,9 @@ pub use self::number::Number;
 pub use self::source::{
     Format, HostSettings, MapSettings, MqttSettings, MqttVersion, Place, Pointer, SourceSettings, TimeFormat, TimePlace,
 };
-pub use self::stream::{FieldSettings, StreamSettings, WindowSettings};
+pub use self::stream::{FieldSettings, StreamSettings};
 pub use self::unit::{Conversion, Unit};
+pub use self::window::{AggregateKind, By, WindowSettings};
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Deserialize)]
