@@ -10,6 +10,7 @@ pub mod entry;
 pub mod journal;
 pub mod metrics;
 pub mod pipeline;
+pub mod profile;
 pub mod redelivery;
 pub mod source;
 pub mod spool;
