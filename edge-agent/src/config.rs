@@ -12,6 +12,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 mod unit;
+mod window;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -36,8 +37,9 @@ pub use self::source::{
     MqttVersion, Order, Parity, Place, Pointer, RegisterSettings, RegisterType, STATUS, SourceSettings, Table,
     TimeFormat, TimePlace, UnitSettings,
 };
-pub use self::stream::{FieldSettings, StreamSettings, WindowSettings};
+pub use self::stream::{FieldSettings, StreamSettings};
 pub use self::unit::{Conversion, Unit};
+pub use self::window::{AggregateKind, By, WindowSettings};
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Deserialize)]

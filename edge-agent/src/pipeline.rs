@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, HashMap};
 use bytes::Bytes;
 use segment_log::Position;
 use wire::schema::own;
-use wire::sealed::{CutError, NO_WATERMARK};
+use wire::sealed::CutError;
 use wire::{CutBatch, Seq, SpoolId, StreamName, StreamSchema};
 
 pub use self::counters::{Counters, SourceTotals, StreamTotals};
@@ -81,8 +81,8 @@ struct Stream {
     last_error: Option<String>,
     /// The output of its absent devices.
     absent_output: Option<usize>,
-    /// The outputs of its windows, in the order of the settings, with the window's size in µs.
-    window_outputs: Vec<(usize, i64)>,
+    /// The outputs of its windows, in the order of the settings.
+    window_outputs: Vec<usize>,
 }
 
 /// The state of the middle. See the module's documentation.
@@ -173,10 +173,9 @@ impl Pipeline {
         for (name, stream) in &streams {
             let main = output(name.clone(), stream.schema());
             let windows = stream.windows(name);
-            let window_outputs = windows
-                .iter()
-                .map(|(window, settings)| (output(window.clone(), window::schema(stream)), settings.size.micros()))
-                .collect();
+            let schema = |window| window::schema(stream, window).expect("checked when the settings were read");
+            let window_outputs =
+                windows.into_iter().map(|(window, settings)| output(window, schema(settings))).collect();
             pipeline.streams.push(Stream {
                 name: name.clone(),
                 judge: Judge::new(stream),
@@ -415,12 +414,12 @@ impl Pipeline {
 
     fn close_windows(&mut self, position: Position, stream: usize) {
         let stream = &mut self.streams[stream];
-        let watermark = stream.windows.watermark();
+        let mut complete = None;
         for row in stream.windows.advance() {
-            let (output, size) = stream.window_outputs[row.window];
-            let output = &mut self.outputs[output];
-            if watermark != NO_WATERMARK {
-                output.watermark = output.watermark.max(watermark.saturating_sub(size));
+            let output = &mut self.outputs[stream.window_outputs[row.window]];
+            if complete != Some(row.window) {
+                complete = Some(row.window);
+                output.watermark = output.watermark.max(stream.windows.complete_to(row.window));
             }
             self.counters.stream(&output.stream).rows += 1;
             if position < output.skip_before {

@@ -114,9 +114,15 @@ fn decoded(
     let waits = if judge.waits { ", when it has waited for one that repeats it" } else { "" };
     line(text, format_args!("  checks: {found}, a row of {}{waits}", source.stream()));
     for (window, settings) in stream.windows(source.stream()) {
-        let size = settings.size.micros();
-        let start = reading.ts.div_euclid(size) * size;
-        line(text, format_args!("  window {window}: {} to {}", time(start), time(start + size)));
+        let line = |out: &mut String, what: String| line(out, format_args!("  window {window}: {what}"));
+        let Some(last) = settings.last_start(reading.ts) else {
+            line(text, "a session".to_owned());
+            continue;
+        };
+        let (size, every) = (settings.size.micros(), settings.every_us());
+        let more = (last - reading.ts + size - 1) / every;
+        let more = if more > 0 { format!(", and {more} that begin earlier") } else { String::new() };
+        line(text, format!("{} to {}{more}", time(last), time(last + size)));
     }
 }
 

@@ -114,8 +114,31 @@ impl Judge {
         watermark: i64,
         quality: &mut Quality,
     ) -> Result<Outcome, Fault> {
-        quality.0.clear();
         self.checks.convert(reading)?;
+        self.judge_converted(reading, arrival_us, clock_us, watermark, quality)
+    }
+
+    /// Brings a reading into the units that are kept.
+    ///
+    /// # Errors
+    /// As [`Checks::convert`].
+    pub fn convert(&self, reading: &mut Reading) -> Result<(), Fault> {
+        self.checks.convert(reading)
+    }
+
+    /// As [`Judge::judge`], of a reading that is in the units that are kept already.
+    ///
+    /// # Errors
+    /// Why it is rejected.
+    pub fn judge_converted(
+        &mut self,
+        reading: &Reading,
+        arrival_us: i64,
+        clock_us: i64,
+        watermark: i64,
+        quality: &mut Quality,
+    ) -> Result<Outcome, Fault> {
+        quality.0.clear();
         self.checks.check(reading, arrival_us, quality)?;
         let mut outcome = Outcome::Keep { back: None, made_up: Vec::new() };
         let Some(memory) = &mut self.memory else { return Ok(outcome) };

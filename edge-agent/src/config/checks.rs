@@ -106,11 +106,14 @@ impl FieldSettings {
         if self.stuck_after.is_some_and(|span| span.0.is_zero()) {
             return Err("stuck_after must be more than 0".to_owned());
         }
-        let right = |allowed: &Allowed| match (&allowed.0, self.kind) {
-            (Value::Float(_) | Value::Int(_), FieldType::Float64) => true,
-            (Value::Int(_), FieldType::Int64) => true,
-            (Value::Bool(_), FieldType::Bool) | (Value::Text(_), FieldType::Text) => true,
-            _ => false,
+        let right = |allowed: &Allowed| {
+            matches!(
+                (&allowed.0, self.kind),
+                (Value::Float(_) | Value::Int(_), FieldType::Float64)
+                    | (Value::Int(_), FieldType::Int64)
+                    | (Value::Bool(_), FieldType::Bool)
+                    | (Value::Text(_), FieldType::Text)
+            )
         };
         if let Some(Allowed(wrong)) = self.allowed.iter().find(|allowed| !right(allowed)) {
             return Err(format!("allowed has {wrong:?}, and the type is {}", self.kind));

@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer};
 use wire::schema::{StreamField, StreamSchema, own};
 use wire::{FieldName, FieldType, StreamName};
 
-use super::{Allowed, Conversion, Duplicates, FieldCheck, Fill, Number, Size, Span, StreamCheck, Unit};
+use super::{Allowed, Conversion, Duplicates, FieldCheck, Fill, Number, Size, Span, StreamCheck, Unit, WindowSettings};
 
 /// A stream and its checks.
 #[derive(Debug, Clone, Deserialize)]
@@ -148,15 +148,6 @@ impl FieldSettings {
     }
 }
 
-/// A tumbling window over event time, for each device; windows begin at multiples of their size since 1970 UTC.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct WindowSettings {
-    pub size: Span,
-}
-
-/// Names of fields that windows append `_first` to.
-const WINDOW_FIELD_BYTES_MAX: usize = wire::ids::NAME_BYTES_MAX - "_first".len();
 /// Limits of `windows_max_bytes`: one long text fits, and a snapshot's section ([`crate::pipeline`]) is less than 4 GiB.
 const WINDOWS_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=1 << 30;
 /// Behind the name of a stream: where its absent devices are told.
@@ -164,8 +155,6 @@ const ABSENT: &str = "absent";
 /// Limits of how often the journal is told the time.
 const TICK_MIN: Duration = Duration::from_secs(1);
 const TICK_MAX: Duration = Duration::from_secs(60);
-/// The longest window.
-const WINDOW_MAX: Duration = Duration::from_secs(366 * 86_400);
 
 impl StreamSettings {
     /// A stream of these fields with the defaults for all else.
@@ -211,13 +200,6 @@ impl StreamSettings {
             }
             settings.check_checks().map_err(|error| format!("[stream.{name}.fields] {field}: {error}"))?;
         }
-        let longest = self.fields.iter().find(|(field, _)| field.as_str().len() > WINDOW_FIELD_BYTES_MAX);
-        if let Some((field, _)) = longest.filter(|_| !self.window.is_empty()) {
-            return Err(format!(
-                "[stream.{name}.fields] {field}: with windows a name has at most {WINDOW_FIELD_BYTES_MAX} characters, so that \
-                 `{field}_first` is one, too"
-            ));
-        }
         if !WINDOWS_BYTES.contains(&self.windows_max_bytes.0) {
             return Err(format!("[stream.{name}] windows_max_bytes must be from 1MiB to 1GiB"));
         }
@@ -232,9 +214,9 @@ impl StreamSettings {
             format!("{name}_{window}")
                 .parse::<StreamName>()
                 .map_err(|error| format!("[stream.{name}.window]: {error}"))?;
-            if settings.size.0.is_zero() || settings.size.0 > WINDOW_MAX {
-                return Err(format!("[stream.{name}.window.{window}]: size must be from 1 ms to 366 days"));
-            }
+            let here = |error: String| format!("[stream.{name}.window.{window}]: {error}");
+            settings.check(&self.fields).map_err(here)?;
+            crate::window::schema(self, settings).map_err(|error| here(error.to_string()))?;
         }
         Ok(())
     }

@@ -37,7 +37,9 @@ fn judging_in(stream: &str, field: &str, more: &str) -> Settings {
          device = \"topic:1\"\nts = {{ at = \"/ts\", format = \"epoch_s\" }}\nv = \"/v\"\n\
          [stream.s]\nlateness = \"3s\"\nreopen_within = \"30s\"\n{stream}\n\
          [stream.s.fields]\nv = {{ type = \"int64\", {field} }}\n\
-         [stream.s.window.10s]\nsize = \"10s\"\n{more}"
+         [stream.s.window.10s]\nsize = \"10s\"\n\
+         [stream.s.window.hop]\nsize = \"6s\"\nevery = \"2s\"\nby = \"all\"\naggregates = [\"p99\", \"stddev\"]\n\
+         [stream.s.window.visit]\ngap = \"3s\"\naggregates = [\"first\", \"p50\", \"stddev\", \"rate\"]\n{more}"
     );
     Settings::parse(&text).unwrap()
 }
