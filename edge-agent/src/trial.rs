@@ -121,7 +121,7 @@ fn decoded(
         };
         let (size, every) = (settings.size.micros(), settings.every_us());
         let more = (last - reading.ts + size - 1) / every;
-        let more = if more > 0 { format!(", and {more} that begin earlier") } else { String::new() };
+        let more = if more > 0 { format!(", and {more} before it that it lies in, too") } else { String::new() };
         line(text, format!("{} to {}{more}", time(last), time(last + size)));
     }
 }
@@ -197,6 +197,33 @@ mod tests {
             "source traffic: json, topic city/traffic/158324, 66 bytes, to stream traffic\n\
              reading 1: device 158324, ts 2014-08-01T05:53:00Z\n  avg_speed float64 = 56.0\n  vehicle_count int64 = 7\n  \
              checks: passed, a row of traffic\n  window traffic_5m: 2014-08-01T05:50:00Z to 2014-08-01T05:55:00Z\n"
+        );
+    }
+
+    #[test]
+    fn units_flags_and_windows_of_each_kind_are_shown() {
+        let text = "[edge]\nid = \"e\"\ndata_dir = \"x\"\n[cloud]\nurls = [\"http://h\"]\ntoken = \"t\"\n\
+                    [[source]]\nkind = \"mqtt\"\nurl = \"mqtt://h\"\ntopics = [\"t/+\"]\nstream = \"s\"\n\
+                    [source.map]\ndevice = \"topic:1\"\nts = { at = \"/ts\", format = \"epoch_s\" }\nv = \"/v\"\n\
+                    [stream.s]\nduplicates = \"first\"\n[stream.s.fields]\n\
+                    v = { type = \"float64\", unit = \"°F\", store_unit = \"°C\", max = 40, flag = [\"max\"] }\n\
+                    [stream.s.window.hop]\nsize = \"10s\"\nevery = \"4s\"\n[stream.s.window.visit]\ngap = \"5s\"\n";
+        let settings = Settings::parse(text).unwrap();
+        let payload = r#"[{"ts":1406894402,"v":212},{"ts":1406894402,"v":32}]"#;
+        let text = explain(&settings, None, Some("t/a"), payload.into(), NOW_US).unwrap();
+        let lines = text.lines().collect::<Vec<_>>();
+        assert_eq!(
+            lines[1..],
+            [
+                "reading 1: device a, ts 2014-08-01T12:00:02Z",
+                "  v float64 = 212.0 °F = 100.0 °C",
+                "  checks: suspect, quality above_max:v, a row of s",
+                "  window s_hop: 2014-08-01T12:00:00Z to 2014-08-01T12:00:10Z, and 1 before it that it lies in, too",
+                "  window s_visit: a session",
+                "reading 2: device a, ts 2014-08-01T12:00:02Z",
+                "  v float64 = 32.0 °F = 0.0 °C",
+                "  checks: repeats one before it, no row",
+            ]
         );
     }
 

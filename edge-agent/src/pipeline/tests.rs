@@ -39,7 +39,8 @@ fn judging_in(stream: &str, field: &str, more: &str) -> Settings {
          [stream.s.fields]\nv = {{ type = \"int64\", {field} }}\n\
          [stream.s.window.10s]\nsize = \"10s\"\n\
          [stream.s.window.hop]\nsize = \"6s\"\nevery = \"2s\"\nby = \"all\"\naggregates = [\"p99\", \"stddev\"]\n\
-         [stream.s.window.visit]\ngap = \"3s\"\naggregates = [\"first\", \"p50\", \"stddev\", \"rate\"]\n{more}"
+         [stream.s.window.visit]\ngap = \"3s\"\naggregates = [\"first\", \"p50\", \"stddev\", \"rate\"]\n\
+         [stream.s.window.part]\nsize = \"8s\"\nby = [\"device\", \"v\"]\naggregates = [\"sum\", \"p99\"]\n{more}"
     );
     Settings::parse(&text).unwrap()
 }
@@ -418,6 +419,96 @@ impl Lanes {
     }
 }
 
+/// Event time in seconds, device and value.
+type Known = (i64, String, i64);
+
+/// Compares each closed result of the windows of [`judging_in`] with what the definitions say of the rows of `s`: of those
+/// that are late none, of those that are made up all or none. Returns how many were compared.
+fn recompute(rows: &BTreeMap<String, Vec<String>>, with_made_up: bool) -> usize {
+    let of = |stream: &str| {
+        let rows = rows.get(stream).into_iter().flatten();
+        rows.map(|row| serde_json::from_str::<serde_json::Value>(row).unwrap()).collect::<Vec<_>>()
+    };
+    let second = |row: &serde_json::Value, column: &str| {
+        chrono::DateTime::parse_from_rfc3339(row[column].as_str().unwrap()).unwrap().timestamp()
+    };
+    let all = of("s");
+    let counts = |row: &&serde_json::Value| {
+        let words = row["quality"].as_str().unwrap().split(',').collect::<Vec<_>>();
+        !words.contains(&LATE) && (with_made_up || !words.contains(&IMPUTED))
+    };
+    let known = |row: &serde_json::Value| {
+        (second(row, "ts"), row["device"].as_str().unwrap().to_owned(), row["v"].as_i64().unwrap())
+    };
+    let known = all.iter().filter(counts).map(known).collect::<Vec<Known>>();
+    let watermark = all.iter().filter(counts).map(|row| second(row, "ts")).max().unwrap_or(i64::MIN) - 3;
+    let hops = |size: i64, every: i64, key: &dyn Fn(&Known) -> String| {
+        let mut results = BTreeMap::<(i64, String), (i64, Vec<Known>)>::new();
+        for row in &known {
+            let last = row.0.div_euclid(every) * every;
+            let starts = (0..).map(|n| last - n * every).take_while(|start| *start > row.0 - size);
+            starts.for_each(|start| {
+                results.entry((start, key(row))).or_insert((start + size, Vec::new())).1.push(row.clone())
+            });
+        }
+        results
+    };
+    let mut visits = BTreeMap::new();
+    let mut by_device = BTreeMap::<String, Vec<Known>>::new();
+    known.iter().for_each(|row| by_device.entry(row.1.clone()).or_default().push(row.clone()));
+    for (device, mut rows) in by_device {
+        rows.sort();
+        for visit in rows.chunk_by(|one, other| other.0 - one.0 < 3) {
+            visits.insert((visit[0].0, device.clone()), (visit[visit.len() - 1].0 + 3, visit.to_vec()));
+        }
+    }
+    let device = |row: &Known| row.1.clone();
+    let part = |row: &Known| format!("{} {}", row.1, row.2);
+    let expected = [
+        ("s_10s", hops(10, 10, &device)),
+        ("s_hop", hops(6, 2, &|_| "*".to_owned())),
+        ("s_visit", visits),
+        ("s_part", hops(8, 8, &part)),
+    ];
+    let mut compared = 0;
+    for (stream, mut expected) in expected {
+        let mut last = BTreeMap::<(i64, String), serde_json::Value>::new();
+        for row in of(stream) {
+            let name = row["device"].as_str().unwrap();
+            let group = if stream == "s_part" { format!("{name} {}", row["v"]) } else { name.to_owned() };
+            let key = (second(&row, "window_start"), group);
+            let newer = |before: &serde_json::Value| row["revision"].as_i64() > before["revision"].as_i64();
+            if last.get(&key).is_none_or(newer) {
+                last.insert(key, row);
+            }
+        }
+        // A session that was told may have gone on.
+        last.retain(|key, row| row["count"] != 0 && expected.get(key).is_none_or(|(end, _)| *end <= watermark));
+        expected.retain(|_, (end, _)| *end <= watermark);
+        assert_eq!(last.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{stream}");
+        for (key, (end, rows)) in expected {
+            let row = &last[&key];
+            assert_eq!((second(row, "window_end"), &row["count"]), (end, &rows.len().into()), "{stream} {key:?}");
+            let mut values = rows.iter().map(|row| row.2).collect::<Vec<_>>();
+            values.sort_unstable();
+            let near = |column: &str, expected: f64, relative: f64| {
+                let Some(shown) = row.get(column).and_then(serde_json::Value::as_f64) else { return };
+                let most = relative * expected.abs() + 1e-6;
+                assert!((shown - expected).abs() <= most, "{stream} {key:?} {column}: {shown} for {expected}");
+            };
+            let (n, sum) = (values.len() as f64, values.iter().sum::<i64>() as f64);
+            let squares = values.iter().map(|value| (*value as f64 - sum / n).powi(2)).sum::<f64>();
+            let rank = |q: f64| values[(q * (n - 1.0)).floor() as usize] as f64;
+            near("v_sum", sum, 0.0);
+            near("v_stddev", (squares / (n - 1.0)).sqrt(), 1e-9);
+            near("v_p50", rank(0.5), 0.0101);
+            near("v_p99", rank(0.99), 0.0101);
+            compared += 1;
+        }
+    }
+    compared
+}
+
 /// Crashes at random moments, between the lanes of a cut too, with streams that move between lanes at a restart: every
 /// lane ends with the rows of a run without a crash, and so do the counters.
 #[test]
@@ -433,6 +524,7 @@ fn a_crash_neither_loses_nor_repeats_a_row_or_a_window() {
         ("expected_every = \"2s\"\nfill = \"linear\"\nfill_in_windows = true", "max_step = 300"),
         ("expected_every = \"1s\"\nfill = \"last\"\nfill_steps = 3\nduplicates = \"first\"", ""),
     ];
+    let mut compared = 0;
     for round in 0..80 {
         let (stream, field) = variants[round % variants.len()];
         let settings = |more: &str| {
@@ -517,6 +609,7 @@ fn a_crash_neither_loses_nor_repeats_a_row_or_a_window() {
             rows
         };
         assert_eq!(sorted(lanes.all()), sorted(expected.all()));
+        compared += recompute(&lanes.all(), stream.contains("fill_in_windows"));
         assert_eq!(last.counters(), calm.counters());
         let known = |pipeline: &Pipeline, id| {
             (-50..1_000).any(|v| pipeline.lists().0["c"].list.recognise(id, true, v as u32).is_some())
@@ -529,10 +622,12 @@ fn a_crash_neither_loses_nor_repeats_a_row_or_a_window() {
         let remembered = |pipeline: &Pipeline| {
             let mut bytes = Vec::new();
             pipeline.streams[0].judge.write(&mut bytes);
+            pipeline.streams[0].windows.write(&mut bytes);
             bytes
         };
         assert_eq!(remembered(&last), remembered(&calm), "what is remembered");
     }
+    assert!(compared > 10_000, "{compared} results of windows");
 }
 
 /// A crash between the lanes of a cut, a stream that moves back, and a cut where its lane stands already.

@@ -70,18 +70,18 @@ impl Windows {
         }
     }
 
-    /// Takes over a state. Windows that the settings no longer have, or have with another size, group, or aggregates that
-    /// need what was not kept, are left out. When the
-    /// fields have changed only the watermark is taken over, and rows of windows that may be closed already are late: a
-    /// result of a part of their rows would stand above the whole one.
+    /// Takes over a state. A window that the settings no longer have is left out. Of one that they have with another size,
+    /// group, or aggregates that need what was not kept, and of all when the fields have changed, only the watermark is taken
+    /// over, and rows that may belong to results which are told already are late: a result of a part of their rows would
+    /// stand above the whole one.
     ///
     /// # Errors
     /// When the fields have changed, or the bytes are no state; then nothing is taken over.
     pub fn restore(&mut self, bytes: &Bytes) -> Result<(), StateError> {
         let state = self.read(&mut bytes.clone()).ok_or(StateError::Short)?;
         self.newest = state.newest;
+        let watermark = self.watermark();
         let Some(windows) = state.windows else {
-            let watermark = self.watermark();
             for window in self.windows.iter_mut().filter(|_| watermark != i64::MIN) {
                 window.begin_behind(watermark);
             }
@@ -91,6 +91,9 @@ impl Windows {
             let Some(window) = self.windows.iter_mut().find(|window| window.name == restored.name) else { continue };
             let same = window.size() == restored.size && window.shape(&self.names) == restored.shape;
             if !same || restored.wants != window.wants {
+                if watermark != i64::MIN {
+                    window.begin_behind(watermark);
+                }
                 continue;
             }
             restored.results.values().for_each(|devices| self.held.take(devices));
