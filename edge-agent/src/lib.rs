@@ -11,6 +11,7 @@ pub mod journal;
 pub mod metrics;
 pub mod pipeline;
 pub mod places;
+pub mod profile;
 pub mod redelivery;
 pub mod source;
 pub mod spool;
