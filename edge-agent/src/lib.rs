@@ -11,6 +11,7 @@ pub mod journal;
 pub mod metrics;
 pub mod pipeline;
 pub mod redelivery;
+pub mod rules;
 pub mod source;
 pub mod spool;
 pub mod uplink;

@@ -1,0 +1,3 @@
+//! Rules over readings and windows.
+
+pub mod expression;
