@@ -16,4 +16,5 @@ mod kills;
 mod process;
 mod proxy;
 mod real_data;
+mod rules;
 mod sources;

@@ -8,9 +8,11 @@
 //! The meaning, held to DataFusion's by `tests/rules.rs`: NULL as in SQL (AND and OR stop at the first operand that
 //! decides); int64 wraps around, and `/` and `%` by zero, `/` and `abs` beyond int64 fail the row; int64 beside float64
 //! becomes float64; floats are ordered as IEEE 754's totalOrder (NaN is equal to itself and above all) but for -0, which is 0.
-//! IN and CASE x WHEN compare as `=` does.
+//! IN and CASE x WHEN compare as `=` does (DataFusion's IN tells -0 from 0 in a list of more than three).
 
 mod parse;
+mod refusal;
+mod same;
 #[cfg(test)]
 mod tests;
 
@@ -18,7 +20,8 @@ use std::cmp::Ordering;
 
 use wire::FieldType;
 
-pub use self::parse::{Columns, DEPTH_MAX, NESTING_MAX, NODES_MAX, Refusal, TEXT_BYTES_MAX};
+pub use self::parse::{Columns, DEPTH_MAX, NODES_MAX, TEXT_BYTES_MAX};
+pub use self::refusal::{NESTING_MAX, Refusal};
 use crate::decode::Value;
 
 /// A row, as an expression sees it.

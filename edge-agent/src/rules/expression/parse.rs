@@ -3,7 +3,7 @@
 //!
 //! Understood: columns, `device`, numbers, 'text', TRUE, FALSE; + - * / %, comparisons, AND, OR, NOT, BETWEEN, IN (…),
 //! IS [NOT] NULL, TRUE, FALSE, UNKNOWN; CASE in both forms (its results may be NULL), abs(x), prev(column).
-//! Limits: [`TEXT_BYTES_MAX`], [`NESTING_MAX`], [`DEPTH_MAX`], [`NODES_MAX`]; BETWEEN and CASE x count what they look at more
+//! Limits: [`TEXT_BYTES_MAX`], [`super::NESTING_MAX`], [`DEPTH_MAX`], [`NODES_MAX`]; BETWEEN and CASE x count what they look at more
 //! than once.
 
 use sqlparser::ast::{
@@ -11,20 +11,17 @@ use sqlparser::ast::{
     Value as Literal,
 };
 use sqlparser::dialect::GenericDialect;
-use sqlparser::keywords::Keyword;
 use sqlparser::parser::{Parser, ParserError};
-use sqlparser::tokenizer::{Location, Token, TokenWithSpan, Tokenizer};
+use sqlparser::tokenizer::{Token, Tokenizer};
 use wire::FieldType;
 use wire::schema::DEVICE;
 
-use super::Node;
-use super::{Any, Bool, Case, Compare, Expression, Float, In, Int, Operation, Place, Relation, Row, Text};
+use super::refusal::{Refusal, at, check_nesting, refusal};
+use super::same::{Same, compared, float, split, split_all};
+use super::{Any, Bool, Case, Expression, Float, In, Int, Node, Operation, Place, Relation, Row, Text};
 
 /// The longest text.
 pub const TEXT_BYTES_MAX: usize = 4_096;
-/// How deep parentheses and CASE may nest. Where a text is wrong, sqlparser tries each CASE ( and NOT ( again as a function,
-/// so the time that it takes doubles with each level.
-pub const NESTING_MAX: usize = 12;
 /// What sqlparser may take for its own depth: each of those levels is up to four of its.
 const PARSER_DEPTH_MAX: usize = 64;
 /// How deep operators may nest; a chain of ANDs or ORs is one level.
@@ -34,15 +31,6 @@ pub const NODES_MAX: usize = 1_000;
 
 const UNDERSTOOD: &str = "columns, device, numbers, 'text', TRUE, FALSE, + - * / %, = <> < <= > >=, AND, OR, NOT, BETWEEN, \
                           IN (…), IS NULL, IS TRUE, CASE, abs(x) and prev(column)";
-
-/// What is not understood.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{}{message}", place.map(|(line, column)| format!("line {line}, column {column}: ")).unwrap_or_default())]
-pub struct Refusal {
-    /// Line and column, from 1.
-    pub place: Option<(u64, u64)>,
-    pub message: String,
-}
 
 /// The columns that an expression may name, in the order of the rows' values.
 #[derive(Debug, Clone, Default)]
@@ -93,58 +81,9 @@ pub(super) fn parse(text: &str, columns: &Columns) -> Result<Expression, Refusal
         let message = format!("`{}` does not belong to the expression before it", rest.token);
         return Err(Refusal { place: at(rest.span.start), message });
     }
-    let mut reader = Reader { columns, nodes: 0, depth: 0, previous: Vec::new() };
+    let mut reader = Reader { columns, nodes: 0, depth: 0, previous: Vec::new(), cases: 0 };
     let root = reader.any(&tree)?;
     Ok(Expression { root, previous: reader.previous })
-}
-
-fn check_nesting(tokens: &[TokenWithSpan]) -> Result<(), Refusal> {
-    let mut nesting = 0_usize;
-    for token in tokens {
-        match &token.token {
-            Token::LParen => nesting += 1,
-            Token::Word(word) if word.keyword == Keyword::CASE => nesting += 1,
-            Token::RParen => nesting = nesting.saturating_sub(1),
-            Token::Word(word) if word.keyword == Keyword::END => nesting = nesting.saturating_sub(1),
-            _ => {}
-        }
-        if nesting > NESTING_MAX {
-            let message = format!("parentheses and CASE nest deeper than {NESTING_MAX} levels");
-            return Err(Refusal { place: at(token.span.start), message });
-        }
-    }
-    Ok(())
-}
-
-fn at(start: Location) -> Option<(u64, u64)> {
-    (start.line > 0).then_some((start.line, start.column))
-}
-
-/// Where an expression begins. Down the left side only, and without recursion: a chain of operators is long.
-fn place(mut tree: &Expr) -> Option<(u64, u64)> {
-    loop {
-        tree = match tree {
-            Expr::Identifier(ident) => return at(ident.span.start),
-            Expr::CompoundIdentifier(idents) => return at(idents.first()?.span.start),
-            Expr::Value(value) => return at(value.span.start),
-            Expr::Function(function) => return at(function.name.0.first()?.as_ident()?.span.start),
-            Expr::Case { case_token, .. } => return at(case_token.0.span.start),
-            Expr::BinaryOp { left, .. } | Expr::AnyOp { left, .. } | Expr::AllOp { left, .. } => left,
-            Expr::IsDistinctFrom(left, _) | Expr::IsNotDistinctFrom(left, _) => left,
-            Expr::Like { expr, .. } | Expr::ILike { expr, .. } | Expr::SimilarTo { expr, .. } => expr,
-            Expr::RLike { expr, .. } | Expr::InSubquery { expr, .. } | Expr::InList { expr, .. } => expr,
-            Expr::Between { expr, .. } | Expr::UnaryOp { expr, .. } | Expr::Cast { expr, .. } => expr,
-            Expr::Nested(expr) | Expr::IsNull(expr) | Expr::IsNotNull(expr) | Expr::IsTrue(expr) => expr,
-            Expr::IsNotTrue(expr) | Expr::IsFalse(expr) | Expr::IsNotFalse(expr) => expr,
-            Expr::IsUnknown(expr) | Expr::IsNotUnknown(expr) => expr,
-            Expr::Ceil { expr, .. } | Expr::Floor { expr, .. } | Expr::Extract { expr, .. } => expr,
-            _ => return None,
-        };
-    }
-}
-
-fn refusal(tree: &Expr, message: impl Into<String>) -> Refusal {
-    Refusal { place: place(tree), message: message.into() }
 }
 
 fn kind(any: &Any) -> &'static str {
@@ -156,19 +95,13 @@ fn kind(any: &Any) -> &'static str {
     }
 }
 
-/// Expressions of one type, as many as there were.
-enum Same {
-    Int(Vec<Option<Int>>),
-    Float(Vec<Option<Float>>),
-    Bool(Vec<Option<Bool>>),
-    Text(Vec<Option<Text>>),
-}
-
 struct Reader<'c> {
     columns: &'c Columns,
     nodes: usize,
     depth: usize,
     previous: Vec<usize>,
+    /// How many CASE were read.
+    cases: usize,
 }
 
 impl Reader<'_> {
@@ -351,8 +284,14 @@ impl Reader<'_> {
         if list.is_empty() {
             return Err(refusal(tree, "IN () has nothing to compare with"));
         }
+        let cases = self.cases;
         let all = std::iter::once(Some(tree)).chain(list.iter().map(Some)).collect::<Vec<_>>();
-        Ok(match self.same(&all)? {
+        let all = self.same(&all)?;
+        if self.cases > cases {
+            // DataFusion 55 takes a list of nothing but CASE for constant: it evaluates it for no row at all.
+            return Err(refusal(tree, "CASE does not stand within IN: write comparisons with OR"));
+        }
+        Ok(match all {
             Same::Int(all) => Bool::InInt(of(all, negated)),
             Same::Float(all) => Bool::InFloat(of(all, negated)),
             Same::Bool(all) => Bool::InBool(of(all, negated)),
@@ -371,6 +310,7 @@ impl Reader<'_> {
             let otherwise = results.pop().flatten();
             Box::new(Case { branches: conditions.into_iter().zip(results).collect(), otherwise })
         }
+        self.cases += 1;
         let mut conditions = Vec::new();
         match operand {
             None => {
@@ -421,24 +361,7 @@ impl Reader<'_> {
                 return Err(refusal(tree, format!("this is {}, and what it goes with is {first}", kind(any))));
             }
         }
-        let has_float = read.iter().flatten().any(|any| matches!(any, Any::Float(_)));
-        macro_rules! take {
-            ($kind:ident) => {
-                Same::$kind(
-                    read.into_iter()
-                        .map(|any| {
-                            any.map(|any| if let Any::$kind(node) = any { node } else { unreachable!("checked") })
-                        })
-                        .collect(),
-                )
-            };
-        }
-        Ok(match first {
-            _ if has_float => Same::Float(read.into_iter().map(|any| any.map(float)).collect()),
-            "int64" => take!(Int),
-            "bool" => take!(Bool),
-            _ => take!(Text),
-        })
+        Ok(Same::new(read))
     }
 
     fn function(&mut self, tree: &Expr, function: &Function) -> Result<Any, Refusal> {
@@ -536,15 +459,6 @@ fn relation(operator: &BinaryOperator) -> Option<Relation> {
     })
 }
 
-fn float(any: Any) -> Float {
-    match any {
-        Any::Float(node) => node,
-        Any::Int(Int::Literal(value)) => Float::Literal(value as f64),
-        Any::Int(node) => Float::Of(Box::new(node)),
-        Any::Bool(_) | Any::Text(_) => unreachable!("only numbers become float64"),
-    }
-}
-
 fn is_null(tree: &Expr) -> bool {
     match tree {
         Expr::Value(value) => value.value == Literal::Null,
@@ -559,60 +473,5 @@ fn is_constant(node: &Int) -> bool {
         Int::Arithmetic(_, sides) => is_constant(&sides.0) && is_constant(&sides.1),
         Int::Negative(of) | Int::Absolute(of) => is_constant(of),
         Int::Column(_) | Int::Case(_) => false,
-    }
-}
-
-/// A comparison of the first with the second.
-fn compared(same: Same, relation: Relation) -> Bool {
-    fn of<N>(pair: Vec<Option<N>>, relation: Relation) -> Box<Compare<N>> {
-        let mut pair = pair.into_iter().flatten();
-        let (left, right) = pair.next().zip(pair.next()).expect("a comparison has two sides");
-        Box::new(Compare { relation, left, right })
-    }
-    match same {
-        Same::Int(pair) => Bool::CompareInt(of(pair, relation)),
-        Same::Float(pair) => Bool::CompareFloat(of(pair, relation)),
-        Same::Bool(pair) => Bool::CompareBool(of(pair, relation)),
-        Same::Text(pair) => Bool::CompareText(of(pair, relation)),
-    }
-}
-
-/// From [x, low, high] and [x] the pairs [x, low] and [x, high].
-fn split(all: Same, again: Same) -> (Same, Same) {
-    macro_rules! pairs {
-        ($kind:ident, $all:ident, $again:ident) => {{
-            let high = $all.pop().expect("three");
-            $again.push(high);
-            (Same::$kind($all), Same::$kind($again))
-        }};
-    }
-    match (all, again) {
-        (Same::Int(mut all), Same::Int(mut again)) => pairs!(Int, all, again),
-        (Same::Float(mut all), Same::Float(mut again)) => pairs!(Float, all, again),
-        (Same::Bool(mut all), Same::Bool(mut again)) => pairs!(Bool, all, again),
-        (Same::Text(mut all), Same::Text(mut again)) => pairs!(Text, all, again),
-        _ => unreachable!("the same expression has the same type"),
-    }
-}
-
-/// From [x, a, b, …] and as many [x] the pairs [x, a], [x, b], …, each with what goes before it.
-fn split_all(all: Same, again: impl Iterator<Item = (Bool, Same)>) -> Vec<(Bool, Same)> {
-    macro_rules! pairs {
-        ($kind:ident, $all:ident) => {
-            again
-                .zip($all.into_iter().skip(1))
-                .map(|((before, again), item)| {
-                    let Same::$kind(mut pair) = again else { unreachable!("the same expression has the same type") };
-                    pair.push(item);
-                    (before, Same::$kind(pair))
-                })
-                .collect()
-        };
-    }
-    match all {
-        Same::Int(all) => pairs!(Int, all),
-        Same::Float(all) => pairs!(Float, all),
-        Same::Bool(all) => pairs!(Bool, all),
-        Same::Text(all) => pairs!(Text, all),
     }
 }

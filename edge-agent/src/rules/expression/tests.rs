@@ -110,6 +110,7 @@ fn what_is_not_understood_is_refused_with_its_place() {
     check("CASE WHEN b THEN NULL END", "has no type");
     check("`i` > 1", "line 1, column 1: a name stands as it is");
     check("i || j", "`||` is not understood");
+    check("i IN (1, CASE WHEN b THEN 2 END)", "line 1, column 1: CASE does not stand within IN");
     check("i IN ()", "Expected: an expression");
     check("x'ff' = s", "not understood");
 }
