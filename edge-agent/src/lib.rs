@@ -1,5 +1,5 @@
-//! The edge side of Weir. The path, in order: `source` → `journal` → `decode` → `validate` → `window` → `pipeline` →
-//! `spool` → `uplink`; `agent` wires it, `admin` shows it.
+//! The edge side of Weir. The path, in order: `source` → `journal` → `decode` → `validate` → `window` → `rules` →
+//! `pipeline` → `spool` → `uplink`; `agent` wires it, `admin` shows it.
 
 pub mod admin;
 pub mod agent;

@@ -374,21 +374,52 @@ impl MqttSettings {
         self.topics.iter().map(shared).collect()
     }
 
+    /// One that only names a broker, for a client that publishes.
+    pub(super) fn of_broker(url: Url) -> Self {
+        Self {
+            name: String::new(),
+            url,
+            version: MqttVersion::default(),
+            username: None,
+            password: None,
+            ca_file: None,
+            cert_file: None,
+            key_file: None,
+            client_id: None,
+            topics: Vec::new(),
+            connections: one(),
+            share: None,
+            receive_maximum: receive_maximum(),
+            keep_alive: keep_alive(),
+            max_payload: max_payload(),
+            stream: "alerts".parse().expect("a name"),
+            format: Format::default(),
+            readings: None,
+            map: MapSettings::default(),
+        }
+    }
+
+    /// What is said of the broker itself.
+    pub(super) fn check_broker(&self) -> Result<(), String> {
+        if !matches!(self.url.scheme(), "mqtt" | "mqtts") || self.url.host_str().is_none() {
+            return Err(format!("`{}` is no broker: write mqtt://host:1883 or mqtts://host:8883", self.url));
+        }
+        if self.url.password().is_some() || !self.url.username().is_empty() {
+            return Err("put user and password into `username` and `password`, not into the url".to_owned());
+        }
+        if self.url.scheme() == "mqtt" && (self.ca_file.is_some() || self.cert_file.is_some()) {
+            return Err("certificates are for mqtts://".to_owned());
+        }
+        if self.cert_file.is_some() != self.key_file.is_some() {
+            return Err("cert_file and key_file go together".to_owned());
+        }
+        Ok(())
+    }
+
     fn check(&self, stream: Option<&StreamSettings>, segment_bytes: Size) -> Result<(), String> {
         let here = format!("[[source]] `{}`", self.name);
         let fail = |message: String| Err(format!("{here}: {message}"));
-        if !matches!(self.url.scheme(), "mqtt" | "mqtts") || self.url.host_str().is_none() {
-            return fail(format!("`{}` is no broker: write mqtt://host:1883 or mqtts://host:8883", self.url));
-        }
-        if self.url.password().is_some() || !self.url.username().is_empty() {
-            return fail("put user and password into `username` and `password`, not into the url".to_owned());
-        }
-        if self.url.scheme() == "mqtt" && (self.ca_file.is_some() || self.cert_file.is_some()) {
-            return fail("certificates are for mqtts://".to_owned());
-        }
-        if self.cert_file.is_some() != self.key_file.is_some() {
-            return fail("cert_file and key_file go together".to_owned());
-        }
+        self.check_broker().or_else(fail)?;
         if self.topics.is_empty() {
             return fail("topics is empty".to_owned());
         }

@@ -258,11 +258,11 @@ enum Bool {
     CompareInt(Box<Compare<Int>>),
     CompareFloat(Box<Compare<Float>>),
     CompareText(Box<Compare<Text>>),
-    CompareBool(Box<Compare<Bool>>),
+    CompareTruth(Box<Compare<Bool>>),
     InInt(Box<In<Int>>),
     InFloat(Box<In<Float>>),
     InText(Box<In<Text>>),
-    InBool(Box<In<Bool>>),
+    InTruth(Box<In<Bool>>),
     IsNull(Box<Any>, bool),
     /// IS TRUE, IS FALSE, IS UNKNOWN, and their negations.
     Is(Box<Bool>, Option<bool>, bool),
@@ -360,11 +360,11 @@ impl Node for Bool {
             Self::CompareInt(compare) => return compare.value(row),
             Self::CompareFloat(compare) => return compare.value(row),
             Self::CompareText(compare) => return compare.value(row),
-            Self::CompareBool(compare) => return compare.value(row),
+            Self::CompareTruth(compare) => return compare.value(row),
             Self::InInt(of) => return of.value(row),
             Self::InFloat(of) => return of.value(row),
             Self::InText(of) => return of.value(row),
-            Self::InBool(of) => return of.value(row),
+            Self::InTruth(of) => return of.value(row),
             Self::IsNull(of, negated) => {
                 let null = match &**of {
                     Any::Int(node) => node.value(row)?.is_none(),

@@ -294,7 +294,7 @@ impl Reader<'_> {
         Ok(match all {
             Same::Int(all) => Bool::InInt(of(all, negated)),
             Same::Float(all) => Bool::InFloat(of(all, negated)),
-            Same::Bool(all) => Bool::InBool(of(all, negated)),
+            Same::Bool(all) => Bool::InTruth(of(all, negated)),
             Same::Text(all) => Bool::InText(of(all, negated)),
         })
     }

@@ -55,7 +55,7 @@ pub(super) fn compared(same: Same, relation: Relation) -> Bool {
     match same {
         Same::Int(pair) => Bool::CompareInt(of(pair, relation)),
         Same::Float(pair) => Bool::CompareFloat(of(pair, relation)),
-        Same::Bool(pair) => Bool::CompareBool(of(pair, relation)),
+        Same::Bool(pair) => Bool::CompareTruth(of(pair, relation)),
         Same::Text(pair) => Bool::CompareText(of(pair, relation)),
     }
 }
