@@ -27,12 +27,15 @@ use wire::SpoolId;
 pub use self::engine::EngineError;
 use self::engine::{Engine, Parts, incident, remove_other_spools, spool_directory};
 pub use self::snapshot_file::SnapshotFileError;
-pub use self::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
+pub use self::status::{
+    JournalStatus, LaneStatus, RowsStatus, RuleStatus, SourceStatus, Status, StreamStatus, UplinkStatus,
+};
 use crate::admin;
 use crate::config::{LaneSettings as LaneConfig, MqttSettings, Settings, SourceSettings};
 use crate::entry::Entry;
 use crate::journal::{Journal, JournalError, OpenJournal};
 use crate::pipeline::{AGENT_VERSION, Pipeline, SnapshotError};
+use crate::publish::{self, Outbox};
 use crate::redelivery::Lists;
 use crate::source::mqtt::{Connection, Task};
 use crate::source::{SourceState, host};
@@ -128,6 +131,12 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
             (source.name().to_owned(), Arc::new(state))
         })
         .collect::<Vec<_>>();
+    let outbox =
+        settings.publisher().ok().filter(|_| settings.rule.iter().any(|rule| rule.topic.is_some())).map(|broker| {
+            let queue_max = settings.publish.as_ref().and_then(|publish| publish.queue);
+            let queue_max = queue_max.map_or(publish::QUEUE_MAX, |queue| queue as usize);
+            (broker, Arc::new(Outbox::new(settings.edge.id.to_string(), queue_max)))
+        });
     let uplink = Uplink::new(spool.id(), settings.cloud.urls.len());
     let parts = Parts {
         data_dir,
@@ -148,6 +157,7 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
         sources: sources.clone(),
         status: Arc::clone(&status),
         incidents,
+        outbox: outbox.as_ref().map(|(_, outbox)| Arc::clone(outbox)),
     };
     let engine_token = CancellationToken::new();
     let engine = Engine::new(parts, tokio::runtime::Handle::current());
@@ -163,9 +173,25 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
     let intake = token.child_token();
     let tasks = start_sources(&settings, &journal, lists.0, &sources, &intake);
     let admin_token = CancellationToken::new();
+    let publisher = outbox.map(|(broker, outbox)| {
+        // It ends with the admin door: the engine's last turns may find alerts.
+        let token = admin_token.clone();
+        tokio::spawn(async move {
+            if let Err(error) = publish::run(broker, &outbox, token).await {
+                tracing::error!(%error, "alerts are not published");
+            }
+        })
+    });
     tokio::spawn(admin::serve(listener, Arc::clone(&status), admin_token.clone()));
     tracing::info!(%admin, edge = %settings.edge.id, "the agent runs");
-    let stopped = tokio::spawn(supervise(token, intake, tasks, journal, engine_token, engine_done, admin_token));
+    let stopped = tokio::spawn(async move {
+        let result = supervise(token, intake, tasks, journal, engine_token, engine_done, admin_token).await;
+        if let Some(publisher) = publisher {
+            // What is left goes with the next start.
+            let _ = publisher.await;
+        }
+        result
+    });
     Ok(AgentHandle { admin, status, stopped })
 }
 

@@ -10,6 +10,7 @@ pub mod entry;
 pub mod journal;
 pub mod metrics;
 pub mod pipeline;
+pub mod publish;
 pub mod redelivery;
 pub mod rules;
 pub mod source;
