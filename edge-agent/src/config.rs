@@ -6,6 +6,7 @@
 
 mod decoding;
 mod number;
+mod rule;
 mod source;
 mod stream;
 #[cfg(test)]
@@ -28,12 +29,14 @@ pub use self::decoding::{
     Condition, Constant, Decoding, Format, FormatOptions, Precision, Readings, Spread, Test, When,
 };
 pub use self::number::Number;
+pub use self::rule::{AlertSettings, PublishSettings, RuleSettings, Severity};
 pub use self::source::{
     ExecSettings, FileSettings, HostSettings, HttpSettings, MapSettings, ModbusAddress, ModbusSettings, MqttSettings,
     MqttVersion, Order, Parity, Place, Pointer, RegisterSettings, RegisterType, STATUS, SourceSettings, Table,
     TimeFormat, TimePlace, UnitSettings,
 };
 pub use self::stream::{FieldSettings, StreamSettings, WindowSettings};
+use crate::rules::Rules;
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Deserialize)]
@@ -51,6 +54,13 @@ pub struct Settings {
     pub source: Vec<SourceSettings>,
     #[serde(default)]
     pub stream: BTreeMap<StreamName, StreamSettings>,
+    #[serde(default)]
+    pub rule: Vec<RuleSettings>,
+    #[serde(default)]
+    pub alerts: AlertSettings,
+    /// Which broker gets alerts; needed where a rule has a topic and there is not exactly one MQTT source.
+    #[serde(default)]
+    pub publish: Option<PublishSettings>,
     /// What goes first when the link is thin; [`Settings::lanes`] adds what is not named.
     #[serde(default)]
     lane: Vec<LaneSettings>,
@@ -254,7 +264,7 @@ impl Settings {
         let named = |lanes: &[LaneSettings], stream: &str| {
             lanes.iter().any(|lane| lane.streams.iter().any(|other| other.as_str() == stream))
         };
-        let own = [own::QUARANTINE, own::LOSSES, "alerts"].map(str::to_owned);
+        let own = [own::QUARANTINE, own::LOSSES, own::ALERTS].map(str::to_owned);
         let windows =
             self.stream.iter().flat_map(|(name, stream)| stream.windows(name)).map(|(name, _)| name.to_string());
         let first = own
@@ -354,7 +364,28 @@ impl Settings {
         for (name, stream) in &self.stream {
             stream.check(name)?;
         }
-        self.check_lanes()
+        self.check_lanes()?;
+        self.check_rules()
+    }
+
+    /// Rules are read to the last word: what would not be understood later is refused now.
+    fn check_rules(&self) -> Result<(), String> {
+        if self.alerts.devices_max == 0 {
+            return Err("[alerts] devices_max must be at least 1".to_owned());
+        }
+        Rules::new(self)?;
+        if self.rule.iter().any(|rule| rule.topic.is_some()) || self.publish.is_some() {
+            self.publisher()?;
+        }
+        Ok(())
+    }
+
+    /// The broker that gets alerts, as the settings of a client that publishes only.
+    ///
+    /// # Errors
+    /// When it is not said which one, or what is said is wrong.
+    pub fn publisher(&self) -> Result<MqttSettings, String> {
+        rule::publisher(self)
     }
 
     fn check_lanes(&self) -> Result<(), String> {

@@ -5,9 +5,10 @@
 //! [`Pipeline::snapshot`], taken when no row is pending, holds windows, counters and redelivery lists. After a crash the
 //! entries behind the snapshot are applied again, and a lane takes only rows of entries at or behind its own position.
 //! What does not decode or fails a check becomes a row of `quarantine`; so does what would not fit into a batch, or into the
-//! one record that a lane gets at a cut: input alone never makes a cut fail. (Rules and alerts will stand between the
-//! windows and the outputs.)
+//! one record that a lane gets at a cut: input alone never makes a cut fail. What rules find in readings and windows
+//! becomes a row of `alerts`.
 
+mod alerts;
 mod counters;
 mod output;
 mod quarantine;
@@ -30,6 +31,7 @@ use crate::decode::{Command, Decoder, Reading, Rejected, Value};
 use crate::entry::{Entry, Message, Payload};
 use crate::places::Places;
 use crate::redelivery::Lists;
+use crate::rules::{InputId, Rules, Transition};
 use crate::source::host;
 use crate::validate::Checks;
 use crate::window::{self, Late, Windows};
@@ -75,6 +77,9 @@ struct Stream {
     last_error: Option<String>,
     /// The outputs of its windows, in the order of the settings, with the window's size in µs.
     window_outputs: Vec<(usize, i64)>,
+    /// Where its readings, and those windows, meet rules.
+    rules: Option<InputId>,
+    window_rules: Vec<Option<InputId>>,
 }
 
 /// The state of the middle. See the module's documentation.
@@ -88,10 +93,14 @@ pub struct Pipeline {
     outputs: Vec<Output>,
     quarantine: usize,
     losses: usize,
+    alerts: usize,
     edge: String,
     /// The longest row; a quarter of what one record of a lane takes.
     row_bytes_max: usize,
     lane_names: Vec<String>,
+    rules: Rules,
+    /// Of the entry that was applied last.
+    to_publish: Vec<Transition>,
     counters: Counters,
     lists: Lists,
     places: Places,
@@ -119,9 +128,12 @@ impl Pipeline {
             outputs: Vec::new(),
             quarantine: 0,
             losses: 0,
+            alerts: 0,
             edge: settings.edge.id.to_string(),
             row_bytes_max: usize::try_from(settings.lane_segment_bytes() / 4).unwrap_or(usize::MAX),
             lane_names: lane_settings.iter().map(|lane| lane.name.to_string()).collect(),
+            rules: Rules::new(settings).expect("checked with the settings"),
+            to_publish: Vec::new(),
             counters: Counters::default(),
             lists: Lists::default(),
             places: Places::default(),
@@ -145,6 +157,7 @@ impl Pipeline {
         };
         pipeline.quarantine = output(own_name(own::QUARANTINE), own::quarantine());
         pipeline.losses = output(own_name(own::LOSSES), own::losses());
+        pipeline.alerts = output(own_name(own::ALERTS), own::alerts());
         let mut streams = settings.stream.clone();
         if settings.source.iter().any(|source| matches!(source, SourceSettings::Host(_))) {
             streams.insert(own_name("host"), host::stream_settings());
@@ -152,6 +165,7 @@ impl Pipeline {
         for (name, stream) in &streams {
             let main = output(name.clone(), stream.schema());
             let windows = stream.windows(name);
+            let window_rules = windows.iter().map(|(window, _)| pipeline.rules.input(window)).collect();
             let window_outputs = windows
                 .iter()
                 .map(|(window, settings)| (output(window.clone(), window::schema(stream)), settings.size.micros()))
@@ -163,6 +177,8 @@ impl Pipeline {
                 output: main,
                 last_error: None,
                 window_outputs,
+                rules: pipeline.rules.input(name),
+                window_rules,
             });
         }
         pipeline.add_sources(settings, &streams);
@@ -172,10 +188,16 @@ impl Pipeline {
     /// Takes one entry: `position` is its own, `next` lies behind it.
     pub fn apply(&mut self, position: Position, next: Position, entry: &Entry) {
         self.position = next;
+        self.to_publish.clear();
         self.lists.apply(entry);
         self.places.apply(entry);
         match entry {
-            Entry::Message(message) | Entry::Line { message, .. } => self.message(position, message),
+            Entry::Message(message) | Entry::Line { message, .. } => {
+                self.rules.tick(message.arrival_us);
+                self.message(position, message);
+                self.rules.look_for_silence();
+                self.write_alerts(position);
+            }
             Entry::Session { .. } | Entry::Forgotten { .. } | Entry::Subscribed { .. } => {}
             Entry::Refused { spool, seq, reason, schema, batch } => {
                 let key = (*spool, batch.stream.clone());
@@ -348,7 +370,7 @@ impl Pipeline {
         if rest > 0 {
             self.reject_rest(position, message, stream, rest);
         }
-        self.close_windows(position, stream);
+        self.close_windows(position, message.arrival_us, stream);
     }
 
     fn check(&self, stream: usize, reading: &Reading, arrival_us: i64) -> Result<(), (&'static str, String)> {
@@ -359,11 +381,11 @@ impl Pipeline {
         self.streams[stream].checks.check(reading, arrival_us)
     }
 
-    fn accept(&mut self, position: Position, message: &Message, stream: usize, reading: &Reading) {
+    fn accept(&mut self, position: Position, message: &Message, index: usize, reading: &Reading) {
         let totals = self.counters.source(&message.source);
         totals.read += 1;
         totals.accepted += 1;
-        let stream = &mut self.streams[stream];
+        let stream = &mut self.streams[index];
         let quality = match stream.windows.add(reading) {
             Late::Good => GOOD,
             Late::Late => LATE,
@@ -373,19 +395,20 @@ impl Pipeline {
         let totals = self.counters.stream(&output.stream);
         totals.rows += 1;
         totals.late += u64::from(quality == LATE);
-        if position < output.skip_before {
-            return;
+        if position >= output.skip_before {
+            let before = output.bytes();
+            output.push(reading.ts, Some(&reading.device), reading.values.iter().map(cell), quality);
+            self.pending_rows += 1;
+            self.pending_bytes += output.bytes() - before;
         }
-        let before = output.bytes();
-        output.push(reading.ts, Some(&reading.device), reading.values.iter().map(cell), quality);
-        self.pending_rows += 1;
-        self.pending_bytes += output.bytes() - before;
+        self.judge_reading(position, message.arrival_us, index, reading);
     }
 
-    fn close_windows(&mut self, position: Position, stream: usize) {
-        let stream = &mut self.streams[stream];
+    fn close_windows(&mut self, position: Position, arrival: i64, index: usize) {
+        let stream = &mut self.streams[index];
         let watermark = stream.windows.watermark();
-        for row in stream.windows.advance() {
+        let rows = stream.windows.advance();
+        for row in &rows {
             let (output, size) = stream.window_outputs[row.window];
             let output = &mut self.outputs[output];
             if watermark != NO_WATERMARK {
@@ -408,6 +431,7 @@ impl Pipeline {
             self.pending_rows += 1;
             self.pending_bytes += output.bytes() - before;
         }
+        self.judge_windows(position, arrival, index, rows);
     }
 }
 

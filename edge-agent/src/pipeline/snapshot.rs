@@ -1,10 +1,12 @@
 //! The pipeline's state as bytes, taken when no row is pending, and back.
 //!
 //! ```text
-//! version u8 = 1 | meta_len u32 | meta (JSON) | lists_len u32 | lists | (name_len u8 | name | len u32 | windows)*
+//! version u8 = 1 | meta_len u32 | meta (JSON) | lists_len u32 | lists | (name_len u32 | name | len u32 | windows)*
 //! ```
-//! The meta data hold the position, counters, watermarks, refusals, places in files, births, and which lane each stream went to. A stream that the
-//! configuration has since moved to another lane is skipped by what its *old* lane has, until the new lane is cut.
+//! The last name is `/rules`, which no stream can have, and what follows it is the state of the rules.
+//! The meta data hold the position, counters, watermarks, refusals, places in files, births, and which lane each stream
+//! went to. A stream that the configuration has since moved to another lane is skipped by what its *old* lane has, until the
+//! new lane is cut.
 
 use std::collections::BTreeMap;
 
@@ -21,6 +23,7 @@ use crate::places::Places;
 use crate::redelivery::Lists;
 
 const VERSION: u8 = 1;
+const RULES: &str = "/rules";
 
 /// Why bytes are no snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -103,6 +106,10 @@ impl Pipeline {
             stream.windows.write(&mut windows);
             section(&windows);
         }
+        section(RULES.as_bytes());
+        let mut rules = Vec::new();
+        self.rules.write(&mut rules);
+        section(&rules);
         out
     }
 
@@ -135,6 +142,12 @@ impl Pipeline {
         while !bytes.is_empty() {
             let name = section(&mut bytes)?;
             let windows = section(&mut bytes)?;
+            if name == RULES.as_bytes() {
+                if let Err(error) = pipeline.rules.restore(&windows) {
+                    tracing::warn!(%error, "the rules begin anew");
+                }
+                continue;
+            }
             let stream = pipeline.streams.iter_mut().find(|stream| stream.name.as_str().as_bytes() == name);
             // A stream that is no longer configured takes its open windows with it.
             if let Some(stream) = stream

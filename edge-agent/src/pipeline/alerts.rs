@@ -1,0 +1,79 @@
+//! What rules find becomes rows of `alerts`, in the order in which it was found, and is handed on to be published.
+
+#[cfg(test)]
+mod tests;
+
+use segment_log::Position;
+use wire::TS_MIN_US;
+
+use super::output::Cell;
+use super::{GOOD, Pipeline};
+use crate::decode::{Reading, Value};
+use crate::rules::{RuleStatus, Rules, Transition, When};
+use crate::window::WindowRow;
+
+impl Pipeline {
+    /// A reading that was accepted, for the rules on its stream.
+    pub(super) fn judge_reading(&mut self, position: Position, arrival: i64, stream: usize, reading: &Reading) {
+        if let Some(input) = self.streams[stream].rules {
+            let when = When { from: reading.ts, to: reading.ts, arrival };
+            self.rules.row(input, &reading.device, when, &reading.values);
+            self.write_alerts(position);
+        }
+    }
+
+    /// Windows that closed, for the rules on them. Columns: count, the aggregates, revision.
+    pub(super) fn judge_windows(&mut self, position: Position, arrival: i64, stream: usize, rows: Vec<WindowRow>) {
+        for row in rows {
+            let Some(input) = self.streams[stream].window_rules[row.window] else { continue };
+            let mut values = row.values;
+            values.insert(0, Some(Value::Int(row.count)));
+            values.push(Some(Value::Int(row.revision)));
+            self.rules.row(input, &row.device, When { from: row.start, to: row.end, arrival }, &values);
+            self.write_alerts(position);
+        }
+    }
+
+    pub(super) fn write_alerts(&mut self, position: Position) {
+        for alert in self.rules.take() {
+            let output = &mut self.outputs[self.alerts];
+            self.counters.stream(&output.stream).rows += 1;
+            if position >= output.skip_before {
+                let before = output.bytes();
+                let cells = [
+                    Cell::Text(&alert.rule),
+                    Cell::Text(&alert.rule_hash),
+                    Cell::Text(&alert.id),
+                    Cell::Text(alert.turn.word()),
+                    Cell::Text(alert.severity),
+                    Cell::Text(&alert.stream),
+                    Cell::Text(&alert.labels),
+                    Cell::Text(&alert.message),
+                    Cell::Time(alert.from.max(TS_MIN_US)),
+                    alert.to.map_or(Cell::Null, |to| Cell::Time(to.max(TS_MIN_US))),
+                ];
+                output.push(alert.ts.max(TS_MIN_US), Some(&alert.device), cells.into_iter(), GOOD);
+                self.pending_rows += 1;
+                self.pending_bytes += output.bytes() - before;
+            }
+            if alert.topic.is_some() {
+                self.to_publish.push(alert);
+            }
+        }
+    }
+
+    /// What is to be published since it was last asked: after each entry, or it is forgotten at the next.
+    pub fn take_alerts(&mut self) -> Vec<Transition> {
+        std::mem::take(&mut self.to_publish)
+    }
+
+    /// What fires and was published.
+    pub fn firing(&self) -> Vec<Transition> {
+        self.rules.firing()
+    }
+
+    /// The rules as they stand.
+    pub fn rules(&self) -> impl Iterator<Item = RuleStatus<'_>> {
+        Rules::status(&self.rules)
+    }
+}
