@@ -13,9 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
 use rand::Rng;
+use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
@@ -93,7 +92,7 @@ impl Exec {
     }
 
     async fn read(&mut self, mut child: Child, token: &CancellationToken) -> Ended {
-        let group = child.id().map(|id| Pid::from_raw(id.cast_signed()));
+        let group = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
         let (Some(mut output), Some(errors)) = (child.stdout.take(), child.stderr.take()) else {
             return Ended::ByItself("it has no output".to_owned());
         };
@@ -119,12 +118,12 @@ impl Exec {
         if let Some(group) = group {
             // The whole group: a script's children would live on.
             if stopped {
-                let _ = killpg(group, Signal::SIGTERM);
+                let _ = kill_process_group(group, Signal::TERM);
                 if tokio::time::timeout(self.settings.stop_within.0, child.wait()).await.is_err() {
                     tracing::warn!(source = self.settings.name, "the command did not end in time: it is killed");
                 }
             }
-            let _ = killpg(group, Signal::SIGKILL);
+            let _ = kill_process_group(group, Signal::KILL);
         }
         // What it wrote before it ended is still in the pipe.
         let rest = self.lines(&mut output, &mut splitter, tokio::time::sleep(REST_WITHIN), token).await;

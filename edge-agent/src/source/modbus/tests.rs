@@ -1,5 +1,5 @@
 use std::future::{Ready, ready};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use bytes::Bytes;
 use segment_log::{Disk, Options, Position, Reader};
@@ -150,20 +150,23 @@ fn crc(bytes: &[u8]) -> [u8; 2] {
 
 #[tokio::test]
 async fn a_serial_line_is_read() {
+    use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
     // Without parity: a pseudo terminal has none.
-    let pair = nix::pty::openpty(None, None).unwrap();
-    let path = std::fs::read_link(format!("/proc/self/fd/{}", pair.slave.as_raw_fd())).unwrap();
-    let path = path.to_str().unwrap();
+    let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let path = ptsname(&master, Vec::new()).unwrap().into_string().unwrap();
+    // As long as somebody has it open the other side does not hang up.
+    let kept = std::fs::File::open(&path).unwrap();
     let register = "[[source.register]]\nfield = \"a\"\naddress = 10\ntype = \"f32\"\n";
     let settings = settings(&format!("rtu://{path}\"\nbaud = 19200\nname = \"m"), register);
-    let device = tokio::spawn(serve(pair.master));
+    let device = tokio::spawn(serve(master));
     let mut run = Run::start(settings, true);
     let one = json!({"device": "one", "status": "ok", "a": 20.5});
     assert_eq!(run.next().await, json!([one, {"device": "two", "status": "no answer"}]));
     assert_eq!(run.next().await[0], one, "after the line was opened again");
     run.stop().await;
-    // As long as somebody had it open the other side did not hang up.
-    drop(pair.slave);
+    drop(kept);
     device.await.unwrap();
 }
 
