@@ -29,7 +29,7 @@ pub use self::decoding::{
     Condition, Constant, Decoding, Format, FormatOptions, Precision, Readings, Spread, Test, When,
 };
 pub use self::number::Number;
-pub use self::rule::{AlertSettings, PublishSettings, RuleSettings, Severity};
+pub use self::rule::{AlertSettings, CommandSettings, PublishSettings, RuleSettings, Severity};
 pub use self::source::{
     ExecSettings, FileSettings, HostSettings, HttpSettings, MapSettings, ModbusAddress, ModbusSettings, MqttSettings,
     MqttVersion, Order, Parity, Place, Pointer, RegisterSettings, RegisterType, STATUS, SourceSettings, Table,
@@ -374,7 +374,7 @@ impl Settings {
             return Err("[alerts] devices_max must be at least 1".to_owned());
         }
         Rules::new(self)?;
-        if self.rule.iter().any(|rule| rule.topic.is_some()) || self.publish.is_some() {
+        if self.rule.iter().any(RuleSettings::is_told) || self.publish.is_some() {
             self.publisher()?;
         }
         Ok(())

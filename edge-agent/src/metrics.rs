@@ -117,6 +117,7 @@ pub fn render(status: &Status) -> String {
             "Given up: the queue was full",
             publisher.dropped as f64,
         );
+        out.single("weir_edge_commands_total", "counter", "Of those, to actuators", publisher.commands as f64);
         out.single("weir_edge_publish_waiting", "gauge", "Waits for that broker", publisher.waiting as f64);
     }
     out.single("weir_edge_incidents", "gauge", "Damage found since the start", status.incidents.len() as f64);

@@ -4,26 +4,29 @@
 //! QoS 1. The promise is *at least once, with a stable id*: after a connection is made, and after a restart, everything that
 //! fires is published again, and what ended lately is cleared again.
 //!
-//! What a restart applies again from the journal was perhaps published before it, so it is not published turn by turn
-//! ([`Replay`]): entries below the journal's end at the start are of the run before. When they are applied, what fires then
-//! is published, and so is the end of what ended among them.
+//! What a restart applies again is told apart in `publish/replay.rs`; what actuators are told is kept in
+//! `publish/commands.rs` and goes the same way, never retained.
 //!
 //! Limits: `queue` publications wait, then the oldest go, which is counted; what fires is not lost by that.
+
+mod commands;
+mod replay;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use rand::Rng;
-use segment_log::Position;
 use serde::Serialize;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{MqttSettings, Settings};
+use self::commands::Commands;
+pub use self::replay::Replay;
+use crate::config::{MqttSettings, RuleSettings, Settings};
 use crate::rules::{Transition, Turn};
 use crate::source::mqtt::TlsError;
 use crate::source::mqtt::client::{self, Event};
@@ -44,9 +47,13 @@ pub struct PublisherStatus {
     pub connected: bool,
     /// Handed to the broker since the start, repetitions included.
     pub published: u64,
-    /// Given up because the queue was full.
+    /// Given up because the queue was full, or too many topics were commanded.
     pub dropped: u64,
     pub waiting: usize,
+    /// Commands among those published.
+    pub commands: u64,
+    /// Commands that a newer one replaced while they waited for their turn.
+    pub commands_replaced: u64,
     pub last_error: Option<String>,
 }
 
@@ -74,6 +81,7 @@ struct Inner {
     firing: BTreeMap<String, Bytes>,
     /// What it is to retain no longer; the last of them.
     ended: VecDeque<String>,
+    commands: Commands,
     status: PublisherStatus,
 }
 
@@ -83,9 +91,9 @@ impl Outbox {
         Self { edge, queue_max, inner: Mutex::new(Inner::default()), wake: Notify::new() }
     }
 
-    /// One for the rules of the settings, with the broker; none when no rule has a topic.
+    /// One for the rules of the settings, with the broker; none when no rule has anything to tell.
     pub fn of(settings: &Settings) -> Option<(MqttSettings, Arc<Self>)> {
-        let broker = settings.publisher().ok().filter(|_| settings.rule.iter().any(|rule| rule.topic.is_some()))?;
+        let broker = settings.publisher().ok().filter(|_| settings.rule.iter().any(RuleSettings::is_told))?;
         let queue_max = settings.publish.as_ref().and_then(|publish| publish.queue);
         let queue_max = queue_max.map_or(QUEUE_MAX, |queue| queue as usize);
         Some((broker, Arc::new(Self::new(settings.edge.id.to_string(), queue_max))))
@@ -93,9 +101,16 @@ impl Outbox {
 
     /// Takes what became of an alert.
     pub fn offer(&self, alert: &Transition) {
-        let Some(topic) = &alert.topic else { return };
-        let payload = self.payload(alert);
         let inner = &mut *self.inner.lock();
+        inner.commands.offer(alert);
+        if let Some(topic) = &alert.topic {
+            self.publish(inner, topic, alert);
+        }
+        self.wake.notify_one();
+    }
+
+    fn publish(&self, inner: &mut Inner, topic: &String, alert: &Transition) {
+        let payload = self.payload(alert);
         inner.ended.retain(|ended| ended != topic);
         let publication = |payload, retain| Publication { topic: topic.clone(), payload, retain };
         match alert.turn {
@@ -118,13 +133,17 @@ impl Outbox {
             inner.queue.pop_front();
             inner.status.dropped += 1;
         }
-        self.wake.notify_one();
     }
 
     /// What it tells now.
     pub fn status(&self) -> PublisherStatus {
         let inner = self.inner.lock();
-        PublisherStatus { waiting: inner.queue.len(), ..inner.status.clone() }
+        PublisherStatus {
+            waiting: inner.queue.len() + inner.commands.waiting(),
+            dropped: inner.status.dropped + inner.commands.refused,
+            commands_replaced: inner.commands.replaced,
+            ..inner.status.clone()
+        }
     }
 
     fn payload(&self, alert: &Transition) -> Bytes {
@@ -162,19 +181,26 @@ impl Outbox {
         queue.extend(inner.firing.iter().map(|(topic, payload)| again(topic, payload)));
         queue.append(&mut inner.queue);
         inner.queue = queue;
+        inner.commands.all_again();
     }
 
-    /// Hands over what the client takes. False: it has no room, and there is more.
-    fn flush(&self, client: &client::Client) -> bool {
-        let inner = &mut *self.inner.lock();
-        while let Some(first) = inner.queue.front() {
+    /// Hands over what the client takes; what finds no room goes with its next event. Returns when a command that was held
+    /// back may go.
+    fn flush(&self, client: &client::Client) -> Option<Instant> {
+        let Inner { queue, commands, status, .. } = &mut *self.inner.lock();
+        while let Some(first) = queue.front() {
             if !client.publish(&first.topic, first.payload.clone(), first.retain) {
-                return false;
+                return None;
             }
-            inner.queue.pop_front();
-            inner.status.published += 1;
+            queue.pop_front();
+            status.published += 1;
         }
-        true
+        commands.flush(Instant::now(), |topic, word| {
+            let sent = client.publish(topic, word.clone(), false);
+            status.published += u64::from(sent);
+            status.commands += u64::from(sent);
+            sent
+        })
     }
 
     fn connected(&self, connected: bool, error: Option<String>) {
@@ -191,13 +217,17 @@ pub async fn run(settings: MqttSettings, outbox: &Outbox, token: CancellationTok
     let id = settings.client_id.clone().unwrap_or_else(|| format!("weir-{}-alerts", outbox.edge));
     let (client, mut events) = client::publisher(&settings, &id)?;
     let (mut connected, mut failures) = (false, 0_u32);
+    // When a command that was held back may go.
+    let mut due = None::<Instant>;
     while !token.is_cancelled() {
         let event = {
             let mut next = pin!(events.next());
             loop {
+                let wait = due.map_or(Duration::MAX, |due| due.saturating_duration_since(Instant::now()));
                 tokio::select! {
                     event = &mut next => break event,
-                    () = outbox.wake.notified(), if connected => { outbox.flush(&client); }
+                    () = outbox.wake.notified(), if connected => due = outbox.flush(&client),
+                    () = tokio::time::sleep(wait), if connected && due.is_some() => due = outbox.flush(&client),
                     () = token.cancelled() => break Event::Other,
                 }
             }
@@ -225,9 +255,7 @@ pub async fn run(settings: MqttSettings, outbox: &Outbox, token: CancellationTok
             }
             _ => {}
         }
-        if connected {
-            outbox.flush(&client);
-        }
+        due = if connected { outbox.flush(&client) } else { None };
     }
     // What is handed over is written with the next turns; then the farewell.
     if connected {
@@ -239,59 +267,13 @@ pub async fn run(settings: MqttSettings, outbox: &Outbox, token: CancellationTok
     Ok(())
 }
 
-/// Tells what a restart applies again from what is new.
-#[derive(Debug)]
-pub struct Replay {
-    /// The journal's end at the start.
-    until: Position,
-    over: bool,
-    /// What ended, by topic.
-    ended: BTreeMap<String, Transition>,
-}
-
-impl Replay {
-    /// All entries below `until` are of the run before.
-    pub fn new(until: Position) -> Self {
-        Self { until, over: false, ended: BTreeMap::new() }
-    }
-
-    /// What the entry at `position` brought about. `firing` is asked once, when the last old entry is applied.
-    pub fn applied(
-        &mut self,
-        position: Position,
-        found: Vec<Transition>,
-        outbox: &Outbox,
-        firing: impl FnOnce() -> Vec<Transition>,
-    ) {
-        if self.over || position >= self.until {
-            let begun = found.iter().map(|alert| alert.id.as_str()).collect::<Vec<_>>();
-            self.end(outbox, || firing().into_iter().filter(|alert| !begun.contains(&alert.id.as_str())).collect());
-            return found.iter().for_each(|alert| outbox.offer(alert));
-        }
-        for alert in found {
-            let Some(topic) = alert.topic.clone() else { continue };
-            match alert.turn {
-                Turn::Resolved if self.ended.len() < ENDED_MAX => drop(self.ended.insert(topic, alert)),
-                Turn::Firing => drop(self.ended.remove(&topic)),
-                _ => {}
-            }
-        }
-    }
-
-    /// The journal has nothing more: all old entries are applied.
-    pub fn end(&mut self, outbox: &Outbox, firing: impl FnOnce() -> Vec<Transition>) {
-        if !std::mem::replace(&mut self.over, true) {
-            std::mem::take(&mut self.ended).values().for_each(|alert| outbox.offer(alert));
-            firing().iter().for_each(|alert| outbox.offer(alert));
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use segment_log::Position;
+
     use super::*;
 
-    fn alert(device: &str, turn: Turn) -> Transition {
+    pub(super) fn alert(device: &str, turn: Turn) -> Transition {
         Transition {
             ts: 1,
             device: device.to_owned(),
@@ -306,6 +288,7 @@ mod tests {
             from: 0,
             to: None,
             topic: Some(device.to_owned()),
+            command: None,
         }
     }
 
@@ -336,14 +319,14 @@ mod tests {
         apply(&quiet, &mut replay);
         replay.end(&quiet, || vec![alert("b", Turn::Firing)]);
         replay.end(&quiet, || panic!("once"));
-        assert_eq!(waits(&quiet), ["a resolved", "a -", "b firing"]);
+        assert_eq!(waits(&quiet), ["b firing", "a resolved", "a -"]);
 
         // Something new came before the end was seen.
         let (busy, mut replay) = (outbox(100), Replay::new(Position(5)));
         apply(&busy, &mut replay);
         let firing = || vec![alert("b", Turn::Firing), alert("c", Turn::Firing)];
         replay.applied(Position(5), vec![alert("c", Turn::Firing)], &busy, firing);
-        assert_eq!(waits(&busy), ["a resolved", "a -", "b firing", "c firing"]);
+        assert_eq!(waits(&busy), ["b firing", "a resolved", "a -", "c firing"]);
         replay.applied(Position(6), vec![alert("d", Turn::Firing)], &busy, || panic!("once"));
         assert_eq!(waits(&busy).last().unwrap(), "d firing");
     }

@@ -14,29 +14,28 @@
 //! not missed.
 //!
 //! Devices are remembered once for all rules of a stream, an alert only while it is pending or fires. Limits: `devices_max`
-//! of a stream, `max_instances` of a rule; what does not fit is counted. State as bytes: `rules/state.rs`.
+//! of a stream, `max_instances` of a rule; what does not fit is counted. What a row does to an alert: `rules/episode.rs`; what
+//! is remembered of a stream: `rules/input.rs`, as bytes: `rules/state.rs`.
 
+mod episode;
 pub mod expression;
+mod input;
 mod rule;
 mod state;
 mod template;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use wire::StreamName;
 
-use sha2::{Digest, Sha256};
-use wire::{FieldType, StreamName};
-
-use self::expression::{Columns, Row};
-use self::rule::{Condition, Rule, hex};
+use self::episode::Pass;
+use self::expression::Row;
+use self::input::{Device, Input, Kept, Looked, columns_of};
+use self::rule::{Condition, Rule};
 pub use self::rule::{RULES_MAX, RuleHash};
 pub use self::state::StateError;
-use self::template::Filling;
-use crate::config::{Settings, SourceSettings};
+use crate::config::Settings;
 use crate::decode::Value;
-use crate::source::host;
-use crate::window;
 
 /// Of the time between two entries at most this counts as listened.
 pub const LISTEN_STEP_US: i64 = 60_000_000;
@@ -84,6 +83,25 @@ pub struct Transition {
     pub to: Option<i64>,
     /// Where it is published; None for what is only recorded.
     pub topic: Option<String>,
+    /// What an actuator is told by it.
+    pub command: Option<Command>,
+}
+
+impl Transition {
+    /// Whether anybody but the cloud is told.
+    pub fn is_told(&self) -> bool {
+        self.topic.is_some() || self.command.is_some()
+    }
+}
+
+/// What an actuator is told while an alert fires and when it has ended, filled in from the row that made it fire.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Command {
+    pub topic: String,
+    pub firing: String,
+    pub resolved: Option<String>,
+    /// To one topic not more often.
+    pub every_us: i64,
 }
 
 /// What a rule counted since the data directory was made.
@@ -119,62 +137,6 @@ pub struct When {
     pub to: i64,
     /// Of the journal's entry.
     pub arrival: i64,
-}
-
-/// An alert that is pending or fires.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Alert {
-    rule: usize,
-    /// JSON.
-    labels: String,
-    firing: bool,
-    /// Whether it was ever more than a backfill.
-    announced: bool,
-    from: i64,
-    /// Set when it fires.
-    id: String,
-    topic: Option<String>,
-}
-
-#[derive(Debug, Default)]
-struct Device {
-    /// Event time of its newest row.
-    last: i64,
-    /// When it was last heard, by the clock of [`Rules::tick`].
-    heard: i64,
-    /// Of its newest row, the columns that some rule wants.
-    previous: Vec<Option<Value>>,
-    /// By rule, then labels.
-    alerts: Vec<Alert>,
-}
-
-/// A rule with what belongs to it.
-#[derive(Debug)]
-struct Kept {
-    rule: Rule,
-    totals: RuleTotals,
-    alerts: usize,
-}
-
-#[derive(Debug)]
-struct Input {
-    name: StreamName,
-    columns: Columns,
-    /// Columns whose values of the row before are kept.
-    previous: Vec<usize>,
-    lateness: i64,
-    rules: Vec<Kept>,
-    devices: BTreeMap<String, Device>,
-    newest: i64,
-    looked: Looked,
-    devices_refused: u64,
-}
-
-/// When silence was last looked for.
-#[derive(Debug, Clone, Copy)]
-struct Looked {
-    heard: i64,
-    watermark: i64,
 }
 
 /// All rules. See the module's documentation.
@@ -234,10 +196,8 @@ impl Rules {
                     input.previous.push(column);
                 }
             }
-            if let Some(topic) = rule
-                .topic
-                .as_ref()
-                .filter(|_| read.topic.as_ref().is_some_and(|topic| !topic.has_rule() && !topic.has_id()))
+            let alike = read.topic.as_ref().is_some_and(|topic| !topic.has_rule() && !topic.has_id());
+            if let Some(topic) = rule.topic.as_ref().filter(|_| alike)
                 && settings.rule[..index].iter().any(|other| other.topic.as_ref() == Some(topic))
             {
                 return Err(format!("{here} topic: another rule has `{topic}`, too; put {{rule}} into it"));
@@ -367,14 +327,13 @@ impl Rules {
         std::mem::take(&mut self.out)
     }
 
-    /// What is published and fires: id, and its row as it would be written now.
+    /// What fires and was told, as it was told.
     pub fn firing(&self) -> Vec<Transition> {
         let mut all = Vec::new();
         for input in &self.inputs {
             for (device, entry) in &input.devices {
-                for alert in entry.alerts.iter().filter(|alert| alert.announced && alert.topic.is_some()) {
-                    all.push(input.as_it_stands(device, entry, alert, Turn::Firing));
-                }
+                let told = entry.alerts.iter().filter(|alert| alert.announced);
+                all.extend(told.map(|alert| input.as_it_stands(device, alert)).filter(Transition::is_told));
             }
         }
         all
@@ -396,236 +355,4 @@ impl Rules {
             })
         })
     }
-}
-
-/// The columns of what a rule is on, how late its rows may come, and whether it is windows.
-fn columns_of(settings: &Settings, on: &StreamName) -> Result<(Columns, i64, bool), String> {
-    if on.as_str() == "host" && settings.source.iter().any(|source| matches!(source, SourceSettings::Host(_))) {
-        let host = host::stream_settings();
-        let fields = host.fields.iter().map(|(name, field)| (name.to_string(), field.kind));
-        return Ok((Columns::new(fields), host.lateness.micros(), false));
-    }
-    for (name, stream) in &settings.stream {
-        if name == on {
-            let fields = stream.fields.iter().map(|(name, field)| (name.to_string(), field.kind));
-            return Ok((Columns::new(fields), stream.lateness.micros(), false));
-        }
-        if stream.windows(name).iter().any(|(window, _)| window == on) {
-            let schema = window::schema(stream);
-            // The bounds of a window are its event time.
-            let fields = schema.fields().iter().filter(|field| field.kind != FieldType::Timestamp);
-            let columns = Columns::new(fields.map(|field| (field.name.to_string(), field.kind)));
-            return Ok((columns, stream.lateness.micros(), true));
-        }
-    }
-    let known = settings.stream.iter().flat_map(|(name, stream)| {
-        let windows = stream.windows(name).into_iter().map(|(window, _)| window.to_string());
-        std::iter::once(name.to_string()).chain(windows)
-    });
-    Err(format!("there is no stream `{on}`; there are {}", known.collect::<Vec<_>>().join(", ")))
-}
-
-impl Input {
-    fn new(name: StreamName, columns: Columns, lateness: i64) -> Self {
-        Self {
-            name,
-            columns,
-            previous: Vec::new(),
-            lateness,
-            rules: Vec::new(),
-            devices: BTreeMap::new(),
-            newest: i64::MIN,
-            looked: Looked { heard: 0, watermark: i64::MIN },
-            devices_refused: 0,
-        }
-    }
-
-    fn watermark(&self) -> i64 {
-        if self.newest == i64::MIN { i64::MIN } else { self.newest.saturating_sub(self.lateness) }
-    }
-
-    /// Forgets an eighth of the devices without alerts, those that were silent longest. False: there is none.
-    fn forget_some(&mut self) -> bool {
-        let mut quiet = self.devices.iter().filter(|(_, device)| device.alerts.is_empty());
-        let mut quiet =
-            quiet.by_ref().map(|(name, device)| (device.heard, device.last, name.clone())).collect::<Vec<_>>();
-        let many = quiet.len().div_ceil(8);
-        quiet.sort_unstable();
-        quiet.truncate(many);
-        for (_, _, name) in &quiet {
-            self.devices.remove(name);
-        }
-        !quiet.is_empty()
-    }
-
-    /// An alert whose row is not at hand.
-    fn as_it_stands(&self, device: &str, entry: &Device, alert: &Alert, turn: Turn) -> Transition {
-        let rule = &self.rules[alert.rule].rule;
-        Transition {
-            ts: entry.last,
-            device: device.to_owned(),
-            rule: rule.name.clone(),
-            rule_hash: hex(&rule.hash.0),
-            id: alert.id.clone(),
-            turn,
-            severity: rule.severity.word(),
-            stream: self.name.to_string(),
-            labels: alert.labels.clone(),
-            message: format!("{}: {device}", rule.name),
-            from: alert.from,
-            to: None,
-            topic: alert.topic.clone(),
-        }
-    }
-}
-
-/// One row's way past the rules.
-struct Pass<'p> {
-    stream: &'p str,
-    horizon: i64,
-    row: Row<'p>,
-    when: When,
-    out: &'p mut Vec<Transition>,
-}
-
-impl Pass<'_> {
-    /// What the row means for one rule; `at` is where the device's alerts of this rule begin.
-    fn judge(&mut self, index: usize, kept: &mut Kept, alerts: &mut Vec<Alert>, at: usize) {
-        let Condition::When { when, until } = &kept.rule.condition else { return };
-        let own = at..at + alerts[at..].iter().take_while(|alert| alert.rule == index).count();
-        let holds = when.test(&self.row).unwrap_or_else(|_| {
-            kept.totals.failed += 1;
-            None
-        });
-        if own.is_empty() && holds != Some(true) {
-            return;
-        }
-        let found = if kept.rule.labels_of_the_device && !own.is_empty() {
-            own.start
-        } else {
-            let labels = self.labels(&kept.rule);
-            match alerts[own.clone()].binary_search_by(|alert| alert.labels.as_str().cmp(&labels)) {
-                Ok(found) => own.start + found,
-                Err(_) if holds != Some(true) => return,
-                Err(place) => return self.begin(index, kept, alerts, own.start + place, Some(labels)),
-            }
-        };
-        let alert = &mut alerts[found];
-        if !alert.firing {
-            match holds {
-                Some(true) if self.when.to.saturating_sub(alert.from) >= kept.rule.hold => self.fire(kept, alert),
-                Some(false) => {
-                    alerts.remove(found);
-                    kept.alerts -= 1;
-                }
-                _ => {}
-            }
-            return;
-        }
-        let ends = match until {
-            None => holds == Some(false),
-            Some(until) => {
-                let until = until.test(&self.row).unwrap_or_else(|_| {
-                    kept.totals.failed += 1;
-                    None
-                });
-                until == Some(true) && holds != Some(true)
-            }
-        };
-        if ends {
-            let alert = alerts.remove(found);
-            self.end(kept, alert);
-        } else if !alert.announced && holds == Some(true) && !self.is_old(self.when.to) {
-            self.fire(kept, alert);
-        }
-    }
-
-    fn is_old(&self, ts: i64) -> bool {
-        self.when.arrival.saturating_sub(ts) > self.horizon
-    }
-
-    fn labels(&self, rule: &Rule) -> String {
-        let with = self.filling(rule, "");
-        let labels = rule.labels.iter().map(|(label, text)| (label.clone(), text.fill(&with).into()));
-        serde_json::Value::Object(labels.collect()).to_string()
-    }
-
-    fn filling<'f>(&'f self, rule: &'f Rule, id: &'f str) -> Filling<'f> {
-        Filling { row: self.row, ts: self.when.to, rule: &rule.name, severity: rule.severity.word(), id }
-    }
-
-    /// An alert begins: pending, or firing at once.
-    fn begin(&mut self, index: usize, kept: &mut Kept, alerts: &mut Vec<Alert>, at: usize, labels: Option<String>) {
-        if kept.alerts >= kept.rule.max_instances {
-            kept.totals.refused += 1;
-            return;
-        }
-        kept.alerts += 1;
-        let labels = labels.unwrap_or_else(|| self.labels(&kept.rule));
-        let from = self.when.from;
-        let alert =
-            Alert { rule: index, labels, firing: false, announced: false, from, id: String::new(), topic: None };
-        alerts.insert(at, alert);
-        if self.when.to.saturating_sub(from) >= kept.rule.hold {
-            self.fire(kept, &mut alerts[at]);
-        }
-    }
-
-    fn fire(&mut self, kept: &mut Kept, alert: &mut Alert) {
-        let old = self.is_old(self.when.to);
-        if alert.firing && old {
-            return;
-        }
-        alert.firing = true;
-        alert.announced = !old;
-        if alert.id.is_empty() {
-            alert.id = id(&kept.rule, self.row.device, &alert.labels, alert.from);
-        }
-        *if old { &mut kept.totals.backfilled } else { &mut kept.totals.fired } += 1;
-        let with = self.filling(&kept.rule, &alert.id);
-        alert.topic = kept.rule.topic.as_ref().map(|topic| topic.fill_topic(&with)).filter(|_| !old);
-        let turn = if old { Turn::Backfill } else { Turn::Firing };
-        let transition = self.transition(&kept.rule, alert, turn, None);
-        self.out.push(transition);
-    }
-
-    fn end(&mut self, kept: &mut Kept, alert: Alert) {
-        kept.alerts -= 1;
-        *if alert.announced { &mut kept.totals.resolved } else { &mut kept.totals.backfilled } += 1;
-        let turn = if alert.announced { Turn::Resolved } else { Turn::Backfill };
-        let transition = self.transition(&kept.rule, &alert, turn, Some(self.when.from));
-        self.out.push(transition);
-    }
-
-    fn transition(&self, rule: &Rule, alert: &Alert, turn: Turn, to: Option<i64>) -> Transition {
-        Transition {
-            ts: self.when.to,
-            device: self.row.device.to_owned(),
-            rule: rule.name.clone(),
-            rule_hash: hex(&rule.hash.0),
-            id: alert.id.clone(),
-            turn,
-            severity: rule.severity.word(),
-            stream: self.stream.to_owned(),
-            labels: alert.labels.clone(),
-            message: rule.message.fill(&self.filling(rule, &alert.id)),
-            from: alert.from,
-            to: to.map(|to| to.max(alert.from)),
-            topic: alert.topic.clone(),
-        }
-    }
-}
-
-/// The identity of an episode: from the rule's hash, the device, the labels and the beginning.
-fn id(rule: &Rule, device: &str, labels: &str, from: i64) -> String {
-    let mut hash = Sha256::new();
-    hash.update(rule.hash.0);
-    for text in [device, labels] {
-        hash.update((text.len() as u64).to_le_bytes());
-        hash.update(text);
-    }
-    hash.update(from.to_le_bytes());
-    let mut id = [0; 16];
-    id.copy_from_slice(&hash.finalize()[..16]);
-    hex(&id)
 }

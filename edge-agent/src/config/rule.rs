@@ -44,9 +44,32 @@ pub struct RuleSettings {
     /// Where the local broker gets it. Without: nowhere.
     #[serde(default)]
     pub topic: Option<String>,
+    /// What an actuator is told.
+    #[serde(default)]
+    pub command: Option<CommandSettings>,
     /// Alerts of this rule that are pending or fire at one time; more do not begin, and are counted.
     #[serde(default = "max_instances")]
     pub max_instances: u32,
+}
+
+/// What the local broker brings to an actuator. The same may come again, after a restart or a lost connection: it is to say
+/// how things shall be, not to change them. Templates are filled in from the row that made the alert fire.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CommandSettings {
+    pub topic: String,
+    /// The payload while the alert fires.
+    pub firing: String,
+    /// The payload when the last alert that commands this topic has ended. Without: nothing.
+    #[serde(default)]
+    pub resolved: Option<String>,
+    /// To one topic not more often; what comes in between waits, and only the newest of it goes.
+    #[serde(default = "every")]
+    pub every: Span,
+}
+
+fn every() -> Span {
+    Span(Duration::from_secs(1))
 }
 
 fn at_once() -> Span {
@@ -69,6 +92,13 @@ pub enum Severity {
     #[default]
     Warning,
     Critical,
+}
+
+impl RuleSettings {
+    /// Whether the local broker gets anything of it.
+    pub fn is_told(&self) -> bool {
+        self.topic.is_some() || self.command.is_some()
+    }
 }
 
 impl Severity {
@@ -169,9 +199,9 @@ pub(super) fn publisher(settings: &Settings) -> Result<MqttSettings, String> {
             Ok(MqttSettings { client_id, ..(*one).clone() })
         }
         [] => {
-            Err("a [[rule]] has a topic and there is no broker: write [publish] url = \"mqtt://127.0.0.1:1883\""
+            Err("a [[rule]] has a topic or a command and there is no broker: write [publish] url = \"mqtt://127.0.0.1:1883\""
                 .to_owned())
         }
-        _ => Err("a [[rule]] has a topic and there are several brokers: write [publish] source = \"…\"".to_owned()),
+        _ => Err("a [[rule]] has a topic or a command and there are several brokers: write [publish] source = \"…\"".to_owned()),
     }
 }

@@ -9,27 +9,38 @@ use wire::TS_MIN_US;
 use super::output::Cell;
 use super::{GOOD, Pipeline};
 use crate::decode::{Reading, Value};
-use crate::rules::{RuleStatus, Rules, Transition, When};
+use crate::rules::{InputId, RuleStatus, Rules, Transition, When};
 use crate::window::WindowRow;
 
 impl Pipeline {
     /// A reading that was accepted, for the rules on its stream.
     pub(super) fn judge_reading(&mut self, position: Position, arrival: i64, stream: usize, reading: &Reading) {
-        if let Some(input) = self.streams[stream].rules {
-            let when = When { from: reading.ts, to: reading.ts, arrival };
-            self.rules.row(input, &reading.device, when, &reading.values);
-            self.write_alerts(position);
-        }
+        let when = When { from: reading.ts, to: reading.ts, arrival };
+        self.judge(position, self.streams[stream].rules, &reading.device, when, &reading.values);
     }
 
     /// Windows that closed, for the rules on them. Columns: count, the aggregates, revision.
     pub(super) fn judge_windows(&mut self, position: Position, arrival: i64, stream: usize, rows: Vec<WindowRow>) {
         for row in rows {
-            let Some(input) = self.streams[stream].window_rules[row.window] else { continue };
+            let input @ Some(_) = self.streams[stream].window_rules[row.window] else { continue };
             let mut values = row.values;
             values.insert(0, Some(Value::Int(row.count)));
             values.push(Some(Value::Int(row.revision)));
-            self.rules.row(input, &row.device, When { from: row.start, to: row.end, arrival }, &values);
+            self.judge(position, input, &row.device, When { from: row.start, to: row.end, arrival }, &values);
+        }
+    }
+
+    /// A row of any stream, for the rules on it, if there are any.
+    fn judge(
+        &mut self,
+        position: Position,
+        input: Option<InputId>,
+        device: &str,
+        when: When,
+        values: &[Option<Value>],
+    ) {
+        if let Some(input) = input {
+            self.rules.row(input, device, when, values);
             self.write_alerts(position);
         }
     }
@@ -56,7 +67,7 @@ impl Pipeline {
                 self.pending_rows += 1;
                 self.pending_bytes += output.bytes() - before;
             }
-            if alert.topic.is_some() {
+            if alert.is_told() {
                 self.to_publish.push(alert);
             }
         }

@@ -1,15 +1,16 @@
 //! One rule, understood: from its settings and the columns of what it is on.
 //!
 //! Its hash is the first 16 bytes of the SHA-256 of what decides when an alert begins and ends and which alert it is: name,
-//! stream, `when`, `until`, `for` and `absent` in µs, labels, as a JSON array without spaces. Message, topic and severity may
-//! be changed while alerts fire.
+//! stream, `when`, `until`, `for` and `absent` in µs, labels, as a JSON array without spaces. Message, topic, command and severity
+//! may be changed while alerts fire.
 
 use sha2::{Digest, Sha256};
 use wire::FieldType;
 
+use super::Command;
 use super::expression::{Columns, Expression};
-use super::template::Template;
-use crate::config::{RuleSettings, Severity};
+use super::template::{Filling, Template};
+use crate::config::{CommandSettings, RuleSettings, Severity};
 
 /// Rules of one configuration.
 pub const RULES_MAX: usize = 1_000;
@@ -29,6 +30,36 @@ pub(super) enum Condition {
     Absent(i64),
 }
 
+/// What an actuator is told.
+#[derive(Debug)]
+pub(super) struct Told {
+    topic: Template,
+    firing: Template,
+    resolved: Option<Template>,
+    every_us: i64,
+}
+
+impl Told {
+    fn new(settings: &CommandSettings, columns: Option<&Columns>) -> Result<Self, String> {
+        can_be_published(&settings.topic)?;
+        Ok(Self {
+            topic: Template::parse(&settings.topic, columns)?,
+            firing: Template::parse(&settings.firing, columns)?,
+            resolved: settings.resolved.as_ref().map(|text| Template::parse(text, columns)).transpose()?,
+            every_us: settings.every.micros(),
+        })
+    }
+
+    pub(super) fn fill(&self, with: &Filling<'_>) -> Command {
+        Command {
+            topic: self.topic.fill_topic(with),
+            firing: self.firing.fill_payload(with),
+            resolved: self.resolved.as_ref().map(|text| text.fill_payload(with)),
+            every_us: self.every_us,
+        }
+    }
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub(super) struct Rule {
@@ -43,6 +74,7 @@ pub(super) struct Rule {
     pub(super) labels_of_the_device: bool,
     pub(super) message: Template,
     pub(super) topic: Option<Template>,
+    pub(super) command: Option<Told>,
     pub(super) max_instances: usize,
 }
 
@@ -86,9 +118,7 @@ impl Rule {
         }
         let topic = settings.topic.as_ref().map(|topic| template("topic", topic, row)).transpose()?;
         if let (Some(topic), Some(text)) = (&topic, &settings.topic) {
-            if text.contains(['+', '#', '\0']) || text.is_empty() || text.len() > 1_000 || text.starts_with('$') {
-                return Err(format!("{here} topic: `{text}` is no topic to publish to"));
-            }
+            can_be_published(text).map_err(|error| format!("{here} topic: {error}"))?;
             let mut labelled = labels.iter().flat_map(|(_, label)| label.columns());
             let apart = labelled.all(|column| topic.columns().any(|other| other == column));
             if !topic.tells_devices_apart() || !(apart || topic.has_id()) {
@@ -97,6 +127,8 @@ impl Rule {
                 ));
             }
         }
+        let command = settings.command.as_ref().map(|command| Told::new(command, row));
+        let command = command.transpose().map_err(|error| format!("{here} command: {error}"))?;
         if settings.max_instances == 0 {
             return Err(format!("{here}: max_instances must be at least 1"));
         }
@@ -110,6 +142,7 @@ impl Rule {
             labels,
             message: template("message", &settings.message, row)?,
             topic,
+            command,
             max_instances: settings.max_instances as usize,
         })
     }
@@ -122,6 +155,13 @@ impl Rule {
         };
         expressions.into_iter().flatten().flat_map(Expression::previous).copied()
     }
+}
+
+fn can_be_published(topic: &str) -> Result<(), String> {
+    if topic.contains(['+', '#', '\0']) || topic.is_empty() || topic.len() > 1_000 || topic.starts_with('$') {
+        return Err(format!("`{topic}` is no topic to publish to"));
+    }
+    Ok(())
 }
 
 fn hash(settings: &RuleSettings) -> RuleHash {

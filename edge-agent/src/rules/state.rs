@@ -7,10 +7,11 @@
 //!             | columns u16 | (name text | kind u8)* | rules u16 | rule* | devices u32 | device*
 //! rule:       hash [16] | name text | severity u8 | fired u64 | resolved u64 | backfilled u64 | failed u64 | refused u64
 //! device:     name text | last i64 | heard i64 | value for each column | alerts u16 | alert*
-//! alert:      rule u16 | labels text | flags u8 (1 firing, 2 announced) | from i64 | id text | topic? text
+//! alert:      rule u16 | labels text | flags u8 (1 firing, 2 announced) | from i64 | id text | ts i64 | message text
+//!             | topic? text | command? (topic, firing text | resolved? text | every i64)
 //! value:      0 | 1 f64 | 2 i64 | 3 u8 | 4 text           topic?: 0 u8, or 1 u8 and what it is
 //! transition: ts i64 | device, rule, rule hash, id text | turn u8 | severity u8 | stream, labels, message text
-//!             | from i64 | to? i64 | topic? text
+//!             | from i64 | to? i64 | topic? text | command?
 //! ```
 //! A rule is found again by its hash. What fires and has no rule any more ends with the next entry of the journal: somebody
 //! was told that it fires.
@@ -18,8 +19,9 @@
 use bytes::{Buf, Bytes};
 use wire::FieldType;
 
+use super::input::{Alert, Device, Input, Looked};
 use super::rule::hex;
-use super::{Alert, Device, Input, Looked, RuleHash, RuleTotals, Rules, Transition, Turn};
+use super::{Command, RuleHash, RuleTotals, Rules, Transition, Turn};
 use crate::config::Severity;
 use crate::decode::Value;
 
@@ -124,6 +126,7 @@ fn end(input: &SavedInput, name: &str, device: &SavedDevice, alert: &Alert, gone
         from: alert.from,
         to: Some(device.last.max(alert.from)),
         topic: alert.topic.clone(),
+        command: alert.command.clone(),
     });
 }
 
@@ -214,7 +217,10 @@ fn put_input(out: &mut Vec<u8>, input: &Input) {
             out.push(u8::from(alert.firing) | u8::from(alert.announced) << 1);
             out.extend(alert.from.to_le_bytes());
             put_text(out, &alert.id);
+            out.extend(alert.ts.to_le_bytes());
+            put_text(out, &alert.message);
             put_some_text(out, alert.topic.as_deref());
+            put_command(out, alert.command.as_ref());
         }
     }
 }
@@ -254,9 +260,10 @@ fn take_alert(bytes: &mut Bytes) -> Option<Alert> {
     let rule = usize::from(bytes.try_get_u16_le().ok()?);
     let labels = take_text(bytes)?;
     let flags = bytes.try_get_u8().ok()?;
-    let (from, id) = (take_i64(bytes)?, take_text(bytes)?);
-    let topic = take_some_text(bytes)?;
-    Some(Alert { rule, labels, firing: flags & 1 != 0, announced: flags & 2 != 0, from, id, topic })
+    let (firing, announced) = (flags & 1 != 0, flags & 2 != 0);
+    let (from, id, ts, message) = (take_i64(bytes)?, take_text(bytes)?, take_i64(bytes)?, take_text(bytes)?);
+    let (topic, command) = (take_some_text(bytes)?, take_command(bytes)?);
+    Some(Alert { rule, labels, firing, announced, from, id, ts, message, topic, command })
 }
 
 fn put_transition(out: &mut Vec<u8>, transition: &Transition) {
@@ -278,6 +285,7 @@ fn put_transition(out: &mut Vec<u8>, transition: &Transition) {
     out.push(u8::from(transition.to.is_some()));
     out.extend(transition.to.map(i64::to_le_bytes).into_iter().flatten());
     put_some_text(out, transition.topic.as_deref());
+    put_command(out, transition.command.as_ref());
 }
 
 fn take_transition(bytes: &mut Bytes) -> Option<Transition> {
@@ -293,8 +301,46 @@ fn take_transition(bytes: &mut Bytes) -> Option<Transition> {
     let (stream, labels, message) = (take_text(bytes)?, take_text(bytes)?, take_text(bytes)?);
     let from = take_i64(bytes)?;
     let to = if bytes.try_get_u8().ok()? == 1 { Some(take_i64(bytes)?) } else { None };
-    let topic = take_some_text(bytes)?;
-    Some(Transition { ts, device, rule, rule_hash, id, turn, severity, stream, labels, message, from, to, topic })
+    let (topic, command) = (take_some_text(bytes)?, take_command(bytes)?);
+    Some(Transition {
+        ts,
+        device,
+        rule,
+        rule_hash,
+        id,
+        turn,
+        severity,
+        stream,
+        labels,
+        message,
+        from,
+        to,
+        topic,
+        command,
+    })
+}
+
+fn put_command(out: &mut Vec<u8>, command: Option<&Command>) {
+    out.push(u8::from(command.is_some()));
+    if let Some(command) = command {
+        put_text(out, &command.topic);
+        put_text(out, &command.firing);
+        put_some_text(out, command.resolved.as_deref());
+        out.extend(command.every_us.to_le_bytes());
+    }
+}
+
+fn take_command(bytes: &mut Bytes) -> Option<Option<Command>> {
+    Some(match bytes.try_get_u8().ok()? {
+        0 => None,
+        1 => Some(Command {
+            topic: take_text(bytes)?,
+            firing: take_text(bytes)?,
+            resolved: take_some_text(bytes)?,
+            every_us: take_i64(bytes)?,
+        }),
+        _ => return None,
+    })
 }
 
 fn kind_byte(kind: FieldType) -> u8 {

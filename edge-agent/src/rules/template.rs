@@ -1,7 +1,8 @@
 //! Texts with places: `"{device}: {avg_speed} km/h"`. `{{` and `}}` are braces.
 //!
 //! A place is a column of the stream, or `device`, `ts`, `rule`, `severity`, `id`. NULL is written as NULL. In a topic a
-//! value loses `/`, `+`, `#` and the NUL, which would make other levels of it. A value is at most [`VALUE_BYTES_MAX`] bytes.
+//! value loses `/`, `+`, `#` and the NUL, which would make other levels of it; in a command's payload quotes, backslashes and
+//! control characters. A value is at most [`VALUE_BYTES_MAX`] bytes.
 
 use std::fmt::Write;
 
@@ -109,23 +110,25 @@ impl Template {
     }
 
     pub(super) fn fill(&self, with: &Filling<'_>) -> String {
-        let mut out = String::new();
-        for part in &self.0 {
-            match part {
-                Part::Text(text) => out.push_str(text),
-                place => out.push_str(&value(place, with)),
-            }
-        }
-        out
+        self.fill_without(with, |_| false)
     }
 
     /// As a topic: values are one level, or a part of one.
     pub(super) fn fill_topic(&self, with: &Filling<'_>) -> String {
+        self.fill_without(with, |letter| matches!(letter, '/' | '+' | '#' | '\0'))
+    }
+
+    /// As what an actuator is told: a value stays the one value, whatever a device sends.
+    pub(super) fn fill_payload(&self, with: &Filling<'_>) -> String {
+        self.fill_without(with, |letter| matches!(letter, '"' | '\'' | '\\') || letter.is_control())
+    }
+
+    fn fill_without(&self, with: &Filling<'_>, not: impl Fn(char) -> bool + Copy) -> String {
         let mut out = String::new();
         for part in &self.0 {
             match part {
                 Part::Text(text) => out.push_str(text),
-                place => out.push_str(&value(place, with).replace(['/', '+', '#', '\0'], "_")),
+                place => out.push_str(&value(place, with).replace(not, "_")),
             }
         }
         out

@@ -287,6 +287,39 @@ fn rows_that_fail_are_counted_and_change_nothing() {
 }
 
 #[test]
+fn a_command_is_filled_in_by_the_row_that_fires_and_the_same_to_its_end() {
+    let text = rule(
+        "when = \"v > 10\"\ncommand = { topic = \"set/{device}/{t}\", firing = '{{\"text\":\"{t}\",\"v\":{v}}}', resolved = \"off {v}\" }",
+    );
+    let mut hand = Hand::new(&text);
+    let mut commands = Vec::new();
+    let mut row = |hand: &mut Hand, at: i64, late: i64, v: i64| {
+        let input = hand.0.input(&"s".parse().unwrap()).unwrap();
+        let (ts, t) = (NOW + at * SECOND, Value::Text("a/\",\"x".to_owned()));
+        hand.0.tick(ts + late * SECOND);
+        let when = When { from: ts, to: ts, arrival: ts + late * SECOND };
+        hand.0.row(input, "d", when, &[Some(Value::Int(v)), Some(t)]);
+        commands.extend(hand.0.take().into_iter().map(|alert| (alert.turn, alert.command)));
+    };
+    row(&mut hand, 0, 3_601, 11);
+    row(&mut hand, 1, 0, 12);
+    let told = hand.0.firing();
+    // After a restart it is told as it was.
+    let mut hand = hand.restarted(&text);
+    assert_eq!(hand.0.firing(), told);
+    row(&mut hand, 2, 0, 1);
+    let command = Command {
+        topic: "set/d/a_\",\"x".to_owned(),
+        firing: r#"{"text":"a/_,_x","v":12}"#.to_owned(),
+        resolved: Some("off 12".to_owned()),
+        every_us: SECOND,
+    };
+    assert_eq!(told[0].command.as_ref(), Some(&command));
+    let expected = [(Turn::Backfill, None), (Turn::Firing, Some(command.clone())), (Turn::Resolved, Some(command))];
+    assert_eq!(commands, expected);
+}
+
+#[test]
 fn alerts_of_a_rule_that_changed_end_with_the_next_entry() {
     let (was, is) =
         (rule("when = \"v > 10\"\ntopic = \"a/{device}\""), rule("when = \"v > 20\"\ntopic = \"a/{device}\""));
@@ -306,13 +339,16 @@ fn alerts_of_a_rule_that_changed_end_with_the_next_entry() {
 
 #[test]
 fn the_bytes_of_version_1_never_change() {
-    let text = rule("when = \"v > prev(v) OR t = 'x'\"\nlabels = { t = \"{t}\" }\ntopic = \"a/{id}\"");
+    let text = rule(
+        "when = \"v > prev(v) OR t = 'x'\"\nlabels = { t = \"{t}\" }\ntopic = \"a/{id}\"\n\
+         command = { topic = \"c\", firing = \"1\", resolved = \"0\" }",
+    );
     let mut hand = Hand::new(&text);
     hand.late("d", 0, 0, Some(1), Some("x"));
     hand.late("e", 1, 0, None, None);
     let mut bytes = Vec::new();
     hand.0.write(&mut bytes);
-    assert_eq!(crc32c::crc32c(&bytes), 1_255_141_214, "{} bytes", bytes.len());
+    assert_eq!(crc32c::crc32c(&bytes), 135_774_820, "{} bytes", bytes.len());
     let mut again = Vec::new();
     hand.restarted(&text).0.write(&mut again);
     assert_eq!(again, bytes);
@@ -340,6 +376,10 @@ fn what_is_wrong_in_a_rule_is_refused_with_the_rule() {
     check(&rule("when = \"v > 1\"\ntopic = \"a/b\""), "two alerts would share `a/b`");
     check(&rule("when = \"v > 1\"\ntopic = \"a/{device}\"\nlabels = { x = \"{t}\" }"), "two alerts would share");
     check(&rule("when = \"v > 1\"\ntopic = \"a/+/{device}\""), "no topic to publish to");
+    let commanded = |command: &str| rule(&format!("when = \"v > 1\"\ncommand = {{ {command} }}"));
+    check(&commanded("topic = \"a/#\", firing = \"x\""), "[[rule]] `r` command: `a/#` is no topic to publish to");
+    check(&commanded("topic = \"a\", firing = \"{w}\""), "command: `{w}`: {w} is none of v, t, device");
+    check(&commanded("topic = \"a\""), "missing field `firing`");
     check(&rule("when = \"v > 1\"\nwen = \"v\""), "unknown field `wen`");
     check(&rule("when = \"v > 1\"").replace("\"s\"", "\"z\""), "there is no stream `z`; there are s, s_10s");
     check(&rule("absent = \"5m\"").replace("\"s\"", "\"s_10s\""), "absent is of readings");

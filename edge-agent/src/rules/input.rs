@@ -1,0 +1,156 @@
+//! What the rules remember of one stream or window stream: its devices, their last row, and their alerts.
+//!
+//! [`columns_of`] is the one place that knows what rules can be on.
+
+use std::collections::BTreeMap;
+
+use wire::{FieldType, StreamName};
+
+use super::expression::Columns;
+use super::rule::{Rule, hex};
+use super::{Command, RuleTotals, Transition, Turn};
+use crate::config::{Settings, SourceSettings};
+use crate::decode::Value;
+use crate::source::host;
+use crate::window;
+
+/// An alert that is pending or fires.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Alert {
+    pub(super) rule: usize,
+    /// JSON.
+    pub(super) labels: String,
+    pub(super) firing: bool,
+    /// Whether it was ever more than a backfill.
+    pub(super) announced: bool,
+    pub(super) from: i64,
+    /// What follows is set when it fires.
+    pub(super) id: String,
+    pub(super) ts: i64,
+    pub(super) message: String,
+    pub(super) topic: Option<String>,
+    pub(super) command: Option<Command>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Device {
+    /// Event time of its newest row.
+    pub(super) last: i64,
+    /// When it was last heard, by the clock of [`Rules::tick`].
+    pub(super) heard: i64,
+    /// Of its newest row, the columns that some rule wants.
+    pub(super) previous: Vec<Option<Value>>,
+    /// By rule, then labels.
+    pub(super) alerts: Vec<Alert>,
+}
+
+/// A rule with what belongs to it.
+#[derive(Debug)]
+pub(super) struct Kept {
+    pub(super) rule: Rule,
+    pub(super) totals: RuleTotals,
+    pub(super) alerts: usize,
+}
+
+#[derive(Debug)]
+pub(super) struct Input {
+    pub(super) name: StreamName,
+    pub(super) columns: Columns,
+    /// Columns whose values of the row before are kept.
+    pub(super) previous: Vec<usize>,
+    pub(super) lateness: i64,
+    pub(super) rules: Vec<Kept>,
+    pub(super) devices: BTreeMap<String, Device>,
+    pub(super) newest: i64,
+    pub(super) looked: Looked,
+    pub(super) devices_refused: u64,
+}
+
+/// When silence was last looked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Looked {
+    pub(super) heard: i64,
+    pub(super) watermark: i64,
+}
+
+/// The columns of what a rule is on, how late its rows may come, and whether it is windows.
+pub(super) fn columns_of(settings: &Settings, on: &StreamName) -> Result<(Columns, i64, bool), String> {
+    if on.as_str() == "host" && settings.source.iter().any(|source| matches!(source, SourceSettings::Host(_))) {
+        let host = host::stream_settings();
+        let fields = host.fields.iter().map(|(name, field)| (name.to_string(), field.kind));
+        return Ok((Columns::new(fields), host.lateness.micros(), false));
+    }
+    for (name, stream) in &settings.stream {
+        if name == on {
+            let fields = stream.fields.iter().map(|(name, field)| (name.to_string(), field.kind));
+            return Ok((Columns::new(fields), stream.lateness.micros(), false));
+        }
+        if stream.windows(name).iter().any(|(window, _)| window == on) {
+            let schema = window::schema(stream);
+            // The bounds of a window are its event time.
+            let fields = schema.fields().iter().filter(|field| field.kind != FieldType::Timestamp);
+            let columns = Columns::new(fields.map(|field| (field.name.to_string(), field.kind)));
+            return Ok((columns, stream.lateness.micros(), true));
+        }
+    }
+    let known = settings.stream.iter().flat_map(|(name, stream)| {
+        let windows = stream.windows(name).into_iter().map(|(window, _)| window.to_string());
+        std::iter::once(name.to_string()).chain(windows)
+    });
+    Err(format!("there is no stream `{on}`; there are {}", known.collect::<Vec<_>>().join(", ")))
+}
+
+impl Input {
+    pub(super) fn new(name: StreamName, columns: Columns, lateness: i64) -> Self {
+        Self {
+            name,
+            columns,
+            previous: Vec::new(),
+            lateness,
+            rules: Vec::new(),
+            devices: BTreeMap::new(),
+            newest: i64::MIN,
+            looked: Looked { heard: 0, watermark: i64::MIN },
+            devices_refused: 0,
+        }
+    }
+
+    pub(super) fn watermark(&self) -> i64 {
+        if self.newest == i64::MIN { i64::MIN } else { self.newest.saturating_sub(self.lateness) }
+    }
+
+    /// Forgets an eighth of the devices without alerts, those that were silent longest. False: there is none.
+    pub(super) fn forget_some(&mut self) -> bool {
+        let mut quiet = self.devices.iter().filter(|(_, device)| device.alerts.is_empty());
+        let mut quiet =
+            quiet.by_ref().map(|(name, device)| (device.heard, device.last, name.clone())).collect::<Vec<_>>();
+        let many = quiet.len().div_ceil(8);
+        quiet.sort_unstable();
+        quiet.truncate(many);
+        for (_, _, name) in &quiet {
+            self.devices.remove(name);
+        }
+        !quiet.is_empty()
+    }
+
+    /// What was told when an alert fired.
+    pub(super) fn as_it_stands(&self, device: &str, alert: &Alert) -> Transition {
+        let rule = &self.rules[alert.rule].rule;
+        Transition {
+            ts: alert.ts,
+            device: device.to_owned(),
+            rule: rule.name.clone(),
+            rule_hash: hex(&rule.hash.0),
+            id: alert.id.clone(),
+            turn: Turn::Firing,
+            severity: rule.severity.word(),
+            stream: self.name.to_string(),
+            labels: alert.labels.clone(),
+            message: alert.message.clone(),
+            from: alert.from,
+            to: None,
+            topic: alert.topic.clone(),
+            command: alert.command.clone(),
+        }
+    }
+}
