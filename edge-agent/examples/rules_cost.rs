@@ -54,7 +54,7 @@ fields = { avg_speed = { type = "float64", min = 0, max = 200 }, vehicle_count =
             2 => format!("when = \"abs(avg_speed - prev(avg_speed)) > {}\"", 100 + n % 90),
             3 => format!("when = \"vehicle_count BETWEEN {} AND 1000 OR avg_speed IS NULL\"", 60 + n % 90),
             4 => format!("when = \"CASE WHEN vehicle_count > 50 THEN avg_speed ELSE 0 END > {}\"", 111 + n % 50),
-            _ => format!("when = \"vehicle_count * 3 + 2 > avg_speed * {} AND device <> 'd7'\"", 20 + n % 50),
+            _ => format!("when = \"vehicle_count * 3 + 2 > avg_speed * {} AND device <> 'd7'\"", 5 + n % 50),
         };
         text += &format!(
             "[[rule]]\nname = \"rule-{n}\"\non = \"traffic\"\n{condition}\ntopic = \"alerts/{n}/{{device}}\"\n"

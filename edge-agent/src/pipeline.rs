@@ -191,13 +191,12 @@ impl Pipeline {
         self.to_publish.clear();
         self.lists.apply(entry);
         self.places.apply(entry);
+        let now = entry.message().map(|message| message.arrival_us);
+        if let Some(now) = now {
+            self.rules.tick(now);
+        }
         match entry {
-            Entry::Message(message) | Entry::Line { message, .. } => {
-                self.rules.tick(message.arrival_us);
-                self.message(position, message);
-                self.rules.look_for_silence();
-                self.write_alerts(position);
-            }
+            Entry::Message(message) | Entry::Line { message, .. } => self.message(position, message),
             Entry::Session { .. } | Entry::Forgotten { .. } | Entry::Subscribed { .. } => {}
             Entry::Refused { spool, seq, reason, schema, batch } => {
                 let key = (*spool, batch.stream.clone());
@@ -209,6 +208,10 @@ impl Pipeline {
             Entry::Missed { source, messages, bytes, first_us, last_us } => {
                 self.missed(position, source, *messages, *bytes, (*first_us, *last_us));
             }
+        }
+        if now.is_some() {
+            self.rules.look_for_silence();
+            self.write_alerts(position);
         }
     }
 
@@ -370,7 +373,7 @@ impl Pipeline {
         if rest > 0 {
             self.reject_rest(position, message, stream, rest);
         }
-        self.close_windows(position, message.arrival_us, stream);
+        self.close_windows(position, stream);
     }
 
     fn check(&self, stream: usize, reading: &Reading, arrival_us: i64) -> Result<(), (&'static str, String)> {
@@ -401,10 +404,10 @@ impl Pipeline {
             self.pending_rows += 1;
             self.pending_bytes += output.bytes() - before;
         }
-        self.judge_reading(position, message.arrival_us, index, reading);
+        self.judge_reading(position, index, reading);
     }
 
-    fn close_windows(&mut self, position: Position, arrival: i64, index: usize) {
+    fn close_windows(&mut self, position: Position, index: usize) {
         let stream = &mut self.streams[index];
         let watermark = stream.windows.watermark();
         let rows = stream.windows.advance();
@@ -431,7 +434,7 @@ impl Pipeline {
             self.pending_rows += 1;
             self.pending_bytes += output.bytes() - before;
         }
-        self.judge_windows(position, arrival, index, rows);
+        self.judge_windows(position, index, rows);
     }
 }
 

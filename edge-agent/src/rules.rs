@@ -202,6 +202,9 @@ impl Rules {
             {
                 return Err(format!("{here} topic: another rule has `{topic}`, too; put {{rule}} into it"));
             }
+            if let Condition::Absent(absent) = read.condition {
+                input.absent_min = Some(input.absent_min.map_or(absent, |least| least.min(absent)));
+            }
             input.rules.push(Kept { rule: read, totals: RuleTotals::default(), alerts: 0 });
         }
         for input in &mut rules.inputs {
@@ -222,6 +225,11 @@ impl Rules {
             self.heard += arrival.saturating_sub(self.last_arrival).clamp(0, LISTEN_STEP_US);
         }
         self.last_arrival = arrival;
+    }
+
+    /// When the last entry came, by the gateway's clock.
+    pub fn now(&self) -> i64 {
+        self.last_arrival
     }
 
     /// A row: its values in the order of the input's columns.
@@ -279,11 +287,7 @@ impl Rules {
     /// Looks for devices that have fallen silent; after the rows of an entry.
     pub fn look_for_silence(&mut self) {
         for input in &mut self.inputs {
-            let least = input.rules.iter().filter_map(|kept| match kept.rule.condition {
-                Condition::Absent(absent) => Some(absent),
-                Condition::When { .. } => None,
-            });
-            let Some(least) = least.min() else { continue };
+            let Some(least) = input.absent_min else { continue };
             let watermark = input.watermark();
             let by_clock = self.heard - input.looked.heard >= LOOK_EVERY_US.min(least);
             let by_events = watermark.saturating_sub(input.looked.watermark) >= (least / 8).max(LOOK_EVERY_US);

@@ -14,32 +14,33 @@ use crate::window::WindowRow;
 
 impl Pipeline {
     /// A reading that was accepted, for the rules on its stream.
-    pub(super) fn judge_reading(&mut self, position: Position, arrival: i64, stream: usize, reading: &Reading) {
-        let when = When { from: reading.ts, to: reading.ts, arrival };
-        self.judge(position, self.streams[stream].rules, &reading.device, when, &reading.values);
+    pub(super) fn judge_reading(&mut self, position: Position, stream: usize, reading: &Reading) {
+        let rules = self.streams[stream].rules;
+        self.judge(position, rules, &reading.device, (reading.ts, reading.ts), &reading.values);
     }
 
     /// Windows that closed, for the rules on them. Columns: count, the aggregates, revision.
-    pub(super) fn judge_windows(&mut self, position: Position, arrival: i64, stream: usize, rows: Vec<WindowRow>) {
+    pub(super) fn judge_windows(&mut self, position: Position, stream: usize, rows: Vec<WindowRow>) {
         for row in rows {
-            let input @ Some(_) = self.streams[stream].window_rules[row.window] else { continue };
+            let rules @ Some(_) = self.streams[stream].window_rules[row.window] else { continue };
             let mut values = row.values;
             values.insert(0, Some(Value::Int(row.count)));
             values.push(Some(Value::Int(row.revision)));
-            self.judge(position, input, &row.device, When { from: row.start, to: row.end, arrival }, &values);
+            self.judge(position, rules, &row.device, (row.start, row.end), &values);
         }
     }
 
-    /// A row of any stream, for the rules on it, if there are any.
+    /// A row of any stream, for the rules on it, if there are any. It came with the entry that is applied.
     fn judge(
         &mut self,
         position: Position,
-        input: Option<InputId>,
+        rules: Option<InputId>,
         device: &str,
-        when: When,
+        (from, to): (i64, i64),
         values: &[Option<Value>],
     ) {
-        if let Some(input) = input {
+        if let Some(input) = rules {
+            let when = When { from, to, arrival: self.rules.now() };
             self.rules.row(input, device, when, values);
             self.write_alerts(position);
         }

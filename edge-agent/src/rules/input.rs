@@ -63,6 +63,8 @@ pub(super) struct Input {
     pub(super) devices: BTreeMap<String, Device>,
     pub(super) newest: i64,
     pub(super) looked: Looked,
+    /// The shortest silence that some rule is on; asked with every entry.
+    pub(super) absent_min: Option<i64>,
     pub(super) devices_refused: u64,
 }
 
@@ -111,6 +113,7 @@ impl Input {
             devices: BTreeMap::new(),
             newest: i64::MIN,
             looked: Looked { heard: 0, watermark: i64::MIN },
+            absent_min: None,
             devices_refused: 0,
         }
     }
