@@ -156,7 +156,7 @@ async fn publish((client, mut events): (AsyncClient, EventLoop), rate: u64, seco
         }
         let probe = number / PROBE_EVERY;
         let (device, v) = if number % PROBE_EVERY == 0 {
-            (format!("probe-{}", probe % PROBES), if probe / PROBES % 2 == 0 { 200 } else { 20 })
+            (format!("probe-{}", probe % PROBES), if (probe / PROBES).is_multiple_of(2) { 200 } else { 20 })
         } else {
             (format!("road-{}", number % DEVICES), 50)
         };
