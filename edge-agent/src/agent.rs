@@ -28,13 +28,16 @@ use wire::SpoolId;
 pub use self::engine::EngineError;
 use self::engine::{Engine, Parts, Snapshot, incident, remove_other_spools, spool_directory};
 pub use self::snapshot_file::SnapshotFileError;
-pub use self::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
+pub use self::status::{
+    JournalStatus, LaneStatus, RowsStatus, RuleStatus, SourceStatus, Status, StreamStatus, UplinkStatus,
+};
 use crate::admin;
 use crate::config::{LaneSettings as LaneConfig, Settings, SourceSettings};
 use crate::entry::Entry;
 use crate::journal::{Journal, JournalError, OpenJournal};
 use crate::pipeline::{AGENT_VERSION, Counters, Pipeline, SnapshotError};
 use crate::places::Places;
+use crate::publish::{self, Outbox};
 use crate::redelivery::Lists;
 use crate::source::SourceState;
 use crate::spool::{LaneSettings, Spool, SpoolError, SpoolSettings};
@@ -119,7 +122,9 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
     let recovered = recovered.await.map_err(|_| AgentError::Panicked)??;
 
     let status = Arc::new(Mutex::new(Status::default()));
-    let (parts, at_end) = recovered.into_parts(&settings, cloud, Arc::clone(&status));
+    let outbox = Outbox::of(&settings);
+    let (mut parts, at_end) = recovered.into_parts(&settings, cloud, Arc::clone(&status));
+    parts.outbox = outbox.as_ref().map(|(_, outbox)| Arc::clone(outbox));
     let (journal, sources) = (Arc::clone(&parts.journal), parts.sources.clone());
     let engine_token = CancellationToken::new();
     let engine = Engine::new(parts, tokio::runtime::Handle::current());
@@ -135,9 +140,25 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
     let intake = token.child_token();
     let tasks = intake::start_sources(&settings, &journal, at_end, &sources, &intake);
     let admin_token = CancellationToken::new();
+    let publisher = outbox.map(|(broker, outbox)| {
+        // It ends with the admin door: the engine's last turns may find alerts.
+        let token = admin_token.clone();
+        tokio::spawn(async move {
+            if let Err(error) = publish::run(broker, &outbox, token).await {
+                tracing::error!(%error, "alerts are not published");
+            }
+        })
+    });
     tokio::spawn(admin::serve(listener, Arc::clone(&status), admin_token.clone()));
     tracing::info!(%admin, edge = %settings.edge.id, "the agent runs");
-    let stopped = tokio::spawn(supervise(token, intake, tasks, journal, engine_token, engine_done, admin_token));
+    let stopped = tokio::spawn(async move {
+        let result = supervise(token, intake, tasks, journal, engine_token, engine_done, admin_token).await;
+        if let Some(publisher) = publisher {
+            // What is left goes with the next start.
+            let _ = publisher.await;
+        }
+        result
+    });
     Ok(AgentHandle { admin, status, stopped })
 }
 
@@ -267,6 +288,7 @@ impl Recovered {
             sources: settings.source.iter().map(state).collect(),
             status,
             incidents,
+            outbox: None,
         };
         (parts, at_end)
     }

@@ -159,6 +159,11 @@ fn describe(settings: &Settings) -> String {
             lines.push(format!("stream {window}: {cut}"));
         }
     }
+    for rule in &settings.rule {
+        let topic =
+            rule.topic.as_deref().map_or_else(|| "not published".to_owned(), |topic| format!("published to {topic}"));
+        lines.push(format!("rule {} on {}: {}, {topic}", rule.name, rule.on, rule.severity.word()));
+    }
     for lane in settings.lanes() {
         let streams = lane.streams.iter().map(|stream| stream.as_str()).collect::<Vec<_>>().join(", ");
         let streams = if streams.is_empty() { "all others" } else { &streams };

@@ -7,6 +7,7 @@
 mod checks;
 mod decoding;
 mod number;
+mod rule;
 mod source;
 mod stream;
 #[cfg(test)]
@@ -32,6 +33,7 @@ pub use self::decoding::{
     Condition, Constant, Decoding, Format, FormatOptions, Precision, Readings, Spread, Test, When,
 };
 pub use self::number::Number;
+pub use self::rule::{AlertSettings, CommandSettings, PublishSettings, RuleSettings, Severity};
 pub use self::source::{
     ExecSettings, FileSettings, HostSettings, HttpSettings, MapSettings, ModbusAddress, ModbusSettings, MqttSettings,
     MqttVersion, Order, Parity, Place, Pointer, RegisterSettings, RegisterType, STATUS, SourceSettings, Table,
@@ -40,6 +42,7 @@ pub use self::source::{
 pub use self::stream::{FieldSettings, StreamSettings};
 pub use self::unit::{Conversion, Unit};
 pub use self::window::{AggregateKind, By, WindowSettings};
+use crate::rules::Rules;
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Deserialize)]
@@ -57,6 +60,13 @@ pub struct Settings {
     pub source: Vec<SourceSettings>,
     #[serde(default)]
     pub stream: BTreeMap<StreamName, StreamSettings>,
+    #[serde(default)]
+    pub rule: Vec<RuleSettings>,
+    #[serde(default)]
+    pub alerts: AlertSettings,
+    /// Which broker gets alerts; needed where a rule has a topic and there is not exactly one MQTT source.
+    #[serde(default)]
+    pub publish: Option<PublishSettings>,
     /// What goes first when the link is thin; [`Settings::lanes`] adds what is not named.
     #[serde(default)]
     lane: Vec<LaneSettings>,
@@ -260,7 +270,7 @@ impl Settings {
         let named = |lanes: &[LaneSettings], stream: &str| {
             lanes.iter().any(|lane| lane.streams.iter().any(|other| other.as_str() == stream))
         };
-        let own = [own::QUARANTINE, own::LOSSES, "alerts"].map(str::to_owned);
+        let own = [own::QUARANTINE, own::LOSSES, own::ALERTS].map(str::to_owned);
         let windows =
             self.stream.iter().flat_map(|(name, stream)| stream.windows(name)).map(|(name, _)| name.to_string());
         let absent = self.stream.iter().filter_map(|(name, stream)| stream.absent_stream(name));
@@ -367,7 +377,28 @@ impl Settings {
         for (name, stream) in &self.stream {
             stream.check(name)?;
         }
-        self.check_lanes()
+        self.check_lanes()?;
+        self.check_rules()
+    }
+
+    /// Rules are read to the last word: what would not be understood later is refused now.
+    fn check_rules(&self) -> Result<(), String> {
+        if self.alerts.devices_max == 0 {
+            return Err("[alerts] devices_max must be at least 1".to_owned());
+        }
+        Rules::new(self)?;
+        if self.rule.iter().any(RuleSettings::is_told) || self.publish.is_some() {
+            self.publisher()?;
+        }
+        Ok(())
+    }
+
+    /// The broker that gets alerts, as the settings of a client that publishes only.
+    ///
+    /// # Errors
+    /// When it is not said which one, or what is said is wrong.
+    pub fn publisher(&self) -> Result<MqttSettings, String> {
+        rule::publisher(self)
     }
 
     fn check_lanes(&self) -> Result<(), String> {

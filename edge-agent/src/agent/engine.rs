@@ -33,6 +33,7 @@ use crate::config::CutSettings;
 use crate::entry::Entry;
 use crate::journal::{Journal, JournalSender};
 use crate::pipeline::{LaneCut, Pipeline};
+use crate::publish::{Outbox, Replay};
 use crate::source::{SourceState, now_us};
 use crate::spool::{Spool, SpoolError};
 use crate::uplink::http::{CloudClient, Failed};
@@ -120,6 +121,8 @@ pub(super) struct Parts {
     pub(super) sources: Vec<(String, Arc<SourceState>)>,
     pub(super) status: Arc<Mutex<Status>>,
     pub(super) incidents: Vec<String>,
+    /// Where alerts are published; None without a broker for them.
+    pub(super) outbox: Option<Arc<Outbox>>,
 }
 
 /// See the module's documentation.
@@ -156,13 +159,17 @@ pub(super) struct Engine {
     started: Instant,
     published: Instant,
     rates: Rates,
+    replay: Replay,
 }
 
 impl Engine {
     pub(super) fn new(parts: Parts, runtime: Handle) -> Self {
         let now = Instant::now();
         let found_until = *parts.journal.synced().borrow();
+        // No source runs yet: what the journal has is of the run before.
+        let replay = Replay::new(found_until);
         Self {
+            replay,
             parts,
             runtime,
             answers: mpsc::channel(ANSWERS_MAX),
@@ -292,14 +299,25 @@ impl Engine {
                 Ok(Some(record)) => {
                     let (position, next) = (record.position, record.next);
                     match Entry::read(Bytes::copy_from_slice(record.payload)) {
-                        Ok(entry) => parts.pipeline.apply(position, next, &entry),
+                        Ok(entry) => {
+                            parts.pipeline.apply(position, next, &entry);
+                            if let Some(outbox) = &parts.outbox {
+                                let (found, pipeline) = (parts.pipeline.take_alerts(), &parts.pipeline);
+                                self.replay.applied(position, found, outbox, || pipeline.firing());
+                            }
+                        }
                         Err(error) => {
                             parts.pipeline.damaged(position, next);
                             incident(&mut parts.incidents, format!("journal {position} to {next}: {error}"));
                         }
                     }
                 }
-                Ok(None) => return Ok(false),
+                Ok(None) => {
+                    if let Some(outbox) = &parts.outbox {
+                        self.replay.end(outbox, || parts.pipeline.firing());
+                    }
+                    return Ok(false);
+                }
                 Err(ReadError::Damaged { from, to }) => {
                     parts.pipeline.damaged(from, to);
                     incident(&mut parts.incidents, format!("journal {from} to {to}: damaged on disk"));

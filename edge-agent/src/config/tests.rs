@@ -223,13 +223,15 @@ fn the_shipped_configuration_shows_every_key() {
     };
     let mut tables = expected("zzz = 1");
     tables.retain(|table| match table.as_str() {
-        "edge" | "admin" | "cloud" | "journal" | "cut" => {
+        "edge" | "admin" | "cloud" | "journal" | "cut" | "alerts" | "publish" => {
             check(&format!("[{table}]"), expected(&format!("[{table}]\nzzz = 1")));
             false
         }
         _ => true,
     });
-    assert_eq!(tables, ["source", "stream", "lane"], "a table is not looked at here");
+    assert_eq!(tables, ["source", "stream", "rule", "lane"], "a table is not looked at here");
+    check("[[rule]]", expected("[[rule]]\nzzz = 1"));
+    check("[rule.command]", expected("[[rule]]\nname = \"r\"\non = \"s\"\ncommand = { zzz = 1 }"));
     check("[[lane]]", expected("[[lane]]\nzzz = 1"));
     check("[stream.traffic]", expected("[stream.s]\nzzz = 1"));
     check("[stream.traffic.fields]", expected("[stream.s.fields]\nv = { zzz = 1 }"));

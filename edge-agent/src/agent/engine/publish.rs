@@ -5,7 +5,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::super::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
+use super::super::status::{
+    JournalStatus, LaneStatus, RowsStatus, RuleStatus, SourceStatus, Status, StreamStatus, UplinkStatus,
+};
 use super::{Engine, now_us};
 use wire::StreamName;
 
@@ -106,6 +108,8 @@ impl Engine {
             quarantined: counters.reasons.clone(),
             problems: self.problems(),
             incidents: parts.incidents.clone(),
+            rules: parts.pipeline.rules().map(RuleStatus::from).collect(),
+            publisher: parts.outbox.as_ref().map(|outbox| outbox.status()),
         };
         *parts.status.lock() = status;
     }
