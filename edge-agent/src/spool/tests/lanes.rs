@@ -87,6 +87,26 @@ fn what_is_numbered_does_not_keep_a_full_lane_from_dropping_the_oldest() {
     }
 }
 
+/// More than the reserve takes: for this a lane that drops keeps a segment free.
+#[test]
+fn a_segment_full_of_numbered_batches_moves_as_a_whole() {
+    let layer = SimLayer::new();
+    let mut large = settings(OnFull::DropOldest);
+    (large.lanes[1].segment_bytes, large.lanes[1].max_bytes) = (512 << 10, 2 << 20);
+    let open = || Spool::open(&layer, Path::new(DIRECTORY), large.clone(), SpoolId([7; 16])).unwrap().0;
+    let mut spool = open();
+    (1..=300).for_each(|n| cut(&mut spool, n, false, NOW_US).unwrap());
+    let sent = spool.number(1, &traffic(), usize::MAX).unwrap();
+    (301..=4_000).for_each(|n| cut(&mut spool, n, false, NOW_US).unwrap());
+    for _ in 0..2 {
+        balanced(&mut spool, 4_000, "moved");
+        assert!(spool.rows_counted().lost > 2_000);
+        assert_eq!(spool.again(&traffic(), Seq(1), usize::MAX).unwrap(), sent);
+        drop(spool);
+        spool = open();
+    }
+}
+
 #[test]
 fn thin_keeps_windows_and_drops_readings() {
     let layer = SimLayer::new();
