@@ -42,6 +42,7 @@ use crate::redelivery::Lists;
 use crate::source::SourceState;
 use crate::spool::{LaneSettings, Spool, SpoolError, SpoolSettings};
 use crate::uplink::http::{ClientError, CloudClient};
+use crate::uplink::link::Link;
 use crate::uplink::state::Uplink;
 
 /// Kept in the journal for the proof that all was synced.
@@ -274,7 +275,6 @@ impl Recovered {
             edge: settings.edge.id.to_string(),
             stop_within: settings.edge.stop_within.0,
             cut: settings.cut.clone(),
-            request_bytes: settings.cloud.request_bytes.bytes(),
             journal_bytes_max: settings.journal.max_bytes.0,
             sender: journal.sender(),
             journal,
@@ -282,7 +282,7 @@ impl Recovered {
             reader,
             pipeline,
             snapshot,
-            uplink: Uplink::new(spool.id(), settings.cloud.urls.len()),
+            uplink: Uplink::new(spool.id(), settings.cloud.urls.len(), link(settings, &spool)),
             spool,
             cloud,
             sources: settings.source.iter().map(state).collect(),
@@ -326,11 +326,21 @@ impl AtEnd {
     }
 }
 
+/// The bandwidths of the spool's lanes; one that is only drained has none.
+fn link(settings: &Settings, spool: &Spool<Disk>) -> Link {
+    let lanes = settings.lanes();
+    let of = |name: &str| lanes.iter().find(|lane| lane.name.as_str() == name).and_then(|lane| lane.bandwidth);
+    let bandwidths = spool.lanes().map(|lane| of(&lane.name).map(|bandwidth| bandwidth.0)).collect::<Vec<_>>();
+    Link::new(settings.cloud.request_bytes.bytes(), &bandwidths)
+}
+
 fn spool_lane(lane: &LaneConfig, settings: &Settings) -> LaneSettings {
     LaneSettings {
         name: lane.name.to_string(),
         max_bytes: lane.max_bytes.0,
         segment_bytes: settings.lane_segment_bytes(),
         on_full: lane.on_full,
+        raw: settings.raw_streams(),
+        max_age_us: lane.max_age.map(|age| age.micros()),
     }
 }

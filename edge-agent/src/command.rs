@@ -170,6 +170,7 @@ fn describe(settings: &Settings) -> String {
         let full = match lane.on_full {
             OnFull::Refuse => "then sources wait",
             OnFull::DropOldest => "then the oldest go, counted in losses",
+            OnFull::Thin => "then the oldest readings go, counted in losses",
         };
         lines.push(format!("lane {}: {streams}; at most {} MiB, {full}", lane.name, lane.max_bytes.0 >> 20));
     }

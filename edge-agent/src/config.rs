@@ -15,7 +15,7 @@ mod tests;
 mod unit;
 mod window;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -169,15 +169,23 @@ impl Default for JournalSettings {
 pub struct CutSettings {
     /// Never more often than this: each cut costs a sync.
     pub seal_min: Span,
-    /// Rows wait at most this long, also when the cloud is away.
+    /// Rows wait at most this long.
     pub seal_max: Span,
+    /// So long instead, and in larger batches, when the cloud is away; and at most so long when a request takes longer than
+    /// `seal_max`.
+    pub seal_away: Span,
     /// So many rows are a batch at once.
     pub rows: usize,
 }
 
 impl Default for CutSettings {
     fn default() -> Self {
-        Self { seal_min: Span(Duration::from_millis(10)), seal_max: Span(Duration::from_secs(1)), rows: 8_192 }
+        Self {
+            seal_min: Span(Duration::from_millis(10)),
+            seal_max: Span(Duration::from_secs(1)),
+            seal_away: Span(Duration::from_secs(10)),
+            rows: 8_192,
+        }
     }
 }
 
@@ -189,6 +197,8 @@ pub enum OnFull {
     Refuse,
     /// The oldest batches that were never sent go, and are counted in `losses`.
     DropOldest,
+    /// Of those, only readings go: what was made of them stays. When there are none left, the pipeline waits.
+    Thin,
 }
 
 /// A lane: streams that share a priority and a part of the disk.
@@ -205,6 +215,12 @@ pub struct LaneSettings {
     pub max_bytes: Size,
     #[serde(default = "on_full")]
     pub on_full: OnFull,
+    /// What waits for longer is dropped, and counted in `losses`. Off unless set.
+    #[serde(default)]
+    pub max_age: Option<Span>,
+    /// Bytes a second to the cloud, at most. Off unless set.
+    #[serde(default)]
+    pub bandwidth: Option<Size>,
 }
 
 fn priority() -> u32 {
@@ -288,6 +304,8 @@ impl Settings {
                 priority: 0,
                 max_bytes: lane_bytes(),
                 on_full: OnFull::Refuse,
+                max_age: None,
+                bandwidth: None,
             });
         }
         if !lanes.iter().any(|lane| lane.name.as_str() == REST_LANE) {
@@ -297,6 +315,8 @@ impl Settings {
                 priority: u32::MAX,
                 max_bytes: Size(REST_BYTES),
                 on_full: OnFull::Refuse,
+                max_age: None,
+                bandwidth: None,
             });
         }
         lanes.sort_by_key(|lane| lane.priority);
@@ -330,6 +350,11 @@ impl Settings {
             ));
         }
         warnings
+    }
+
+    /// The streams of readings, which [`OnFull::Thin`] drops.
+    pub fn raw_streams(&self) -> BTreeSet<StreamName> {
+        self.source.iter().map(|source| source.stream().clone()).collect()
     }
 
     /// A segment of a lane's log: what one cut may bring fits in it, also when a source allows long payloads.
@@ -413,12 +438,14 @@ impl Settings {
             if let Some(twice) = lane.streams.iter().find(|stream| !streams.insert(*stream)) {
                 return Err(format!("stream `{twice}` is in two lanes"));
             }
-            if lane.max_bytes.0 < 2 * LANE_SEGMENT_BYTES {
-                return Err(format!(
-                    "[[lane]] `{}`: max_bytes is less than {} MiB",
-                    lane.name,
-                    LANE_SEGMENT_BYTES >> 19
-                ));
+            // One that drops keeps a segment free for what must stay.
+            let segments = if lane.on_full == OnFull::Refuse { 2 } else { 3 };
+            if lane.max_bytes.0 < segments * self.lane_segment_bytes() {
+                let least = segments * (self.lane_segment_bytes() >> 20);
+                return Err(format!("[[lane]] `{}`: max_bytes is less than {least} MiB", lane.name));
+            }
+            if lane.bandwidth.is_some_and(|bandwidth| bandwidth.0 == 0) {
+                return Err(format!("[[lane]] `{}`: a bandwidth of 0 would send nothing", lane.name));
             }
         }
         Ok(())

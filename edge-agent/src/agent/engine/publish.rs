@@ -70,7 +70,9 @@ impl Engine {
         let held = self.held.iter().flat_map(|(_, lane)| &lane.batches).map(|batch| u64::from(batch.rows)).sum::<u64>();
         let counted = parts.spool.rows_counted();
         let rows = RowsStatus {
-            sealed: counters.streams.values().map(|totals| totals.rows).sum::<u64>() - pending - held,
+            sealed: counters.streams.values().map(|totals| totals.rows).sum::<u64>().wrapping_add_signed(counted.made)
+                - pending
+                - held,
             committed: counted.freed,
             spooled: counted.spooled,
             lost: counted.lost,
