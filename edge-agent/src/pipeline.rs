@@ -317,12 +317,13 @@ impl Pipeline {
             }
         };
         let mut readings = std::mem::take(&mut self.scratch);
-        let (mut taken, mut rest) = (0, 0);
+        // `kept`: a row of quarantine has all of the message.
+        let (mut taken, mut rest, mut kept) = (0, 0, false);
         let filtered = source.decoder.decode(&message.topic, payload, message.arrival_us, &mut readings);
         let totals = self.counters.source(&message.source);
         totals.read += filtered;
         totals.filtered += filtered;
-        for (index, reading) in readings.drain(..).enumerate() {
+        for reading in readings.drain(..) {
             // A short text of the message may stand in each of its rows.
             if taken > self.row_bytes_max {
                 rest += 1;
@@ -341,7 +342,10 @@ impl Pipeline {
             };
             match checked {
                 Ok(reading) => self.accept(position, message, stream, &reading),
-                Err(rejected) => self.reject(position, message, &rejected, Some(stream), index == 0),
+                Err(rejected) => {
+                    self.reject(position, message, &rejected, Some(stream), !kept);
+                    kept |= rejected.payload.len() == payload.len();
+                }
             }
         }
         self.scratch = readings;
