@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 use bytes::Bytes;
 use edge_agent::config::Settings;
 use edge_agent::decode::Decoder;
-use edge_agent::validate::Checks;
+use edge_agent::validate::{Judge, Quality};
 
 const MESSAGES: usize = 1_000_000;
 /// Different ones, so that no branch is learnt by heart; few enough to stay in the cache, as a message just read does.
@@ -47,15 +47,16 @@ fn main() -> anyhow::Result<()> {
     let settings = Settings::parse(SETTINGS).map_err(anyhow::Error::msg)?;
     let decoding = settings.source.first().and_then(|source| source.decoding()).context("no source")?;
     let stream = settings.stream.values().next().context("no stream")?;
-    let (mut decoder, checks) = (Decoder::new(&decoding, stream), Checks::new(stream));
+    let (mut decoder, mut judge) = (Decoder::new(&decoding, stream), Judge::new(stream));
+    let mut quality = Quality::default();
     let messages = (0..DIFFERENT).map(message).collect::<Vec<_>>();
     let bytes = messages.iter().map(|(_, payload)| payload.len()).sum::<usize>() / DIFFERENT;
     let mut out = Vec::new();
     let (mut accepted, begun) = (0, Instant::now());
     for (topic, payload) in messages.iter().cycle().take(MESSAGES) {
         decoder.decode(topic, payload, ARRIVAL_US, &mut out);
-        for reading in out.drain(..).flatten() {
-            accepted += usize::from(checks.check(&reading, ARRIVAL_US).is_ok());
+        for mut reading in out.drain(..).flatten() {
+            accepted += usize::from(judge.judge(&mut reading, ARRIVAL_US, 0, ARRIVAL_US, &mut quality).is_ok());
             black_box(reading);
         }
     }

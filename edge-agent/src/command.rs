@@ -1,4 +1,4 @@
-//! The command line of the agent: `run` and `check`, for its own binary and for `weir edge`.
+//! The command line of the agent: `run`, `check`, `try` and `profile`, for its own binary and for `weir edge`.
 
 use std::io::Read;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use crate::agent;
 use crate::config::{OnFull, Settings, SourceSettings};
 use crate::notify::Notifier;
-use crate::{source, trial};
+use crate::{profile, source, trial};
 
 /// What the agent is asked to do.
 #[derive(Debug, clap::Subcommand)]
@@ -20,6 +20,25 @@ pub enum EdgeCommand {
     Check(ConfigArguments),
     /// Show what becomes of one message: readings, checks, windows, or why it goes to quarantine
     Try(TryArguments),
+    /// Read history and propose checks, as TOML to paste
+    Profile(ProfileArguments),
+}
+
+/// Arguments of `profile`.
+#[derive(Debug, clap::Args)]
+pub struct ProfileArguments {
+    /// Configuration with a source that says how a row is read
+    #[arg(long)]
+    config: PathBuf,
+    /// History: a CSV with a header, or a message on each line; .gz or not
+    #[arg(long)]
+    file: PathBuf,
+    /// The source whose mapping is meant, when it is not the first
+    #[arg(long)]
+    source: Option<String>,
+    /// The topic of each row, with columns in braces: 'city/traffic/{REPORT_ID}'
+    #[arg(long)]
+    topic: Option<String>,
 }
 
 /// Arguments of both.
@@ -99,6 +118,12 @@ pub async fn execute(command: EdgeCommand) -> anyhow::Result<()> {
             say(&shown.map_err(anyhow::Error::msg)?);
             Ok(())
         }
+        EdgeCommand::Profile(arguments) => {
+            let settings = Settings::load(&arguments.config)?;
+            let (source, topic) = (arguments.source.as_deref(), arguments.topic.as_deref());
+            say(profile::profile(&settings, source, topic, &arguments.file)?.trim_end());
+            Ok(())
+        }
     }
 }
 
@@ -137,7 +162,12 @@ fn describe(settings: &Settings) -> String {
         let fields = stream.fields.iter().map(|(field, settings)| format!("{field} {}", settings.kind));
         lines.push(format!("stream {name}: {}", fields.collect::<Vec<_>>().join(", ")));
         for (window, settings) in stream.windows(name) {
-            lines.push(format!("stream {window}: windows of {:?}", settings.size.0));
+            let cut = match (settings.gap, settings.every) {
+                (Some(gap), _) => format!("sessions that end after {:?}", gap.0),
+                (None, Some(every)) => format!("windows of {:?}, every {:?}", settings.size.0, every.0),
+                (None, None) => format!("windows of {:?}", settings.size.0),
+            };
+            lines.push(format!("stream {window}: {cut}"));
         }
     }
     for lane in settings.lanes() {

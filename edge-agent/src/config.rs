@@ -4,12 +4,15 @@
 //! field that is mapped has a type, every stream that is named is there. `configs/edge.toml` shows every key; a test
 //! parses it. Secrets are never printed.
 
+mod checks;
 mod decoding;
 mod number;
 mod source;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod unit;
+mod window;
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -24,6 +27,7 @@ pub use wire::written::{ConfigError, Size, Span};
 use wire::written::{load, read, with_nearest_key};
 use wire::{BATCH_ROWS_MAX, EdgeId, StreamName};
 
+pub use self::checks::{Allowed, Duplicates, FieldCheck, Fill, StreamCheck, Verdict};
 pub use self::decoding::{
     Condition, Constant, Decoding, Format, FormatOptions, Precision, Readings, Spread, Test, When,
 };
@@ -33,7 +37,9 @@ pub use self::source::{
     MqttVersion, Order, Parity, Place, Pointer, RegisterSettings, RegisterType, STATUS, SourceSettings, Table,
     TimeFormat, TimePlace, UnitSettings,
 };
-pub use self::stream::{FieldSettings, StreamSettings, WindowSettings};
+pub use self::stream::{FieldSettings, StreamSettings};
+pub use self::unit::{Conversion, Unit};
+pub use self::window::{AggregateKind, By, WindowSettings};
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Deserialize)]
@@ -257,9 +263,11 @@ impl Settings {
         let own = [own::QUARANTINE, own::LOSSES, "alerts"].map(str::to_owned);
         let windows =
             self.stream.iter().flat_map(|(name, stream)| stream.windows(name)).map(|(name, _)| name.to_string());
+        let absent = self.stream.iter().filter_map(|(name, stream)| stream.absent_stream(name));
         let first = own
             .into_iter()
             .chain(windows)
+            .chain(absent.map(|name| name.to_string()))
             .filter(|stream| !named(&lanes, stream))
             .map(|stream| stream.parse().expect("checked when the settings were read"))
             .collect::<Vec<StreamName>>();
@@ -283,6 +291,11 @@ impl Settings {
         }
         lanes.sort_by_key(|lane| lane.priority);
         lanes
+    }
+
+    /// How often the journal is told the time. None when nothing needs it.
+    pub fn tick_every(&self) -> Option<Duration> {
+        self.stream.values().filter_map(StreamSettings::tick_every).min()
     }
 
     /// What is right and may still not be meant, for `check` and the start.

@@ -12,6 +12,7 @@
 //! kind 5 missed    source str8 | messages u64 | bytes u64 | first i64 | last i64
 //! kind 6 subscribed client str8 | (filter str16)* to the end
 //! kind 7 line      device u64 | inode u64 | offset u64 | line u64 | checked u16 | crc u32 | a message, as of kind 1
+//! kind 8 tick      now i64
 //! ```
 //! Times are µs since 1970 UTC by the gateway's clock.
 
@@ -65,6 +66,10 @@ pub enum Entry {
     Subscribed {
         client: String,
         filters: Vec<String>,
+    },
+    /// Nothing but the time: what the pipeline does when nothing comes goes by it.
+    Tick {
+        now_us: i64,
     },
 }
 
@@ -210,6 +215,10 @@ impl Entry {
                 place.write(out);
                 message.write(out);
             }
+            Self::Tick { now_us } => {
+                out.push(8);
+                out.extend(now_us.to_le_bytes());
+            }
         }
     }
 
@@ -232,6 +241,7 @@ impl Entry {
             5 => read_missed(rest),
             6 => read_subscribed(rest),
             7 => read_line(rest),
+            8 => read_tick(rest),
             _ => None,
         }
         .ok_or(error)
@@ -334,6 +344,10 @@ fn read_line(mut bytes: Bytes) -> Option<Entry> {
     Some(Entry::Line { place, message: Message::read(bytes)? })
 }
 
+fn read_tick(mut bytes: Bytes) -> Option<Entry> {
+    Some(Entry::Tick { now_us: bytes.try_get_i64_le().ok()? })
+}
+
 fn clip(text: &str, bytes_max: usize) -> &str {
     &text[..text.floor_char_boundary(bytes_max)]
 }
@@ -414,7 +428,8 @@ mod tests {
             client: "c".into(),
             filters: filters.iter().map(|filter| (*filter).to_owned()).collect(),
         };
-        let more = [subscribed(&[]), subscribed(&["a/+", "$share/g/ü"]), line()];
+        let tick = Entry::Tick { now_us: -7 };
+        let more = [subscribed(&[]), subscribed(&["a/+", "$share/g/ü"]), line(), tick];
         for entry in entries().into_iter().chain(more) {
             let mut bytes = Vec::new();
             entry.write(&mut bytes);
@@ -436,6 +451,9 @@ mod tests {
         let check = [b"\x02\x00".as_slice(), &crc32c::crc32c(b"{}").to_le_bytes()].concat();
         let message = b"\x01f\x01\x00a\x05\x00\x00\x00\x00\x00\x00\x00\x00\x00{}";
         assert_eq!(bytes, [b"\x01\x07".as_slice(), &numbers, &check, message].concat());
+        bytes.clear();
+        Entry::Tick { now_us: 258 }.write(&mut bytes);
+        assert_eq!(bytes, b"\x01\x08\x02\x01\0\0\0\0\0\0");
     }
 
     #[test]

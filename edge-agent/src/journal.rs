@@ -1,6 +1,7 @@
 //! Every entry on disk before anything is acknowledged. One thread owns the log and syncs for many at once.
 //!
-//! A [`JournalSender`] gives an entry and gets a [`Ticket`]; when [`JournalSender::durable`] has reached the ticket, the
+//! Senders lay their entries, encoded, into one inbox; the thread wakes for the first, waits the group's time, and takes
+//! all at once, so that an entry costs neither an allocation nor a wake-up. A [`JournalSender`] gives an entry and gets a [`Ticket`]; when [`JournalSender::durable`] has reached the ticket, the
 //! entry is synced. Tickets of one sender become durable in order. Entries that wait are bounded by
 //! [`QUEUE_BYTES_MAX`]; when the log is full (by its cap or the disk) senders wait, or are told so by
 //! [`JournalSender::try_append`]. A failed sync is final: [`Journal::failed`] tells it, and nothing is tried again.
@@ -9,11 +10,10 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use segment_log::{
     AppendError, Disk, FreeError, LogId, OpenError, Opening, Options, Position, ReadError, Reader, SegmentLog,
     SyncError,
@@ -23,11 +23,13 @@ use tokio::sync::{Semaphore, watch};
 use crate::entry::{Entry, RECORD_KIND};
 
 /// Entries that wait for the disk, in all.
-pub const QUEUE_BYTES_MAX: usize = 8 << 20;
+pub const QUEUE_BYTES_MAX: usize = 4 << 20;
 /// A permit of the queue stands for so many bytes; an entry takes at least one.
 const PERMIT_BYTES: usize = 256;
 /// A group is synced at once when it has so many bytes.
 const GROUP_BYTES_MAX: usize = 1 << 20;
+/// What a sender keeps allocated.
+const ENCODED_BYTES_KEPT: usize = 4 << 10;
 /// After so long without entries the log proves on disk that all was synced.
 const IDLE: Duration = Duration::from_secs(1);
 /// How often a full log is tried again when nothing was freed.
@@ -72,7 +74,6 @@ pub struct OpenJournal(SegmentLog<Disk>);
 /// The running journal.
 #[derive(Debug)]
 pub struct Journal {
-    commands: Sender<Command>,
     shared: Arc<Shared>,
     synced: watch::Receiver<Position>,
     failed: watch::Receiver<Option<Arc<JournalError>>>,
@@ -82,35 +83,52 @@ pub struct Journal {
 /// Gives entries to the journal; one for each source connection.
 #[derive(Debug)]
 pub struct JournalSender {
-    commands: Sender<Command>,
     shared: Arc<Shared>,
     progress: Arc<watch::Sender<Ticket>>,
     durable: watch::Receiver<Ticket>,
     next: Ticket,
+    /// The entry that is being given.
+    encoded: Vec<u8>,
 }
 
 #[derive(Debug)]
 struct Shared {
     room: Semaphore,
+    inbox: Mutex<Inbox>,
+    /// Wakes the thread: for the first entry of a group, for one that fills it, for a position, for the end.
+    wake: Condvar,
     full: AtomicBool,
     bytes_on_disk: AtomicU64,
     bytes_written: AtomicU64,
     syncs: AtomicU64,
 }
 
-#[derive(Debug)]
-struct Item {
-    bytes: Vec<u8>,
-    permits: u32,
-    ticket: Ticket,
-    progress: Arc<watch::Sender<Ticket>>,
+/// What was given and not yet taken.
+#[derive(Debug, Default)]
+struct Inbox {
+    group: Group,
+    /// Nothing before it is needed any more.
+    free_before: Option<Position>,
+    stop: bool,
 }
 
+/// Entries in the order in which they were given.
+#[derive(Debug, Default)]
+struct Group {
+    /// Their bytes, one after another.
+    bytes: Vec<u8>,
+    /// Where each ends in `bytes`.
+    ends: Vec<usize>,
+    /// Who gave them.
+    runs: VecDeque<Run>,
+}
+
+/// Entries of one sender, one after another: the last speaks for all.
 #[derive(Debug)]
-enum Command {
-    Append(Item),
-    FreeBefore(Position),
-    Stop,
+struct Run {
+    progress: Arc<watch::Sender<Ticket>>,
+    entries: usize,
+    last: Ticket,
 }
 
 impl OpenJournal {
@@ -146,11 +164,12 @@ impl OpenJournal {
     /// # Errors
     /// When there is no thread to be had.
     pub fn run(self, group_wait: Duration) -> Result<Journal, JournalError> {
-        let (commands, inbox) = channel();
         let (synced_sender, synced) = watch::channel(self.0.synced());
         let (failed_sender, failed) = watch::channel(None);
         let shared = Arc::new(Shared {
             room: Semaphore::new(QUEUE_BYTES_MAX / PERMIT_BYTES),
+            inbox: Mutex::new(Inbox::default()),
+            wake: Condvar::new(),
             full: AtomicBool::new(false),
             bytes_on_disk: AtomicU64::new(self.0.bytes_on_disk()),
             bytes_written: AtomicU64::new(0),
@@ -158,12 +177,10 @@ impl OpenJournal {
         });
         let mut writer = Writer {
             log: self.0,
-            inbox,
             group_wait,
             shared: Arc::clone(&shared),
             synced: synced_sender,
-            waiting: VecDeque::new(),
-            waiting_bytes: 0,
+            group: Group::default(),
             stopping: false,
         };
         let thread = std::thread::Builder::new()
@@ -176,7 +193,7 @@ impl OpenJournal {
                 writer.shared.room.close();
             })
             .map_err(JournalError::Thread)?;
-        Ok(Journal { commands, shared, synced, failed, thread: Mutex::new(Some(thread)) })
+        Ok(Journal { shared, synced, failed, thread: Mutex::new(Some(thread)) })
     }
 }
 
@@ -184,13 +201,8 @@ impl Journal {
     /// A new sender with tickets of its own.
     pub fn sender(&self) -> JournalSender {
         let (progress, durable) = watch::channel(0);
-        JournalSender {
-            commands: self.commands.clone(),
-            shared: Arc::clone(&self.shared),
-            progress: Arc::new(progress),
-            durable,
-            next: 0,
-        }
+        let (shared, progress) = (Arc::clone(&self.shared), Arc::new(progress));
+        JournalSender { shared, progress, durable, next: 0, encoded: Vec::new() }
     }
 
     /// The synced end; readers see all before it.
@@ -205,8 +217,9 @@ impl Journal {
 
     /// Nothing before the position is needed any more.
     pub fn free_before(&self, position: Position) {
-        // When the thread has ended there is nothing to free.
-        let _ = self.commands.send(Command::FreeBefore(position));
+        let mut inbox = self.shared.inbox.lock();
+        inbox.free_before = inbox.free_before.max(Some(position));
+        self.shared.wake.notify_one();
     }
 
     /// Whether entries wait for room on disk.
@@ -222,7 +235,8 @@ impl Journal {
 
     /// Takes what waits, syncs, and ends the thread. Blocks; entries that find no room are given up, undurable.
     pub fn stop(&self) {
-        let _ = self.commands.send(Command::Stop);
+        self.shared.inbox.lock().stop = true;
+        self.shared.wake.notify_one();
         if let Some(thread) = self.thread.lock().take()
             && thread.join().is_err()
         {
@@ -237,9 +251,9 @@ impl JournalSender {
     /// # Errors
     /// When the journal has ended.
     pub async fn append(&mut self, entry: &Entry) -> Result<Ticket, Closed> {
-        let (bytes, permits) = encode(entry);
+        let permits = self.encode(entry);
         self.shared.room.acquire_many(permits).await.map_err(|_| Closed)?.forget();
-        self.send(bytes, permits)
+        Ok(self.give())
     }
 
     /// Gives the entry if there is room at once and the log is not full.
@@ -250,13 +264,13 @@ impl JournalSender {
         if self.shared.full.load(Ordering::Relaxed) {
             return Err(TryAppendError::Full);
         }
-        let (bytes, permits) = encode(entry);
+        let permits = self.encode(entry);
         match self.shared.room.try_acquire_many(permits) {
             Ok(permit) => permit.forget(),
             Err(tokio::sync::TryAcquireError::NoPermits) => return Err(TryAppendError::Full),
             Err(tokio::sync::TryAcquireError::Closed) => return Err(Closed.into()),
         }
-        Ok(self.send(bytes, permits)?)
+        Ok(self.give())
     }
 
     /// All tickets up to this are synced.
@@ -264,30 +278,63 @@ impl JournalSender {
         self.durable.clone()
     }
 
-    fn send(&mut self, bytes: Vec<u8>, permits: u32) -> Result<Ticket, Closed> {
+    /// The permits that the entry takes.
+    fn encode(&mut self, entry: &Entry) -> u32 {
+        self.encoded.clear();
+        entry.write(&mut self.encoded);
+        permits(self.encoded.len())
+    }
+
+    fn give(&mut self) -> Ticket {
         self.next += 1;
-        let item = Item { bytes, permits, ticket: self.next, progress: Arc::clone(&self.progress) };
-        self.commands.send(Command::Append(item)).map_err(|_| Closed)?;
-        Ok(self.next)
+        let mut inbox = self.shared.inbox.lock();
+        let before = inbox.group.bytes.len();
+        inbox.group.add(&self.encoded, &self.progress, self.next);
+        if before == 0 || (before < GROUP_BYTES_MAX && inbox.group.bytes.len() >= GROUP_BYTES_MAX) {
+            self.shared.wake.notify_one();
+        }
+        drop(inbox);
+        // A large entry's room is not kept for small ones.
+        self.encoded.shrink_to(ENCODED_BYTES_KEPT);
+        self.next
     }
 }
 
-fn encode(entry: &Entry) -> (Vec<u8>, u32) {
-    let mut bytes = Vec::with_capacity(256);
-    entry.write(&mut bytes);
-    let permits = bytes.len().div_ceil(PERMIT_BYTES).clamp(1, QUEUE_BYTES_MAX / PERMIT_BYTES);
-    (bytes, permits as u32)
+fn permits(bytes: usize) -> u32 {
+    bytes.div_ceil(PERMIT_BYTES).clamp(1, QUEUE_BYTES_MAX / PERMIT_BYTES) as u32
 }
 
-/// What the thread owns: woken by commands, by the group's deadline, and when idle; ends on `Stop` or a failed sync.
+impl Group {
+    fn add(&mut self, entry: &[u8], sender: &Arc<watch::Sender<Ticket>>, ticket: Ticket) {
+        self.bytes.extend_from_slice(entry);
+        self.ends.push(self.bytes.len());
+        match self.runs.back_mut() {
+            Some(run) if Arc::ptr_eq(&run.progress, sender) => {
+                run.entries += 1;
+                run.last = ticket;
+            }
+            _ => self.runs.push_back(Run { progress: Arc::clone(sender), entries: 1, last: ticket }),
+        }
+    }
+
+    fn clear(&mut self) {
+        self.bytes.clear();
+        self.ends.clear();
+        self.runs.clear();
+        // What one long wait of the disk let it grow to.
+        self.bytes.shrink_to(GROUP_BYTES_MAX);
+        self.ends.shrink_to(GROUP_BYTES_MAX / PERMIT_BYTES);
+    }
+}
+
+/// What the thread owns: woken by the inbox, by the group's deadline, and when idle; ends on `stop` or a failed sync.
 struct Writer {
     log: SegmentLog<Disk>,
-    inbox: Receiver<Command>,
     group_wait: Duration,
     shared: Arc<Shared>,
     synced: watch::Sender<Position>,
-    waiting: VecDeque<Item>,
-    waiting_bytes: usize,
+    /// What was taken; its buffers and the inbox's change places.
+    group: Group,
     stopping: bool,
 }
 
@@ -295,104 +342,119 @@ impl Writer {
     fn run(&mut self) -> Result<(), JournalError> {
         let mut marked = false;
         while !self.stopping {
-            match self.inbox.recv_timeout(IDLE) {
-                Ok(command) => {
-                    marked = false;
-                    self.take(command)?;
-                    self.gather()?;
-                    self.write()?;
-                }
-                Err(RecvTimeoutError::Timeout) if !marked => {
-                    self.log.mark()?;
-                    marked = true;
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => break,
+            let shared = Arc::clone(&self.shared);
+            let inbox = shared.wait(Instant::now() + IDLE, |inbox| !inbox.group.ends.is_empty());
+            let idle = inbox.group.ends.is_empty() && inbox.free_before.is_none() && !inbox.stop;
+            if inbox.group.ends.is_empty() {
+                self.obey(inbox)?;
+            } else {
+                drop(inbox);
+                // Others that come within the group's wait share its sync.
+                let filled = |inbox: &Inbox| inbox.group.bytes.len() >= GROUP_BYTES_MAX;
+                let mut inbox = shared.gather(Instant::now() + self.group_wait, filled);
+                std::mem::swap(&mut inbox.group, &mut self.group);
+                self.obey(inbox)?;
+                self.write()?;
             }
+            if idle && !marked {
+                self.log.mark()?;
+            }
+            marked = idle;
         }
         self.log.mark()?;
         Ok(())
     }
 
-    fn take(&mut self, command: Command) -> Result<(), JournalError> {
-        match command {
-            Command::Append(item) => {
-                self.waiting_bytes += item.bytes.len();
-                self.waiting.push_back(item);
-            }
-            Command::FreeBefore(position) => {
-                self.log.free_before(position)?;
-                self.shared.bytes_on_disk.store(self.log.bytes_on_disk(), Ordering::Relaxed);
-            }
-            Command::Stop => self.stopping = true,
+    fn obey(&mut self, mut inbox: MutexGuard<'_, Inbox>) -> Result<(), JournalError> {
+        let free_before = inbox.free_before.take();
+        self.stopping |= inbox.stop;
+        drop(inbox);
+        if let Some(position) = free_before {
+            self.log.free_before(position)?;
+            self.shared.bytes_on_disk.store(self.log.bytes_on_disk(), Ordering::Relaxed);
         }
         Ok(())
     }
 
-    /// Others that come within the group's wait share its sync.
-    fn gather(&mut self) -> Result<(), JournalError> {
-        let until = Instant::now() + self.group_wait;
-        while !self.stopping && !self.waiting.is_empty() && self.waiting_bytes < GROUP_BYTES_MAX {
-            match self.inbox.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(command) => self.take(command)?,
-                Err(_) => break,
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes and syncs all that waits; when the log is full, waits for room.
+    /// Writes and syncs the group; when the log is full, waits for room.
     fn write(&mut self) -> Result<(), JournalError> {
-        while !self.waiting.is_empty() {
-            let mut written = 0;
-            for item in &self.waiting {
-                match self.log.append(RECORD_KIND, &item.bytes) {
+        let mut written = 0;
+        loop {
+            let before = written;
+            while let Some(end) = self.group.ends.get(written) {
+                let start = if written == 0 { 0 } else { self.group.ends[written - 1] };
+                match self.log.append(RECORD_KIND, &self.group.bytes[start..*end]) {
                     Ok(_) => written += 1,
                     Err(AppendError::Full) => break,
                     Err(error) => return Err(JournalError::Append(error)),
                 }
             }
-            if written > 0 {
-                self.sync(written)?;
+            if written > before {
+                self.sync(before, written)?;
             }
-            let full = !self.waiting.is_empty();
+            let rest = written < self.group.ends.len();
+            // Once full, until what was given meanwhile is on disk, too.
+            let full = rest || (self.shared.full.load(Ordering::Relaxed) && self.shared.given());
             if self.shared.full.swap(full, Ordering::Relaxed) != full {
                 tracing::warn!(full, "room in the journal changed: sources that can wait get no acknowledgement");
             }
-            if full {
-                if self.stopping {
-                    return Ok(());
-                }
-                match self.inbox.recv_timeout(FULL_RETRY) {
-                    Ok(command) => self.take(command)?,
-                    Err(RecvTimeoutError::Timeout) => {}
-                    Err(RecvTimeoutError::Disconnected) => self.stopping = true,
-                }
+            if !rest || self.stopping {
+                self.group.clear();
+                return Ok(());
             }
+            let shared = Arc::clone(&self.shared);
+            self.obey(shared.wait(Instant::now() + FULL_RETRY, |_| false))?;
         }
-        Ok(())
     }
 
-    fn sync(&mut self, count: usize) -> Result<(), JournalError> {
+    fn sync(&mut self, from: usize, to: usize) -> Result<(), JournalError> {
         let end = self.log.sync()?; // before acknowledged
         let counters = self.log.counters();
         self.shared.bytes_on_disk.store(self.log.bytes_on_disk(), Ordering::Relaxed);
         self.shared.bytes_written.store(counters.bytes_written, Ordering::Relaxed);
         self.shared.syncs.store(counters.syncs, Ordering::Relaxed);
         self.synced.send_replace(end);
-        let mut permits = 0;
-        let mut items = self.waiting.drain(..count).peekable();
-        while let Some(item) = items.next() {
-            permits += item.permits as usize;
-            self.waiting_bytes -= item.bytes.len();
-            // The last of a run of one sender speaks for the run.
-            if items.peek().is_none_or(|next| !Arc::ptr_eq(&next.progress, &item.progress)) {
-                item.progress.send_replace(item.ticket);
-            }
+        let Group { ends, runs, .. } = &mut self.group;
+        let mut start = if from == 0 { 0 } else { ends[from - 1] };
+        let mut room = 0;
+        for end in &ends[from..to] {
+            room += permits(end - start) as usize;
+            start = *end;
         }
-        drop(items);
-        self.shared.room.add_permits(permits);
+        let mut count = to - from;
+        while let Some(run) = runs.front_mut() {
+            if run.entries > count {
+                run.entries -= count;
+                if count > 0 {
+                    run.progress.send_replace(run.last - run.entries as u64);
+                }
+                break;
+            }
+            count -= run.entries;
+            run.progress.send_replace(run.last);
+            runs.pop_front();
+        }
+        self.shared.room.add_permits(room);
         Ok(())
+    }
+}
+
+impl Shared {
+    /// Whether entries were given that were not taken.
+    fn given(&self) -> bool {
+        !self.inbox.lock().group.ends.is_empty()
+    }
+
+    /// Waits until there is an order, or what is wanted, or the time is over.
+    fn wait(&self, until: Instant, wanted: impl Fn(&Inbox) -> bool) -> MutexGuard<'_, Inbox> {
+        self.gather(until, |inbox| inbox.free_before.is_some() || wanted(inbox))
+    }
+
+    /// Waits until the end is ordered, or there is what is wanted, or the time is over.
+    fn gather(&self, until: Instant, wanted: impl Fn(&Inbox) -> bool) -> MutexGuard<'_, Inbox> {
+        let mut inbox = self.inbox.lock();
+        while !inbox.stop && !wanted(&inbox) && !self.wake.wait_until(&mut inbox, until).timed_out() {}
+        inbox
     }
 }
 

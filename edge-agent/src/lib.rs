@@ -12,6 +12,7 @@ pub mod metrics;
 pub mod notify;
 pub mod pipeline;
 pub mod places;
+pub mod profile;
 pub mod redelivery;
 pub mod source;
 pub mod spool;

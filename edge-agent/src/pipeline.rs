@@ -4,11 +4,13 @@
 //! [`Pipeline::apply`] takes an entry with its position; [`Pipeline::cut`] takes all rows so far, lane by lane.
 //! [`Pipeline::snapshot`], taken when no row is pending, holds windows, counters and redelivery lists. After a crash the
 //! entries behind the snapshot are applied again, and a lane takes only rows of entries at or behind its own position.
+//! What goes by time when nothing comes (readings that wait, silent devices) goes by `judging.rs`' clock.
 //! What does not decode or fails a check becomes a row of `quarantine`; so does what would not fit into a batch, or into the
 //! one record that a lane gets at a cut: input alone never makes a cut fail. (Rules and alerts will stand between the
 //! windows and the outputs.)
 
 mod counters;
+mod judging;
 mod output;
 mod quarantine;
 mod snapshot;
@@ -17,9 +19,10 @@ mod tests;
 
 use std::collections::{BTreeMap, HashMap};
 
+use bytes::Bytes;
 use segment_log::Position;
 use wire::schema::own;
-use wire::sealed::{CutError, NO_WATERMARK};
+use wire::sealed::CutError;
 use wire::{CutBatch, Seq, SpoolId, StreamName, StreamSchema};
 
 pub use self::counters::{Counters, SourceTotals, StreamTotals};
@@ -31,7 +34,7 @@ use crate::entry::{Entry, Message, Payload};
 use crate::places::Places;
 use crate::redelivery::Lists;
 use crate::source::host;
-use crate::validate::Checks;
+use crate::validate::{Judge, Outcome, Quality};
 use crate::window::{self, Late, Windows};
 
 /// The version of this agent, in every batch.
@@ -42,6 +45,8 @@ const GOOD: &str = "good";
 const TOO_LARGE: &str = "too_large";
 /// `quality` of a row that came too late for its windows (rule 5).
 const LATE: &str = "late";
+/// `quality` of a row that was made up for a gap.
+const IMPUTED: &str = "imputed";
 
 /// One cut: for each lane what it gets; all entries before `position` are in it.
 #[derive(Debug)]
@@ -68,13 +73,16 @@ struct Source {
 #[derive(Debug)]
 struct Stream {
     name: StreamName,
-    checks: Checks,
+    judge: Judge,
     windows: Windows,
+    fill_in_windows: bool,
     output: usize,
     /// Why a reading went to quarantine last, since the start.
     last_error: Option<String>,
-    /// The outputs of its windows, in the order of the settings, with the window's size in µs.
-    window_outputs: Vec<(usize, i64)>,
+    /// The output of its absent devices.
+    absent_output: Option<usize>,
+    /// The outputs of its windows, in the order of the settings.
+    window_outputs: Vec<usize>,
 }
 
 /// The state of the middle. See the module's documentation.
@@ -105,6 +113,14 @@ pub struct Pipeline {
     pending_rows: usize,
     pending_bytes: usize,
     scratch: Vec<Result<Reading, Rejected>>,
+    quality: Quality,
+    clock: judging::Clock,
+    /// How far the clock goes between two entries at most; 0 when nothing goes by it.
+    clock_step_us: i64,
+    /// The streams in which something goes by the clock.
+    by_clock: Vec<usize>,
+    /// States of checks of streams that are not configured.
+    orphans: Vec<(Bytes, Bytes)>,
 }
 
 impl Pipeline {
@@ -131,6 +147,11 @@ impl Pipeline {
             pending_rows: 0,
             pending_bytes: 0,
             scratch: Vec::new(),
+            quality: Quality::default(),
+            clock: judging::Clock::default(),
+            clock_step_us: settings.tick_every().map_or(0, |every| 2 * every.as_micros() as i64),
+            by_clock: Vec::new(),
+            orphans: Vec::new(),
         };
         let lane_of = |stream: &StreamName| {
             let named = lane_settings.iter().position(|lane| lane.streams.contains(stream));
@@ -152,20 +173,22 @@ impl Pipeline {
         for (name, stream) in &streams {
             let main = output(name.clone(), stream.schema());
             let windows = stream.windows(name);
-            let window_outputs = windows
-                .iter()
-                .map(|(window, settings)| (output(window.clone(), window::schema(stream)), settings.size.micros()))
-                .collect();
+            let schema = |window| window::schema(stream, window).expect("checked when the settings were read");
+            let window_outputs =
+                windows.into_iter().map(|(window, settings)| output(window, schema(settings))).collect();
             pipeline.streams.push(Stream {
                 name: name.clone(),
-                checks: Checks::new(stream),
+                judge: Judge::new(stream),
                 windows: Windows::new(name, stream),
+                fill_in_windows: stream.fill_in_windows,
                 output: main,
                 last_error: None,
+                absent_output: stream.absent_stream(name).map(|absent| output(absent, judging::absent_schema())),
                 window_outputs,
             });
         }
         pipeline.add_sources(settings, &streams);
+        pipeline.find_by_clock();
         pipeline
     }
 
@@ -175,7 +198,11 @@ impl Pipeline {
         self.lists.apply(entry);
         self.places.apply(entry);
         match entry {
-            Entry::Message(message) | Entry::Line { message, .. } => self.message(position, message),
+            Entry::Message(message) | Entry::Line { message, .. } => {
+                self.advance_clock(position, message.arrival_us);
+                self.message(position, message);
+            }
+            Entry::Tick { now_us } => self.advance_clock(position, *now_us),
             Entry::Session { .. } | Entry::Forgotten { .. } | Entry::Subscribed { .. } => {}
             Entry::Refused { spool, seq, reason, schema, batch } => {
                 let key = (*spool, batch.stream.clone());
@@ -329,20 +356,23 @@ impl Pipeline {
                 rest += 1;
                 continue;
             }
-            let checked = reading.and_then(|reading| match self.check(stream, &reading, message.arrival_us) {
-                Ok(()) => Ok(reading),
-                Err((reason, detail)) => {
-                    let payload = payload.slice(reading.span);
-                    Err(Rejected { reason, detail, device: Some(reading.device), payload })
+            let judged =
+                reading.and_then(|mut reading| match self.judge(position, message, stream, &mut reading, &mut taken) {
+                    Ok(outcome) => Ok((reading, outcome)),
+                    Err((reason, detail)) => {
+                        let payload = payload.slice(reading.span);
+                        Err(Rejected { reason, detail, device: Some(reading.device), payload })
+                    }
+                });
+            match judged {
+                Ok((reading, Outcome::Keep { .. })) => self.keep(position, message, stream, reading),
+                Ok((_, Outcome::Repeat)) => {
+                    let totals = self.counters.source(&message.source);
+                    totals.read += 1;
+                    totals.duplicate += 1;
                 }
-            });
-            taken += match &checked {
-                Ok(reading) => reading.device.len() + cells_bytes(&reading.values),
-                Err(rejected) => rejected.payload.len() + rejected.detail.len() + message.topic.len(),
-            };
-            match checked {
-                Ok(reading) => self.accept(position, message, stream, &reading),
                 Err(rejected) => {
+                    taken += rejected.payload.len() + rejected.detail.len() + message.topic.len();
                     self.reject(position, message, &rejected, Some(stream), !kept);
                     kept |= rejected.payload.len() == payload.len();
                 }
@@ -353,30 +383,28 @@ impl Pipeline {
             self.reject_rest(position, message, stream, rest);
         }
         self.close_windows(position, stream);
+        self.absences(position, stream);
     }
 
-    fn check(&self, stream: usize, reading: &Reading, arrival_us: i64) -> Result<(), (&'static str, String)> {
-        let bytes = cells_bytes(&reading.values);
-        if bytes > self.row_bytes_max {
-            return Err(("too_large", format!("its values take {bytes} bytes, a row at most {}", self.row_bytes_max)));
-        }
-        self.streams[stream].checks.check(reading, arrival_us)
-    }
-
-    fn accept(&mut self, position: Position, message: &Message, stream: usize, reading: &Reading) {
-        let totals = self.counters.source(&message.source);
-        totals.read += 1;
-        totals.accepted += 1;
+    /// A row of the stream; `quality` is what checks found.
+    fn row(&mut self, position: Position, stream: usize, reading: &Reading, quality: &str, in_windows: bool) {
         let stream = &mut self.streams[stream];
-        let quality = match stream.windows.add(reading) {
-            Late::Good => GOOD,
-            Late::Late => LATE,
+        let late = if in_windows { stream.windows.add(reading) } else { Late::Good };
+        let joined;
+        let quality = match (late, quality) {
+            (Late::Good, "") => GOOD,
+            (Late::Good, found) => found,
+            (Late::Late, "") => LATE,
+            (Late::Late, found) => {
+                joined = format!("{found},{LATE}");
+                &joined
+            }
         };
         let output = &mut self.outputs[stream.output];
         output.watermark = output.watermark.max(stream.windows.watermark());
         let totals = self.counters.stream(&output.stream);
         totals.rows += 1;
-        totals.late += u64::from(quality == LATE);
+        totals.late += u64::from(late == Late::Late);
         if position < output.skip_before {
             return;
         }
@@ -388,12 +416,12 @@ impl Pipeline {
 
     fn close_windows(&mut self, position: Position, stream: usize) {
         let stream = &mut self.streams[stream];
-        let watermark = stream.windows.watermark();
+        let mut complete = None;
         for row in stream.windows.advance() {
-            let (output, size) = stream.window_outputs[row.window];
-            let output = &mut self.outputs[output];
-            if watermark != NO_WATERMARK {
-                output.watermark = output.watermark.max(watermark.saturating_sub(size));
+            let output = &mut self.outputs[stream.window_outputs[row.window]];
+            if complete != Some(row.window) {
+                complete = Some(row.window);
+                output.watermark = output.watermark.max(stream.windows.complete_to(row.window));
             }
             self.counters.stream(&output.stream).rows += 1;
             if position < output.skip_before {

@@ -175,7 +175,7 @@ impl Lists {
             Entry::Subscribed { client, filters } => {
                 self.0.entry(client.clone()).or_default().filters.clone_from(filters);
             }
-            Entry::Line { .. } | Entry::Refused { .. } | Entry::Missed { .. } => {}
+            Entry::Line { .. } | Entry::Refused { .. } | Entry::Missed { .. } | Entry::Tick { .. } => {}
         }
     }
 

@@ -8,6 +8,7 @@ mod lines;
 mod missed;
 pub mod modbus;
 pub mod mqtt;
+pub mod tick;
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};

@@ -8,9 +8,9 @@ use std::fmt::Write;
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat};
 
-use crate::config::{Decoding, Settings, SourceSettings, StreamSettings};
+use crate::config::{Decoding, Settings, SourceSettings, StreamSettings, Unit};
 use crate::decode::{Decoder, Reading, Rejected, Value};
-use crate::validate::Checks;
+use crate::validate::{Judge, Outcome, Quality};
 
 /// Bytes of a payload that are shown.
 const SHOWN_BYTES: usize = 200;
@@ -59,14 +59,14 @@ fn one(
     now_us: i64,
 ) {
     let mut decoder = Decoder::new(decoding, stream);
-    let checks = Checks::new(stream);
+    let mut judge = Judge::new(stream);
     let mut out = Vec::new();
     let filtered = decoder.decode(topic, payload, now_us, &mut out);
     let (name, format, bytes) = (source.name(), decoding.format, payload.len());
     line(text, format_args!("source {name}: {format}, topic {topic}, {bytes} bytes, to stream {}", source.stream()));
-    for (index, result) in out.iter().enumerate() {
+    for (index, result) in out.iter_mut().enumerate() {
         match result {
-            Ok(reading) => accepted(text, index + 1, source, stream, &checks, reading, now_us),
+            Ok(reading) => decoded(text, index + 1, source, stream, &mut judge, reading, now_us),
             Err(rejected) => {
                 let of = rejected.device.as_ref().map(|device| format!(" of device {device}")).unwrap_or_default();
                 line(text, format_args!("reading {}{of}: not decoded", index + 1));
@@ -82,34 +82,57 @@ fn one(
     }
 }
 
-fn accepted(
+fn decoded(
     text: &mut String,
     number: usize,
     source: &SourceSettings,
     stream: &StreamSettings,
-    checks: &Checks,
-    reading: &Reading,
+    judge: &mut Judge,
+    reading: &mut Reading,
     now_us: i64,
 ) {
     line(text, format_args!("reading {number}: device {}, ts {}", reading.device, time(reading.ts)));
-    for ((name, field), value) in stream.fields.iter().zip(&reading.values) {
-        let value = match value {
-            None => "null".to_owned(),
-            Some(Value::Float(value)) => format!("{value:?}"),
-            Some(Value::Int(value)) => value.to_string(),
-            Some(Value::Bool(value)) => value.to_string(),
-            Some(Value::Text(value)) => format!("{value:?}"),
-        };
-        line(text, format_args!("  {name} {} = {value}", field.kind));
+    let before = reading.values.clone();
+    let mut quality = Quality::default();
+    // The watermark of nothing: no device is absent.
+    let judged = judge.judge(reading, now_us, 0, i64::MIN, &mut quality);
+    for (((name, field), was), is) in stream.fields.iter().zip(&before).zip(&reading.values) {
+        let unit = |unit: Option<Unit>| unit.map(|unit| format!(" {unit}")).unwrap_or_default();
+        let converted =
+            if was == is { String::new() } else { format!(" = {}{}", shown_value(is), unit(field.store_unit)) };
+        line(text, format_args!("  {name} {} = {}{}{converted}", field.kind, shown_value(was), unit(field.unit)));
     }
-    if let Err((reason, detail)) = checks.check(reading, now_us) {
-        return quarantined(text, reason, &detail, "");
+    match judged {
+        Err((reason, detail)) => return quarantined(text, reason, &detail, ""),
+        Ok(Outcome::Repeat) => return line(text, format_args!("  checks: repeats one before it, no row")),
+        Ok(Outcome::Keep { .. }) => {}
     }
-    line(text, format_args!("  checks: passed, a row of {}", source.stream()));
+    let found = match quality.as_str() {
+        "" => "passed".to_owned(),
+        words => format!("suspect, quality {words}"),
+    };
+    let waits = if judge.waits { ", when it has waited for one that repeats it" } else { "" };
+    line(text, format_args!("  checks: {found}, a row of {}{waits}", source.stream()));
     for (window, settings) in stream.windows(source.stream()) {
-        let size = settings.size.micros();
-        let start = reading.ts.div_euclid(size) * size;
-        line(text, format_args!("  window {window}: {} to {}", time(start), time(start + size)));
+        let line = |out: &mut String, what: String| line(out, format_args!("  window {window}: {what}"));
+        let Some(last) = settings.last_start(reading.ts) else {
+            line(text, "a session".to_owned());
+            continue;
+        };
+        let (size, every) = (settings.size.micros(), settings.every_us());
+        let more = (last - reading.ts + size - 1) / every;
+        let more = if more > 0 { format!(", and {more} before it that it lies in, too") } else { String::new() };
+        line(text, format!("{} to {}{more}", time(last), time(last + size)));
+    }
+}
+
+fn shown_value(value: &Option<Value>) -> String {
+    match value {
+        None => "null".to_owned(),
+        Some(Value::Float(value)) => format!("{value:?}"),
+        Some(Value::Int(value)) => value.to_string(),
+        Some(Value::Bool(value)) => value.to_string(),
+        Some(Value::Text(value)) => format!("{value:?}"),
     }
 }
 
@@ -174,6 +197,33 @@ mod tests {
             "source traffic: json, topic city/traffic/158324, 66 bytes, to stream traffic\n\
              reading 1: device 158324, ts 2014-08-01T05:53:00Z\n  avg_speed float64 = 56.0\n  vehicle_count int64 = 7\n  \
              checks: passed, a row of traffic\n  window traffic_5m: 2014-08-01T05:50:00Z to 2014-08-01T05:55:00Z\n"
+        );
+    }
+
+    #[test]
+    fn units_flags_and_windows_of_each_kind_are_shown() {
+        let text = "[edge]\nid = \"e\"\ndata_dir = \"x\"\n[cloud]\nurls = [\"http://h\"]\ntoken = \"t\"\n\
+                    [[source]]\nkind = \"mqtt\"\nurl = \"mqtt://h\"\ntopics = [\"t/+\"]\nstream = \"s\"\n\
+                    [source.map]\ndevice = \"topic:1\"\nts = { at = \"/ts\", format = \"epoch_s\" }\nv = \"/v\"\n\
+                    [stream.s]\nduplicates = \"first\"\n[stream.s.fields]\n\
+                    v = { type = \"float64\", unit = \"°F\", store_unit = \"°C\", max = 40, flag = [\"max\"] }\n\
+                    [stream.s.window.hop]\nsize = \"10s\"\nevery = \"4s\"\n[stream.s.window.visit]\ngap = \"5s\"\n";
+        let settings = Settings::parse(text).unwrap();
+        let payload = r#"[{"ts":1406894402,"v":212},{"ts":1406894402,"v":32}]"#;
+        let text = explain(&settings, None, Some("t/a"), payload.into(), NOW_US).unwrap();
+        let lines = text.lines().collect::<Vec<_>>();
+        assert_eq!(
+            lines[1..],
+            [
+                "reading 1: device a, ts 2014-08-01T12:00:02Z",
+                "  v float64 = 212.0 °F = 100.0 °C",
+                "  checks: suspect, quality above_max:v, a row of s",
+                "  window s_hop: 2014-08-01T12:00:00Z to 2014-08-01T12:00:10Z, and 1 before it that it lies in, too",
+                "  window s_visit: a session",
+                "reading 2: device a, ts 2014-08-01T12:00:02Z",
+                "  v float64 = 32.0 °F = 0.0 °C",
+                "  checks: repeats one before it, no row",
+            ]
         );
     }
 

@@ -1,10 +1,10 @@
-//! Tumbling windows over event time, for each device: count, and min, max, avg, sum, first, last of each field.
+//! Windows over event time, for each device or another group: tumbling, hopping, or sessions (`window/session.rs`).
 //!
-//! A window begins at a multiple of its size since 1970 UTC. The stream's watermark is its newest event time minus
-//! `lateness`, and never falls; a window closes when the watermark reaches its end, with revision 1. A later row re-opens
-//! exactly its window, whose next result has a higher revision. A row more than `reopen_within` behind the watermark
-//! enters no window ([`Late::Late`]). `first` and `last` go by event time, of equal times by order of arrival; nulls count
-//! in `count` alone; the sum of int64 is null when it does not fit.
+//! A tumbling or hopping window begins at a multiple of `every` since 1970 UTC. The stream's watermark is its newest event
+//! time minus `lateness`, and never falls; a window closes when the watermark reaches its end, with revision 1. A later row
+//! re-opens exactly its windows, whose next results have a higher revision. A row more than `reopen_within` behind the
+//! watermark enters no window ([`Late::Late`]). `first` and `last` go by event time, of equal times by order of arrival;
+//! nulls count in `count` alone; the sum of int64 is null when it does not fit. Quantiles are within 1 % (`window/sketch.rs`).
 //!
 //! One reading from the future, which checks allow up to a day ahead, moves the watermark for its whole stream.
 //!
@@ -14,17 +14,23 @@
 //! `window/state.rs`.
 
 mod aggregate;
+mod group;
+mod session;
+mod sketch;
 mod state;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use wire::schema::SchemaError;
 use wire::{FieldType, StreamField, StreamName, StreamSchema};
 
-use self::aggregate::Aggregate;
+use self::aggregate::{Aggregate, Wants};
+use self::group::Grouping;
+use self::session::Sessions;
 pub use self::state::StateError;
-use crate::config::StreamSettings;
+use crate::config::{AggregateKind, By, StreamSettings, WindowSettings};
 use crate::decode::{Reading, Value};
 
 /// Results (window and device) that are held for a stream, open and closed ones together.
@@ -42,31 +48,51 @@ pub enum Late {
 pub struct WindowRow {
     /// Which of the stream's windows, in the order of the settings.
     pub window: usize,
+    /// `*` when the row stands for several.
     pub device: String,
     /// µs since 1970 UTC; the end is not in the window.
     pub start: i64,
     pub end: i64,
     pub count: i64,
-    /// The aggregates, in the order of [`schema`].
+    /// The fields that it is grouped by, then the aggregates, in the order of [`schema`].
     pub values: Vec<Option<Value>>,
     pub revision: i64,
 }
 
+/// By group.
 type Devices = BTreeMap<String, Aggregate>;
+
+/// How a window is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Tumbling when both are the same.
+    Hopping {
+        size: i64,
+        every: i64,
+    },
+    Session {
+        gap: i64,
+    },
+}
 
 /// One window of the settings.
 #[derive(Debug)]
 struct Window {
     name: String,
-    size: i64,
+    kind: Kind,
+    by: Grouping,
+    aggregates: Vec<AggregateKind>,
+    wants: Wants,
+    kinds: Vec<FieldType>,
     /// By start. Each is closed or open; closed ones have a revision above 0.
     results: BTreeMap<i64, Devices>,
-    /// Below, all is closed. Starts of windows.
+    /// Below, all is closed. Starts of windows; ends of sessions.
     closed_before: i64,
-    /// Closed results that have changed since.
+    /// Closed results that have changed since; not of sessions.
     changed: BTreeSet<(i64, String)>,
-    /// Windows that start below were given up for want of room.
+    /// Windows that start below were given up for want of room; rows before it, of sessions.
     given_up_before: i64,
+    sessions: Sessions,
 }
 
 /// The windows of one stream.
@@ -90,39 +116,61 @@ struct Held {
 }
 
 /// The columns of a window's stream.
-pub fn schema(stream: &StreamSettings) -> StreamSchema {
+///
+/// # Errors
+/// When two would have one name.
+pub fn schema(stream: &StreamSettings, window: &WindowSettings) -> Result<StreamSchema, SchemaError> {
     let field = |name: String, kind| StreamField { name: name.parse().expect("checked with the settings"), kind };
     let mut fields = vec![
         field("window_start".to_owned(), FieldType::Timestamp),
         field("window_end".to_owned(), FieldType::Timestamp),
         field("count".to_owned(), FieldType::Int64),
     ];
+    if let By::Fields { fields: by, .. } = &window.by {
+        for name in by {
+            let kind = stream.fields.iter().find(|(field, _)| field == name).map(|(_, settings)| settings.kind);
+            fields.push(field(name.to_string(), kind.expect("checked with the settings")));
+        }
+    }
     for (name, settings) in &stream.fields {
-        for (suffix, kind) in aggregate::columns(settings.kind) {
-            fields.push(field(format!("{name}_{suffix}"), *kind));
+        for aggregate in &window.aggregates {
+            if let Some(kind) = aggregate.of(settings.kind) {
+                fields.push(field(format!("{name}_{}", aggregate.suffix()), kind));
+            }
         }
     }
     fields.push(field("revision".to_owned(), FieldType::Int64));
-    StreamSchema::new(fields).expect("checked with the settings")
+    StreamSchema::new(fields)
 }
 
 impl Windows {
     /// Those of the settings, empty.
     pub fn new(stream: &StreamName, settings: &StreamSettings) -> Self {
-        let window = |(name, window): (StreamName, &crate::config::WindowSettings)| Window {
+        let names = settings.fields.iter().map(|(name, _)| name.to_string()).collect::<Vec<_>>();
+        let kinds = settings.fields.iter().map(|(_, field)| field.kind).collect::<Vec<_>>();
+        let window = |(name, window): (StreamName, &WindowSettings)| Window {
             name: name.to_string(),
-            size: window.size.micros(),
+            kind: match window.gap {
+                Some(gap) => Kind::Session { gap: gap.micros() },
+                None => Kind::Hopping { size: window.size.micros(), every: window.every_us() },
+            },
+            by: Grouping::new(&window.by, &names),
+            aggregates: window.aggregates.clone(),
+            wants: Wants::of(&window.aggregates),
+            kinds: kinds.clone(),
             results: BTreeMap::new(),
             closed_before: i64::MIN,
             changed: BTreeSet::new(),
             given_up_before: i64::MIN,
+            sessions: Sessions::default(),
         };
+        let windows = settings.windows(stream).into_iter().map(window).collect();
         Self {
             lateness: settings.lateness.micros(),
             reopen_within: settings.reopen_within.micros(),
-            kinds: settings.fields.iter().map(|(_, field)| field.kind).collect(),
-            names: settings.fields.iter().map(|(name, _)| name.to_string()).collect(),
-            windows: settings.windows(stream).into_iter().map(window).collect(),
+            kinds,
+            names,
+            windows,
             newest: i64::MIN,
             held: Held::default(),
             held_max: Held { results: WINDOWS_MAX, bytes: settings.windows_max_bytes.bytes() },
@@ -142,24 +190,20 @@ impl Windows {
         }
         let mut late = Late::Good;
         for window in &mut self.windows {
-            let start = reading.ts.div_euclid(window.size) * window.size;
-            if start < window.given_up_before {
+            let other;
+            let key = match window.by {
+                Grouping::Device => &reading.device,
+                _ => {
+                    other = window.by.key(reading);
+                    &other
+                }
+            };
+            let added = match window.kind {
+                Kind::Hopping { size, every } => window.add(size, every, key, reading, &mut self.held),
+                Kind::Session { gap } => window.add_to_session(gap, key, reading, &mut self.held),
+            };
+            if added == Late::Late {
                 late = Late::Late;
-                continue;
-            }
-            let devices = window.results.entry(start).or_default();
-            if !devices.contains_key(&reading.device) {
-                let aggregate = Aggregate::new(&self.kinds);
-                self.held.results += 1;
-                self.held.bytes += aggregate.bytes(&reading.device);
-                devices.insert(reading.device.clone(), aggregate);
-            }
-            let aggregate = devices.get_mut(&reading.device).expect("it was put there");
-            let before = aggregate.bytes(&reading.device);
-            aggregate.add(reading);
-            self.held.bytes = self.held.bytes + aggregate.bytes(&reading.device) - before;
-            if start < window.closed_before {
-                window.changed.insert((start, reading.device.clone()));
             }
         }
         late
@@ -174,33 +218,62 @@ impl Windows {
         }
         let keep_from = watermark.saturating_sub(self.reopen_within);
         for (index, window) in self.windows.iter_mut().enumerate() {
+            let Kind::Hopping { size, every } = window.kind else {
+                rows.extend(window.close_sessions(index, watermark, keep_from, &mut self.held));
+                continue;
+            };
             // Starts below it have an end that the watermark has reached.
-            let due_before = (watermark.div_euclid(window.size)) * window.size;
+            let due_before = watermark.saturating_sub(size).div_euclid(every).saturating_add(1).saturating_mul(every);
             window.close_before(due_before, index, &mut rows);
             while let Some(entry) = window.results.first_entry() {
-                if entry.key().saturating_add(window.size) > keep_from || *entry.key() >= window.closed_before {
+                if entry.key().saturating_add(size) > keep_from || *entry.key() >= window.closed_before {
                     break;
                 }
                 self.held.give_up(&entry.remove());
             }
         }
         while self.held.results > self.held_max.results || self.held.bytes > self.held_max.bytes {
-            self.make_room(&mut rows);
+            if !self.make_room(&mut rows) {
+                break;
+            }
         }
         rows
     }
 
-    /// Gives up the oldest window of all, and closes it before if it is open.
-    fn make_room(&mut self, rows: &mut Vec<WindowRow>) {
-        let oldest = |window: &Window| window.results.first_key_value().map(|(start, _)| start + window.size);
+    /// Up to where the results of a window are told: by `window_start`, but for those that are told again.
+    pub fn complete_to(&self, window: usize) -> i64 {
+        let window = &self.windows[window];
+        let watermark = self.watermark();
+        match window.kind {
+            _ if watermark == i64::MIN => watermark,
+            Kind::Hopping { size, .. } => watermark.saturating_sub(size),
+            Kind::Session { gap } => {
+                let open = window.sessions.first_open().unwrap_or(i64::MAX);
+                watermark.saturating_sub(gap).min(open.saturating_sub(1))
+            }
+        }
+    }
+
+    /// Gives up the oldest window of all, and closes it before if it is open. False when there is none.
+    fn make_room(&mut self, rows: &mut Vec<WindowRow>) -> bool {
+        let oldest = |window: &Window| match window.kind {
+            Kind::Hopping { size, .. } => window.results.first_key_value().map(|(start, _)| start + size),
+            Kind::Session { .. } => window.sessions.first_end(),
+        };
         let windows = self.windows.iter_mut().enumerate();
         let first = windows.filter_map(|(index, window)| oldest(window).map(|end| (end, index, window)));
-        let Some((end, index, window)) = first.min_by_key(|(end, index, _)| (*end, *index)) else { return };
-        window.close_before(end, index, rows);
-        window.given_up_before = end;
+        let Some((end, index, window)) = first.min_by_key(|(end, index, _)| (*end, *index)) else { return false };
+        let Kind::Hopping { size, every } = window.kind else {
+            window.give_up_session(index, &mut self.held, rows);
+            return true;
+        };
+        let next = end - size + every;
+        window.close_before(next, index, rows);
+        window.given_up_before = next;
         if let Some((_, devices)) = window.results.pop_first() {
             self.held.give_up(&devices);
         }
+        true
     }
 }
 
@@ -222,31 +295,54 @@ impl Held {
 }
 
 impl Window {
+    /// Adds a row to all windows of this that it lies in.
+    fn add(&mut self, size: i64, every: i64, key: &str, reading: &Reading, held: &mut Held) -> Late {
+        let mut start = reading.ts.div_euclid(every) * every;
+        while start > reading.ts.saturating_sub(size) {
+            if start < self.given_up_before {
+                return Late::Late;
+            }
+            let devices = self.results.entry(start).or_default();
+            if !devices.contains_key(key) {
+                let aggregate = Aggregate::new(&self.kinds, self.wants);
+                held.results += 1;
+                held.bytes += aggregate.bytes(key);
+                devices.insert(key.to_owned(), aggregate);
+            }
+            let aggregate = devices.get_mut(key).expect("it was put there");
+            let before = aggregate.bytes(key);
+            aggregate.add(reading, self.wants);
+            held.bytes = held.bytes + aggregate.bytes(key) - before;
+            if start < self.closed_before {
+                self.changed.insert((start, key.to_owned()));
+            }
+            start -= every;
+        }
+        Late::Good
+    }
+
+    fn row(&self, index: usize, start: i64, end: i64, key: &str, aggregate: &Aggregate) -> WindowRow {
+        let (device, mut values) = self.by.parts(key);
+        values.extend(aggregate.values(&self.aggregates));
+        let (count, revision) = (aggregate.count, aggregate.revision);
+        WindowRow { window: index, device, start, end, count, values, revision }
+    }
+
     /// Emits what is due when all windows that start below `before` are closed.
     fn close_before(&mut self, before: i64, index: usize, rows: &mut Vec<WindowRow>) {
-        let mut emit = |start: i64, device: &String, aggregate: &mut Aggregate| {
-            aggregate.revision += 1;
-            rows.push(WindowRow {
-                window: index,
-                device: device.clone(),
-                start,
-                end: start + self.size,
-                count: aggregate.count,
-                values: aggregate.values(),
-                revision: aggregate.revision,
-            });
-        };
-        for (start, device) in std::mem::take(&mut self.changed) {
-            let aggregate = self.results.get_mut(&start).and_then(|devices| devices.get_mut(&device));
-            if let Some(aggregate) = aggregate {
-                emit(start, &device, aggregate);
-            }
-        }
+        let Kind::Hopping { size, .. } = self.kind else { return };
+        let mut due = std::mem::take(&mut self.changed).into_iter().collect::<Vec<_>>();
         if before > self.closed_before {
-            for (start, devices) in self.results.range_mut(self.closed_before..before) {
-                devices.iter_mut().for_each(|(device, aggregate)| emit(*start, device, aggregate));
+            for (start, devices) in self.results.range(self.closed_before..before) {
+                due.extend(devices.keys().map(|device| (*start, device.clone())));
             }
             self.closed_before = before;
+        }
+        for (start, device) in due {
+            let aggregate = self.results.get_mut(&start).and_then(|devices| devices.get_mut(&device));
+            let Some(aggregate) = aggregate else { continue };
+            aggregate.revision += 1;
+            rows.push(self.row(index, start, start + size, &device, &self.results[&start][&device]));
         }
     }
 }

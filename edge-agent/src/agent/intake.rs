@@ -14,7 +14,7 @@ use crate::source::exec::Exec;
 use crate::source::file::Follow;
 use crate::source::modbus::Poll;
 use crate::source::mqtt::{Connection, Task};
-use crate::source::{SourceState, host, http};
+use crate::source::{SourceState, host, http, tick};
 
 /// Starts every source of the settings; the tasks end with the token, or with the journal.
 pub(super) fn start_sources(
@@ -78,6 +78,9 @@ pub(super) fn start_sources(
     }
     for (listen, pushes) in doors {
         tasks.spawn(http::run(listen, pushes, token.clone()));
+    }
+    if let Some(every) = settings.tick_every() {
+        tasks.spawn(tick::run(every, journal.sender(), token.clone()));
     }
     // What is left belongs to clients that are not configured any more.
     for (client, known) in lists.0 {

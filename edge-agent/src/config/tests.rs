@@ -85,6 +85,11 @@ fn wrong_configurations_say_what_is_wrong() {
     check("min = 0", "min = 9007199254740993, max = 9007199254740992", "min is above max");
     check("min = 0", "max = nan", "not nan");
     check("min = 0", "min = \"0\"", "a number");
+    check("min = 0", "unit = \"kmph\"", "did you mean `kmh`?");
+    check("min = 0", "unit = \"km/h\", store_unit = \"°C\"", "speed: km/h and °C do not measure the same");
+    check("min = 0", "store_unit = \"m/s\"", "in what do the values come");
+    check("type = \"int64\"", "type = \"int64\", unit = \"km/h\", store_unit = \"m/s\"", "make the type float64");
+    check("type = \"int64\"", "type = \"bool\", unit = \"km/h\"", "units are for numbers");
     check("Europe/Copenhagen", "Copenhagen", "no time zone");
     check(", zone = \"Europe/Copenhagen\"", "", "add zone");
     check("format = \"%Y", "format = \"%!", "strftime");
@@ -99,6 +104,33 @@ fn wrong_configurations_say_what_is_wrong() {
         "from 1MiB",
     );
     check("size = \"5m\"", "size = \"0s\"", "1 ms to 366 days");
+    check("size = \"5m\"", "size = \"5m\"\nevery = \"6m\"", "at most size");
+    check("size = \"5m\"", "size = \"5m\"\nevery = \"100ms\"", "make every longer");
+    check("size = \"5m\"", "size = \"5m\"\ngap = \"5m\"", "neither size nor every");
+    check("size = \"5m\"", "size = \"5m\"\nby = [\"lane\"]", "`lane` must be a field");
+    check("size = \"5m\"", "size = \"5m\"\nby = \"road\"", "or a list of fields");
+    check("size = \"5m\"", "size = \"5m\"\naggregates = [\"p90\"]", "p95");
+    check("size = \"5m\"", "size = \"5m\"\naggregates = [\"min\", \"min\"]", "min twice");
+    check("min = 0", "max_step = -1", "a number from 0");
+    check("min = 0", "stuck_after = \"0s\"", "more than 0");
+    check("min = 0", "allowed = [\"a\"]", "allowed has");
+    check("min = 0", "flag = [\"max\"]", "names max, which is not set");
+    check(
+        "min = 0",
+        "max_step = 1, reject = [\"max_step\"], flag = [\"max_step\"]",
+        "max_step is in reject and in flag",
+    );
+    check(
+        "[stream.traffic.fields]",
+        "[stream.traffic]\nfill = \"last\"\n[stream.traffic.fields]",
+        "need expected_every",
+    );
+    check("[stream.traffic.fields]", "[stream.traffic]\nreject = [\"in_order\"]\n[stream.traffic.fields]", "not set");
+    check(
+        "[stream.traffic.fields]",
+        "[stream.traffic]\nabsent_afer = \"1s\"\n[stream.traffic.fields]",
+        "`absent_after`?",
+    );
     check("size = \"5m\"", "size = \"five\"", "no duration");
     check("[stream.traffic.window.5m]", "[stream.traffic.window.5-m]", "not a name");
     check("[edge]", "[journal]\nsegment_bytes = \"1GiB\"\n[edge]", "two times");

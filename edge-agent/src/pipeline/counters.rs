@@ -45,6 +45,12 @@ pub struct StreamTotals {
     pub rows: u64,
     /// Of them, too late for their windows.
     pub late: u64,
+    /// Of them, with something that a check found.
+    #[serde(default)]
+    pub flagged: u64,
+    /// Of them, made up for gaps.
+    #[serde(default)]
+    pub imputed: u64,
 }
 
 impl Counters {

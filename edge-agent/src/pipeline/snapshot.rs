@@ -1,9 +1,11 @@
 //! The pipeline's state as bytes, taken when no row is pending, and back.
 //!
 //! ```text
-//! version u8 = 1 | meta_len u32 | meta (JSON) | lists_len u32 | lists | (name_len u8 | name | len u32 | windows)*
+//! version u8 = 1 | meta_len u32 | meta (JSON) | lists_len u32 | lists | (name_len u32 | name | len u32 | state)*
 //! ```
-//! The meta data hold the position, counters, watermarks, refusals, places in files, births, and which lane each stream went to. A stream that the
+//! The state of a stream's windows goes by its name, that of its checks by `<name>/checks`.
+//! The meta data hold the position, counters, watermarks, refusals, places in files, births, the clock, and which lane each
+//! stream went to; what an older agent did not write is as it is at the beginning. A stream that the
 //! configuration has since moved to another lane is skipped by what its *old* lane has, until the new lane is cut.
 
 use std::collections::BTreeMap;
@@ -13,6 +15,7 @@ use segment_log::Position;
 use serde::{Deserialize, Serialize};
 use wire::{Seq, SpoolId, StreamName};
 
+use super::judging::Clock;
 use super::output::Output;
 use super::{Counters, Pipeline, Source};
 use crate::config::Settings;
@@ -21,6 +24,8 @@ use crate::places::Places;
 use crate::redelivery::Lists;
 
 const VERSION: u8 = 1;
+/// Behind a stream's name; no name has a slash.
+const CHECKS: &str = "/checks";
 
 /// Why bytes are no snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +55,8 @@ struct Meta {
     /// What decoders remember, by source. Snapshots of before Sparkplug have none.
     #[serde(default)]
     births: BTreeMap<String, Births>,
+    #[serde(default)]
+    clock: Clock,
 }
 
 /// A stream that changed its lane when the new one stood at `lane_at`: its rows below `has` are in the spool.
@@ -87,6 +94,7 @@ impl Pipeline {
             moved: self.moved.clone(),
             places: self.places.clone(),
             births: self.sources.iter().filter_map(births).collect(),
+            clock: self.clock,
         };
         let mut out = vec![VERSION];
         let mut section = |bytes: &[u8]| {
@@ -102,6 +110,16 @@ impl Pipeline {
             let mut windows = Vec::new();
             stream.windows.write(&mut windows);
             section(&windows);
+            if stream.judge.remembers() {
+                section(format!("{}{CHECKS}", stream.name).as_bytes());
+                let mut judge = Vec::new();
+                stream.judge.write(&mut judge);
+                section(&judge);
+            }
+        }
+        for (name, state) in &self.orphans {
+            section(name);
+            section(state);
         }
         out
     }
@@ -132,9 +150,22 @@ impl Pipeline {
                 source.decoder.restore(births);
             }
         }
+        pipeline.clock = meta.clock;
         while !bytes.is_empty() {
             let name = section(&mut bytes)?;
             let windows = section(&mut bytes)?;
+            if let Some(name_of) = name.strip_suffix(CHECKS.as_bytes()) {
+                match pipeline.streams.iter_mut().find(|stream| stream.name.as_str().as_bytes() == name_of) {
+                    // Readings may wait in it, which are counted as waiting until the stream is configured again.
+                    None => pipeline.orphans.push((name, windows)),
+                    Some(stream) => {
+                        if let Err(error) = stream.judge.restore(&windows) {
+                            tracing::warn!(stream = %stream.name, %error, "its checks begin anew");
+                        }
+                    }
+                }
+                continue;
+            }
             let stream = pipeline.streams.iter_mut().find(|stream| stream.name.as_str().as_bytes() == name);
             // A stream that is no longer configured takes its open windows with it.
             if let Some(stream) = stream
@@ -143,6 +174,7 @@ impl Pipeline {
                 tracing::warn!(stream = %stream.name, %error, "its windows begin anew");
             }
         }
+        pipeline.find_by_clock();
         let stored = |output: &Output| meta.lanes.get(&output.stream) == Some(&pipeline.lane_names[output.lane]);
         pipeline.as_stored = pipeline.outputs.iter().all(stored);
         for output in &mut pipeline.outputs {

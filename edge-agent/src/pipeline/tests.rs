@@ -25,6 +25,154 @@ fn settings(more: &str) -> Settings {
     Settings::parse(&text).unwrap()
 }
 
+/// With these keys of the stream, and of its field.
+fn judging(stream: &str, field: &str) -> Settings {
+    judging_in(stream, field, "")
+}
+
+fn judging_in(stream: &str, field: &str, more: &str) -> Settings {
+    let text = format!(
+        "[edge]\nid = \"e\"\ndata_dir = \"x\"\n[cloud]\nurls = [\"http://h\"]\ntoken = \"t\"\n\
+         [[source]]\nkind = \"mqtt\"\nurl = \"mqtt://h\"\ntopics = [\"#\"]\nstream = \"s\"\n[source.map]\n\
+         device = \"topic:1\"\nts = {{ at = \"/ts\", format = \"epoch_s\" }}\nv = \"/v\"\n\
+         [stream.s]\nlateness = \"3s\"\nreopen_within = \"30s\"\n{stream}\n\
+         [stream.s.fields]\nv = {{ type = \"int64\", {field} }}\n\
+         [stream.s.window.10s]\nsize = \"10s\"\n\
+         [stream.s.window.hop]\nsize = \"6s\"\nevery = \"2s\"\nby = \"all\"\naggregates = [\"p99\", \"stddev\"]\n\
+         [stream.s.window.visit]\ngap = \"3s\"\naggregates = [\"first\", \"p50\", \"stddev\", \"rate\"]\n\
+         [stream.s.window.part]\nsize = \"8s\"\nby = [\"device\", \"v\"]\naggregates = [\"sum\", \"p99\"]\n{more}"
+    );
+    Settings::parse(&text).unwrap()
+}
+
+/// A reading so many seconds before the arrival, which is `passed` seconds after [`ARRIVAL`].
+fn reading_of(device: &str, second: i64, v: i64, passed: i64) -> Entry {
+    let mut entry = message(format!("{{\"ts\":{},\"v\":{v}}}", ARRIVAL / 1_000_000 + second));
+    if let Entry::Message(message) = &mut entry {
+        message.topic = format!("t/{device}");
+        message.arrival_us = ARRIVAL + passed * 1_000_000;
+    }
+    entry
+}
+
+/// Of each row of a stream: seconds since the arrival, device, and these columns.
+fn short(rows: &BTreeMap<String, Vec<String>>, stream: &str, columns: &[&str]) -> Vec<String> {
+    let short = |row: &String| {
+        let row = serde_json::from_str::<serde_json::Value>(row).unwrap();
+        let ts = chrono::DateTime::parse_from_rfc3339(row["ts"].as_str().unwrap()).unwrap().timestamp();
+        let rest = columns.iter().map(|column| row[*column].to_string().replace('"', ""));
+        let first = [(ts - ARRIVAL / 1_000_000).to_string(), row["device"].as_str().unwrap().to_owned()];
+        first.into_iter().chain(rest).collect::<Vec<_>>().join(" ")
+    };
+    rows.get(stream).map(|rows| rows.iter().map(short).collect()).unwrap_or_default()
+}
+
+fn apply_all(settings: &Settings, entries: &[Entry]) -> (BTreeMap<String, Vec<String>>, Counters) {
+    let mut pipeline = start(settings);
+    for (n, entry) in entries.iter().enumerate() {
+        pipeline.apply(Position(n as u64), Position(n as u64 + 1), entry);
+    }
+    (rows(settings, &pipeline.cut().unwrap()), pipeline.counters().clone())
+}
+
+fn tick(passed: i64) -> Entry {
+    Entry::Tick { now_us: ARRIVAL + passed * 1_000_000 }
+}
+
+#[test]
+fn a_flagged_reading_is_stored_with_its_reasons() {
+    let settings = judging("in_order = true", "max_step = 5");
+    let entries = [reading_of("a", 0, 1, 0), reading_of("a", 50, 9, 0), reading_of("a", 1, 1, 0)];
+    let (rows, counters) = apply_all(&settings, &entries);
+    assert_eq!(short(&rows, "s", &["v", "quality"]), ["0 a 1 good", "50 a 9 step:v", "1 a 1 out_of_order,step:v,late"]);
+    let totals = counters.streams[&own_name("s")];
+    assert_eq!((totals.rows, totals.flagged, totals.late), (3, 2, 1));
+}
+
+#[test]
+fn of_duplicates_the_first_or_the_last_is_kept_and_all_are_counted() {
+    let entries = [
+        reading_of("a", 0, 1, 0),
+        reading_of("a", 0, 2, 2),
+        reading_of("b", 0, 3, 3),
+        reading_of("a", 1, 4, 4),
+        tick(8),
+        reading_of("a", 0, 5, 9),
+        tick(12),
+        tick(16),
+        reading_of("a", 0, 6, 20),
+    ];
+    let check = |duplicates: &str, expected: &[&str], waiting: u64, duplicate: u64| {
+        let (rows, counters) = apply_all(&judging(&format!("duplicates = \"{duplicates}\""), ""), &entries);
+        assert_eq!(short(&rows, "s", &["v", "quality"]), expected, "{duplicates}");
+        let totals = counters.sources["s"];
+        assert_eq!((totals.waiting, totals.duplicate), (waiting, duplicate));
+        assert_eq!(totals.read, totals.accepted + totals.quarantined + totals.duplicate + totals.waiting);
+    };
+    let all = ["0 a 1 good", "0 a 2 good", "0 b 3 good", "1 a 4 good", "0 a 5 good", "0 a 6 good"];
+    check("all", &all, 0, 0);
+    check("first", &["0 a 1 good", "0 b 3 good", "1 a 4 good"], 0, 3);
+    check("last", &["0 a 5 good", "0 b 3 good", "1 a 4 good"], 1, 2);
+}
+
+#[test]
+fn a_silent_device_is_absent_by_event_time_or_by_listening_and_comes_back() {
+    let settings = judging("expected_every = \"4s\"", "");
+    let (rows, _) = apply_all(
+        &settings,
+        &[
+            reading_of("a", 0, 1, 0),
+            reading_of("b", 0, 1, 0),
+            // The watermark is at 9: more than 8 behind b.
+            reading_of("a", 12, 1, 0),
+            reading_of("b", 13, 1, 0),
+        ],
+    );
+    let columns = ["state", "expected_every_s"];
+    assert_eq!(short(&rows, "s_absent", &columns), ["4 b absent 4.0", "13 b back 4.0"]);
+    let ticks = (1..=12).map(tick);
+    let (rows, _) = apply_all(&settings, &[reading_of("a", 0, 1, 0)].into_iter().chain(ticks).collect::<Vec<_>>());
+    assert_eq!(short(&rows, "s_absent", &columns), ["4 a absent 4.0"], "once");
+    let (rows, _) = apply_all(&settings, &[reading_of("a", 0, 1, 0), tick(1), tick(500_000), tick(500_001)]);
+    assert_eq!(short(&rows, "s_absent", &columns), [""; 0], "the agent did not run, or the clock was set");
+}
+
+#[test]
+fn gaps_are_filled_with_rows_that_say_so_and_that_no_window_counts() {
+    let entries =
+        [reading_of("a", 0, 10, 0), reading_of("a", 10, 20, 0), reading_of("a", 13, 20, 0), reading_of("a", 99, 7, 0)];
+    let check = |fill: &str, expected: &[&str], count: &str| {
+        let (rows, counters) = apply_all(&judging(&format!("expected_every = \"2s\"\n{fill}"), ""), &entries);
+        assert_eq!(short(&rows, "s", &["v", "quality"]), expected, "{fill}");
+        assert_eq!(short(&rows, "s_10s", &["count"])[0], count, "{fill}");
+        let imputed = expected.iter().filter(|row| row.ends_with("imputed")).count() as u64;
+        assert_eq!((counters.streams[&own_name("s")].imputed, counters.sources["s"].read), (imputed, 4));
+    };
+    let line = [
+        "0 a 10 good",
+        "2 a 12 imputed",
+        "4 a 14 imputed",
+        "6 a 16 imputed",
+        "8 a 18 imputed",
+        "10 a 20 good",
+        "13 a 20 good",
+        "99 a 7 good",
+    ];
+    check("fill = \"linear\"", &line, "0 a 1");
+    check("fill = \"linear\"\nfill_in_windows = true", &line, "0 a 5");
+    let last = [
+        "0 a 10 good",
+        "2 a 10 imputed",
+        "4 a 10 imputed",
+        "10 a 20 good",
+        "13 a 20 good",
+        "15 a 20 imputed",
+        "17 a 20 imputed",
+        "99 a 7 good",
+    ];
+    check("fill = \"last\"\nfill_steps = 2", &last, "0 a 1");
+}
+
 fn message(payload: impl Into<Bytes>) -> Entry {
     Entry::Message(Message {
         source: "s".into(),
@@ -271,6 +419,96 @@ impl Lanes {
     }
 }
 
+/// Event time in seconds, device and value.
+type Known = (i64, String, i64);
+
+/// Compares each closed result of the windows of [`judging_in`] with what the definitions say of the rows of `s`: of those
+/// that are late none, of those that are made up all or none. Returns how many were compared.
+fn recompute(rows: &BTreeMap<String, Vec<String>>, with_made_up: bool) -> usize {
+    let of = |stream: &str| {
+        let rows = rows.get(stream).into_iter().flatten();
+        rows.map(|row| serde_json::from_str::<serde_json::Value>(row).unwrap()).collect::<Vec<_>>()
+    };
+    let second = |row: &serde_json::Value, column: &str| {
+        chrono::DateTime::parse_from_rfc3339(row[column].as_str().unwrap()).unwrap().timestamp()
+    };
+    let all = of("s");
+    let counts = |row: &&serde_json::Value| {
+        let words = row["quality"].as_str().unwrap().split(',').collect::<Vec<_>>();
+        !words.contains(&LATE) && (with_made_up || !words.contains(&IMPUTED))
+    };
+    let known = |row: &serde_json::Value| {
+        (second(row, "ts"), row["device"].as_str().unwrap().to_owned(), row["v"].as_i64().unwrap())
+    };
+    let known = all.iter().filter(counts).map(known).collect::<Vec<Known>>();
+    let watermark = all.iter().filter(counts).map(|row| second(row, "ts")).max().unwrap_or(i64::MIN) - 3;
+    let hops = |size: i64, every: i64, key: &dyn Fn(&Known) -> String| {
+        let mut results = BTreeMap::<(i64, String), (i64, Vec<Known>)>::new();
+        for row in &known {
+            let last = row.0.div_euclid(every) * every;
+            let starts = (0..).map(|n| last - n * every).take_while(|start| *start > row.0 - size);
+            starts.for_each(|start| {
+                results.entry((start, key(row))).or_insert((start + size, Vec::new())).1.push(row.clone())
+            });
+        }
+        results
+    };
+    let mut visits = BTreeMap::new();
+    let mut by_device = BTreeMap::<String, Vec<Known>>::new();
+    known.iter().for_each(|row| by_device.entry(row.1.clone()).or_default().push(row.clone()));
+    for (device, mut rows) in by_device {
+        rows.sort();
+        for visit in rows.chunk_by(|one, other| other.0 - one.0 < 3) {
+            visits.insert((visit[0].0, device.clone()), (visit[visit.len() - 1].0 + 3, visit.to_vec()));
+        }
+    }
+    let device = |row: &Known| row.1.clone();
+    let part = |row: &Known| format!("{} {}", row.1, row.2);
+    let expected = [
+        ("s_10s", hops(10, 10, &device)),
+        ("s_hop", hops(6, 2, &|_| "*".to_owned())),
+        ("s_visit", visits),
+        ("s_part", hops(8, 8, &part)),
+    ];
+    let mut compared = 0;
+    for (stream, mut expected) in expected {
+        let mut last = BTreeMap::<(i64, String), serde_json::Value>::new();
+        for row in of(stream) {
+            let name = row["device"].as_str().unwrap();
+            let group = if stream == "s_part" { format!("{name} {}", row["v"]) } else { name.to_owned() };
+            let key = (second(&row, "window_start"), group);
+            let newer = |before: &serde_json::Value| row["revision"].as_i64() > before["revision"].as_i64();
+            if last.get(&key).is_none_or(newer) {
+                last.insert(key, row);
+            }
+        }
+        // A session that was told may have gone on.
+        last.retain(|key, row| row["count"] != 0 && expected.get(key).is_none_or(|(end, _)| *end <= watermark));
+        expected.retain(|_, (end, _)| *end <= watermark);
+        assert_eq!(last.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{stream}");
+        for (key, (end, rows)) in expected {
+            let row = &last[&key];
+            assert_eq!((second(row, "window_end"), &row["count"]), (end, &rows.len().into()), "{stream} {key:?}");
+            let mut values = rows.iter().map(|row| row.2).collect::<Vec<_>>();
+            values.sort_unstable();
+            let near = |column: &str, expected: f64, relative: f64| {
+                let Some(shown) = row.get(column).and_then(serde_json::Value::as_f64) else { return };
+                let most = relative * expected.abs() + 1e-6;
+                assert!((shown - expected).abs() <= most, "{stream} {key:?} {column}: {shown} for {expected}");
+            };
+            let (n, sum) = (values.len() as f64, values.iter().sum::<i64>() as f64);
+            let squares = values.iter().map(|value| (*value as f64 - sum / n).powi(2)).sum::<f64>();
+            let rank = |q: f64| values[(q * (n - 1.0)).floor() as usize] as f64;
+            near("v_sum", sum, 0.0);
+            near("v_stddev", (squares / (n - 1.0)).sqrt(), 1e-9);
+            near("v_p50", rank(0.5), 0.0101);
+            near("v_p99", rank(0.99), 0.0101);
+            compared += 1;
+        }
+    }
+    compared
+}
+
 /// Crashes at random moments, between the lanes of a cut too, with streams that move between lanes at a restart: every
 /// lane ends with the rows of a run without a crash, and so do the counters.
 #[test]
@@ -279,12 +517,28 @@ fn a_crash_neither_loses_nor_repeats_a_row_or_a_window() {
     println!("seed {seed}");
     let mut random = StdRng::seed_from_u64(seed);
     let moved = "[[lane]]\nname = \"other\"\nstreams = [\"s\", \"quarantine\"]\n";
-    for _ in 0..80 {
+    let variants = [
+        ("", ""),
+        ("duplicates = \"first\"\nremember = 4\nin_order = true", "max_step = 300"),
+        ("duplicates = \"last\"\nexpected_every = \"2s\"\ndevices_max = 3", "stuck_after = \"4s\""),
+        ("expected_every = \"2s\"\nfill = \"linear\"\nfill_in_windows = true", "max_step = 300"),
+        ("expected_every = \"1s\"\nfill = \"last\"\nfill_steps = 3\nduplicates = \"first\"", ""),
+    ];
+    let mut compared = 0;
+    for round in 0..80 {
+        let (stream, field) = variants[round % variants.len()];
+        let settings = |more: &str| {
+            let field = format!("min = 0, max = 1000, required = true, {field}");
+            judging_in(stream, field.trim_end_matches(", "), more)
+        };
         let entries = (0..200).map(|n| {
             let back = if random.random_bool(0.2) { random.random_range(0..60) } else { 0 };
-            let ts = ARRIVAL / 1_000_000 - 200 + n - back;
             let v = random.random_range(-50..1_000);
-            let mut entry = message(format!("{{\"ts\":{ts},\"v\":{v}}}"));
+            let device = ["a", "b", "c", "d"][random.random_range(0..4)];
+            if random.random_bool(0.1) {
+                return tick(n);
+            }
+            let mut entry = reading_of(device, n - 200 - back, v, n);
             if let Entry::Message(message) = &mut entry {
                 let packet_id = n as u16 + 1;
                 message.delivery =
@@ -355,12 +609,25 @@ fn a_crash_neither_loses_nor_repeats_a_row_or_a_window() {
             rows
         };
         assert_eq!(sorted(lanes.all()), sorted(expected.all()));
+        compared += recompute(&lanes.all(), stream.contains("fill_in_windows"));
         assert_eq!(last.counters(), calm.counters());
         let known = |pipeline: &Pipeline, id| {
             (-50..1_000).any(|v| pipeline.lists().0["c"].list.recognise(id, true, v as u32).is_some())
         };
-        assert!((1..=200).all(|id| known(&last, id) && known(&calm, id)), "a delivery was forgotten");
+        let ids = entries.iter().enumerate().filter(|(_, entry)| matches!(entry, Entry::Message(_)));
+        let ids = ids.map(|(n, _)| n as u16 + 1).collect::<Vec<_>>();
+        assert!(ids.iter().all(|id| known(&last, *id) && known(&calm, *id)), "a delivery was forgotten");
+        let totals = last.counters().sources["s"];
+        assert_eq!(totals.read, totals.accepted + totals.quarantined + totals.duplicate + totals.waiting);
+        let remembered = |pipeline: &Pipeline| {
+            let mut bytes = Vec::new();
+            pipeline.streams[0].judge.write(&mut bytes);
+            pipeline.streams[0].windows.write(&mut bytes);
+            bytes
+        };
+        assert_eq!(remembered(&last), remembered(&calm), "what is remembered");
     }
+    assert!(compared > 10_000, "{compared} results of windows");
 }
 
 /// A crash between the lanes of a cut, a stream that moves back, and a cut where its lane stands already.

@@ -43,9 +43,7 @@ const FIELDS: [(&str, FieldType); 15] = [
 
 /// The stream `host`.
 pub fn stream_settings() -> StreamSettings {
-    let field = |(name, kind): &(&str, FieldType)| {
-        (field_name(name), FieldSettings { kind: *kind, required: false, min: None, max: None })
-    };
+    let field = |(name, kind): &(&str, FieldType)| (field_name(name), FieldSettings::of(*kind));
     StreamSettings::of_fields(FIELDS.iter().map(field).collect())
 }
 

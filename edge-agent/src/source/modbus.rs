@@ -7,7 +7,6 @@
 //! source's error names it. Neither ends anything: the line is opened again, and the next unit is asked.
 //! Polls cannot wait for a full journal: they are counted (`missed.rs`).
 
-mod serial;
 #[cfg(test)]
 mod tests;
 mod value;
@@ -18,6 +17,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::{Map, Value};
+use serial2_tokio::{SerialPort, StopBits};
 use tokio::net::TcpStream;
 use tokio_modbus::client::{Context, Reader as _, rtu, tcp};
 use tokio_modbus::slave::{Slave, SlaveContext as _};
@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::SourceState;
 use super::missed::Giver;
-use crate::config::{ModbusAddress, ModbusSettings, RegisterSettings, STATUS, Table};
+use crate::config::{ModbusAddress, ModbusSettings, Parity, RegisterSettings, STATUS, Table};
 use crate::journal::JournalSender;
 
 /// Registers, and coils, in one request, by the standard.
@@ -181,7 +181,19 @@ async fn open(settings: &ModbusSettings) -> io::Result<Context> {
             Ok(tcp::attach_slave(stream, Slave(0)))
         }
         ModbusAddress::Rtu(path) => {
-            let line = serial::Line::open(path, settings.baud, settings.parity, settings.stop_bits)?;
+            let line = SerialPort::open(path, |mut line: serial2_tokio::Settings| {
+                line.set_raw();
+                line.set_baud_rate(settings.baud)?;
+                line.set_parity(match settings.parity {
+                    Parity::None => serial2_tokio::Parity::None,
+                    Parity::Even => serial2_tokio::Parity::Even,
+                    Parity::Odd => serial2_tokio::Parity::Odd,
+                });
+                line.set_stop_bits(if settings.stop_bits == 2 { StopBits::Two } else { StopBits::One });
+                Ok(line)
+            })?;
+            // What came before is no answer to what will be asked.
+            line.discard_input_buffer()?;
             Ok(rtu::attach_slave(line, Slave(0)))
         }
     }

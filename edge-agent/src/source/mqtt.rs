@@ -277,18 +277,19 @@ impl Run {
         self.subscribe_after = None;
     }
 
-    async fn message(&mut self, publish: Publish, token: &CancellationToken) -> Result<(), Closed> {
+    async fn message(&mut self, mut publish: Publish, token: &CancellationToken) -> Result<(), Closed> {
         let Connection { settings, client, known, journal, state, .. } = &mut self.connection;
         let arrival_us = now_us();
         self.heard_at = Instant::now();
         state.last_arrival_us.store(arrival_us, Ordering::Relaxed);
         let id = publish.packet_id();
-        let mut delivery = None;
+        let (mut delivery, mut crc) = (None, 0);
         if id != 0 {
-            let crc = publish.crc();
+            crc = publish.crc();
             if let Some(ticket) = known.list.recognise(id, publish.dup(), crc) {
                 state.redelivered.fetch_add(1, Ordering::Relaxed);
                 state.received.fetch_add(1, Ordering::Relaxed);
+                publish.forget_content();
                 self.pending.push_back(Pending { ticket, publish });
                 return Ok(());
             }
@@ -316,8 +317,8 @@ impl Run {
         };
         state.received.fetch_add(1, Ordering::Relaxed);
         if id != 0 {
-            let crc = publish.crc();
             known.list.add(id, publish.dup(), crc, ticket);
+            publish.forget_content();
             self.pending.push_back(Pending { ticket, publish });
         }
         Ok(())

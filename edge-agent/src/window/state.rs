@@ -1,24 +1,31 @@
 //! The state of a stream's windows as bytes, exact, and back.
 //!
-//! Version 1, little-endian (`str16` is a u16 length and UTF-8):
+//! Version 2, little-endian (`str16` is a u16 length and UTF-8):
 //! ```text
-//! version u8 = 1 | newest i64 | fields u16 | (name str16 | kind u8)* | windows u16
-//! then each window: name str16 | size i64 | closed_before i64 | given_up_before i64 | results u32
-//!                   | (start i64 | device str16 | count i64 | revision i64 | field*)*
+//! version u8 = 2 | newest i64 | fields u16 | (name str16 | kind u8)* | windows u16
+//! then each window: name str16 | size i64 (of a session its gap) | shape str16 | closed_before i64 | given_up_before i64
+//!                   | wants u8 (1 spread, 2 sketch, 4 points) | results u32
+//!                   | (start i64 | group str16 | count i64 | revision i64 | newest i64 | field* | extra*)*
 //! float: count i64 | min f64 | max f64 | sum f64 | ends     int: count i64 | min i64 | max i64 | sum i128 | ends
 //! other: ends                                               ends: 0 u8, or 1 u8 | first ts i64, value | last ts, value
+//! extra, if any is wanted: count i64 | mean f64 | squares f64 | zero u64 | (buckets u32 (i32 | u64)*) negative, positive
+//!                   | points u32 (ts i64 | 1 u8 i64, or 2 u8 f64)*
 //! ```
+//! Version 1 knew tumbling windows by device alone: it had no shape, wants, newest and extra. The shape says kind and group.
 //! Nothing is open to change between two entries: [`super::Windows::advance`] has been called.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use bytes::{Buf, Bytes};
 use wire::FieldType;
 
-use super::aggregate::{Aggregate, Ends, Field};
-use super::{Value, Window, Windows};
+use super::aggregate::{Aggregate, Ends, Extra, Field, Wants};
+use super::group::Grouping;
+use super::sketch::Sketch;
+use super::{Kind, Value, Window, Windows};
+use crate::config::Number;
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 
 /// Why a state is not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -42,9 +49,11 @@ impl Windows {
         out.extend((self.windows.len() as u16).to_le_bytes());
         for window in &self.windows {
             put_text(out, &window.name);
-            for value in [window.size, window.closed_before, window.given_up_before] {
-                out.extend(value.to_le_bytes());
-            }
+            out.extend(window.size().to_le_bytes());
+            put_text(out, &window.shape(&self.names));
+            out.extend(window.closed_before.to_le_bytes());
+            out.extend(window.given_up_before.to_le_bytes());
+            out.push(wants_byte(window.wants));
             let results = window.results.values().map(|devices| devices.len()).sum::<usize>();
             out.extend((results as u32).to_le_bytes());
             for (start, devices) in &window.results {
@@ -53,41 +62,53 @@ impl Windows {
                     put_text(out, device);
                     out.extend(aggregate.count.to_le_bytes());
                     out.extend(aggregate.revision.to_le_bytes());
+                    out.extend(aggregate.newest.to_le_bytes());
                     aggregate.fields.iter().for_each(|field| put_field(out, field));
+                    aggregate.extras.iter().for_each(|extra| put_extra(out, extra));
                 }
             }
         }
     }
 
-    /// Takes over a state. Windows that the settings no longer have, or have with another size, are left out. When the
-    /// fields have changed only the watermark is taken over, and rows of windows that may be closed already are late: a
-    /// result of a part of their rows would stand above the whole one.
+    /// Takes over a state. A window that the settings no longer have is left out. Of one that they have with another size,
+    /// group, or aggregates that need what was not kept, and of all when the fields have changed, only the watermark is taken
+    /// over, and rows that may belong to results which are told already are late: a result of a part of their rows would
+    /// stand above the whole one.
     ///
     /// # Errors
     /// When the fields have changed, or the bytes are no state; then nothing is taken over.
     pub fn restore(&mut self, bytes: &Bytes) -> Result<(), StateError> {
         let state = self.read(&mut bytes.clone()).ok_or(StateError::Short)?;
         self.newest = state.newest;
+        let watermark = self.watermark();
         let Some(windows) = state.windows else {
-            let watermark = self.watermark();
             for window in self.windows.iter_mut().filter(|_| watermark != i64::MIN) {
-                let first = watermark.div_euclid(window.size) * window.size + window.size;
-                (window.closed_before, window.given_up_before) = (first, first);
+                window.begin_behind(watermark);
             }
             return Err(StateError::Fields);
         };
-        for restored in windows {
-            let same = |window: &&mut Window| window.name == restored.name && window.size == restored.size;
-            if let Some(window) = self.windows.iter_mut().find(same) {
-                restored.results.values().for_each(|devices| self.held.take(devices));
-                *window = restored;
+        for mut restored in windows {
+            let Some(window) = self.windows.iter_mut().find(|window| window.name == restored.name) else { continue };
+            let same = window.size() == restored.size && window.shape(&self.names) == restored.shape;
+            if !same || restored.wants != window.wants {
+                if watermark != i64::MIN {
+                    window.begin_behind(watermark);
+                }
+                continue;
+            }
+            restored.results.values().for_each(|devices| self.held.take(devices));
+            window.results = std::mem::take(&mut restored.results);
+            (window.closed_before, window.given_up_before) = (restored.closed_before, restored.given_up_before);
+            if let Kind::Session { gap } = window.kind {
+                window.index_sessions(gap);
             }
         }
         Ok(())
     }
 
     fn read(&self, bytes: &mut Bytes) -> Option<State> {
-        if bytes.try_get_u8().ok()? != VERSION {
+        let version = bytes.try_get_u8().ok()?;
+        if !(1..=VERSION).contains(&version) {
             return None;
         }
         let newest = bytes.try_get_i64_le().ok()?;
@@ -102,24 +123,23 @@ impl Windows {
         }
         let mut windows = Vec::new();
         for _ in 0..bytes.try_get_u16_le().ok()? {
-            let mut window = Window {
-                name: take_text(bytes)?,
-                size: bytes.try_get_i64_le().ok()?,
-                closed_before: bytes.try_get_i64_le().ok()?,
-                given_up_before: bytes.try_get_i64_le().ok()?,
-                results: BTreeMap::new(),
-                changed: BTreeSet::new(),
-            };
+            let (name, size) = (take_text(bytes)?, bytes.try_get_i64_le().ok()?);
+            let shape = if version == 1 { TUMBLING.to_owned() } else { take_text(bytes)? };
+            let (closed_before, given_up_before) = (bytes.try_get_i64_le().ok()?, bytes.try_get_i64_le().ok()?);
+            let wants = if version == 1 { Wants::default() } else { wants_of(bytes.try_get_u8().ok()?) };
+            let mut results = BTreeMap::<i64, BTreeMap<String, Aggregate>>::new();
             for _ in 0..bytes.try_get_u32_le().ok()? {
                 let start = bytes.try_get_i64_le().ok()?;
-                let device = take_text(bytes)?;
-                let aggregate = Aggregate {
-                    count: bytes.try_get_i64_le().ok()?,
-                    revision: bytes.try_get_i64_le().ok()?,
-                    fields: self.kinds.iter().map(|kind| take_field(bytes, *kind)).collect::<Option<_>>()?,
-                };
-                window.results.entry(start).or_default().insert(device, aggregate);
+                let group = take_text(bytes)?;
+                let (count, revision) = (bytes.try_get_i64_le().ok()?, bytes.try_get_i64_le().ok()?);
+                let newest = if version == 1 { i64::MIN } else { bytes.try_get_i64_le().ok()? };
+                let fields = self.kinds.iter().map(|kind| take_field(bytes, *kind)).collect::<Option<_>>()?;
+                let extras = if wants.any() { self.kinds.len() } else { 0 };
+                let extras = (0..extras).map(|_| take_extra(bytes)).collect::<Option<_>>()?;
+                let aggregate = Aggregate { count, revision, newest, fields, extras };
+                results.entry(start).or_default().insert(group, aggregate);
             }
+            let window = Restored { name, size, shape, wants, closed_before, given_up_before, results };
             windows.push(window);
         }
         Some(State { newest, windows: Some(windows) })
@@ -129,7 +149,116 @@ impl Windows {
 /// A state that was read whole; without windows when they are of other fields.
 struct State {
     newest: i64,
-    windows: Option<Vec<Window>>,
+    windows: Option<Vec<Restored>>,
+}
+
+struct Restored {
+    name: String,
+    size: i64,
+    shape: String,
+    wants: Wants,
+    closed_before: i64,
+    given_up_before: i64,
+    results: BTreeMap<i64, BTreeMap<String, Aggregate>>,
+}
+
+/// The shape of a tumbling window by device.
+const TUMBLING: &str = "";
+
+impl Window {
+    fn size(&self) -> i64 {
+        match self.kind {
+            Kind::Hopping { size, .. } => size,
+            Kind::Session { gap } => gap,
+        }
+    }
+
+    /// What else must be the same for its results to mean the same.
+    fn shape(&self, names: &[String]) -> String {
+        let mut shape = match self.kind {
+            Kind::Hopping { size, every } if size == every => TUMBLING.to_owned(),
+            Kind::Hopping { every, .. } => format!("every {every}"),
+            Kind::Session { .. } => "session".to_owned(),
+        };
+        match &self.by {
+            Grouping::Device => {}
+            Grouping::All => shape.push_str(" by all"),
+            Grouping::Fields { device, fields } => {
+                let names = fields.iter().map(|field| names[*field].as_str()).collect::<Vec<_>>().join(",");
+                // A hash, for the names of many fields may be longer than a text here.
+                shape.push_str(&format!(" by {device} {:08x}", crc32c::crc32c(names.as_bytes())));
+            }
+        }
+        shape
+    }
+
+    /// Rows of windows that may be closed already are late.
+    fn begin_behind(&mut self, watermark: i64) {
+        let first = match self.kind {
+            Kind::Hopping { every, .. } => watermark.div_euclid(every) * every + every,
+            Kind::Session { gap } => watermark.saturating_add(gap),
+        };
+        (self.closed_before, self.given_up_before) = (first, first);
+    }
+}
+
+fn wants_byte(wants: Wants) -> u8 {
+    u8::from(wants.spread) | u8::from(wants.sketch) << 1 | u8::from(wants.points) << 2
+}
+
+fn wants_of(byte: u8) -> Wants {
+    Wants { spread: byte & 1 > 0, sketch: byte & 2 > 0, points: byte & 4 > 0 }
+}
+
+fn put_extra(out: &mut Vec<u8>, extra: &Extra) {
+    out.extend(extra.count.to_le_bytes());
+    out.extend(extra.mean.to_le_bytes());
+    out.extend(extra.squares.to_le_bytes());
+    out.extend(extra.sketch.zero.to_le_bytes());
+    for buckets in [&extra.sketch.negative, &extra.sketch.positive] {
+        out.extend((buckets.len() as u32).to_le_bytes());
+        for (bucket, count) in buckets {
+            out.extend(bucket.to_le_bytes());
+            out.extend(count.to_le_bytes());
+        }
+    }
+    out.extend((extra.points.len() as u32).to_le_bytes());
+    for (ts, number) in &extra.points {
+        out.extend(ts.to_le_bytes());
+        match number {
+            Number::Int(value) => {
+                out.push(1);
+                out.extend(value.to_le_bytes());
+            }
+            Number::Float(value) => {
+                out.push(2);
+                out.extend(value.to_le_bytes());
+            }
+        }
+    }
+}
+
+fn take_extra(bytes: &mut Bytes) -> Option<Extra> {
+    let (count, mean) = (bytes.try_get_i64_le().ok()?, bytes.try_get_f64_le().ok()?);
+    let (squares, zero) = (bytes.try_get_f64_le().ok()?, bytes.try_get_u64_le().ok()?);
+    let mut buckets = || {
+        let count = bytes.try_get_u32_le().ok()?;
+        let bucket = |bytes: &mut Bytes| Some((bytes.try_get_i32_le().ok()?, bytes.try_get_u64_le().ok()?));
+        (0..count).map(|_| bucket(bytes)).collect::<Option<BTreeMap<_, _>>>()
+    };
+    let sketch = Sketch { negative: buckets()?, zero, positive: buckets()? };
+    let mut points = Vec::new();
+    for _ in 0..bytes.try_get_u32_le().ok()? {
+        let ts = bytes.try_get_i64_le().ok()?;
+        points.push((
+            ts,
+            match bytes.try_get_u8().ok()? {
+                1 => Number::Int(bytes.try_get_i64_le().ok()?),
+                _ => Number::Float(bytes.try_get_f64_le().ok()?),
+            },
+        ));
+    }
+    Some(Extra { count, mean, squares, sketch, points })
 }
 
 fn kind_byte(kind: FieldType) -> u8 {

@@ -365,7 +365,7 @@ impl Mapped {
             self.pipeline.apply(Position(self.position), Position(self.position + 1), &entry);
             self.position += 1;
             let totals = self.pipeline.counters().sources["s"];
-            if totals.read != totals.accepted + totals.quarantined + totals.filtered
+            if totals.read != totals.accepted + totals.quarantined + totals.duplicate + totals.waiting + totals.filtered
                 || totals.journalled != self.position
             {
                 return Err(format!("the counters do not balance: {totals:?}"));

@@ -73,7 +73,11 @@ fn through_the_pipeline(settings: &Settings, topic: &str, payload: &[u8]) -> (us
     let mut pipeline = Pipeline::new(settings, Position(0), &BTreeMap::new());
     pipeline.apply(Position(0), Position(1), &message(topic, Bytes::copy_from_slice(payload)));
     let totals = pipeline.counters().sources["s"];
-    assert_eq!(totals.read, totals.accepted + totals.quarantined + totals.filtered, "{totals:?}");
+    assert_eq!(
+        totals.read,
+        totals.accepted + totals.quarantined + totals.duplicate + totals.waiting + totals.filtered,
+        "{totals:?}"
+    );
     let (mut rows, mut rejected) = (0, Vec::new());
     for lane in &pipeline.cut().unwrap().lanes {
         for batch in &lane.batches {

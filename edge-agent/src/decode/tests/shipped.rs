@@ -18,7 +18,8 @@ fn read(file: &str, topic: &str, payload: &[u8]) -> Vec<String> {
         decoder.decode(topic, &Bytes::copy_from_slice(payload), ARRIVAL, &mut out);
         for result in out {
             let reading = result.unwrap_or_else(|rejected| panic!("{file} {rejected:?}"));
-            crate::validate::Checks::new(stream).check(&reading, ARRIVAL * 2).unwrap();
+            let quality = &mut crate::validate::Quality::default();
+            crate::validate::Checks::new(stream).check(&reading, ARRIVAL * 2, quality).unwrap();
             let values = stream.fields.iter().zip(&reading.values).filter_map(|((name, _), value)| {
                 let value = match value.as_ref()? {
                     Value::Float(value) => value.to_string(),

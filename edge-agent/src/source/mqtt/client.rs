@@ -288,6 +288,14 @@ impl Publish {
         }
     }
 
+    /// Keeps what an acknowledgement needs: topic and payload hold on to all that was read from the network with them.
+    pub(super) fn forget_content(&mut self) {
+        match self {
+            Self::V4(publish) => (publish.topic, publish.payload) = (String::new(), Bytes::new()),
+            Self::V5(publish) => (publish.topic, publish.payload) = (Bytes::new(), Bytes::new()),
+        }
+    }
+
     /// CRC32C of topic, 0x00 and payload.
     pub(super) fn crc(&self) -> u32 {
         let topic = match self {

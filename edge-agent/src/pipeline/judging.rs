@@ -1,0 +1,163 @@
+//! From a decoded reading to rows of its stream: checks, repeats, readings that wait, silent devices, and what is made up
+//! for gaps.
+//!
+//! What goes by time while nothing comes goes by [`Clock`], which counts the time between entries of the journal. A longer
+//! time than between two ticks was none in which the agent listened, or a step of the gateway's clock: it counts as little
+//! as one.
+
+use segment_log::Position;
+use serde::{Deserialize, Serialize};
+use wire::{FieldType, StreamField, StreamSchema, TS_MIN_US};
+
+use super::output::Cell;
+use super::{GOOD, IMPUTED, Pipeline, cells_bytes};
+use crate::decode::Reading;
+use crate::entry::Message;
+use crate::validate::{Absence, Fault, Held, Judge, Outcome};
+
+/// The time that the agent has listened, in µs, and what the gateway's clock said last.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Clock {
+    listened_us: i64,
+    last_us: Option<i64>,
+}
+
+/// `<stream>_absent`, a stream of its own and no rows among readings: those are counted and averaged. `ts` of `absent` is
+/// when the next reading should have come, of `back` that of the reading that came.
+pub(super) fn absent_schema() -> StreamSchema {
+    let fields =
+        [("state", FieldType::Text), ("last_ts", FieldType::Timestamp), ("expected_every_s", FieldType::Float64)];
+    let field =
+        |(name, kind): (&str, FieldType)| StreamField { name: name.parse().expect("own names are valid"), kind };
+    StreamSchema::new(fields.map(field).to_vec()).expect("own schemas are valid")
+}
+
+impl Pipeline {
+    /// Judges a reading of a message, and writes what it brings besides itself. What rows take is added to `taken`: the rows
+    /// of one message, made up ones included, must fit into one record of a lane.
+    pub(super) fn judge(
+        &mut self,
+        position: Position,
+        message: &Message,
+        stream: usize,
+        reading: &mut Reading,
+        taken: &mut usize,
+    ) -> Result<Outcome, Fault> {
+        let bytes = cells_bytes(&reading.values);
+        if bytes > self.row_bytes_max {
+            return Err(("too_large", format!("its values take {bytes} bytes, a row at most {}", self.row_bytes_max)));
+        }
+        let (clock, own) = (self.clock.listened_us, &mut self.streams[stream]);
+        let watermark = own.windows.watermark();
+        let mut outcome = own.judge.judge(reading, message.arrival_us, clock, watermark, &mut self.quality)?;
+        if let Outcome::Keep { back, made_up } = &mut outcome {
+            *taken += reading.device.len() + bytes;
+            let in_windows = own.fill_in_windows;
+            if let Some(back) = back.take() {
+                self.absence(position, stream, &back);
+            }
+            for reading in std::mem::take(made_up) {
+                if *taken > self.row_bytes_max {
+                    break;
+                }
+                *taken += reading.device.len() + cells_bytes(&reading.values);
+                let name = &self.outputs[self.streams[stream].output].stream;
+                self.counters.stream(name).imputed += 1;
+                self.row(position, stream, &reading, IMPUTED, in_windows);
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// A reading that no check rejected becomes a row, now or when it has waited.
+    pub(super) fn keep(&mut self, position: Position, message: &Message, stream: usize, reading: Reading) {
+        let totals = self.counters.source(&message.source);
+        totals.read += 1;
+        if !self.streams[stream].judge.waits {
+            totals.accepted += 1;
+            let quality = std::mem::take(&mut self.quality);
+            self.accepted(position, stream, &reading, quality.as_str());
+            self.quality = quality;
+            return;
+        }
+        totals.waiting += 1;
+        let held = Held { source: message.source.clone(), reading, quality: self.quality.take() };
+        let clock = self.clock.listened_us;
+        let replaced = self.streams[stream].judge.hold.as_mut().and_then(|hold| hold.put(held, clock));
+        if let Some(replaced) = replaced {
+            let totals = self.counters.source(&replaced.source);
+            totals.waiting -= 1;
+            totals.duplicate += 1;
+        }
+        self.release(position, stream);
+    }
+
+    /// Readings that have waited go on.
+    fn release(&mut self, position: Position, stream: usize) {
+        let clock = self.clock.listened_us;
+        while let Some(held) = self.streams[stream].judge.hold.as_mut().and_then(|hold| hold.due(clock)) {
+            let totals = self.counters.source(&held.source);
+            totals.waiting -= 1;
+            totals.accepted += 1;
+            self.accepted(position, stream, &held.reading, &held.quality);
+        }
+    }
+
+    fn accepted(&mut self, position: Position, stream: usize, reading: &Reading, quality: &str) {
+        if !quality.is_empty() {
+            let name = &self.outputs[self.streams[stream].output].stream;
+            self.counters.stream(name).flagged += 1;
+        }
+        self.row(position, stream, reading, quality, true);
+    }
+
+    /// What is due by the time alone.
+    pub(super) fn advance_clock(&mut self, position: Position, now_us: i64) {
+        if self.by_clock.is_empty() {
+            return;
+        }
+        let passed = self.clock.last_us.map_or(0, |last| now_us.saturating_sub(last).clamp(0, self.clock_step_us));
+        self.clock = Clock { listened_us: self.clock.listened_us + passed, last_us: Some(now_us) };
+        for index in 0..self.by_clock.len() {
+            let stream = self.by_clock[index];
+            if self.streams[stream].judge.hold.is_some() {
+                self.release(position, stream);
+                self.close_windows(position, stream);
+            }
+            self.absences(position, stream);
+        }
+    }
+
+    /// The streams in which something goes by the clock.
+    pub(super) fn find_by_clock(&mut self) {
+        let goes = |judge: &Judge| judge.hold.is_some() || judge.expected_every_us().is_some();
+        let streams = self.streams.iter().enumerate().filter(|(_, stream)| goes(&stream.judge));
+        self.by_clock = streams.map(|(index, _)| index).collect();
+    }
+
+    /// Tells which devices have become absent.
+    pub(super) fn absences(&mut self, position: Position, stream: usize) {
+        let (clock, own) = (self.clock.listened_us, &mut self.streams[stream]);
+        let watermark = own.windows.watermark();
+        for absence in own.judge.absent(watermark, clock) {
+            self.absence(position, stream, &absence);
+        }
+    }
+
+    fn absence(&mut self, position: Position, stream: usize, absence: &Absence) {
+        let own = &self.streams[stream];
+        let (Some(output), Some(every_us)) = (own.absent_output, own.judge.expected_every_us()) else { return };
+        let output = &mut self.outputs[output];
+        output.watermark = output.watermark.max(own.windows.watermark());
+        self.counters.stream(&output.stream).rows += 1;
+        if position < output.skip_before {
+            return;
+        }
+        let before = output.bytes();
+        let every_s = every_us as f64 / 1e6;
+        let cells = [Cell::Text(absence.state), Cell::Time(absence.last_ts.max(TS_MIN_US)), Cell::Float(every_s)];
+        output.push(absence.ts.max(TS_MIN_US), Some(&absence.device), cells.into_iter(), GOOD);
+        self.pending_rows += 1;
+        self.pending_bytes += output.bytes() - before;
+    }
+}

@@ -1,0 +1,125 @@
+//! Devices that are silent: when they count as absent and as back, and the readings that are made up for them.
+//!
+//! A device is absent when the stream's watermark has passed its newest event time by more than `absent_after`, or when the
+//! agent has listened for so long without hearing it. Time in which the agent did not run is not listened time, and a step
+//! of the gateway's clock counts for little, so neither a restart nor NTP makes devices absent. It is back with a reading
+//! that ends both. Each is told once.
+//!
+//! A reading that ends a gap brings what is made up: multiples of `expected_every` behind the reading before it, at most
+//! `fill_steps`. A line is drawn only over a gap that it fills: half a line would end in the air.
+
+use super::memory::Memory;
+use crate::config::{Fill, StreamSettings};
+use crate::decode::{Reading, Value};
+
+/// When devices of a stream are silent for too long.
+#[derive(Debug)]
+pub(super) struct Gaps {
+    pub(super) every_us: i64,
+    after_us: i64,
+    fill: Option<(Fill, i64)>,
+    /// No device is absent before the watermark and the clock are here.
+    due: (i64, i64),
+}
+
+/// A device became absent, or came back.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Absence {
+    pub device: String,
+    /// `absent` or `back`.
+    pub state: &'static str,
+    /// Absent: when its next reading should have come. Back: the event time of the reading that came.
+    pub ts: i64,
+    /// Its newest event time before.
+    pub last_ts: i64,
+}
+
+impl Gaps {
+    pub(super) fn new(stream: &StreamSettings) -> Option<Self> {
+        let every_us = stream.expected_every?.micros();
+        let after_us = stream.absent_after.map_or(every_us.saturating_mul(2), |after| after.micros());
+        let fill = stream.fill.map(|fill| (fill, i64::from(stream.fill_steps)));
+        Some(Self { every_us, after_us, fill, due: (i64::MIN, i64::MIN) })
+    }
+
+    /// A device was heard; `before` is its newest event time before. Returns that it is back, if it is.
+    pub(super) fn heard(
+        &mut self,
+        memory: &mut Memory,
+        reading: &Reading,
+        before: Option<i64>,
+        watermark: i64,
+    ) -> Option<Absence> {
+        let device = memory.devices.get_mut(&reading.device)?;
+        let until = device.newest.saturating_add(self.after_us);
+        if device.absent && watermark > until {
+            return None;
+        }
+        let due = (until, device.heard.saturating_add(self.after_us));
+        self.due = (self.due.0.min(due.0), self.due.1.min(due.1));
+        let last_ts = before.unwrap_or(device.newest);
+        std::mem::take(&mut device.absent).then(|| Absence {
+            device: reading.device.clone(),
+            state: "back",
+            ts: reading.ts,
+            last_ts,
+        })
+    }
+
+    /// The devices that have become absent, those first that were silent first.
+    pub(super) fn absent(&mut self, memory: &mut Memory, watermark: i64, clock_us: i64) -> Vec<Absence> {
+        if watermark <= self.due.0 && clock_us <= self.due.1 {
+            return Vec::new();
+        }
+        self.due = (i64::MAX, i64::MAX);
+        let mut absences = Vec::new();
+        for (name, device) in memory.devices.iter_mut().filter(|(_, device)| !device.absent) {
+            let until = (device.newest.saturating_add(self.after_us), device.heard.saturating_add(self.after_us));
+            if watermark > until.0 || clock_us > until.1 {
+                device.absent = true;
+                let ts = device.newest.saturating_add(self.every_us);
+                absences.push(Absence { device: name.clone(), state: "absent", ts, last_ts: device.newest });
+            } else {
+                self.due = (self.due.0.min(until.0), self.due.1.min(until.1));
+            }
+        }
+        absences.sort_by(|one, other| (one.last_ts, &one.device).cmp(&(other.last_ts, &other.device)));
+        absences
+    }
+
+    /// What is made up between a device's reading and the one before it.
+    pub(super) fn fill(&self, before: (i64, &[Option<Value>]), reading: &Reading) -> Vec<Reading> {
+        let Some((fill, steps_max)) = self.fill else { return Vec::new() };
+        let between = reading.ts - before.0;
+        // What comes half an interval late is late, and leaves no gap.
+        let missing = (between - 1 - self.every_us / 2).div_euclid(self.every_us);
+        if missing < 1 || (fill == Fill::Linear && missing > steps_max) {
+            return Vec::new();
+        }
+        let made_up = |step: i64| {
+            let ts = before.0 + step * self.every_us;
+            let part = (ts - before.0) as f64 / between as f64;
+            let pairs = before.1.iter().zip(&reading.values);
+            let values =
+                pairs.map(|(from, to)| if fill == Fill::Linear { on_line(from, to, part) } else { from.clone() });
+            Reading { ts, device: reading.device.clone(), values: values.collect(), span: 0..0 }
+        };
+        (1..=missing.min(steps_max)).map(made_up).collect()
+    }
+}
+
+fn on_line(from: &Option<Value>, to: &Option<Value>, part: f64) -> Option<Value> {
+    match (from, to) {
+        (Some(Value::Float(from)), Some(Value::Float(to))) => {
+            // Not from + (to - from) * part: the difference of two floats may be infinite.
+            Some(Value::Float(from * (1.0 - part) + to * part))
+        }
+        (Some(Value::Int(from)), Some(Value::Int(to))) => {
+            let distance = i128::from(*to) - i128::from(*from);
+            let value = i128::from(*from) + (distance as f64 * part).round() as i128;
+            i64::try_from(value).ok().map(Value::Int)
+        }
+        (Some(Value::Float(_) | Value::Int(_)), _) => None,
+        (other, _) => other.clone(),
+    }
+}
