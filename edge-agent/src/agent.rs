@@ -97,6 +97,12 @@ impl AgentHandle {
         self.status.lock().clone()
     }
 
+    /// How often the engine has published its status: a number that stands still is an engine that does.
+    pub fn beats(&self) -> impl Fn() -> u64 + use<> {
+        let status = Arc::clone(&self.status);
+        move || status.lock().published
+    }
+
     /// Waits until it has stopped, by its token or by itself.
     ///
     /// # Errors

@@ -10,6 +10,7 @@ pub mod decode;
 pub mod entry;
 pub mod journal;
 pub mod metrics;
+pub mod notify;
 pub mod pipeline;
 pub mod places;
 pub mod profile;

@@ -374,12 +374,13 @@ impl Pipeline {
             }
         };
         let mut readings = std::mem::take(&mut self.scratch);
-        let (mut taken, mut rest) = (0, 0);
+        // `kept`: a row of quarantine has all of the message.
+        let (mut taken, mut rest, mut kept) = (0, 0, false);
         let filtered = source.decoder.decode(&message.topic, payload, message.arrival_us, &mut readings);
         let totals = self.counters.source(&message.source);
         totals.read += filtered;
         totals.filtered += filtered;
-        for (index, reading) in readings.drain(..).enumerate() {
+        for reading in readings.drain(..) {
             // A short text of the message may stand in each of its rows.
             if taken > self.row_bytes_max {
                 rest += 1;
@@ -402,7 +403,8 @@ impl Pipeline {
                 }
                 Err(rejected) => {
                     taken += rejected.payload.len() + rejected.detail.len() + message.topic.len();
-                    self.reject(position, message, &rejected, Some(stream), index == 0);
+                    self.reject(position, message, &rejected, Some(stream), !kept);
+                    kept |= rejected.payload.len() == payload.len();
                 }
             }
         }
