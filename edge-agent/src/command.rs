@@ -7,6 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent;
 use crate::config::{OnFull, Settings, SourceSettings};
+use crate::offline::{self, SpoolCommand};
 
 /// What the agent is asked to do.
 #[derive(Debug, clap::Subcommand)]
@@ -15,6 +16,14 @@ pub enum EdgeCommand {
     Run(ConfigArguments),
     /// Read the configuration, say what it means, and end
     Check(ConfigArguments),
+    /// Look at the data directory of a stopped agent: status, verify, repair, export
+    Spool {
+        #[command(subcommand)]
+        command: SpoolCommand,
+        /// Configuration, as in configs/edge.toml
+        #[arg(long, global = true, default_value = "edge.toml")]
+        config: PathBuf,
+    },
 }
 
 /// Arguments of both.
@@ -46,6 +55,12 @@ pub async fn execute(command: EdgeCommand) -> anyhow::Result<()> {
             tokio::time::timeout(stop_within, stopped)
                 .await
                 .context("stop in time; the next start goes on from disk")??;
+            Ok(())
+        }
+        EdgeCommand::Spool { command, config } => {
+            let settings = Settings::load(&config)?;
+            let answer = tokio::task::spawn_blocking(move || offline::execute(&command, &settings)).await??;
+            say(&answer);
             Ok(())
         }
         EdgeCommand::Check(arguments) => {

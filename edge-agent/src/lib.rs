@@ -9,6 +9,7 @@ pub mod decode;
 pub mod entry;
 pub mod journal;
 pub mod metrics;
+pub mod offline;
 pub mod pipeline;
 pub mod places;
 pub mod redelivery;

@@ -352,7 +352,7 @@ fn is_full(parts: &Parts) -> bool {
 }
 
 /// Where the spools of a data directory lie.
-pub(super) fn spool_directory(data_dir: &Path) -> PathBuf {
+pub(crate) fn spool_directory(data_dir: &Path) -> PathBuf {
     data_dir.join("spool")
 }
 

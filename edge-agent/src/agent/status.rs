@@ -56,6 +56,8 @@ pub struct StreamStatus {
     pub pending: u64,
     /// µs since 1970 UTC.
     pub watermark_us: Option<i64>,
+    /// Device, event time and the first values of the reading that was accepted last since the start, as people read them.
+    pub last: Vec<(String, String)>,
 }
 
 /// One lane of the spool.

@@ -5,9 +5,12 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use wire::StreamName;
+
 use super::super::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
 use super::Engine;
-use crate::pipeline::AGENT_VERSION;
+use crate::decode::Value;
+use crate::pipeline::{AGENT_VERSION, Pipeline};
 
 impl Engine {
     /// Shows the state of this moment to status and metrics.
@@ -38,6 +41,7 @@ impl Engine {
             totals: counters.streams.get(name).copied().unwrap_or_default(),
             pending: pending as u64,
             watermark_us: (watermark != wire::sealed::NO_WATERMARK).then_some(watermark),
+            last: last_values(&parts.pipeline, name),
         });
         let streams = streams.collect::<Vec<_>>();
         let pending = streams.iter().map(|stream| stream.pending).sum::<u64>();
@@ -94,5 +98,29 @@ impl Engine {
             incidents: parts.incidents.clone(),
         };
         *parts.status.lock() = status;
+    }
+}
+
+/// Fields that are shown of a reading, and how much of a text.
+const SHOWN_MAX: usize = 8;
+const SHOWN_BYTES_MAX: usize = 60;
+
+fn last_values(pipeline: &Pipeline, stream: &StreamName) -> Vec<(String, String)> {
+    let Some((reading, schema)) = pipeline.last(stream) else { return Vec::new() };
+    let ts = chrono::DateTime::from_timestamp_micros(reading.ts);
+    let ts = ts.map_or_else(|| reading.ts.to_string(), |ts| ts.to_rfc3339_opts(chrono::SecondsFormat::Millis, true));
+    let mut last = vec![("device".to_owned(), reading.device.clone()), ("ts".to_owned(), ts)];
+    let values = schema.fields().iter().zip(&reading.values);
+    let values = values.filter_map(|(field, value)| Some((field.name.to_string(), text(value.as_ref()?))));
+    last.extend(values.take(SHOWN_MAX));
+    last
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        Value::Float(value) => value.to_string(),
+        Value::Int(value) => value.to_string(),
+        Value::Bool(value) => value.to_string(),
+        Value::Text(text) => text[..text.floor_char_boundary(SHOWN_BYTES_MAX)].to_owned(),
     }
 }
