@@ -1,4 +1,4 @@
-//! The command line of the agent: `run` and `check`, for its own binary and for `weir edge`.
+//! The command line of the agent, for its own binary and for `weir edge`.
 
 use std::path::PathBuf;
 
@@ -7,6 +7,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent;
 use crate::config::{OnFull, Settings, SourceSettings};
+use crate::discover::{self, DiscoverArguments};
+use crate::doctor;
 use crate::offline::{self, SpoolCommand};
 
 /// What the agent is asked to do.
@@ -16,6 +18,10 @@ pub enum EdgeCommand {
     Run(ConfigArguments),
     /// Read the configuration, say what it means, and end
     Check(ConfigArguments),
+    /// Try what the agent needs: brokers, topics, cloud, clock, disk, limits; one line each
+    Doctor(ConfigArguments),
+    /// Hear a broker, and write a configuration to begin with
+    Discover(DiscoverArguments),
     /// Look at the data directory of a stopped agent: status, verify, repair, export
     Spool {
         #[command(subcommand)]
@@ -55,6 +61,19 @@ pub async fn execute(command: EdgeCommand) -> anyhow::Result<()> {
             tokio::time::timeout(stop_within, stopped)
                 .await
                 .context("stop in time; the next start goes on from disk")??;
+            Ok(())
+        }
+        EdgeCommand::Doctor(arguments) => {
+            let settings = Settings::load(&arguments.config)?;
+            let lines = doctor::examine(&settings).await;
+            let shown = lines.iter().map(|line| format!("{} {}", if line.good { "ok" } else { "!!" }, line.text));
+            say(&shown.collect::<Vec<_>>().join("\n"));
+            let bad = lines.iter().filter(|line| !line.good).count();
+            anyhow::ensure!(bad == 0, "{bad} of {} lines say what to do", lines.len());
+            Ok(())
+        }
+        EdgeCommand::Discover(arguments) => {
+            say(&discover::discover(&arguments).await?);
             Ok(())
         }
         EdgeCommand::Spool { command, config } => {

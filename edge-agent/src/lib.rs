@@ -6,6 +6,8 @@ pub mod agent;
 pub mod command;
 pub mod config;
 pub mod decode;
+pub mod discover;
+pub mod doctor;
 pub mod entry;
 pub mod journal;
 pub mod metrics;
