@@ -75,6 +75,8 @@ struct Stream {
     last_error: Option<String>,
     /// The outputs of its windows, in the order of the settings, with the window's size in µs.
     window_outputs: Vec<(usize, i64)>,
+    /// The reading that was accepted last, for people; not part of the state.
+    last: Option<Reading>,
 }
 
 /// The state of the middle. See the module's documentation.
@@ -163,6 +165,7 @@ impl Pipeline {
                 output: main,
                 last_error: None,
                 window_outputs,
+                last: None,
             });
         }
         pipeline.add_sources(settings, &streams);
@@ -272,6 +275,12 @@ impl Pipeline {
         &self.lists
     }
 
+    /// The reading of a stream that was accepted last since the start, and its fields.
+    pub fn last(&self, stream: &StreamName) -> Option<(&Reading, &StreamSchema)> {
+        let stream = self.streams.iter().find(|known| known.name == *stream)?;
+        Some((stream.last.as_ref()?, self.outputs[stream.output].schema()))
+    }
+
     /// How far the journal is in each file up to [`Pipeline::position`].
     pub fn places(&self) -> &Places {
         &self.places
@@ -340,7 +349,10 @@ impl Pipeline {
                 Err(rejected) => rejected.payload.len() + rejected.detail.len() + message.topic.len(),
             };
             match checked {
-                Ok(reading) => self.accept(position, message, stream, &reading),
+                Ok(reading) => {
+                    self.accept(position, message, stream, &reading);
+                    self.streams[stream].last = Some(reading);
+                }
                 Err(rejected) => self.reject(position, message, &rejected, Some(stream), index == 0),
             }
         }
