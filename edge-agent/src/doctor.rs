@@ -45,14 +45,18 @@ fn bad(text: String) -> Line {
 /// All lines.
 pub async fn examine(settings: &Settings) -> Vec<Line> {
     let mut lines = Vec::new();
+    // All at once: each is heard for seconds.
+    let brokers = settings.source.iter().filter_map(|source| match source {
+        SourceSettings::Mqtt(mqtt) => Some(broker(settings, mqtt)),
+        _ => None,
+    });
+    lines.extend(futures::future::join_all(brokers).await.into_iter().flatten());
     for source in &settings.source {
-        match source {
-            SourceSettings::Mqtt(mqtt) => lines.extend(broker(settings, mqtt).await),
-            SourceSettings::File(file) => lines.push(match File::open(&file.path) {
+        if let SourceSettings::File(file) = source {
+            lines.push(match File::open(&file.path) {
                 Ok(_) => ok(format!("source {}: {} can be read", file.name, file.path.display())),
                 Err(error) => bad(format!("source {}: {}: {error}", file.name, file.path.display())),
-            }),
-            _ => {}
+            });
         }
     }
     lines.extend(cloud(settings).await);
