@@ -6,6 +6,7 @@
 //! retried that a disk refused.
 
 mod engine;
+mod history;
 mod intake;
 mod rate;
 mod snapshot_file;
@@ -26,10 +27,11 @@ use tokio_util::sync::CancellationToken;
 use wire::SpoolId;
 
 pub use self::engine::EngineError;
-use self::engine::{Engine, Parts, Snapshot, incident, remove_other_spools, spool_directory};
+pub(crate) use self::engine::spool_directory;
+use self::engine::{Engine, Parts, Snapshot, incident, remove_other_spools};
 pub use self::snapshot_file::SnapshotFileError;
 pub use self::status::{
-    JournalStatus, LaneStatus, RowsStatus, RuleStatus, SourceStatus, Status, StreamStatus, UplinkStatus,
+    JournalStatus, LaneStatus, LastValue, RowsStatus, RuleStatus, SourceStatus, Status, StreamStatus, UplinkStatus,
 };
 use crate::admin;
 use crate::config::{LaneSettings as LaneConfig, Settings, SourceSettings};
@@ -217,21 +219,10 @@ impl Recovered {
         let data_dir = &settings.edge.data_dir;
         let mut incidents = Vec::new();
         let directory = spool_directory(data_dir);
-        let spool_settings = SpoolSettings {
-            edge: settings.edge.id.clone(),
-            agent: AGENT_VERSION.to_owned(),
-            configuration: settings.version,
-            lanes: settings.lanes().iter().map(|lane| spool_lane(lane, settings)).collect(),
-        };
-        let (spool, damage) = Spool::open(&Disk, &directory, spool_settings, SpoolId(rand::rng().random()))?;
+        let (spool, damage) = Spool::open(&Disk, &directory, spool_settings(settings), SpoolId(rand::rng().random()))?;
         damage.iter().for_each(|damage| incident(&mut incidents, format!("spool: {damage:?}")));
         remove_other_spools(&directory, spool.id());
-        let options = Options {
-            segment_bytes: settings.journal.segment_bytes.0,
-            max_bytes: settings.journal.max_bytes.0,
-            reserve_bytes: JOURNAL_RESERVE_BYTES,
-        };
-        let (journal, opening) = OpenJournal::open(data_dir.join("journal"), options)?;
+        let (journal, opening) = OpenJournal::open(data_dir.join("journal"), journal_options(settings))?;
         opening.incidents.iter().for_each(|damage| incident(&mut incidents, format!("journal: {damage:?}")));
         let lanes = spool.cut_positions();
         let (pipeline, bytes) = match snapshot_file::read(data_dir) {
@@ -338,6 +329,25 @@ fn link(settings: &Settings, spool: &Spool<Disk>) -> Link {
     let of = |name: &str| lanes.iter().find(|lane| lane.name.as_str() == name).and_then(|lane| lane.bandwidth);
     let bandwidths = spool.lanes().map(|lane| of(&lane.name).map(|bandwidth| bandwidth.0)).collect::<Vec<_>>();
     Link::new(settings.cloud.request_bytes.bytes(), &bandwidths)
+}
+
+/// How the journal of these settings is opened.
+pub(crate) fn journal_options(settings: &Settings) -> Options {
+    Options {
+        segment_bytes: settings.journal.segment_bytes.0,
+        max_bytes: settings.journal.max_bytes.0,
+        reserve_bytes: JOURNAL_RESERVE_BYTES,
+    }
+}
+
+/// How the spool of these settings is opened.
+pub(crate) fn spool_settings(settings: &Settings) -> SpoolSettings {
+    SpoolSettings {
+        edge: settings.edge.id.clone(),
+        agent: AGENT_VERSION.to_owned(),
+        configuration: settings.version,
+        lanes: settings.lanes().iter().map(|lane| spool_lane(lane, settings)).collect(),
+    }
 }
 
 fn spool_lane(lane: &LaneConfig, settings: &Settings) -> LaneSettings {

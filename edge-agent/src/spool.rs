@@ -13,6 +13,7 @@
 //! 150 bytes for each batch that waits; bodies stay on disk.
 
 mod drop;
+mod export;
 mod fork;
 mod free;
 mod losses;

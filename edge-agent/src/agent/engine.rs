@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use wire::sealed::CutError;
 use wire::{Acks, Seq, SpoolId, StreamName};
 
+use super::history::History;
 use super::rate::Rates;
 use super::snapshot_file::{self, SnapshotFileError};
 use super::status::Status;
@@ -176,6 +177,7 @@ pub(super) struct Engine {
     published: Instant,
     rates: Rates,
     replay: Replay,
+    history: History,
 }
 
 impl Engine {
@@ -209,6 +211,7 @@ impl Engine {
             started: now,
             published: now,
             rates: Rates::default(),
+            history: History::default(),
         }
     }
 
@@ -469,7 +472,7 @@ fn is_full(parts: &Parts) -> bool {
 }
 
 /// Where the spools of a data directory lie.
-pub(super) fn spool_directory(data_dir: &Path) -> PathBuf {
+pub(crate) fn spool_directory(data_dir: &Path) -> PathBuf {
     data_dir.join("spool")
 }
 
