@@ -4,6 +4,7 @@ use std::io::Read;
 use std::path::PathBuf;
 
 use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent;
@@ -13,7 +14,7 @@ use crate::{profile, source, trial};
 /// What the agent is asked to do.
 #[derive(Debug, clap::Subcommand)]
 pub enum EdgeCommand {
-    /// Collect until SIGINT or SIGTERM
+    /// Collect until SIGINT or SIGTERM; on SIGHUP, or when the file changes, take over the configuration
     Run(ConfigArguments),
     /// Read the configuration, say what it means, and end
     Check(ConfigArguments),
@@ -76,7 +77,14 @@ pub async fn execute(command: EdgeCommand) -> anyhow::Result<()> {
             settings.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
             let stop_within = settings.edge.stop_within.0;
             let token = CancellationToken::new();
+            let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
             let handle = agent::start(settings, token.clone()).await.context("start the agent")?;
+            let reload = handle.reload();
+            tokio::spawn(async move {
+                while hangup.recv().await.is_some() {
+                    reload.notify_one();
+                }
+            });
             let mut stopped = std::pin::pin!(handle.stopped());
             tokio::select! {
                 result = &mut stopped => return result.context("the agent stopped by itself"),
@@ -178,7 +186,6 @@ fn say(text: &str) {
 }
 
 async fn stop_signal() -> anyhow::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
     let mut term = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     tokio::select! {
         _ = term.recv() => {}

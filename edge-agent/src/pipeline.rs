@@ -9,6 +9,7 @@
 //! one record that a lane gets at a cut: input alone never makes a cut fail. (Rules and alerts will stand between the
 //! windows and the outputs.)
 
+mod change;
 mod counters;
 mod judging;
 mod output;
@@ -27,7 +28,7 @@ use wire::{CutBatch, Seq, SpoolId, StreamName, StreamSchema};
 
 pub use self::counters::{Counters, SourceTotals, StreamTotals};
 use self::output::{Cell, Output};
-pub use self::snapshot::SnapshotError;
+pub use self::snapshot::{SnapshotError, known_to_sources};
 use crate::config::{Decoding, REST_LANE, Settings, SourceSettings, StreamSettings};
 use crate::decode::{Command, Decoder, Reading, Rejected, Value};
 use crate::entry::{Entry, Message, Payload};
@@ -35,7 +36,7 @@ use crate::places::Places;
 use crate::redelivery::Lists;
 use crate::source::host;
 use crate::validate::{Judge, Outcome, Quality};
-use crate::window::{self, Late, Windows};
+use crate::window::{self, Late, WindowRow, Windows};
 
 /// The version of this agent, in every batch.
 pub const AGENT_VERSION: &str = concat!("weir ", env!("CARGO_PKG_VERSION"));
@@ -166,10 +167,7 @@ impl Pipeline {
         };
         pipeline.quarantine = output(own_name(own::QUARANTINE), own::quarantine());
         pipeline.losses = output(own_name(own::LOSSES), own::losses());
-        let mut streams = settings.stream.clone();
-        if settings.source.iter().any(|source| matches!(source, SourceSettings::Host(_))) {
-            streams.insert(own_name("host"), host::stream_settings());
-        }
+        let streams = streams_of(settings);
         for (name, stream) in &streams {
             let main = output(name.clone(), stream.schema());
             let windows = stream.windows(name);
@@ -203,6 +201,8 @@ impl Pipeline {
                 self.message(position, message);
             }
             Entry::Tick { now_us } => self.advance_clock(position, *now_us),
+            // The caller goes on with a pipeline of the new configuration: `change.rs`.
+            Entry::Configured { .. } => {}
             Entry::Session { .. } | Entry::Forgotten { .. } | Entry::Subscribed { .. } => {}
             Entry::Refused { spool, seq, reason, schema, batch } => {
                 let key = (*spool, batch.stream.clone());
@@ -259,7 +259,7 @@ impl Pipeline {
     /// # Errors
     /// When Arrow cannot encode them, which no input brings about.
     pub fn cut(&mut self) -> Result<Cut, CutError> {
-        debug_assert!(self.may_cut(), "a cut before what a lane has");
+        debug_assert!(self.may_cut_to_change(), "a cut that a restart could not tell from none");
         let mut lanes = Vec::new();
         lanes.resize_with(self.lane_names.len(), LaneCut::default);
         for output in &mut self.outputs {
@@ -413,9 +413,14 @@ impl Pipeline {
     }
 
     fn close_windows(&mut self, position: Position, stream: usize) {
-        let stream = &mut self.streams[stream];
+        let rows = self.streams[stream].windows.advance();
+        self.window_rows(position, stream, rows);
+    }
+
+    fn window_rows(&mut self, position: Position, stream: usize, rows: Vec<WindowRow>) {
+        let stream = &self.streams[stream];
         let mut complete = None;
-        for row in stream.windows.advance() {
+        for row in rows {
             let output = &mut self.outputs[stream.window_outputs[row.window]];
             if complete != Some(row.window) {
                 complete = Some(row.window);
@@ -439,6 +444,15 @@ impl Pipeline {
             self.pending_bytes += output.bytes() - before;
         }
     }
+}
+
+/// The streams of the settings, and the agent's own.
+fn streams_of(settings: &Settings) -> BTreeMap<StreamName, StreamSettings> {
+    let mut streams = settings.stream.clone();
+    if settings.source.iter().any(|source| matches!(source, SourceSettings::Host(_))) {
+        streams.insert(own_name("host"), host::stream_settings());
+    }
+    streams
 }
 
 fn own_name(name: &str) -> StreamName {

@@ -38,7 +38,7 @@ pub use crate::config::OnFull;
 const RESERVE_BYTES: u64 = 64 << 10;
 
 /// One lane, highest priority first in [`SpoolSettings::lanes`].
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LaneSettings {
     /// Also the name of its directory.
     pub name: String,
@@ -260,6 +260,30 @@ impl<L: FileLayer> Spool<L> {
         }
         spool.settle(found);
         Ok((spool, incidents))
+    }
+
+    /// Goes on with other settings. What they change of the lanes needs all of them read again.
+    ///
+    /// # Errors
+    /// As of [`Spool::open`]; then this one has no lanes any more.
+    pub fn change(
+        &mut self,
+        layer: &L,
+        directory: &Path,
+        settings: SpoolSettings,
+    ) -> Result<Vec<Incident>, SpoolError> {
+        // Behind those of the settings stand lanes that are only on disk.
+        if self.settings.lanes.starts_with(&settings.lanes) {
+            let lanes = std::mem::take(&mut self.settings.lanes);
+            self.settings = SpoolSettings { lanes, ..settings };
+            return Ok(Vec::new());
+        }
+        self.mark()?;
+        // Their locks go with them.
+        self.lanes.clear();
+        let incidents;
+        (*self, incidents) = Self::open_as(layer, directory, settings, self.id)?;
+        Ok(incidents)
     }
 
     /// The identity of this spool.

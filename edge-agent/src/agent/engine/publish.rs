@@ -5,7 +5,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::super::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
+use super::super::status::{
+    ConfigurationStatus, JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus,
+};
 use super::{Engine, now_us};
 use wire::StreamName;
 
@@ -103,6 +105,10 @@ impl Engine {
                 last_error: self.last_error.clone(),
             },
             rows,
+            configuration: ConfigurationStatus {
+                version: parts.in_force.version,
+                ..parts.configuration.lock().clone()
+            },
             quarantined: counters.reasons.clone(),
             problems: self.problems(),
             incidents: parts.incidents.clone(),
