@@ -6,6 +6,7 @@
     reason = "a test stops at what it does not expect, and prints its seed"
 )]
 
+mod alerts;
 mod bad_input;
 mod demo;
 mod doors;
@@ -19,4 +20,5 @@ mod load;
 mod process;
 mod proxy;
 mod real_data;
+mod rules;
 mod sources;

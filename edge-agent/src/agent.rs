@@ -31,7 +31,8 @@ use self::intake::Intake;
 use self::reload::{Reload, Watch};
 pub use self::snapshot_file::SnapshotFileError;
 pub use self::status::{
-    ConfigurationStatus, JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus,
+    ConfigurationStatus, JournalStatus, LaneStatus, RowsStatus, RuleStatus, SourceStatus, Status, StreamStatus,
+    UplinkStatus,
 };
 use crate::admin;
 use crate::config::{LaneSettings as LaneConfig, Settings};
@@ -39,10 +40,12 @@ use crate::entry::Entry;
 use crate::journal::{Journal, JournalError, OpenJournal};
 use crate::pipeline::{AGENT_VERSION, Counters, Pipeline, SnapshotError, known_to_sources};
 use crate::places::Places;
+use crate::publish::{self, Outbox};
 use crate::redelivery::Lists;
 use crate::source::{SourceState, now_us};
 use crate::spool::{LaneSettings, Spool, SpoolError, SpoolSettings};
 use crate::uplink::http::{ClientError, CloudClient};
+use crate::uplink::link::Link;
 use crate::uplink::state::Uplink;
 
 /// Kept in the journal for the proof that all was synced.
@@ -103,6 +106,12 @@ impl AgentHandle {
         Arc::clone(&self.reload)
     }
 
+    /// How often the engine has published its status: a number that stands still is an engine that does.
+    pub fn beats(&self) -> impl Fn() -> u64 + use<> {
+        let status = Arc::clone(&self.status);
+        move || status.lock().published
+    }
+
     /// Waits until it has stopped, by its token or by itself.
     ///
     /// # Errors
@@ -132,7 +141,9 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
 
     let status = Arc::new(Mutex::new(Status::default()));
     let (orders, orders_of_engine) = mpsc::channel(1);
-    let (parts, at_end) = recovered.into_parts(&settings, cloud, Arc::clone(&status), orders_of_engine);
+    let outbox = Outbox::of(&settings);
+    let (mut parts, at_end) = recovered.into_parts(&settings, cloud, Arc::clone(&status), orders_of_engine);
+    parts.outbox = outbox.as_ref().map(|(_, outbox)| Arc::clone(outbox));
     let (journal, sources) = (Arc::clone(&parts.journal), parts.sources.clone());
     let configuration = Arc::clone(&parts.configuration);
     let engine_token = CancellationToken::new();
@@ -149,6 +160,15 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
     let mut intake = Intake::new(settings.clone(), token.child_token());
     intake.start(&settings, &journal, at_end, &sources);
     let admin_token = CancellationToken::new();
+    let publisher = outbox.map(|(broker, outbox)| {
+        // It ends with the admin door: the engine's last turns may find alerts.
+        let token = admin_token.clone();
+        tokio::spawn(async move {
+            if let Err(error) = publish::run(broker, &outbox, token).await {
+                tracing::error!(%error, "alerts are not published");
+            }
+        })
+    });
     tokio::spawn(admin::serve(listener, Arc::clone(&status), admin_token.clone()));
     tracing::info!(%admin, edge = %settings.edge.id, "the agent runs");
     let asked = Arc::new(Notify::new());
@@ -163,7 +183,14 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
         configuration,
         token: token.clone(),
     };
-    let stopped = tokio::spawn(supervise(token, reload, engine_token, engine_done, admin_token));
+    let stopped = tokio::spawn(async move {
+        let result = supervise(token, reload, engine_token, engine_done, admin_token).await;
+        if let Some(publisher) = publisher {
+            // What is left goes with the next start.
+            let _ = publisher.await;
+        }
+        result
+    });
     Ok(AgentHandle { admin, status, reload: asked, stopped })
 }
 
@@ -321,7 +348,6 @@ impl Recovered {
             edge: settings.edge.id.to_string(),
             stop_within: settings.edge.stop_within.0,
             cut: settings.cut.clone(),
-            request_bytes: settings.cloud.request_bytes.bytes(),
             journal_bytes_max: settings.journal.max_bytes.0,
             sender: journal.sender(),
             journal,
@@ -329,7 +355,11 @@ impl Recovered {
             reader,
             pipeline,
             snapshot,
-            uplink: Uplink::new(spool.id(), settings.cloud.urls.len()),
+            uplink: Uplink::new(
+                spool.id(),
+                settings.cloud.urls.len(),
+                Link::new(settings.cloud.request_bytes.bytes(), &bandwidths(settings, &spool)),
+            ),
             spool,
             cloud,
             sources: settings.source.iter().map(|source| at_end.source_state(source.name())).collect(),
@@ -339,6 +369,7 @@ impl Recovered {
             configuration: Arc::new(Mutex::new(configuration)),
             status,
             incidents,
+            outbox: None,
         };
         (parts, at_end)
     }
@@ -412,11 +443,18 @@ fn configured(settings: &Settings) -> Entry {
 /// The lanes that a pipeline of settings writes to, with the sizes of `sizes`.
 fn spool_settings(of: &Settings, sizes: &Settings) -> SpoolSettings {
     let segment_bytes = of.lane_segment_bytes().max(sizes.lane_segment_bytes());
+    let raw = &of.raw_streams() | &sizes.raw_streams();
     let sizes = sizes.lanes();
     let lane = |lane: LaneConfig| {
         let size = sizes.iter().find(|size| size.name == lane.name).unwrap_or(&lane);
-        let (max_bytes, on_full) = (size.max_bytes.0, size.on_full);
-        LaneSettings { name: lane.name.to_string(), max_bytes, segment_bytes, on_full }
+        LaneSettings {
+            name: lane.name.to_string(),
+            max_bytes: size.max_bytes.0,
+            segment_bytes,
+            on_full: size.on_full,
+            raw: raw.clone(),
+            max_age_us: size.max_age.map(|age| age.micros()),
+        }
     };
     SpoolSettings {
         edge: of.edge.id.clone(),
@@ -424,4 +462,11 @@ fn spool_settings(of: &Settings, sizes: &Settings) -> SpoolSettings {
         configuration: of.version,
         lanes: of.lanes().into_iter().map(lane).collect(),
     }
+}
+
+/// Of the spool's lanes; one that is only drained has none.
+fn bandwidths(settings: &Settings, spool: &Spool<Disk>) -> Vec<Option<u64>> {
+    let lanes = settings.lanes();
+    let of = |name: &str| lanes.iter().find(|lane| lane.name.as_str() == name).and_then(|lane| lane.bandwidth);
+    spool.lanes().map(|lane| of(&lane.name).map(|bandwidth| bandwidth.0)).collect()
 }

@@ -21,7 +21,7 @@ use super::engine::Order;
 use super::intake::Intake;
 use super::status::ConfigurationStatus;
 use super::{AgentError, AtEnd, configured};
-use crate::config::Settings;
+use crate::config::{RuleSettings, Settings};
 use crate::journal::Journal;
 use crate::source::{SourceState, now_us};
 use crate::uplink::http::CloudClient;
@@ -166,6 +166,7 @@ fn may_follow(settings: &Settings, next: &Settings) -> Result<(), String> {
         ("edge.data_dir", settings.edge.data_dir != next.edge.data_dir),
         ("admin.listen", settings.admin != next.admin),
         ("journal", settings.journal != next.journal),
+        ("the broker that gets alerts", broker(settings) != broker(next)),
     ];
     let changed = keys.iter().filter(|(_, changed)| *changed).map(|(key, _)| *key).collect::<Vec<_>>().join(", ");
     if !changed.is_empty() {
@@ -175,6 +176,13 @@ fn may_follow(settings: &Settings, next: &Settings) -> Result<(), String> {
         return Err("the configuration is larger than half a segment of the journal".to_owned());
     }
     Ok(())
+}
+
+/// How alerts reach their broker; None when no rule tells any.
+fn broker(settings: &Settings) -> Option<impl PartialEq + use<>> {
+    let broker = settings.publisher().ok().filter(|_| settings.rule.iter().any(RuleSettings::is_told))?;
+    let files = (broker.ca_file, broker.cert_file, broker.key_file);
+    Some((broker.url, broker.version, broker.username, broker.password, broker.client_id, files))
 }
 
 /// The file, and how it looked when it was read.

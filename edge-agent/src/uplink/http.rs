@@ -3,6 +3,8 @@
 //! Connections are kept; redirects are not followed; an answer is read up to 4 MiB. Every answer becomes
 //! acks or a [`Failure`] with a text for people. The token is sent and never shown.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{Certificate, Client, Response, StatusCode, redirect};
@@ -15,6 +17,11 @@ use crate::config::CloudSettings;
 
 /// The longest answer that is read.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
+/// The longest wait for a connection.
+const CONNECT_MAX: Duration = Duration::from_secs(10);
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// On the slowest link a request has so much more time for its bytes than `timeout`.
+const LINK_BYTES_PER_S_MIN: u64 = 8 << 10;
 /// When a node that pushes back does not say for how long.
 const RETRY_AFTER_MS: u64 = 1_000;
 
@@ -45,6 +52,7 @@ pub struct CloudClient {
     client: Client,
     urls: Vec<Url>,
     edge: EdgeId,
+    timeout: Duration,
 }
 
 impl CloudClient {
@@ -59,13 +67,25 @@ impl CloudClient {
         let mut builder = Client::builder()
             .default_headers(HeaderMap::from_iter([(AUTHORIZATION, value)]))
             .timeout(settings.timeout.0)
+            .connect_timeout(settings.timeout.0.min(CONNECT_MAX))
             .tcp_nodelay(true)
+            // A connection whose other end is gone says nothing: it is asked while it is idle, and closed when what was sent
+            // is not acknowledged by the other kernel.
+            .tcp_keepalive(KEEP_ALIVE)
+            .tcp_keepalive_interval(KEEP_ALIVE)
+            .tcp_keepalive_retries(3)
+            .tcp_user_timeout(settings.timeout.0)
             .redirect(redirect::Policy::none());
         if let Some(path) = &settings.ca_file {
             let pem = std::fs::read(path).map_err(|source| ClientError::Read { path: path.clone(), source })?;
             builder = builder.tls_certs_only(Certificate::from_pem_bundle(&pem)?);
         }
-        Ok(Self { client: builder.build()?, urls: settings.urls.clone(), edge: edge.clone() })
+        Ok(Self {
+            client: builder.build()?,
+            urls: settings.urls.clone(),
+            edge: edge.clone(),
+            timeout: settings.timeout.0,
+        })
     }
 
     /// The addresses, in order of preference.
@@ -88,7 +108,8 @@ impl CloudClient {
     /// # Errors
     /// When the node does not answer with acks.
     pub async fn send(&self, url: usize, body: Bytes) -> Result<Acks, Failed> {
-        answer(self.client.post(self.address(url, "batches")).body(body).send().await).await
+        let timeout = self.timeout + Duration::from_secs(body.len() as u64 / LINK_BYTES_PER_S_MIN);
+        answer(self.client.post(self.address(url, "batches")).timeout(timeout).body(body).send().await).await
     }
 
     fn address(&self, url: usize, what: &str) -> Url {

@@ -202,6 +202,8 @@ fn each_check_flags_or_rejects_as_it_is_told() {
     check("", "max_step = 2, reject = [\"max_step\"]", &some(&[1.0, 9.0, 9.5]), &["", "[step]", ""]);
     check("", "max_step = 2, max = 8, flag = [\"max\"]", &some(&[1.0, 9.0]), &["", "above_max:v,step:v"]);
     check("", "stuck_after = \"2s\"", &some(&[1.0, 1.0, 1.0, 1.0, 2.0]), &["", "", "stuck:v", "stuck:v", ""]);
+    let stuck = "stuck_after = \"2s\", reject = [\"stuck_after\"]";
+    check("", stuck, &some(&[1.0, 1.0, 1.0, 1.0, 2.0]), &["", "", "[stuck]", "[stuck]", ""]);
     check("max_future = \"1s\"", "", &some(&[1.0, 1.0, 1.0]), &["", "", "in_future"]);
     check("max_future = \"1s\"\nreject = [\"max_future\"]", "", &some(&[1.0, 1.0, 1.0]), &["", "", "[in_future]"]);
     check("max_age = \"1s\"", "", &[(-2.0, "d", None)], &["[too_old]"]);

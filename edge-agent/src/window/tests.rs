@@ -273,6 +273,32 @@ fn a_state_of_other_fields_is_not_taken_and_its_closed_windows_stay_closed() {
     }
 }
 
+#[test]
+fn a_window_of_another_shape_begins_where_nothing_was_told() {
+    let mut before = windows(&settings("lateness = \"0s\""));
+    before.add(&reading(5.0, "a", 1.0, 1));
+    before.add(&reading(12.0, "a", 1.0, 1));
+    before.advance();
+    let mut bytes = Vec::new();
+    before.write(&mut bytes);
+    let check = |keys: &str, late_to: f64| {
+        let text = format!(
+            "[edge]\nid = \"e\"\ndata_dir = \"x\"\n[cloud]\nurls = [\"http://h\"]\ntoken = \"t\"\n[[source]]\n\
+             kind = \"host\"\n[stream.s]\nlateness = \"0s\"\n[stream.s.fields]\nspeed = {{ type = \"float64\" }}\n\
+             cars = {{ type = \"int64\" }}\nstate = {{ type = \"text\" }}\n[stream.s.window.10s]\n{keys}\n"
+        );
+        let settings = Settings::parse(&text).unwrap().stream.into_values().next().unwrap();
+        let mut after = windows(&settings);
+        after.restore(&Bytes::from(bytes.clone())).unwrap();
+        assert_eq!(after.add(&reading(late_to - 0.1, "a", 1.0, 1)), Late::Late, "{keys}");
+        assert_eq!(after.add(&reading(late_to, "a", 1.0, 1)), Late::Good, "{keys}");
+    };
+    check("size = \"20s\"", 20.0);
+    check("size = \"10s\"\nby = \"all\"", 20.0);
+    check("size = \"10s\"\naggregates = [\"stddev\"]", 20.0);
+    check("gap = \"5s\"", 17.0);
+}
+
 /// Windows of all kinds over the same rows.
 const KINDS: &str = r#"lateness = "7s"
 reopen_within = "40s"

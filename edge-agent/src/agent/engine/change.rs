@@ -6,8 +6,8 @@
 
 use segment_log::{Disk, Position};
 
-use super::super::{spool_directory, spool_settings};
-use super::{Engine, EngineError, Order, incident};
+use super::super::{bandwidths, spool_settings};
+use super::{Engine, EngineError, Order, incident, spool_directory};
 use crate::config::Settings;
 
 impl Engine {
@@ -22,7 +22,6 @@ impl Engine {
             parts.cloud = cloud;
         }
         parts.stop_within = settings.edge.stop_within.0;
-        parts.request_bytes = settings.cloud.request_bytes.bytes();
         parts.cut = settings.cut.clone();
         (parts.settings, parts.sources) = (settings, sources);
         // A full lane would hold back the entry that makes it larger.
@@ -76,6 +75,8 @@ impl Engine {
         for damage in parts.spool.change(&Disk, &spool_directory(&parts.data_dir), settings)? {
             incident(&mut parts.incidents, format!("spool: {damage:?}"));
         }
+        let bandwidths = bandwidths(&parts.settings, &parts.spool);
+        parts.uplink.link.change(parts.settings.cloud.request_bytes.bytes(), &bandwidths);
         Ok(())
     }
 }
