@@ -9,39 +9,42 @@ mod engine;
 mod history;
 mod intake;
 mod rate;
+mod reload;
 mod snapshot_file;
 mod status;
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
 use rand::Rng;
-use segment_log::{Disk, Options, Position, ReadError};
+use segment_log::{Disk, Options, ReadError, Reader};
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
-use tokio::task::JoinSet;
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use wire::SpoolId;
 
 pub use self::engine::EngineError;
 pub(crate) use self::engine::spool_directory;
-use self::engine::{Engine, Parts, Snapshot, incident, remove_other_spools};
+use self::engine::{Engine, Order, Parts, Snapshot, incident, remove_other_spools};
+use self::intake::Intake;
+use self::reload::{Reload, Watch};
 pub use self::snapshot_file::SnapshotFileError;
 pub use self::status::{
-    JournalStatus, LaneStatus, LastValue, RowsStatus, RuleStatus, SourceStatus, Status, StreamStatus, UplinkStatus,
+    ConfigurationStatus, JournalStatus, LaneStatus, LastValue, RowsStatus, RuleStatus, SourceStatus, Status,
+    StreamStatus, UplinkStatus,
 };
 use crate::admin;
-use crate::config::{LaneSettings as LaneConfig, Settings, SourceSettings};
+use crate::config::{LaneSettings as LaneConfig, Settings};
 use crate::entry::Entry;
 use crate::journal::{Journal, JournalError, OpenJournal};
-use crate::pipeline::{AGENT_VERSION, Counters, Pipeline, SnapshotError};
+use crate::pipeline::{AGENT_VERSION, Counters, Pipeline, SnapshotError, known_to_sources};
 use crate::places::Places;
 use crate::publish::{self, Outbox};
 use crate::redelivery::Lists;
-use crate::source::SourceState;
+use crate::source::{SourceState, now_us};
 use crate::spool::{LaneSettings, Spool, SpoolError, SpoolSettings};
 use crate::uplink::http::{ClientError, CloudClient};
 use crate::uplink::link::Link;
@@ -90,6 +93,7 @@ pub struct AgentHandle {
     /// Where `/status` and the others are.
     pub admin: SocketAddr,
     status: Arc<Mutex<Status>>,
+    reload: Arc<Notify>,
     stopped: tokio::task::JoinHandle<Result<(), AgentError>>,
 }
 
@@ -97,6 +101,11 @@ impl AgentHandle {
     /// What it tells about itself now.
     pub fn status(&self) -> Status {
         self.status.lock().clone()
+    }
+
+    /// Notified, it reads its configuration's file again; `/status` says what came of it.
+    pub fn reload(&self) -> Arc<Notify> {
+        Arc::clone(&self.reload)
     }
 
     /// How often the engine has published its status: a number that stands still is an engine that does.
@@ -119,6 +128,8 @@ impl AgentHandle {
 /// # Errors
 /// When the data directory, the admin address or the certificates cannot be used.
 pub async fn start(settings: Settings, token: CancellationToken) -> Result<AgentHandle, AgentError> {
+    // What changes from now on is another one.
+    let watch = Watch::new(settings.file.clone());
     let data_dir = &settings.edge.data_dir;
     std::fs::create_dir_all(data_dir).map_err(|source| AgentError::DataDir { path: data_dir.clone(), source })?;
     let address = settings.admin.listen;
@@ -131,10 +142,12 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
     let recovered = recovered.await.map_err(|_| AgentError::Panicked)??;
 
     let status = Arc::new(Mutex::new(Status::default()));
+    let (orders, orders_of_engine) = mpsc::channel(1);
     let outbox = Outbox::of(&settings);
-    let (mut parts, at_end) = recovered.into_parts(&settings, cloud, Arc::clone(&status));
+    let (mut parts, at_end) = recovered.into_parts(&settings, cloud, Arc::clone(&status), orders_of_engine);
     parts.outbox = outbox.as_ref().map(|(_, outbox)| Arc::clone(outbox));
     let (journal, sources) = (Arc::clone(&parts.journal), parts.sources.clone());
+    let configuration = Arc::clone(&parts.configuration);
     let engine_token = CancellationToken::new();
     let engine = Engine::new(parts, tokio::runtime::Handle::current());
     let (done, engine_done) = oneshot::channel();
@@ -146,8 +159,8 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
             let _ = done.send(engine.run(&ends));
         })
         .map_err(AgentError::Thread)?;
-    let intake = token.child_token();
-    let tasks = intake::start_sources(&settings, &journal, at_end, &sources, &intake);
+    let mut intake = Intake::new(settings.clone(), token.child_token());
+    intake.start(&settings, &journal, at_end, &sources);
     let admin_token = CancellationToken::new();
     let publisher = outbox.map(|(broker, outbox)| {
         // It ends with the admin door: the engine's last turns may find alerts.
@@ -160,46 +173,66 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
     });
     tokio::spawn(admin::serve(listener, Arc::clone(&status), admin_token.clone()));
     tracing::info!(%admin, edge = %settings.edge.id, "the agent runs");
+    let asked = Arc::new(Notify::new());
+    let reload = Reload {
+        watch,
+        asked: Arc::clone(&asked),
+        settings,
+        sources,
+        intake,
+        journal,
+        orders,
+        configuration,
+        token: token.clone(),
+    };
     let stopped = tokio::spawn(async move {
-        let result = supervise(token, intake, tasks, journal, engine_token, engine_done, admin_token).await;
+        let result = supervise(token, reload, engine_token, engine_done, admin_token).await;
         if let Some(publisher) = publisher {
             // What is left goes with the next start.
             let _ = publisher.await;
         }
         result
     });
-    Ok(AgentHandle { admin, status, stopped })
+    Ok(AgentHandle { admin, status, reload: asked, stopped })
 }
 
-/// Waits for the end, and ends all in order.
+/// Waits for the end, meanwhile takes over what changes in the configuration, and ends all in order.
 async fn supervise(
     token: CancellationToken,
-    intake: CancellationToken,
-    mut tasks: JoinSet<()>,
-    journal: Arc<Journal>,
+    mut reload: Reload,
     engine_token: CancellationToken,
     mut engine_done: oneshot::Receiver<Result<(), EngineError>>,
     admin: CancellationToken,
 ) -> Result<(), AgentError> {
-    let mut failed = journal.failed();
-    let result = tokio::select! {
-        () = token.cancelled() => None,
-        engine = &mut engine_done => Some(engine.map_err(|_| AgentError::Panicked)?.map_err(AgentError::from)),
-        error = async { failed.wait_for(Option::is_some).await.ok().and_then(|error| error.clone()) } => {
-            Some(error.map_or(Err(AgentError::Panicked), |error| Err(AgentError::JournalEnded(error))))
+    let mut failed = reload.journal.failed();
+    let mut engine_result = None;
+    let result = loop {
+        tokio::select! {
+            () = token.cancelled() => break Ok(()),
+            engine = &mut engine_done => {
+                engine_result = Some(engine);
+                break Ok(());
+            }
+            error = async { failed.wait_for(Option::is_some).await.ok().and_then(|error| error.clone()) } => {
+                break error.map_or(Err(AgentError::Panicked), |error| Err(AgentError::JournalEnded(error)));
+            }
+            () = reload.due() => {
+                if let Err(error) = reload.run().await {
+                    break Err(error);
+                }
+            }
         }
     };
-    intake.cancel();
-    while tasks.join_next().await.is_some() {}
-    let stopping = Arc::clone(&journal);
-    tokio::task::spawn_blocking(move || stopping.stop()).await.map_err(|_| AgentError::Panicked)?;
+    let Reload { intake, journal, .. } = reload;
+    intake.stop().await;
+    tokio::task::spawn_blocking(move || journal.stop()).await.map_err(|_| AgentError::Panicked)?;
     engine_token.cancel();
-    let result = match result {
-        Some(result) => result,
-        None => engine_done.await.map_err(|_| AgentError::Panicked)?.map_err(AgentError::from),
+    let engine = match engine_result {
+        Some(engine) => engine,
+        None => engine_done.await,
     };
     admin.cancel();
-    result
+    result.and(engine.map_err(|_| AgentError::Panicked)?.map_err(AgentError::from))
 }
 
 /// What a start finds on disk.
@@ -208,6 +241,8 @@ struct Recovered {
     journal_id: segment_log::LogId,
     reader: segment_log::Reader<Disk>,
     pipeline: Pipeline,
+    /// What the pipeline goes by.
+    in_force: Settings,
     snapshot: Snapshot,
     spool: Spool<Disk>,
     at_end: AtEnd,
@@ -216,35 +251,65 @@ struct Recovered {
 
 impl Recovered {
     fn open(settings: &Settings) -> Result<Self, AgentError> {
+        let (snapshot, damaged) = match snapshot_file::read(&settings.edge.data_dir) {
+            Ok(snapshot) => (snapshot, None),
+            Err(error @ SnapshotFileError::Damaged(_)) => (None, Some(error.to_string())),
+            Err(error) => return Err(error.into()),
+        };
+        let kept = snapshot.as_ref().and_then(|snapshot| snapshot.configuration.as_ref());
+        let in_force = match kept.filter(|(version, _)| *version != settings.version) {
+            Some((version, text)) => Settings::parse_kept(*version, text).unwrap_or_else(|error| {
+                tracing::warn!(error, "what was configured before is not understood any more");
+                settings.clone()
+            }),
+            None => settings.clone(),
+        };
+        if in_force.version != settings.version {
+            if let Some(recovered) = Self::open_by(settings, in_force, snapshot.as_ref(), damaged.as_deref())? {
+                return Ok(recovered);
+            }
+            tracing::warn!("the journal has no room for the new configuration: it counts from the snapshot on");
+        }
+        let recovered = Self::open_by(settings, settings.clone(), snapshot.as_ref(), damaged.as_deref())?;
+        Ok(recovered.expect("none is only for another configuration"))
+    }
+
+    /// As it was left; the journal says where the present configuration begins. None when it has no room to say so.
+    fn open_by(
+        settings: &Settings,
+        in_force: Settings,
+        snapshot: Option<&snapshot_file::Snapshot>,
+        damaged: Option<&str>,
+    ) -> Result<Option<Self>, AgentError> {
         let data_dir = &settings.edge.data_dir;
         let mut incidents = Vec::new();
         let directory = spool_directory(data_dir);
-        let (spool, damage) = Spool::open(&Disk, &directory, spool_settings(settings), SpoolId(rand::rng().random()))?;
+        let spool_settings = spool_settings(&in_force, settings);
+        let (spool, damage) = Spool::open(&Disk, &directory, spool_settings, SpoolId(rand::rng().random()))?;
         damage.iter().for_each(|damage| incident(&mut incidents, format!("spool: {damage:?}")));
         remove_other_spools(&directory, spool.id());
-        let (journal, opening) = OpenJournal::open(data_dir.join("journal"), journal_options(settings))?;
+        let (mut journal, opening) = OpenJournal::open(data_dir.join("journal"), journal_options(settings))?;
         opening.incidents.iter().for_each(|damage| incident(&mut incidents, format!("journal: {damage:?}")));
         let lanes = spool.cut_positions();
-        let (pipeline, bytes) = match snapshot_file::read(data_dir) {
-            Ok(Some(snapshot)) if snapshot.journal != journal.id() => {
+        let (pipeline, bytes) = match snapshot {
+            Some(snapshot) if snapshot.journal != journal.id() => {
                 return Err(AgentError::OtherJournal(data_dir.clone()));
             }
-            Ok(Some(snapshot)) => {
+            Some(snapshot) => {
                 let bytes = snapshot.state.len() as u64;
-                (Pipeline::restore(settings, &lanes, snapshot.state)?, bytes)
+                (Pipeline::restore(&in_force, &lanes, snapshot.state.clone())?, bytes)
             }
-            Ok(None) => (Pipeline::new(settings, opening.start, &lanes), 0),
-            Err(error @ SnapshotFileError::Damaged(_)) => {
-                // Rows are safe by the lanes' positions; open windows and counts before the journal's start are not.
-                incident(&mut incidents, format!("{error}: windows and counters begin anew"));
-                (Pipeline::new(settings, opening.start, &lanes), 0)
-            }
-            Err(error) => return Err(error.into()),
+            None => (Pipeline::new(&in_force, opening.start, &lanes), 0),
         };
+        if let Some(error) = damaged {
+            // Rows are safe by the lanes' positions; open windows and counts before the journal's start are not.
+            incident(&mut incidents, format!("{error}: windows and counters begin anew"));
+        }
         let from = pipeline.position();
         // Now, so that lanes and windows of this configuration are known before its first cut.
         let mut snapshot = Snapshot { position: from, bytes, needed: false };
-        match snapshot_file::write(data_dir, journal.id(), &pipeline.snapshot()) {
+        let configuration = (in_force.version, in_force.text.as_str());
+        match snapshot_file::write(data_dir, journal.id(), configuration, &pipeline.snapshot()) {
             Ok(()) => {}
             Err(error) if error.is_full() => {
                 tracing::warn!(%error, "the disk has no room for a snapshot: it is tried again");
@@ -252,21 +317,29 @@ impl Recovered {
             }
             Err(error) => return Err(error.into()),
         }
+        let at_end = AtEnd::of(&pipeline).read(journal.reader(from)?)?;
+        if at_end.configured.unwrap_or(in_force.version) != settings.version
+            && !journal.record(&configured(settings))?
+            && in_force.version != settings.version
+        {
+            return Ok(None);
+        }
         let reader = journal.reader(from)?;
-        let at_end = AtEnd::read(&pipeline, &journal, from)?;
         let journal_id = journal.id();
         let journal = Arc::new(journal.run(settings.journal.group_wait.0)?);
-        Ok(Self { journal, journal_id, reader, pipeline, snapshot, spool, at_end, incidents })
+        Ok(Some(Self { journal, journal_id, reader, pipeline, in_force, snapshot, spool, at_end, incidents }))
     }
 
     /// What the engine begins with, and what the sources begin with.
-    fn into_parts(self, settings: &Settings, cloud: CloudClient, status: Arc<Mutex<Status>>) -> (Parts, AtEnd) {
-        let Self { journal, journal_id, reader, pipeline, snapshot, spool, at_end, incidents } = self;
-        let state = |source: &SourceSettings| {
-            let totals = at_end.counters.sources.get(source.name()).copied().unwrap_or_default();
-            let state = SourceState::from_totals(totals.journalled, totals.redelivered);
-            (source.name().to_owned(), Arc::new(state))
-        };
+    fn into_parts(
+        self,
+        settings: &Settings,
+        cloud: CloudClient,
+        status: Arc<Mutex<Status>>,
+        orders: mpsc::Receiver<Order>,
+    ) -> (Parts, AtEnd) {
+        let Self { journal, journal_id, reader, pipeline, in_force, snapshot, spool, at_end, incidents } = self;
+        let configuration = ConfigurationStatus { loaded_at_us: now_us(), ..ConfigurationStatus::default() };
         let parts = Parts {
             data_dir: settings.edge.data_dir.clone(),
             edge: settings.edge.id.to_string(),
@@ -279,10 +352,18 @@ impl Recovered {
             reader,
             pipeline,
             snapshot,
-            uplink: Uplink::new(spool.id(), settings.cloud.urls.len(), link(settings, &spool)),
+            uplink: Uplink::new(
+                spool.id(),
+                settings.cloud.urls.len(),
+                Link::new(settings.cloud.request_bytes.bytes(), &bandwidths(settings, &spool)),
+            ),
             spool,
             cloud,
-            sources: settings.source.iter().map(state).collect(),
+            sources: settings.source.iter().map(|source| at_end.source_state(source.name())).collect(),
+            settings: settings.clone(),
+            in_force,
+            orders,
+            configuration: Arc::new(Mutex::new(configuration)),
             status,
             incidents,
             outbox: None,
@@ -291,44 +372,69 @@ impl Recovered {
     }
 }
 
-/// What sources need to know of all that was journalled.
+/// What sources need to know of all that was journalled, and which configuration it told last.
 #[derive(Debug)]
 struct AtEnd {
     lists: Lists,
     places: Places,
     counters: Counters,
+    configured: Option<u64>,
 }
 
 impl AtEnd {
-    fn read(pipeline: &Pipeline, journal: &OpenJournal, from: Position) -> Result<Self, AgentError> {
+    /// What a pipeline knows of it, which stands at its own position.
+    fn of(pipeline: &Pipeline) -> Self {
         let (lists, places) = (pipeline.lists().clone(), pipeline.places().clone());
-        let mut at_end = Self { lists, places, counters: pipeline.counters().clone() };
-        let mut reader = journal.reader(from)?;
+        Self { lists, places, counters: pipeline.counters().clone(), configured: None }
+    }
+
+    /// From the snapshot of a running agent on.
+    fn now(data_dir: &Path, journal: &Journal) -> Result<Self, AgentError> {
+        loop {
+            let snapshot = snapshot_file::read(data_dir)?;
+            let Some(snapshot) = snapshot else { return Err(AgentError::OtherJournal(data_dir.to_owned())) };
+            let (from, lists, places, counters) = known_to_sources(snapshot.state)?;
+            let at_end = Self { lists, places, counters, configured: None };
+            match journal.reader(from).map_err(AgentError::from).and_then(|reader| at_end.read(reader)) {
+                // There is a newer snapshot by now.
+                Err(AgentError::Read(ReadError::Freed { .. })) => {}
+                other => return other,
+            }
+        }
+    }
+
+    fn read(mut self, mut reader: Reader<Disk>) -> Result<Self, AgentError> {
         loop {
             match reader.next() {
                 Ok(Some(record)) => {
                     let Ok(entry) = Entry::read(Bytes::copy_from_slice(record.payload)) else { continue };
                     if let Some(message) = entry.message() {
-                        at_end.counters.sources.entry(message.source.clone()).or_default().journalled += 1;
+                        self.counters.sources.entry(message.source.clone()).or_default().journalled += 1;
                     }
-                    at_end.lists.apply(&entry);
-                    at_end.places.apply(&entry);
+                    if let Entry::Configured { version, .. } = &entry {
+                        self.configured = Some(*version);
+                    }
+                    self.lists.apply(&entry);
+                    self.places.apply(&entry);
                 }
-                Ok(None) => return Ok(at_end),
+                Ok(None) => return Ok(self),
                 // The pipeline reports it when it comes there.
                 Err(ReadError::Damaged { .. }) => {}
                 Err(error) => return Err(error.into()),
             }
         }
     }
+
+    /// What a source that begins tells: its counts go on.
+    fn source_state(&self, name: &str) -> (String, Arc<SourceState>) {
+        let totals = self.counters.sources.get(name).copied().unwrap_or_default();
+        (name.to_owned(), Arc::new(SourceState::from_totals(totals.journalled, totals.redelivered)))
+    }
 }
 
-/// The bandwidths of the spool's lanes; one that is only drained has none.
-fn link(settings: &Settings, spool: &Spool<Disk>) -> Link {
-    let lanes = settings.lanes();
-    let of = |name: &str| lanes.iter().find(|lane| lane.name.as_str() == name).and_then(|lane| lane.bandwidth);
-    let bandwidths = spool.lanes().map(|lane| of(&lane.name).map(|bandwidth| bandwidth.0)).collect::<Vec<_>>();
-    Link::new(settings.cloud.request_bytes.bytes(), &bandwidths)
+/// The entry behind which the settings count.
+fn configured(settings: &Settings) -> Entry {
+    Entry::Configured { version: settings.version, text: settings.text.clone() }
 }
 
 /// How the journal of these settings is opened.
@@ -340,23 +446,33 @@ pub(crate) fn journal_options(settings: &Settings) -> Options {
     }
 }
 
-/// How the spool of these settings is opened.
-pub(crate) fn spool_settings(settings: &Settings) -> SpoolSettings {
+/// The lanes that a pipeline of settings writes to, with the sizes of `sizes`.
+pub(crate) fn spool_settings(of: &Settings, sizes: &Settings) -> SpoolSettings {
+    let segment_bytes = of.lane_segment_bytes().max(sizes.lane_segment_bytes());
+    let raw = &of.raw_streams() | &sizes.raw_streams();
+    let sizes = sizes.lanes();
+    let lane = |lane: LaneConfig| {
+        let size = sizes.iter().find(|size| size.name == lane.name).unwrap_or(&lane);
+        LaneSettings {
+            name: lane.name.to_string(),
+            max_bytes: size.max_bytes.0,
+            segment_bytes,
+            on_full: size.on_full,
+            raw: raw.clone(),
+            max_age_us: size.max_age.map(|age| age.micros()),
+        }
+    };
     SpoolSettings {
-        edge: settings.edge.id.clone(),
+        edge: of.edge.id.clone(),
         agent: AGENT_VERSION.to_owned(),
-        configuration: settings.version,
-        lanes: settings.lanes().iter().map(|lane| spool_lane(lane, settings)).collect(),
+        configuration: of.version,
+        lanes: of.lanes().into_iter().map(lane).collect(),
     }
 }
 
-fn spool_lane(lane: &LaneConfig, settings: &Settings) -> LaneSettings {
-    LaneSettings {
-        name: lane.name.to_string(),
-        max_bytes: lane.max_bytes.0,
-        segment_bytes: settings.lane_segment_bytes(),
-        on_full: lane.on_full,
-        raw: settings.raw_streams(),
-        max_age_us: lane.max_age.map(|age| age.micros()),
-    }
+/// Of the spool's lanes; one that is only drained has none.
+fn bandwidths(settings: &Settings, spool: &Spool<Disk>) -> Vec<Option<u64>> {
+    let lanes = settings.lanes();
+    let of = |name: &str| lanes.iter().find(|lane| lane.name.as_str() == name).and_then(|lane| lane.bandwidth);
+    spool.lanes().map(|lane| of(&lane.name).map(|bandwidth| bandwidth.0)).collect()
 }

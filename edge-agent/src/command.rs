@@ -4,6 +4,7 @@ use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
 
 use anyhow::Context;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::agent;
@@ -16,7 +17,7 @@ use crate::{doctor, profile, source, trial};
 /// What the agent is asked to do.
 #[derive(Debug, clap::Subcommand)]
 pub enum EdgeCommand {
-    /// Collect until SIGINT or SIGTERM
+    /// Collect until SIGINT or SIGTERM; on SIGHUP, or when the file changes, take over the configuration
     Run(ConfigArguments),
     /// Read the configuration, say what it means, and end
     Check(ConfigArguments),
@@ -91,7 +92,14 @@ pub async fn execute(command: EdgeCommand) -> anyhow::Result<()> {
             settings.warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
             let stop_within = settings.edge.stop_within.0;
             let token = CancellationToken::new();
+            let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
             let handle = agent::start(settings, token.clone()).await.context("start the agent")?;
+            let reload = handle.reload();
+            tokio::spawn(async move {
+                while hangup.recv().await.is_some() {
+                    reload.notify_one();
+                }
+            });
             let (systemd, beats) = (Notifier::from_environment(), handle.beats());
             systemd.iter().for_each(Notifier::ready);
             let watch = async {
@@ -231,7 +239,6 @@ fn say(text: &str) {
 }
 
 async fn stop_signal() -> anyhow::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
     let mut term = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     tokio::select! {
         _ = term.recv() => {}

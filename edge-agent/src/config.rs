@@ -6,6 +6,7 @@
 
 mod checks;
 mod decoding;
+mod kept;
 mod number;
 mod rule;
 mod source;
@@ -73,6 +74,12 @@ pub struct Settings {
     /// A hash of the text that this was read from; travels with every batch.
     #[serde(skip)]
     pub version: u64,
+    /// The text without comments and secrets: what the journal and the snapshot keep of it.
+    #[serde(skip)]
+    pub text: String,
+    /// Where it was read.
+    #[serde(skip)]
+    pub file: Option<PathBuf>,
 }
 
 /// Who this agent is, and where it keeps what it must not forget.
@@ -91,7 +98,7 @@ fn stop_within() -> Span {
 }
 
 /// Health, metrics and status; port 0 takes a free one.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct AdminSettings {
     pub listen: SocketAddr,
@@ -104,7 +111,7 @@ impl Default for AdminSettings {
 }
 
 /// Where batches go.
-#[derive(Clone, Deserialize)]
+#[derive(Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CloudSettings {
     /// In order of preference.
@@ -147,7 +154,7 @@ impl fmt::Debug for CloudSettings {
 }
 
 /// The journal: every message as it came, before it is acknowledged.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct JournalSettings {
     /// When it is full, sources that can wait get no acknowledgement; what the others send is counted in `losses`.
@@ -202,7 +209,7 @@ pub enum OnFull {
 }
 
 /// A lane: streams that share a priority and a part of the disk.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LaneSettings {
     /// Also the name of its directory.
@@ -255,6 +262,7 @@ impl Settings {
     /// When it cannot be read, or something in it is wrong; the text names the place and the nearest right key.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let mut settings = load(path, Self::parse)?;
+        settings.file = Some(path.to_owned());
         if let Some(file) = &settings.cloud.token_file {
             settings.cloud.token = Some(first_line(file)?);
         }
@@ -275,9 +283,18 @@ impl Settings {
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut settings: Self = toml::from_str(text).map_err(|error| with_nearest_key(&error.to_string()))?;
         settings.version = u64::from(crc32c::crc32c(text.as_bytes()));
+        settings.text = kept::without_secrets(text)?;
         settings.source.iter_mut().for_each(SourceSettings::name_by_stream);
         settings.check()?;
         Ok(settings)
+    }
+
+    /// Reads what was kept of a configuration: its version, and [`Settings::text`].
+    ///
+    /// # Errors
+    /// When this agent reads other configurations than the one that kept it.
+    pub fn parse_kept(version: u64, text: &str) -> Result<Self, String> {
+        Ok(Self { version, ..Self::parse(text)? })
     }
 
     /// The lanes in order of priority: those of the configuration, then what it does not name.

@@ -13,6 +13,7 @@
 //! kind 6 subscribed client str8 | (filter str16)* to the end
 //! kind 7 line      device u64 | inode u64 | offset u64 | line u64 | checked u16 | crc u32 | a message, as of kind 1
 //! kind 8 tick      now i64
+//! kind 9 configured configuration u64 | its text, to the end
 //! ```
 //! Times are µs since 1970 UTC by the gateway's clock.
 
@@ -70,6 +71,11 @@ pub enum Entry {
     /// Nothing but the time: what the pipeline does when nothing comes goes by it.
     Tick {
         now_us: i64,
+    },
+    /// What comes behind goes by this configuration: its version, and its text without secrets.
+    Configured {
+        version: u64,
+        text: String,
     },
 }
 
@@ -219,6 +225,11 @@ impl Entry {
                 out.push(8);
                 out.extend(now_us.to_le_bytes());
             }
+            Self::Configured { version, text } => {
+                out.push(9);
+                out.extend(version.to_le_bytes());
+                out.extend_from_slice(text.as_bytes());
+            }
         }
     }
 
@@ -242,6 +253,7 @@ impl Entry {
             6 => read_subscribed(rest),
             7 => read_line(rest),
             8 => read_tick(rest),
+            9 => read_configured(rest),
             _ => None,
         }
         .ok_or(error)
@@ -348,6 +360,11 @@ fn read_tick(mut bytes: Bytes) -> Option<Entry> {
     Some(Entry::Tick { now_us: bytes.try_get_i64_le().ok()? })
 }
 
+fn read_configured(mut bytes: Bytes) -> Option<Entry> {
+    let version = bytes.try_get_u64_le().ok()?;
+    Some(Entry::Configured { version, text: String::from_utf8(bytes.into()).ok()? })
+}
+
 fn clip(text: &str, bytes_max: usize) -> &str {
     &text[..text.floor_char_boundary(bytes_max)]
 }
@@ -429,7 +446,8 @@ mod tests {
             filters: filters.iter().map(|filter| (*filter).to_owned()).collect(),
         };
         let tick = Entry::Tick { now_us: -7 };
-        let more = [subscribed(&[]), subscribed(&["a/+", "$share/g/ü"]), line(), tick];
+        let configured = Entry::Configured { version: 1 << 40, text: "[edge]\nid = \"ü\"".into() };
+        let more = [subscribed(&[]), subscribed(&["a/+", "$share/g/ü"]), line(), tick, configured];
         for entry in entries().into_iter().chain(more) {
             let mut bytes = Vec::new();
             entry.write(&mut bytes);
@@ -454,6 +472,9 @@ mod tests {
         bytes.clear();
         Entry::Tick { now_us: 258 }.write(&mut bytes);
         assert_eq!(bytes, b"\x01\x08\x02\x01\0\0\0\0\0\0");
+        bytes.clear();
+        Entry::Configured { version: 3, text: "a = 1".into() }.write(&mut bytes);
+        assert_eq!(bytes, b"\x01\x09\x03\0\0\0\0\0\0\0a = 1");
     }
 
     #[test]

@@ -49,6 +49,8 @@ pub enum JournalError {
     Sync(#[from] SyncError),
     #[error(transparent)]
     Free(#[from] FreeError),
+    #[error("read the journal")]
+    Read(#[from] ReadError),
     #[error("start the journal's thread")]
     Thread(#[source] std::io::Error),
 }
@@ -75,6 +77,8 @@ pub struct OpenJournal(SegmentLog<Disk>);
 #[derive(Debug)]
 pub struct Journal {
     shared: Arc<Shared>,
+    /// Where other readers come from; it reads nothing itself.
+    reader: Reader<Disk>,
     synced: watch::Receiver<Position>,
     failed: watch::Receiver<Option<Arc<JournalError>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -159,11 +163,28 @@ impl OpenJournal {
         self.0.reader(from)
     }
 
+    /// Records an entry before the journal runs; false when there is no room for it.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn record(&mut self, entry: &Entry) -> Result<bool, JournalError> {
+        let mut bytes = Vec::new();
+        entry.write(&mut bytes);
+        match self.0.append(RECORD_KIND, &bytes) {
+            Ok(_) => {}
+            Err(AppendError::Full) => return Ok(false),
+            Err(error) => return Err(JournalError::Append(error)),
+        }
+        self.0.sync()?;
+        Ok(true)
+    }
+
     /// Starts the thread.
     ///
     /// # Errors
     /// When there is no thread to be had.
     pub fn run(self, group_wait: Duration) -> Result<Journal, JournalError> {
+        let reader = self.0.reader(self.0.synced())?;
         let (synced_sender, synced) = watch::channel(self.0.synced());
         let (failed_sender, failed) = watch::channel(None);
         let shared = Arc::new(Shared {
@@ -193,7 +214,7 @@ impl OpenJournal {
                 writer.shared.room.close();
             })
             .map_err(JournalError::Thread)?;
-        Ok(Journal { shared, synced, failed, thread: Mutex::new(Some(thread)) })
+        Ok(Journal { shared, reader, synced, failed, thread: Mutex::new(Some(thread)) })
     }
 }
 
@@ -203,6 +224,14 @@ impl Journal {
         let (progress, durable) = watch::channel(0);
         let (shared, progress) = (Arc::clone(&self.shared), Arc::new(progress));
         JournalSender { shared, progress, durable, next: 0, encoded: Vec::new() }
+    }
+
+    /// A reader of what is synced.
+    ///
+    /// # Errors
+    /// When the position was freed or lies behind the end.
+    pub fn reader(&self, from: Position) -> Result<Reader<Disk>, ReadError> {
+        self.reader.another(from)
     }
 
     /// The synced end; readers see all before it.

@@ -87,6 +87,10 @@ pub fn render(status: &Status) -> String {
     let connected = f64::from(u8::from(uplink.node.is_some()));
     out.single("weir_edge_uplink_connected", "gauge", "1 while a node of the cloud answers", connected);
     out.single("weir_edge_uplink_bytes_total", "counter", "Bytes sent since the start", uplink.bytes_sent as f64);
+    let configuration = &status.configuration;
+    out.family("weir_edge_reloads_total", "counter", "Changes of the configuration's file since the start");
+    out.value(&[("result", "taken")], configuration.reloads as f64);
+    out.value(&[("result", "refused")], configuration.refused as f64);
     out.single("weir_edge_problems", "gauge", "What does not go on for now", status.problems.len() as f64);
     let rules = &status.rules;
     out.family("weir_edge_alerts_firing", "gauge", "Alerts that fire");

@@ -10,6 +10,7 @@
 //! becomes a row of `alerts`.
 
 mod alerts;
+mod change;
 mod counters;
 mod judging;
 mod output;
@@ -28,7 +29,7 @@ use wire::{CutBatch, Seq, SpoolId, StreamName, StreamSchema};
 
 pub use self::counters::{Counters, SourceTotals, StreamTotals};
 use self::output::{Cell, Output};
-pub use self::snapshot::SnapshotError;
+pub use self::snapshot::{SnapshotError, known_to_sources};
 use crate::config::{Decoding, REST_LANE, Settings, SourceSettings, StreamSettings};
 use crate::decode::{Command, Decoder, Reading, Rejected, Value};
 use crate::entry::{Entry, Message, Payload};
@@ -37,7 +38,7 @@ use crate::redelivery::Lists;
 use crate::rules::{InputId, Rules, Transition};
 use crate::source::host;
 use crate::validate::{Judge, Outcome, Quality, absent_schema};
-use crate::window::{self, Late, Windows};
+use crate::window::{self, Late, WindowRow, Windows};
 
 /// The version of this agent, in every batch.
 pub const AGENT_VERSION: &str = concat!("weir ", env!("CARGO_PKG_VERSION"));
@@ -182,10 +183,7 @@ impl Pipeline {
         pipeline.quarantine = output(own_name(own::QUARANTINE), own::quarantine());
         pipeline.losses = output(own_name(own::LOSSES), own::losses());
         pipeline.alerts = output(own_name(own::ALERTS), own::alerts());
-        let mut streams = settings.stream.clone();
-        if settings.source.iter().any(|source| matches!(source, SourceSettings::Host(_))) {
-            streams.insert(own_name("host"), host::stream_settings());
-        }
+        let streams = streams_of(settings);
         for (name, stream) in &streams {
             let main = output(name.clone(), stream.schema());
             let windows = stream.windows(name);
@@ -232,6 +230,8 @@ impl Pipeline {
                 self.message(position, message);
             }
             Entry::Tick { now_us } => self.advance_clock(position, *now_us),
+            // The caller goes on with a pipeline of the new configuration: `change.rs`.
+            Entry::Configured { .. } => {}
             Entry::Session { .. } | Entry::Forgotten { .. } | Entry::Subscribed { .. } => {}
             Entry::Refused { spool, seq, reason, schema, batch } => {
                 let key = (*spool, batch.stream.clone());
@@ -292,7 +292,7 @@ impl Pipeline {
     /// # Errors
     /// When Arrow cannot encode them, which no input brings about.
     pub fn cut(&mut self) -> Result<Cut, CutError> {
-        debug_assert!(self.may_cut(), "a cut before what a lane has");
+        debug_assert!(self.may_cut_to_change(), "a cut that a restart could not tell from none");
         let mut lanes = Vec::new();
         lanes.resize_with(self.lane_names.len(), LaneCut::default);
         for output in &mut self.outputs {
@@ -454,9 +454,13 @@ impl Pipeline {
     }
 
     fn close_windows(&mut self, position: Position, index: usize) {
-        let stream = &mut self.streams[index];
+        let rows = self.streams[index].windows.advance();
+        self.window_rows(position, index, rows);
+    }
+
+    fn window_rows(&mut self, position: Position, index: usize, rows: Vec<WindowRow>) {
+        let stream = &self.streams[index];
         let mut complete = None;
-        let rows = stream.windows.advance();
         for row in &rows {
             let output = &mut self.outputs[stream.window_outputs[row.window]];
             if complete != Some(row.window) {
@@ -482,6 +486,15 @@ impl Pipeline {
         }
         self.judge_windows(position, index, rows);
     }
+}
+
+/// The streams of the settings, and the agent's own.
+fn streams_of(settings: &Settings) -> BTreeMap<StreamName, StreamSettings> {
+    let mut streams = settings.stream.clone();
+    if settings.source.iter().any(|source| matches!(source, SourceSettings::Host(_))) {
+        streams.insert(own_name("host"), host::stream_settings());
+    }
+    streams
 }
 
 fn own_name(name: &str) -> StreamName {

@@ -175,7 +175,11 @@ impl Lists {
             Entry::Subscribed { client, filters } => {
                 self.0.entry(client.clone()).or_default().filters.clone_from(filters);
             }
-            Entry::Line { .. } | Entry::Refused { .. } | Entry::Missed { .. } | Entry::Tick { .. } => {}
+            Entry::Line { .. }
+            | Entry::Refused { .. }
+            | Entry::Missed { .. }
+            | Entry::Tick { .. }
+            | Entry::Configured { .. } => {}
         }
     }
 

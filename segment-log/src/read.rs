@@ -65,6 +65,11 @@ impl<L: FileLayer> Reader<L> {
         Ok(reader)
     }
 
+    /// Another reader of the same log, from `from` on: the position of a record, or any `next`.
+    pub fn another(&self, from: Position) -> Result<Self, ReadError> {
+        Self::new(self.layer.clone(), Arc::clone(&self.shared), from)
+    }
+
     /// The log that is read.
     pub fn id(&self) -> LogId {
         self.shared.id

@@ -6,6 +6,7 @@
 //! in the spool; any error is final, and the process stops. A full disk is none: what finds no room waits, is shown as a
 //! problem, and is tried again.
 
+mod change;
 mod publish;
 mod requests;
 #[cfg(test)]
@@ -29,11 +30,11 @@ use wire::{Acks, Seq, SpoolId, StreamName};
 use super::history::History;
 use super::rate::Rates;
 use super::snapshot_file::{self, SnapshotFileError};
-use super::status::Status;
-use crate::config::CutSettings;
+use super::status::{ConfigurationStatus, Status};
+use crate::config::{CutSettings, Settings};
 use crate::entry::Entry;
 use crate::journal::{Journal, JournalSender};
-use crate::pipeline::{LaneCut, Pipeline};
+use crate::pipeline::{LaneCut, Pipeline, SnapshotError};
 use crate::publish::{Outbox, Replay};
 use crate::source::{SourceState, now_us};
 use crate::spool::{Spool, SpoolError};
@@ -77,6 +78,8 @@ pub enum EngineError {
     Cut(#[from] CutError),
     #[error(transparent)]
     Snapshot(#[from] SnapshotFileError),
+    #[error("go on by the new configuration")]
+    Change(#[from] SnapshotError),
     #[error("the journal has ended")]
     Journal,
 }
@@ -114,6 +117,16 @@ pub(super) struct Snapshot {
     pub(super) needed: bool,
 }
 
+/// A configuration that was checked: what of it does not concern the pipeline counts at once, the rest from its entry in the
+/// journal on.
+#[derive(Debug)]
+pub(super) struct Order {
+    pub(super) settings: Settings,
+    /// When it has changed.
+    pub(super) cloud: Option<CloudClient>,
+    pub(super) sources: Vec<(String, Arc<SourceState>)>,
+}
+
 /// What the engine is made of; see [`Engine::run`].
 #[derive(Debug)]
 pub(super) struct Parts {
@@ -132,6 +145,11 @@ pub(super) struct Parts {
     pub(super) uplink: Uplink,
     pub(super) cloud: CloudClient,
     pub(super) sources: Vec<(String, Arc<SourceState>)>,
+    /// The agent's, and those that the pipeline goes by until the journal says otherwise.
+    pub(super) settings: Settings,
+    pub(super) in_force: Settings,
+    pub(super) orders: mpsc::Receiver<Order>,
+    pub(super) configuration: Arc<Mutex<ConfigurationStatus>>,
     pub(super) status: Arc<Mutex<Status>>,
     pub(super) incidents: Vec<String>,
     /// Where alerts are published; None without a broker for them.
@@ -156,6 +174,8 @@ pub(super) struct Engine {
     held: Vec<(usize, LaneCut)>,
     held_position: Position,
     full_lanes: HashSet<usize>,
+    /// What the pipeline goes by from here on, once all before it is cut.
+    next: Option<Settings>,
     last_cut: Instant,
     /// When it was last looked for what is too old.
     aged: Instant,
@@ -199,6 +219,7 @@ impl Engine {
             held: Vec::new(),
             held_position: Position(0),
             full_lanes: HashSet::new(),
+            next: None,
             last_cut: now,
             aged: now,
             marked: true,
@@ -255,7 +276,7 @@ impl Engine {
             }
             self.wait(&mut synced, &never, wait.min(RETRY));
         }
-        if self.held.is_empty() && self.parts.pipeline.pending_rows() == 0 {
+        if self.held.is_empty() && self.next.is_none() && self.parts.pipeline.pending_rows() == 0 {
             self.snapshot()?;
         }
         self.parts.spool.mark()?;
@@ -284,6 +305,9 @@ impl Engine {
         while let Some(answer) = self.woken_by.take().or_else(|| self.answers.1.try_recv().ok()) {
             self.answered(answer)?;
         }
+        while let Ok(order) = self.parts.orders.try_recv() {
+            self.obey(order)?;
+        }
         self.write_held()?;
         let more = self.held.is_empty() && self.read()?;
         let mut wait = self.cut_when_due()?;
@@ -309,13 +333,16 @@ impl Engine {
         Ok(if more { Duration::ZERO } else { wait.min(STATUS_EVERY) })
     }
 
-    /// Applies entries; true when there may be more to apply at once.
+    /// Applies entries; true when there may be more to apply at once. Nothing may be held back.
     fn read(&mut self) -> Result<bool, EngineError> {
-        let parts = &mut self.parts;
-        if parts.snapshot.needed {
+        if self.next.is_some() && self.parts.pipeline.may_cut_to_change() {
+            return self.change();
+        }
+        if self.parts.snapshot.needed {
             return Ok(false);
         }
         for _ in 0..ENTRIES_PER_TURN {
+            let parts = &mut self.parts;
             if parts.pipeline.may_cut() && is_full(parts) {
                 return Ok(true);
             }
@@ -325,9 +352,17 @@ impl Engine {
                     match Entry::read(Bytes::copy_from_slice(record.payload)) {
                         Ok(entry) => {
                             parts.pipeline.apply(position, next, &entry);
+                            let told = match entry {
+                                Entry::Configured { version, text } => self.is_told(position, version, &text),
+                                _ => false,
+                            };
+                            let parts = &mut self.parts;
                             if let Some(outbox) = &parts.outbox {
                                 let (found, pipeline) = (parts.pipeline.take_alerts(), &parts.pipeline);
                                 self.replay.applied(position, found, outbox, || pipeline.firing());
+                            }
+                            if told {
+                                return Ok(true);
                             }
                         }
                         Err(error) => {
@@ -348,7 +383,7 @@ impl Engine {
                 }
                 Err(error) => return Err(error.into()),
             }
-            if self.pending_since.is_none() && parts.pipeline.pending_rows() > 0 {
+            if self.pending_since.is_none() && self.parts.pipeline.pending_rows() > 0 {
                 self.pending_since = Some(Instant::now());
             }
         }
@@ -430,18 +465,18 @@ impl Engine {
             (parts.journal_bytes_max / SNAPSHOT_JOURNAL_PARTS).min(SNAPSHOT_BYTES_MIN.max(SNAPSHOT_FACTOR * bytes));
         let at_its_end = || parts.journal.is_full() && position >= *parts.journal.synced().borrow();
         let waits = self.no_snapshot.as_ref().is_some_and(|(_, until)| Instant::now() < *until);
-        idle && !waits && (needed || grown >= often || (grown > 0 && at_its_end()))
+        // Behind the entry that tells the next one it would belong to neither.
+        idle && !waits && self.next.is_none() && (needed || grown >= often || (grown > 0 && at_its_end()))
     }
 
     /// Only when no row is pending: all lanes have all before the position, or nothing of it. A full disk leaves the old
     /// one, and the journal that goes with it.
     fn snapshot(&mut self) -> Result<(), EngineError> {
+        self.count_redelivered();
         let parts = &mut self.parts;
-        for (name, source) in &parts.sources {
-            parts.pipeline.set_redelivered(name, source.redelivered.load(Ordering::Relaxed));
-        }
         let state = parts.pipeline.snapshot();
-        match snapshot_file::write(&parts.data_dir, parts.journal_id, &state) {
+        let configuration = (parts.in_force.version, parts.in_force.text.as_str());
+        match snapshot_file::write(&parts.data_dir, parts.journal_id, configuration, &state) {
             Ok(()) => {}
             Err(error) if error.is_full() => {
                 let text = format!("the disk has no room for a snapshot of {} bytes", state.len());
@@ -459,6 +494,13 @@ impl Engine {
         parts.snapshot = Snapshot { position: parts.pipeline.position(), bytes: state.len() as u64, needed: false };
         parts.journal.free_before(parts.pipeline.position());
         Ok(())
+    }
+
+    fn count_redelivered(&mut self) {
+        let parts = &mut self.parts;
+        for (name, source) in &parts.sources {
+            parts.pipeline.set_redelivered(name, source.redelivered.load(Ordering::Relaxed));
+        }
     }
 
     fn now_ms(&self) -> u64 {

@@ -25,6 +25,7 @@ pub struct Status {
     pub journal: JournalStatus,
     pub uplink: UplinkStatus,
     pub rows: RowsStatus,
+    pub configuration: ConfigurationStatus,
     /// Readings in quarantine, by reason.
     pub quarantined: std::collections::BTreeMap<String, u64>,
     /// What does not go on for now, and why; it is tried again by itself.
@@ -149,4 +150,18 @@ pub struct RowsStatus {
     pub lost: u64,
     /// Of batches that the cloud refused for good; their rows are in quarantine.
     pub voided: u64,
+}
+
+/// The configuration, and what became of changes to its file.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct ConfigurationStatus {
+    /// What the pipeline goes by now; each batch carries it.
+    pub version: u64,
+    /// When the agent took over what it has, µs since 1970 UTC.
+    pub loaded_at_us: i64,
+    pub reloads: u64,
+    /// Files that were not taken over: the agent goes on by what it had.
+    pub refused: u64,
+    /// Why the last file was not taken over; None when it was.
+    pub last_error: Option<String>,
 }

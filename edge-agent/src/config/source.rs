@@ -26,7 +26,7 @@ use super::decoding::{Decoding, Format, FormatOptions, Readings, When};
 use super::{Size, Span, StreamSettings};
 
 /// One source.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum SourceSettings {
     Mqtt(Box<MqttSettings>),
@@ -38,7 +38,7 @@ pub enum SourceSettings {
 }
 
 /// Topics of a broker.
-#[derive(Clone, Deserialize)]
+#[derive(Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MqttSettings {
     /// Part of the client id, and the column `source` of quarantine; the name of the stream unless set.
@@ -113,7 +113,7 @@ pub enum MqttVersion {
 }
 
 /// The machine's own load, memory, disks, network and temperatures; the stream is always `host`.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HostSettings {
     #[serde(default)]
@@ -158,7 +158,7 @@ fn host_stream() -> StreamName {
 }
 
 /// Where the values of a reading stand: `device`, `ts`, and each field by its name.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct MapSettings {
     pub device: Option<Place>,
     pub ts: TimePlace,
@@ -404,6 +404,24 @@ impl SourceSettings {
         };
         let (readings, when, options, map) = (readings.clone(), when.clone(), options.clone(), map.clone());
         Some(Decoding { format, readings, when, options, map })
+    }
+
+    /// Whether messages come in as by the other settings, whatever is made of them then.
+    pub fn comes_in_like(&self, other: &Self) -> bool {
+        self.without_mapping() == other.without_mapping()
+    }
+
+    fn without_mapping(&self) -> Self {
+        let mut settings = self.clone();
+        let (readings, when, map) = match &mut settings {
+            Self::Mqtt(mqtt) => (&mut mqtt.readings, &mut mqtt.when, &mut mqtt.map),
+            Self::Http(http) => (&mut http.readings, &mut http.when, &mut http.map),
+            Self::File(file) => (&mut file.readings, &mut file.when, &mut file.map),
+            Self::Exec(exec) => (&mut exec.readings, &mut exec.when, &mut exec.map),
+            Self::Modbus(_) | Self::Host(_) => return settings,
+        };
+        (*readings, *when, *map) = Default::default();
+        settings
     }
 
     /// The longest message that is kept whole.

@@ -85,7 +85,10 @@ impl Pipeline {
 
     /// Readings that have waited go on.
     fn release(&mut self, position: Position, stream: usize) {
-        let clock = self.clock.listened_us;
+        self.release_until(position, stream, self.clock.listened_us);
+    }
+
+    pub(super) fn release_until(&mut self, position: Position, stream: usize, clock: i64) {
         while let Some(held) = self.streams[stream].judge.hold.as_mut().and_then(|hold| hold.due(clock)) {
             let totals = self.counters.source(&held.source);
             totals.waiting -= 1;

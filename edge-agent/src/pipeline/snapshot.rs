@@ -203,6 +203,20 @@ impl Pipeline {
     }
 }
 
+/// What sources need to know of a state: where the journal stood, what it had of each client and of each file, and counters.
+///
+/// # Errors
+/// When the bytes are none that [`Pipeline::snapshot`] made.
+pub fn known_to_sources(mut bytes: Bytes) -> Result<(Position, Lists, Places, Counters), SnapshotError> {
+    let version = bytes.try_get_u8().map_err(|_| SnapshotError::Short)?;
+    if version != VERSION {
+        return Err(SnapshotError::Version(version));
+    }
+    let meta: Meta = serde_json::from_slice(&section(&mut bytes)?)?;
+    let lists = Lists::read(&section(&mut bytes)?).map_err(|_| SnapshotError::Lists)?;
+    Ok((Position(meta.position), lists, meta.places, meta.counters))
+}
+
 fn section(bytes: &mut Bytes) -> Result<Bytes, SnapshotError> {
     let len = bytes.try_get_u32_le().map_err(|_| SnapshotError::Short)? as usize;
     if bytes.len() < len {

@@ -55,16 +55,23 @@ pub struct Push {
     pub state: Arc<SourceState>,
 }
 
+/// One address, and the sources behind it, which may change while it is open.
+#[derive(Debug, Default)]
+pub struct Door {
+    sources: Mutex<BTreeMap<String, Arc<Source>>>,
+    /// Where it listens, once it does.
+    address: Mutex<Option<SocketAddr>>,
+}
+
 /// What a request needs of its source.
 #[derive(Debug)]
 struct Source {
     settings: HttpSettings,
-    journal: Mutex<JournalSender>,
+    /// None when the source has been taken out.
+    journal: Mutex<Option<JournalSender>>,
     state: Arc<SourceState>,
     room: Semaphore,
 }
-
-type Sources = Arc<BTreeMap<String, Source>>;
 
 /// Why a message was not taken; the text is the answer's body.
 #[derive(Debug)]
@@ -87,72 +94,92 @@ impl IntoResponse for Refused {
     }
 }
 
-/// Serves the sources of one address until the token is cancelled.
-pub async fn run(listen: SocketAddr, pushes: Vec<Push>, token: CancellationToken) {
-    let sources = pushes.into_iter().map(|push| {
+impl Door {
+    /// Opens the way to a source.
+    pub fn put(&self, push: Push) {
         let bytes = BODY_BYTES_MAX.max(push.settings.max_payload.0.saturating_mul(2));
         let room = Semaphore::new((bytes / PERMIT_BYTES) as usize);
         let Push { settings, journal, state } = push;
-        (settings.name.clone(), Source { settings, journal: Mutex::new(journal), state, room })
-    });
-    let sources: Sources = Arc::new(sources.collect());
-    let Some(listener) = bind(listen, &sources, &token).await else { return };
-    let address = listener.local_addr().ok();
-    for source in sources.values() {
-        *source.state.address.lock() = address;
-        *source.state.last_error.lock() = None;
-        source.state.connected.store(true, Ordering::Relaxed);
-    }
-    tracing::info!(address = ?address, "takes messages over HTTP");
-    let router = Router::new()
-        .route("/ingest/{*path}", post(ingest))
-        .layer(axum::extract::DefaultBodyLimit::disable())
-        .with_state(Arc::clone(&sources));
-    let ends = token.clone().cancelled_owned();
-    let served = axum::serve(listener, router).with_graceful_shutdown(ends);
-    let late = async {
-        token.cancelled().await;
-        tokio::time::sleep(STOP_WITHIN).await;
-    };
-    tokio::select! {
-        served = served => {
-            if let Err(error) = served {
-                tracing::error!(%listen, %error, "the door for messages ended");
-            }
+        let source = Arc::new(Source { settings, journal: Mutex::new(Some(journal)), state, room });
+        let address = self.address.lock();
+        if address.is_some() {
+            source.opened(*address);
         }
-        () = late => {}
+        self.sources.lock().insert(source.settings.name.clone(), source);
     }
-    sources.values().for_each(|source| source.state.connected.store(false, Ordering::Relaxed));
-}
 
-async fn bind(listen: SocketAddr, sources: &Sources, token: &CancellationToken) -> Option<TcpListener> {
-    let mut told = false;
-    loop {
-        let error = match TcpListener::bind(listen).await {
-            Ok(listener) => return Some(listener),
-            Err(error) => error,
-        };
-        if !told {
-            tracing::error!(%listen, %error, "no door for messages; it is tried again");
-            told = true;
+    /// Takes a source out: nothing is journalled for it after this. Whether others are left.
+    pub fn remove(&self, name: &str) -> bool {
+        let mut sources = self.sources.lock();
+        if let Some(source) = sources.remove(name) {
+            *source.journal.lock() = None;
+            source.state.connected.store(false, Ordering::Relaxed);
         }
-        sources.values().for_each(|source| source.state.error(format!("listen on {listen}: {error}")));
+        !sources.is_empty()
+    }
+
+    /// Serves the address until the token is cancelled.
+    pub async fn run(self: Arc<Self>, listen: SocketAddr, token: CancellationToken) {
+        let Some(listener) = self.bind(listen, &token).await else { return };
+        let address = listener.local_addr().ok();
+        {
+            let mut opened = self.address.lock();
+            *opened = address;
+            self.sources.lock().values().for_each(|source| source.opened(address));
+        }
+        tracing::info!(address = ?address, "takes messages over HTTP");
+        let router = Router::new()
+            .route("/ingest/{*path}", post(ingest))
+            .layer(axum::extract::DefaultBodyLimit::disable())
+            .with_state(Arc::clone(&self));
+        let ends = token.clone().cancelled_owned();
+        let served = axum::serve(listener, router).with_graceful_shutdown(ends);
+        let late = async {
+            token.cancelled().await;
+            tokio::time::sleep(STOP_WITHIN).await;
+        };
         tokio::select! {
-            () = tokio::time::sleep(BIND_RETRY) => {}
-            () = token.cancelled() => return None,
+            served = served => {
+                if let Err(error) = served {
+                    tracing::error!(%listen, %error, "the door for messages ended");
+                }
+            }
+            () = late => {}
+        }
+        self.sources.lock().values().for_each(|source| source.state.connected.store(false, Ordering::Relaxed));
+    }
+
+    async fn bind(&self, listen: SocketAddr, token: &CancellationToken) -> Option<TcpListener> {
+        let mut told = false;
+        loop {
+            let error = match TcpListener::bind(listen).await {
+                Ok(listener) => return Some(listener),
+                Err(error) => error,
+            };
+            if !told {
+                tracing::error!(%listen, %error, "no door for messages; it is tried again");
+                told = true;
+            }
+            let tell = |source: &Arc<Source>| source.state.error(format!("listen on {listen}: {error}"));
+            self.sources.lock().values().for_each(tell);
+            tokio::select! {
+                () = tokio::time::sleep(BIND_RETRY) => {}
+                () = token.cancelled() => return None,
+            }
         }
     }
 }
 
 async fn ingest(
-    State(sources): State<Sources>,
+    State(door): State<Arc<Door>>,
     Path(path): Path<String>,
     RawQuery(query): RawQuery,
     headers: HeaderMap,
     body: Body,
 ) -> Result<&'static str, Refused> {
     let name = path.split('/').next().unwrap_or_default();
-    let source = sources.get(name).ok_or(Refused(StatusCode::NOT_FOUND, "there is no http source of this name"))?;
+    let source = door.sources.lock().get(name).cloned();
+    let source = source.ok_or(Refused(StatusCode::NOT_FOUND, "there is no http source of this name"))?;
     if !source.admits(&headers) {
         return Err(Refused(StatusCode::UNAUTHORIZED, "the token is missing or wrong"));
     }
@@ -174,6 +201,12 @@ fn topic(path: &str, query: Option<&str>) -> String {
 }
 
 impl Source {
+    fn opened(&self, address: Option<SocketAddr>) {
+        *self.state.address.lock() = address;
+        *self.state.last_error.lock() = None;
+        self.state.connected.store(true, Ordering::Relaxed);
+    }
+
     fn admits(&self, headers: &HeaderMap) -> bool {
         let Some(token) = &self.settings.token else { return true };
         let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
@@ -235,6 +268,9 @@ impl Source {
         });
         let (ticket, mut durable) = {
             let mut journal = self.journal.lock();
+            let Some(journal) = journal.as_mut() else {
+                return Err(Refused(StatusCode::SERVICE_UNAVAILABLE, "the source is being changed"));
+            };
             let ticket = journal.try_append(&entry).map_err(|error| match error {
                 TryAppendError::Full => {
                     self.state.error("the journal is full: callers are told to come again".to_owned());

@@ -53,6 +53,12 @@ impl Link {
         }
     }
 
+    /// For other limits and other lanes. What is under way counts for no lane any more.
+    pub fn change(&mut self, bytes_max: usize, bandwidths: &[Option<u64>]) {
+        let (window, round_ms, last_ms) = (self.window.min(bytes_max), self.round_ms, self.last_ms);
+        *self = Self { window, round_ms, last_ms, ..Self::new(bytes_max, bandwidths) };
+    }
+
     /// How long the last request with batches took.
     pub fn last_ms(&self) -> u64 {
         self.last_ms as u64

@@ -300,6 +300,12 @@ impl Uplink {
         self.forget();
     }
 
+    /// There are other addresses now, so many; what the old ones hold counts for nothing.
+    pub fn readdress(&mut self, urls: usize, now_ms: u64) {
+        (self.urls, self.failures, self.not_before_ms) = (urls.max(1), 0, 0);
+        self.move_to(0, now_ms);
+    }
+
     fn landed(&mut self, sent: Option<&StreamName>) {
         match sent {
             Some(stream) => self.chains.entry(stream.clone()).or_default().in_flight = false,

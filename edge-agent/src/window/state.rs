@@ -22,7 +22,7 @@ use wire::FieldType;
 use super::aggregate::{Aggregate, Ends, Extra, Field, Wants};
 use super::group::Grouping;
 use super::sketch::Sketch;
-use super::{Kind, Value, Window, Windows};
+use super::{Kind, Value, Window, WindowRow, Windows};
 use crate::config::Number;
 
 const VERSION: u8 = 2;
@@ -71,19 +71,18 @@ impl Windows {
     }
 
     /// Takes over a state. A window that the settings no longer have is left out. Of one that they have with another size,
-    /// group, or aggregates that need what was not kept, and of all when the fields have changed, only the watermark is taken
-    /// over, and rows that may belong to results which are told already are late: a result of a part of their rows would
-    /// stand above the whole one.
+    /// group, or aggregates that need what was not kept, and of all when the fields have changed, only the newest event time is
+    /// taken over, and rows that may belong to results which are told already ([`Windows::close_what_ends`]) are late: a result
+    /// of a part of their rows would stand above the whole one.
     ///
     /// # Errors
     /// When the fields have changed, or the bytes are no state; then nothing is taken over.
     pub fn restore(&mut self, bytes: &Bytes) -> Result<(), StateError> {
         let state = self.read(&mut bytes.clone()).ok_or(StateError::Short)?;
         self.newest = state.newest;
-        let watermark = self.watermark();
         let Some(windows) = state.windows else {
-            for window in self.windows.iter_mut().filter(|_| watermark != i64::MIN) {
-                window.begin_behind(watermark);
+            for window in self.windows.iter_mut().filter(|_| state.newest != i64::MIN) {
+                window.begin_behind(state.newest);
             }
             return Err(StateError::Fields);
         };
@@ -91,8 +90,8 @@ impl Windows {
             let Some(window) = self.windows.iter_mut().find(|window| window.name == restored.name) else { continue };
             let same = window.size() == restored.size && window.shape(&self.names) == restored.shape;
             if !same || restored.wants != window.wants {
-                if watermark != i64::MIN {
-                    window.begin_behind(watermark);
+                if state.newest != i64::MIN {
+                    window.begin_behind(state.newest);
                 }
                 continue;
             }
@@ -104,6 +103,31 @@ impl Windows {
             }
         }
         Ok(())
+    }
+
+    /// Closes the windows that [`Windows::restore`] would not take over into `next`: these are their last results.
+    pub fn close_what_ends(&mut self, next: Option<&Self>) -> Vec<WindowRow> {
+        let mut rows = Vec::new();
+        let next = next.filter(|next| next.names == self.names && next.kinds == self.kinds);
+        for (index, window) in self.windows.iter_mut().enumerate() {
+            let shape = window.shape(&self.names);
+            let goes_on = |other: &Window| {
+                let same = other.name == window.name && other.size() == window.size() && other.wants == window.wants;
+                same && other.shape(&self.names) == shape
+            };
+            if next.is_some_and(|next| next.windows.iter().any(goes_on)) {
+                continue;
+            }
+            match window.kind {
+                Kind::Hopping { .. } => window.close_before(i64::MAX, index, &mut rows),
+                Kind::Session { .. } => {
+                    while window.sessions.first_end().is_some() {
+                        window.give_up_session(index, &mut self.held, &mut rows);
+                    }
+                }
+            }
+        }
+        rows
     }
 
     fn read(&self, bytes: &mut Bytes) -> Option<State> {
@@ -193,10 +217,10 @@ impl Window {
     }
 
     /// Rows of windows that may be closed already are late.
-    fn begin_behind(&mut self, watermark: i64) {
+    fn begin_behind(&mut self, newest: i64) {
         let first = match self.kind {
-            Kind::Hopping { every, .. } => watermark.div_euclid(every) * every + every,
-            Kind::Session { gap } => watermark.saturating_add(gap),
+            Kind::Hopping { every, .. } => newest.div_euclid(every) * every + every,
+            Kind::Session { gap } => newest.saturating_add(gap),
         };
         (self.closed_before, self.given_up_before) = (first, first);
     }

@@ -9,7 +9,8 @@ use wire::StreamName;
 
 use super::super::history::History;
 use super::super::status::{
-    JournalStatus, LaneStatus, LastValue, RowsStatus, RuleStatus, SourceStatus, Status, StreamStatus, UplinkStatus,
+    ConfigurationStatus, JournalStatus, LaneStatus, LastValue, RowsStatus, RuleStatus, SourceStatus, Status,
+    StreamStatus, UplinkStatus,
 };
 use super::{Engine, now_us};
 use crate::decode::Value;
@@ -112,6 +113,10 @@ impl Engine {
                 last_error: self.last_error.clone(),
             },
             rows,
+            configuration: ConfigurationStatus {
+                version: parts.in_force.version,
+                ..parts.configuration.lock().clone()
+            },
             quarantined: counters.reasons.clone(),
             problems: self.problems(),
             incidents: parts.incidents.clone(),

@@ -11,7 +11,7 @@ use crate::config::decoding::{Format, FormatOptions, Readings, When};
 use crate::config::{Size, Span};
 
 /// A CSV or NDJSON file: each line is a message, whose topic is the file's name.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileSettings {
     /// What the journal keeps the place in the file under: never change it. The name of the stream unless set.

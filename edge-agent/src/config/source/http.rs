@@ -13,7 +13,7 @@ use crate::config::decoding::{Format, FormatOptions, Readings, When};
 use crate::config::{Size, Span};
 
 /// A door for devices and for servers that call webhooks. Sources with the same `listen` share it.
-#[derive(Clone, Deserialize)]
+#[derive(Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HttpSettings {
     /// The last level of the path, and the column `source` of quarantine; the name of the stream unless set.

@@ -11,7 +11,7 @@ use super::{MapSettings, Place, Pointer, TimePlace};
 use crate::config::{Span, StreamSettings};
 
 /// Devices behind one address, over TCP or a serial line.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModbusSettings {
     #[serde(default)]
@@ -55,7 +55,7 @@ pub enum Parity {
 }
 
 /// One device: its number on the line, and its name in the stream.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct UnitSettings {
     pub id: u8,
@@ -63,7 +63,7 @@ pub struct UnitSettings {
 }
 
 /// One value: where it stands, and how it is read.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RegisterSettings {
     /// The stream's field that gets it.

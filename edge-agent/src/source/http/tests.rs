@@ -45,7 +45,9 @@ impl Door {
         let settings = settings(more);
         let listen = settings.listen;
         let push = Push { settings, journal: journal.sender(), state: Arc::clone(&state) };
-        let task = tokio::spawn(run(listen, vec![push], token.clone()));
+        let door = Arc::new(super::Door::default());
+        door.put(push);
+        let task = tokio::spawn(door.run(listen, token.clone()));
         while !state.connected.load(Ordering::Relaxed) {
             tokio::task::yield_now().await;
         }
