@@ -1,10 +1,12 @@
-//! The agent's own door: `/health`, `/ready`, `/metrics` (Prometheus) and `/status` (JSON). It tells and changes nothing.
+//! The agent's own door: `/` (a page for people), `/health`, `/ready`, `/metrics` (Prometheus) and `/status` (JSON). It tells and changes nothing.
+
+mod page;
 
 use std::sync::Arc;
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
+use axum::response::{Html, IntoResponse};
 use axum::routing::get;
 use axum::{Json, Router};
 use parking_lot::Mutex;
@@ -13,10 +15,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::Status;
 use crate::metrics;
+use crate::source::now_us;
 
 /// Serves until the token is cancelled.
 pub async fn serve(listener: TcpListener, status: Arc<Mutex<Status>>, token: CancellationToken) {
     let router = Router::new()
+        .route("/", get(shown))
         .route("/health", get(async || "ok\n"))
         .route("/ready", get(ready))
         .route("/metrics", get(prometheus))
@@ -37,6 +41,13 @@ async fn ready(State(status): State<Arc<Mutex<Status>>>) -> impl IntoResponse {
         Some(name) => (StatusCode::SERVICE_UNAVAILABLE, format!("source `{name}` is not connected\n")),
         None => (StatusCode::OK, "ready\n".to_owned()),
     }
+}
+
+/// Nothing in it runs or is fetched: what a device may have written stays text.
+async fn shown(State(status): State<Arc<Mutex<Status>>>) -> impl IntoResponse {
+    let policy = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'";
+    let status = status.lock().clone();
+    ([(header::CONTENT_SECURITY_POLICY, policy)], Html(page::render(&status, now_us())))
 }
 
 async fn prometheus(State(status): State<Arc<Mutex<Status>>>) -> impl IntoResponse {

@@ -6,6 +6,7 @@
 //! retried that a disk refused.
 
 mod engine;
+mod history;
 mod intake;
 mod rate;
 mod reload;
@@ -26,13 +27,14 @@ use tokio_util::sync::CancellationToken;
 use wire::SpoolId;
 
 pub use self::engine::EngineError;
-use self::engine::{Engine, Order, Parts, Snapshot, incident, remove_other_spools, spool_directory};
+pub(crate) use self::engine::spool_directory;
+use self::engine::{Engine, Order, Parts, Snapshot, incident, remove_other_spools};
 use self::intake::Intake;
 use self::reload::{Reload, Watch};
 pub use self::snapshot_file::SnapshotFileError;
 pub use self::status::{
-    ConfigurationStatus, JournalStatus, LaneStatus, RowsStatus, RuleStatus, SourceStatus, Status, StreamStatus,
-    UplinkStatus,
+    ConfigurationStatus, JournalStatus, LaneStatus, LastValue, RowsStatus, RuleStatus, SourceStatus, Status,
+    StreamStatus, UplinkStatus,
 };
 use crate::admin;
 use crate::config::{LaneSettings as LaneConfig, Settings};
@@ -282,16 +284,11 @@ impl Recovered {
         let data_dir = &settings.edge.data_dir;
         let mut incidents = Vec::new();
         let directory = spool_directory(data_dir);
-        let spool_settings = spool_settings(&in_force, settings);
+        let spool_settings = spool_settings_with(&in_force, settings);
         let (spool, damage) = Spool::open(&Disk, &directory, spool_settings, SpoolId(rand::rng().random()))?;
         damage.iter().for_each(|damage| incident(&mut incidents, format!("spool: {damage:?}")));
         remove_other_spools(&directory, spool.id());
-        let options = Options {
-            segment_bytes: settings.journal.segment_bytes.0,
-            max_bytes: settings.journal.max_bytes.0,
-            reserve_bytes: JOURNAL_RESERVE_BYTES,
-        };
-        let (mut journal, opening) = OpenJournal::open(data_dir.join("journal"), options)?;
+        let (mut journal, opening) = OpenJournal::open(data_dir.join("journal"), journal_options(settings))?;
         opening.incidents.iter().for_each(|damage| incident(&mut incidents, format!("journal: {damage:?}")));
         let lanes = spool.cut_positions();
         let (pipeline, bytes) = match snapshot {
@@ -435,13 +432,27 @@ impl AtEnd {
     }
 }
 
+/// How the journal of these settings is opened.
+pub(crate) fn journal_options(settings: &Settings) -> Options {
+    Options {
+        segment_bytes: settings.journal.segment_bytes.0,
+        max_bytes: settings.journal.max_bytes.0,
+        reserve_bytes: JOURNAL_RESERVE_BYTES,
+    }
+}
+
+/// How the spool of these settings is opened.
+pub(crate) fn spool_settings(settings: &Settings) -> SpoolSettings {
+    spool_settings_with(settings, settings)
+}
+
 /// The entry behind which the settings count.
 fn configured(settings: &Settings) -> Entry {
     Entry::Configured { version: settings.version, text: settings.text.clone() }
 }
 
 /// The lanes that a pipeline of settings writes to, with the sizes of `sizes`.
-fn spool_settings(of: &Settings, sizes: &Settings) -> SpoolSettings {
+fn spool_settings_with(of: &Settings, sizes: &Settings) -> SpoolSettings {
     let segment_bytes = of.lane_segment_bytes().max(sizes.lane_segment_bytes());
     let raw = &of.raw_streams() | &sizes.raw_streams();
     let sizes = sizes.lanes();

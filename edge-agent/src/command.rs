@@ -1,6 +1,6 @@
-//! The command line of the agent: `run`, `check`, `try` and `profile`, for its own binary and for `weir edge`.
+//! The command line of the agent, for its own binary and for `weir edge`.
 
-use std::io::Read;
+use std::io::{IsTerminal, Read, Write};
 use std::path::PathBuf;
 
 use anyhow::Context;
@@ -9,8 +9,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent;
 use crate::config::{OnFull, Settings, SourceSettings};
+use crate::discover::{self, DiscoverArguments};
 use crate::notify::Notifier;
-use crate::{profile, source, trial};
+use crate::offline::{self, SpoolCommand};
+use crate::{doctor, profile, source, trial};
 
 /// What the agent is asked to do.
 #[derive(Debug, clap::Subcommand)]
@@ -23,6 +25,18 @@ pub enum EdgeCommand {
     Try(TryArguments),
     /// Read history and propose checks, as TOML to paste
     Profile(ProfileArguments),
+    /// Try what the agent needs: brokers, topics, cloud, clock, disk, limits; one line each
+    Doctor(ConfigArguments),
+    /// Hear a broker, and write a configuration to begin with
+    Discover(DiscoverArguments),
+    /// Look at the data directory of a stopped agent: status, verify, repair, export
+    Spool {
+        #[command(subcommand)]
+        command: SpoolCommand,
+        /// Configuration, as in configs/edge.toml
+        #[arg(long, global = true, default_value = "edge.toml")]
+        config: PathBuf,
+    },
 }
 
 /// Arguments of `profile`.
@@ -107,6 +121,28 @@ pub async fn execute(command: EdgeCommand) -> anyhow::Result<()> {
                 .await
                 .context("stop in time; the next start goes on from disk")??;
             Ok(())
+        }
+        EdgeCommand::Doctor(arguments) => {
+            let settings = Settings::load(&arguments.config)?;
+            let lines = doctor::examine(&settings).await;
+            let mark = match std::io::stdout().is_terminal() {
+                true => ["\x1b[31m!!\x1b[0m", "\x1b[32mok\x1b[0m"],
+                false => ["!!", "ok"],
+            };
+            lines.iter().for_each(|line| say(&format!("{} {}", mark[usize::from(line.good)], line.text)));
+            let bad = lines.iter().filter(|line| !line.good).count();
+            anyhow::ensure!(bad == 0, "{bad} of {} lines say what to do", lines.len());
+            Ok(())
+        }
+        EdgeCommand::Discover(arguments) => {
+            say(&discover::discover(&arguments).await?);
+            Ok(())
+        }
+        EdgeCommand::Spool { command, config } => {
+            let settings = Settings::load(&config)?;
+            let answer = tokio::task::spawn_blocking(move || offline::execute(&command, &settings)).await??;
+            say(&answer.text);
+            answer.failed.map_or(Ok(()), |failed| Err(anyhow::anyhow!(failed)))
         }
         EdgeCommand::Check(arguments) => {
             let settings = Settings::load(&arguments.config)?;
@@ -197,9 +233,9 @@ fn describe(settings: &Settings) -> String {
     lines.join("\n")
 }
 
-#[allow(clippy::print_stdout, reason = "a command's answer")]
 fn say(text: &str) {
-    println!("{text}");
+    // Who has closed the pipe wants no more.
+    let _ = writeln!(std::io::stdout(), "{text}");
 }
 
 async fn stop_signal() -> anyhow::Result<()> {

@@ -90,6 +90,8 @@ struct Stream {
     rules: Option<InputId>,
     absent_rules: Option<InputId>,
     window_rules: Vec<Option<InputId>>,
+    /// The reading that was accepted last, for people; not part of the state.
+    last: Option<Reading>,
 }
 
 /// The state of the middle. See the module's documentation.
@@ -201,6 +203,7 @@ impl Pipeline {
                 rules: pipeline.rules.input(name),
                 absent_rules: stream.absent_stream(name).and_then(|absent| pipeline.rules.input(&absent)),
                 window_rules,
+                last: None,
             });
         }
         pipeline.add_sources(settings, &streams);
@@ -327,6 +330,12 @@ impl Pipeline {
     /// What is known of the brokers' deliveries up to [`Pipeline::position`].
     pub fn lists(&self) -> &Lists {
         &self.lists
+    }
+
+    /// The reading of a stream that was accepted last since the start, and its fields.
+    pub fn last(&self, stream: &StreamName) -> Option<(&Reading, &StreamSchema)> {
+        let stream = self.streams.iter().find(|known| known.name == *stream)?;
+        Some((stream.last.as_ref()?, self.outputs[stream.output].schema()))
     }
 
     /// How far the journal is in each file up to [`Pipeline::position`].

@@ -162,7 +162,7 @@ fn time(us: i64) -> String {
 }
 
 /// Whether a subscription to `filter` brings this topic.
-fn matches(filter: &str, topic: &str) -> bool {
+pub(crate) fn matches(filter: &str, topic: &str) -> bool {
     let mut levels = topic.split('/');
     for part in filter.split('/') {
         match (part, levels.next()) {

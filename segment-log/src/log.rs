@@ -226,6 +226,13 @@ impl<L: FileLayer> SegmentLog<L> {
         Position(self.shared.synced())
     }
 
+    /// The file that holds a position and the byte in it, for people: what to look at. None before the log's start.
+    pub fn file_of(&self, position: Position) -> Option<(PathBuf, u64)> {
+        let first = self.shared.segment_of(position.0).0?;
+        let path = self.shared.directory.join(format::segment_name(first));
+        Some((path, SEGMENT_HEADER + position.0 - first))
+    }
+
     /// The first position of the newest segment: what an owner must know about "this segment"
     /// (which schemas are in it) changes when this does.
     pub fn newest_segment(&self) -> Position {

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use wire::sealed::CutError;
 use wire::{Acks, Seq, SpoolId, StreamName};
 
+use super::history::History;
 use super::rate::Rates;
 use super::snapshot_file::{self, SnapshotFileError};
 use super::status::{ConfigurationStatus, Status};
@@ -196,6 +197,7 @@ pub(super) struct Engine {
     published: Instant,
     rates: Rates,
     replay: Replay,
+    history: History,
 }
 
 impl Engine {
@@ -230,6 +232,7 @@ impl Engine {
             started: now,
             published: now,
             rates: Rates::default(),
+            history: History::default(),
         }
     }
 
@@ -511,7 +514,7 @@ fn is_full(parts: &Parts) -> bool {
 }
 
 /// Where the spools of a data directory lie.
-pub(super) fn spool_directory(data_dir: &Path) -> PathBuf {
+pub(crate) fn spool_directory(data_dir: &Path) -> PathBuf {
     data_dir.join("spool")
 }
 

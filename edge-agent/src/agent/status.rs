@@ -88,6 +88,21 @@ pub struct StreamStatus {
     pub lag_s: Option<f64>,
     /// Why a reading went to quarantine last, since the start.
     pub last_error: Option<String>,
+    /// Rates of the last minutes, for the page.
+    #[serde(skip)]
+    pub rates: Vec<f64>,
+    /// Device, event time and the first values of the reading that was accepted last since the start.
+    pub last: Vec<LastValue>,
+}
+
+/// A value as people read it.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct LastValue {
+    pub name: String,
+    pub value: String,
+    /// Those of the last minutes, of any device, when they are numbers; for the page.
+    #[serde(skip)]
+    pub samples: Vec<f64>,
 }
 
 /// One lane of the spool.

@@ -68,6 +68,7 @@ impl Pipeline {
             let quality = std::mem::take(&mut self.quality);
             self.accepted(position, stream, &reading, quality.as_str());
             self.quality = quality;
+            self.streams[stream].last = Some(reading);
             return;
         }
         totals.waiting += 1;
@@ -93,6 +94,7 @@ impl Pipeline {
             totals.waiting -= 1;
             totals.accepted += 1;
             self.accepted(position, stream, &held.reading, &held.quality);
+            self.streams[stream].last = Some(held.reading);
         }
     }
 

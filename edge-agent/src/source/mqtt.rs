@@ -10,6 +10,7 @@
 //! The state of a connection has one owner, [`Connection::run`]; it ends by its token or with the journal.
 
 pub(crate) mod client;
+pub mod probe;
 mod subscriptions;
 #[cfg(test)]
 mod tests;

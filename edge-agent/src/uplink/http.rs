@@ -93,6 +93,18 @@ impl CloudClient {
         &self.urls
     }
 
+    /// How the first address answers a question for a spool that nobody has: its status, and the `Date` of the answer.
+    ///
+    /// # Errors
+    /// Why there was no answer, for people.
+    pub async fn look(&self, spool: SpoolId) -> Result<(StatusCode, Option<String>), String> {
+        let mut address = self.address(0, "positions");
+        address.set_query(Some(&format!("spool={spool}")));
+        let response = self.client.get(address).send().await.map_err(|error| causes(&error))?;
+        let date = response.headers().get(reqwest::header::DATE).and_then(|date| date.to_str().ok());
+        Ok((response.status(), date.map(str::to_owned)))
+    }
+
     /// What the node has of this spool.
     ///
     /// # Errors

@@ -5,14 +5,16 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::super::status::{
-    ConfigurationStatus, JournalStatus, LaneStatus, RowsStatus, RuleStatus, SourceStatus, Status, StreamStatus,
-    UplinkStatus,
-};
-use super::{Engine, now_us};
 use wire::StreamName;
 
-use crate::pipeline::{AGENT_VERSION, LaneCut};
+use super::super::history::History;
+use super::super::status::{
+    ConfigurationStatus, JournalStatus, LaneStatus, LastValue, RowsStatus, RuleStatus, SourceStatus, Status,
+    StreamStatus, UplinkStatus,
+};
+use super::{Engine, now_us};
+use crate::decode::Value;
+use crate::pipeline::{AGENT_VERSION, LaneCut, Pipeline};
 
 impl Engine {
     /// Shows the state of this moment to status and metrics.
@@ -44,9 +46,12 @@ impl Engine {
         for (name, watermark, pending) in parts.pipeline.streams() {
             let totals = counters.streams.get(name).copied().unwrap_or_default();
             let watermark_us = (watermark != wire::sealed::NO_WATERMARK).then_some(watermark);
+            let rate = self.rates.of(&format!("stream {name}"), totals.rows, self.published);
             streams.push(StreamStatus {
                 name: name.to_string(),
-                rate: self.rates.of(&format!("stream {name}"), totals.rows, self.published),
+                rate,
+                rates: self.history.note(name.as_str(), rate, self.published),
+                last: last_values(&parts.pipeline, name, &mut self.history, self.published),
                 totals,
                 pending: pending as u64,
                 uncommitted: pending as u64 + spooled.get(name).copied().unwrap_or(0) + held_of(&self.held, name),
@@ -136,4 +141,44 @@ impl Engine {
 fn held_of(held: &[(usize, LaneCut)], stream: &StreamName) -> u64 {
     let batches = held.iter().flat_map(|(_, lane)| &lane.batches).filter(|batch| batch.stream == *stream);
     batches.map(|batch| u64::from(batch.rows)).sum()
+}
+
+/// Fields that are shown of a reading, and how much of a text.
+const SHOWN_MAX: usize = 8;
+const SHOWN_BYTES_MAX: usize = 60;
+
+fn last_values(pipeline: &Pipeline, stream: &StreamName, history: &mut History, now: Instant) -> Vec<LastValue> {
+    let Some((reading, schema)) = pipeline.last(stream) else { return Vec::new() };
+    let ts = chrono::DateTime::from_timestamp_micros(reading.ts);
+    let ts = ts.map_or_else(|| reading.ts.to_string(), |ts| ts.to_rfc3339_opts(chrono::SecondsFormat::Millis, true));
+    let plain = |name: &str, value: String| LastValue { name: name.to_owned(), value, samples: Vec::new() };
+    let mut last = vec![plain("device", shortened(&reading.device)), plain("ts", ts)];
+    for (field, value) in schema.fields().iter().zip(&reading.values).take(SHOWN_MAX) {
+        let Some(value) = value else { continue };
+        let number = match value {
+            Value::Float(value) => Some(*value),
+            Value::Int(value) => Some(*value as f64),
+            Value::Bool(_) | Value::Text(_) => None,
+        };
+        let note = |number| history.note(&format!("{stream}/{}", field.name), number, now);
+        last.push(LastValue {
+            name: field.name.to_string(),
+            value: text(value),
+            samples: number.map(note).unwrap_or_default(),
+        });
+    }
+    last
+}
+
+fn shortened(text: &str) -> String {
+    text[..text.floor_char_boundary(SHOWN_BYTES_MAX)].to_owned()
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        Value::Float(value) => value.to_string(),
+        Value::Int(value) => value.to_string(),
+        Value::Bool(value) => value.to_string(),
+        Value::Text(text) => shortened(text),
+    }
 }

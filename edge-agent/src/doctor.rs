@@ -1,0 +1,229 @@
+//! `edge-agent doctor`: one line for each thing that an agent needs, `ok` or `!!` and what to do.
+//!
+//! It changes nothing but a file of its own in the data directory, which it removes, and may run beside the agent: at a
+//! broker it is a client of its own, whose session it ends.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::time::{Duration, Instant, SystemTime};
+
+use reqwest::StatusCode;
+use rustix::process::{Resource, getrlimit};
+
+use crate::config::{MqttSettings, Settings, SourceSettings};
+use crate::source::mqtt::probe::{Heard, hear};
+use crate::trial::matches;
+
+/// How long a topic may be silent.
+const HEAR: Duration = Duration::from_secs(5);
+/// A clock that is further off makes wrong times.
+const SKEW_MAX_S: i64 = 5;
+/// A slower disk holds up every group of messages.
+const SYNC_SLOW: Duration = Duration::from_millis(50);
+const SYNCS: usize = 20;
+/// Fewer are not enough for lanes, sources and callers.
+const FILES_MIN: u64 = 1_024;
+/// Messages that are looked at.
+const MESSAGES_MAX: usize = 1_000;
+
+/// A line, and whether it is good.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Line {
+    pub good: bool,
+    pub text: String,
+}
+
+fn ok(text: String) -> Line {
+    Line { good: true, text }
+}
+
+fn bad(text: String) -> Line {
+    Line { good: false, text }
+}
+
+/// All lines.
+pub async fn examine(settings: &Settings) -> Vec<Line> {
+    let mut lines = Vec::new();
+    // All at once: each is heard for seconds.
+    let brokers = settings.source.iter().filter_map(|source| match source {
+        SourceSettings::Mqtt(mqtt) => Some(broker(settings, mqtt)),
+        _ => None,
+    });
+    lines.extend(futures::future::join_all(brokers).await.into_iter().flatten());
+    for source in &settings.source {
+        if let SourceSettings::File(file) = source {
+            lines.push(match File::open(&file.path) {
+                Ok(_) => ok(format!("source {}: {} can be read", file.name, file.path.display())),
+                Err(error) => bad(format!("source {}: {}: {error}", file.name, file.path.display())),
+            });
+        }
+    }
+    lines.extend(cloud(settings).await);
+    lines.extend(disk(settings));
+    let files = getrlimit(Resource::Nofile).current;
+    lines.push(match files {
+        Some(files) if files < FILES_MIN => bad(format!(
+            "files: only {files} may be open; set LimitNOFILE={FILES_MIN} in the unit, or `ulimit -n {FILES_MIN}`"
+        )),
+        Some(files) => ok(format!("files: {files} may be open")),
+        None => ok("files: no limit".to_owned()),
+    });
+    lines
+}
+
+async fn broker(settings: &Settings, mqtt: &MqttSettings) -> Vec<Line> {
+    let name = &mqtt.name;
+    let client = format!("weir-{}-{name}-doctor", settings.edge.id);
+    let Heard { subscribed, messages, error } = hear(mqtt, &client, HEAR, MESSAGES_MAX).await;
+    if !subscribed {
+        let why = error.unwrap_or_default();
+        return vec![bad(format!(
+            "source {name}: {}: {why}; is the address right, are username and password?",
+            mqtt.url
+        ))];
+    }
+    let mut lines = vec![ok(format!("source {name}: {} takes our subscriptions", mqtt.url))];
+    for filter in &mqtt.topics {
+        let count = messages.iter().filter(|(topic, _)| matches(filter, topic)).count();
+        lines.push(match count {
+            0 => {
+                bad(format!("source {name}: nothing on {filter} within {HEAR:?}; is the topic right, do devices send?"))
+            }
+            count => ok(format!("source {name}: {count} messages on {filter} within {HEAR:?}")),
+        });
+    }
+    lines
+}
+
+async fn cloud(settings: &Settings) -> Vec<Line> {
+    let mut lines = Vec::new();
+    let spool = wire::SpoolId([0; 16]);
+    for url in &settings.cloud.urls {
+        let cloud = crate::config::CloudSettings { urls: vec![url.clone()], ..settings.cloud.clone() };
+        let asked = match crate::uplink::http::CloudClient::new(&cloud, &settings.edge.id) {
+            Ok(client) => client.look(spool).await,
+            Err(error) => Err(error.to_string()),
+        };
+        let (status, date) = match asked {
+            Ok(answer) => answer,
+            Err(error) => {
+                lines
+                    .push(bad(format!("cloud {url}: {error}; is the address right, does the network let it through?")));
+                continue;
+            }
+        };
+        lines.push(match status {
+            status if status.is_success() => {
+                ok(format!("cloud {url}: it knows edge {} and its token", settings.edge.id))
+            }
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => bad(format!(
+                "cloud {url}: {status}; its [[edge]] must have id = \"{}\" and this token",
+                settings.edge.id
+            )),
+            status => bad(format!("cloud {url}: {status}; is this the address of a Weir cloud?")),
+        });
+        let date = date.and_then(|date| chrono::DateTime::parse_from_rfc2822(&date).ok());
+        if let Some(date) = date {
+            let now = chrono::DateTime::<chrono::Utc>::from(SystemTime::now());
+            let skew = now.timestamp() - date.timestamp();
+            lines.push(match skew.abs() {
+                0..=SKEW_MAX_S => ok(format!("clock: within {SKEW_MAX_S} s of the cloud's")),
+                _ => bad(format!("clock: {skew} s ahead of the cloud's; start NTP (timedatectl set-ntp true)")),
+            });
+        }
+    }
+    lines
+}
+
+fn disk(settings: &Settings) -> Vec<Line> {
+    let data_dir = &settings.edge.data_dir;
+    let shown = data_dir.display();
+    let mut lines = Vec::new();
+    match sync_times(data_dir) {
+        Ok((median, longest)) if median > SYNC_SLOW => {
+            lines.push(bad(format!("disk {shown}: a sync takes {median:?}, at most {longest:?}; use a faster disk, or a longer journal.group_wait")));
+        }
+        Ok((median, longest)) => lines.push(ok(format!("disk {shown}: a sync takes {median:?}, at most {longest:?}"))),
+        Err(error) => lines.push(bad(format!("disk {shown}: {error}; make it, and give it to the agent's user"))),
+    }
+    let wanted = settings.journal.max_bytes.0 + settings.lanes().iter().map(|lane| lane.max_bytes.0).sum::<u64>();
+    if let Ok(space) = rustix::fs::statvfs(data_dir) {
+        let free = space.f_bavail.saturating_mul(space.f_frsize);
+        let (free_mib, wanted_mib) = (free >> 20, wanted >> 20);
+        lines.push(if free < wanted {
+            bad(format!("space: {free_mib} MiB are free, journal and lanes may take {wanted_mib} MiB; free some, or lower max_bytes"))
+        } else {
+            ok(format!("space: {free_mib} MiB are free, journal and lanes may take {wanted_mib} MiB"))
+        });
+    }
+    lines
+}
+
+/// The median and the longest of some syncs of a page.
+fn sync_times(data_dir: &Path) -> std::io::Result<(Duration, Duration)> {
+    let path = data_dir.join("doctor.tmp");
+    let times = (|| -> std::io::Result<Vec<Duration>> {
+        let mut file = File::create(&path)?;
+        let mut times = Vec::new();
+        for _ in 0..SYNCS {
+            let started = Instant::now();
+            file.write_all(&[0x5a; 4_096])?;
+            file.sync_data()?;
+            times.push(started.elapsed());
+        }
+        Ok(times)
+    })();
+    // Also after an error: nothing of it is needed.
+    let _ = std::fs::remove_file(&path);
+    let mut times = times?;
+    times.sort();
+    Ok((times[times.len() / 2], times[times.len() - 1]))
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::HeaderMap;
+    use axum::routing::get;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_wrong_is_told_with_what_to_do() {
+        let directory = tempfile::tempdir().unwrap();
+        let app = axum::Router::new().route(
+            "/v1/edges/{edge}/positions",
+            get(async |headers: HeaderMap| {
+                let right = headers.get("authorization").is_some_and(|token| token == "Bearer right");
+                let status = if right { 200 } else { 401 };
+                ([("date", "Sat, 21 Nov 2026 00:00:00 GMT")], axum::http::StatusCode::from_u16(status).unwrap())
+            }),
+        );
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let cloud = listener.local_addr().unwrap();
+        tokio::spawn(async move { axum::serve(listener, app).await });
+        let settings = |token: &str, data_dir: &Path| {
+            Settings::parse(&format!(
+                "[edge]\nid = \"e\"\ndata_dir = '{}'\n[cloud]\nurls = [\"http://{cloud}\"]\ntoken = \"{token}\"\n\
+                 [[source]]\nkind = \"mqtt\"\nurl = \"mqtt://127.0.0.1:1\"\ntopics = [\"#\"]\nstream = \"s\"\n[source.map]\n\
+                 device = \"topic:0\"\n[stream.s.fields]\nv = {{ type = \"int64\" }}\n",
+                data_dir.display()
+            ))
+            .unwrap()
+        };
+        rustls::crypto::ring::default_provider().install_default().ok();
+        let find = |lines: &[Line], text: &str| {
+            let line = lines.iter().find(|line| line.text.contains(text));
+            line.unwrap_or_else(|| panic!("{text}: {lines:?}")).good
+        };
+        let lines = examine(&settings("right", directory.path())).await;
+        assert!(!find(&lines, "is the address right, are username"), "no broker is there");
+        assert!(find(&lines, "it knows edge e and its token"));
+        assert!(!find(&lines, "start NTP"), "the clock is that of another day");
+        find(&lines, "a sync takes");
+        assert!(std::fs::read_dir(directory.path()).unwrap().next().is_none(), "its file is gone");
+        let lines = examine(&settings("wrong", &directory.path().join("none"))).await;
+        assert!(!find(&lines, "401"));
+        assert!(!find(&lines, "make it, and give it"));
+    }
+}

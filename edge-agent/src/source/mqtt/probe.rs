@@ -1,0 +1,65 @@
+//! A look at a broker beside the agent: a client of its own, without a session, that hears for some seconds.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::time::Instant;
+
+use super::client::{self, Event};
+use crate::config::MqttSettings;
+
+/// What was heard.
+#[derive(Debug, Default)]
+pub struct Heard {
+    /// Whether the broker took the subscriptions.
+    pub subscribed: bool,
+    pub messages: Vec<(String, Bytes)>,
+    /// Why it ended early.
+    pub error: Option<String>,
+}
+
+/// Connects as `client`, which must be nobody else's id, and hears the topics for so long, or so many messages.
+pub async fn hear(settings: &MqttSettings, client: &str, within: Duration, messages_max: usize) -> Heard {
+    // Without its group: a shared subscription would take messages from the agent.
+    let settings = MqttSettings { share: None, ..settings.clone() };
+    let mut heard = Heard::default();
+    let (sender, mut events) = match client::new(&settings, client) {
+        Ok(made) => made,
+        Err(error) => return Heard { error: Some(error.to_string()), ..heard },
+    };
+    let until = Instant::now() + within;
+    while heard.messages.len() < messages_max {
+        let event = match tokio::time::timeout_at(until, events.next()).await {
+            Ok(event) => event,
+            Err(_) => {
+                if !heard.subscribed {
+                    heard.error = Some("it does not answer".to_owned());
+                }
+                break;
+            }
+        };
+        match event {
+            Event::Connected { .. } => sender.subscribe(&settings.filters()),
+            Event::Subscribed => heard.subscribed = true,
+            Event::Message(publish) => {
+                heard.messages.push((publish.topic(), publish.payload().clone()));
+                sender.acknowledge(&publish);
+            }
+            Event::Refused(reason) => {
+                heard.error = Some(format!("subscription refused: {reason}"));
+                break;
+            }
+            Event::Lost(reason) => {
+                heard.error = Some(reason);
+                break;
+            }
+            Event::Unsubscribed | Event::Other => {}
+        }
+    }
+    if heard.subscribed {
+        sender.disconnect();
+        // The session that it made must not gather messages.
+        let _ = tokio::time::timeout(Duration::from_secs(2), client::end_session(&settings, client)).await;
+    }
+    heard
+}
