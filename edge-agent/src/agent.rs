@@ -284,7 +284,7 @@ impl Recovered {
         let data_dir = &settings.edge.data_dir;
         let mut incidents = Vec::new();
         let directory = spool_directory(data_dir);
-        let spool_settings = spool_settings(&in_force, settings);
+        let spool_settings = spool_settings_with(&in_force, settings);
         let (spool, damage) = Spool::open(&Disk, &directory, spool_settings, SpoolId(rand::rng().random()))?;
         damage.iter().for_each(|damage| incident(&mut incidents, format!("spool: {damage:?}")));
         remove_other_spools(&directory, spool.id());
@@ -432,11 +432,6 @@ impl AtEnd {
     }
 }
 
-/// The entry behind which the settings count.
-fn configured(settings: &Settings) -> Entry {
-    Entry::Configured { version: settings.version, text: settings.text.clone() }
-}
-
 /// How the journal of these settings is opened.
 pub(crate) fn journal_options(settings: &Settings) -> Options {
     Options {
@@ -446,8 +441,18 @@ pub(crate) fn journal_options(settings: &Settings) -> Options {
     }
 }
 
+/// How the spool of these settings is opened.
+pub(crate) fn spool_settings(settings: &Settings) -> SpoolSettings {
+    spool_settings_with(settings, settings)
+}
+
+/// The entry behind which the settings count.
+fn configured(settings: &Settings) -> Entry {
+    Entry::Configured { version: settings.version, text: settings.text.clone() }
+}
+
 /// The lanes that a pipeline of settings writes to, with the sizes of `sizes`.
-pub(crate) fn spool_settings(of: &Settings, sizes: &Settings) -> SpoolSettings {
+fn spool_settings_with(of: &Settings, sizes: &Settings) -> SpoolSettings {
     let segment_bytes = of.lane_segment_bytes().max(sizes.lane_segment_bytes());
     let raw = &of.raw_streams() | &sizes.raw_streams();
     let sizes = sizes.lanes();

@@ -211,7 +211,7 @@ fn open_spool(settings: &Settings) -> anyhow::Result<Option<Spool<Untouched>>> {
     if !directory.join("id").is_file() {
         bail!("{} is missing: `edge-agent spool repair` writes it anew", directory.join("id").display());
     }
-    let mut wanted = spool_settings(settings, settings);
+    let mut wanted = spool_settings(settings);
     // A lane that never got anything is not there, and must not seem to be made.
     wanted.lanes.retain(|lane| directory.join(id.to_string()).join(&lane.name).is_dir());
     let bar = bytes_bar(logs(settings)?.iter().filter(|log| !log.is_journal).map(Log::bytes).sum::<u64>() * 2)?;

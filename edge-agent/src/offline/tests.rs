@@ -42,8 +42,7 @@ async fn directory() -> (tempfile::TempDir, Settings) {
     let journal = open.run(Duration::from_millis(1)).unwrap();
     let mut sender = journal.sender();
     let (mut spool, _) =
-        Spool::open(&Disk, &spool_directory(directory.path()), spool_settings(&settings, &settings), SpoolId([7; 16]))
-            .unwrap();
+        Spool::open(&Disk, &spool_directory(directory.path()), spool_settings(&settings), SpoolId([7; 16])).unwrap();
     let mut pipeline = Pipeline::new(&settings, Position(0), &BTreeMap::new());
     for number in 0..200 {
         let ticket = sender.append(&message(number)).await.unwrap();
@@ -157,8 +156,7 @@ async fn nothing_is_read_while_an_agent_runs() {
         assert!(answer.starts_with(refused), "{answer}");
     }
     drop(open);
-    let spool =
-        Spool::open(&Disk, &spool_directory(directory.path()), spool_settings(&settings, &settings), SpoolId([7; 16]));
+    let spool = Spool::open(&Disk, &spool_directory(directory.path()), spool_settings(&settings), SpoolId([7; 16]));
     let answer = run(&SpoolCommand::Export { out: directory.path().join("out") }, &settings);
     assert!(answer.starts_with(refused), "{answer}");
     drop(spool);
@@ -199,13 +197,8 @@ async fn a_stream_whose_schema_grew_is_one_file_and_one_whose_types_changed_two(
     let changed = other("v = { type = \"text\" }", "v = \"/v\"");
     let mut position = 1_000;
     for settings in [&grown, &changed] {
-        let (mut spool, _) = Spool::open(
-            &Disk,
-            &spool_directory(directory.path()),
-            spool_settings(settings, settings),
-            SpoolId([7; 16]),
-        )
-        .unwrap();
+        let (mut spool, _) =
+            Spool::open(&Disk, &spool_directory(directory.path()), spool_settings(settings), SpoolId([7; 16])).unwrap();
         let mut pipeline = Pipeline::new(settings, Position(position), &BTreeMap::new());
         let Entry::Message(mut one) = message(7) else { panic!("a message") };
         if std::ptr::eq(settings, &changed) {

@@ -6,7 +6,7 @@
 
 use segment_log::{Disk, Position};
 
-use super::super::{bandwidths, spool_settings};
+use super::super::{bandwidths, spool_settings_with};
 use super::{Engine, EngineError, Order, incident, spool_directory};
 use crate::config::Settings;
 
@@ -71,7 +71,7 @@ impl Engine {
 
     fn change_spool(&mut self, of: &Settings) -> Result<(), EngineError> {
         let parts = &mut self.parts;
-        let settings = spool_settings(of, &parts.settings);
+        let settings = spool_settings_with(of, &parts.settings);
         for damage in parts.spool.change(&Disk, &spool_directory(&parts.data_dir), settings)? {
             incident(&mut parts.incidents, format!("spool: {damage:?}"));
         }

@@ -145,8 +145,7 @@ async fn twenty_reloads_under_load_lose_nothing_and_repeat_nothing() {
 
     let last = Settings::parse(&file(path, 20)).unwrap();
     let data = path.join("data");
-    let (mut spool, _) =
-        Spool::open(&Disk, &spool_directory(&data), spool_settings(&last, &last), SpoolId([0; 16])).unwrap();
+    let (mut spool, _) = Spool::open(&Disk, &spool_directory(&data), spool_settings(&last), SpoolId([0; 16])).unwrap();
     let taken = rows(&mut spool, "s", "v");
     let quarantined = status.quarantined["above_max"];
     // A file allows the larger ones from the tenth on: before, each is in quarantine, behind, each is a row.

@@ -55,7 +55,7 @@ fn add(rows: &mut Rows, stream: &StreamName, batch: &arrow_array::RecordBatch) {
 
 /// All rows of the spool of a data directory.
 fn spooled(directory: &Path, settings: &Settings) -> Rows {
-    let settings = super::super::super::spool_settings(settings, settings);
+    let settings = super::super::super::spool_settings(settings);
     let (mut spool, damage) = Spool::open(&Disk, &spool_directory(directory), settings, SpoolId([0; 16])).unwrap();
     assert!(damage.is_empty(), "{damage:?}");
     let mut rows = Rows::new();
