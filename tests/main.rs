@@ -16,6 +16,7 @@ mod harness;
 mod kills;
 mod links;
 mod load;
+mod network;
 mod process;
 mod proxy;
 mod real_data;
