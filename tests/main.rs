@@ -14,6 +14,7 @@ mod forks;
 mod fusion;
 mod harness;
 mod kills;
+mod known_failures;
 mod links;
 mod load;
 mod network;

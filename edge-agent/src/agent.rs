@@ -203,7 +203,7 @@ impl Recovered {
             max_bytes: settings.journal.max_bytes.0,
             reserve_bytes: JOURNAL_RESERVE_BYTES,
         };
-        let (journal, opening) = OpenJournal::open(data_dir.join("journal"), options)?;
+        let (mut journal, opening) = OpenJournal::open(data_dir.join("journal"), options)?;
         opening.incidents.iter().for_each(|damage| incident(&mut incidents, format!("journal: {damage:?}")));
         let lanes = spool.cut_positions();
         let (pipeline, bytes) = match snapshot_file::read(data_dir) {
@@ -223,6 +223,10 @@ impl Recovered {
             Err(error) => return Err(error.into()),
         };
         let from = pipeline.position();
+        let seen = lanes.values().copied().fold(from, Position::max);
+        if let Some(missing) = journal.skip_to(seen)? {
+            incident(&mut incidents, format!("journal: {missing}: the disk lost what it had called written"));
+        }
         // Now, so that lanes and windows of this configuration are known before its first cut.
         let mut snapshot = Snapshot { position: from, bytes, needed: false };
         match snapshot_file::write(data_dir, journal.id(), &pipeline.snapshot()) {
