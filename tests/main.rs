@@ -6,6 +6,7 @@
     reason = "a test stops at what it does not expect, and prints its seed"
 )]
 
+mod alerts;
 mod bad_input;
 mod demo;
 mod doors;
@@ -21,4 +22,5 @@ mod network;
 mod process;
 mod proxy;
 mod real_data;
+mod rules;
 mod sources;

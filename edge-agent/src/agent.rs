@@ -28,17 +28,21 @@ use wire::SpoolId;
 pub use self::engine::EngineError;
 use self::engine::{Engine, Parts, Snapshot, incident, remove_other_spools, spool_directory};
 pub use self::snapshot_file::SnapshotFileError;
-pub use self::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
+pub use self::status::{
+    JournalStatus, LaneStatus, RowsStatus, RuleStatus, SourceStatus, Status, StreamStatus, UplinkStatus,
+};
 use crate::admin;
 use crate::config::{LaneSettings as LaneConfig, Settings, SourceSettings};
 use crate::entry::Entry;
 use crate::journal::{Journal, JournalError, OpenJournal};
 use crate::pipeline::{AGENT_VERSION, Counters, Pipeline, SnapshotError};
 use crate::places::Places;
+use crate::publish::{self, Outbox};
 use crate::redelivery::Lists;
 use crate::source::SourceState;
 use crate::spool::{LaneSettings, Spool, SpoolError, SpoolSettings};
 use crate::uplink::http::{ClientError, CloudClient};
+use crate::uplink::link::Link;
 use crate::uplink::state::Uplink;
 
 /// Kept in the journal for the proof that all was synced.
@@ -93,6 +97,12 @@ impl AgentHandle {
         self.status.lock().clone()
     }
 
+    /// How often the engine has published its status: a number that stands still is an engine that does.
+    pub fn beats(&self) -> impl Fn() -> u64 + use<> {
+        let status = Arc::clone(&self.status);
+        move || status.lock().published
+    }
+
     /// Waits until it has stopped, by its token or by itself.
     ///
     /// # Errors
@@ -119,7 +129,9 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
     let recovered = recovered.await.map_err(|_| AgentError::Panicked)??;
 
     let status = Arc::new(Mutex::new(Status::default()));
-    let (parts, at_end) = recovered.into_parts(&settings, cloud, Arc::clone(&status));
+    let outbox = Outbox::of(&settings);
+    let (mut parts, at_end) = recovered.into_parts(&settings, cloud, Arc::clone(&status));
+    parts.outbox = outbox.as_ref().map(|(_, outbox)| Arc::clone(outbox));
     let (journal, sources) = (Arc::clone(&parts.journal), parts.sources.clone());
     let engine_token = CancellationToken::new();
     let engine = Engine::new(parts, tokio::runtime::Handle::current());
@@ -135,9 +147,25 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
     let intake = token.child_token();
     let tasks = intake::start_sources(&settings, &journal, at_end, &sources, &intake);
     let admin_token = CancellationToken::new();
+    let publisher = outbox.map(|(broker, outbox)| {
+        // It ends with the admin door: the engine's last turns may find alerts.
+        let token = admin_token.clone();
+        tokio::spawn(async move {
+            if let Err(error) = publish::run(broker, &outbox, token).await {
+                tracing::error!(%error, "alerts are not published");
+            }
+        })
+    });
     tokio::spawn(admin::serve(listener, Arc::clone(&status), admin_token.clone()));
     tracing::info!(%admin, edge = %settings.edge.id, "the agent runs");
-    let stopped = tokio::spawn(supervise(token, intake, tasks, journal, engine_token, engine_done, admin_token));
+    let stopped = tokio::spawn(async move {
+        let result = supervise(token, intake, tasks, journal, engine_token, engine_done, admin_token).await;
+        if let Some(publisher) = publisher {
+            // What is left goes with the next start.
+            let _ = publisher.await;
+        }
+        result
+    });
     Ok(AgentHandle { admin, status, stopped })
 }
 
@@ -257,7 +285,6 @@ impl Recovered {
             edge: settings.edge.id.to_string(),
             stop_within: settings.edge.stop_within.0,
             cut: settings.cut.clone(),
-            request_bytes: settings.cloud.request_bytes.bytes(),
             journal_bytes_max: settings.journal.max_bytes.0,
             sender: journal.sender(),
             journal,
@@ -265,12 +292,13 @@ impl Recovered {
             reader,
             pipeline,
             snapshot,
-            uplink: Uplink::new(spool.id(), settings.cloud.urls.len()),
+            uplink: Uplink::new(spool.id(), settings.cloud.urls.len(), link(settings, &spool)),
             spool,
             cloud,
             sources: settings.source.iter().map(state).collect(),
             status,
             incidents,
+            outbox: None,
         };
         (parts, at_end)
     }
@@ -308,11 +336,21 @@ impl AtEnd {
     }
 }
 
+/// The bandwidths of the spool's lanes; one that is only drained has none.
+fn link(settings: &Settings, spool: &Spool<Disk>) -> Link {
+    let lanes = settings.lanes();
+    let of = |name: &str| lanes.iter().find(|lane| lane.name.as_str() == name).and_then(|lane| lane.bandwidth);
+    let bandwidths = spool.lanes().map(|lane| of(&lane.name).map(|bandwidth| bandwidth.0)).collect::<Vec<_>>();
+    Link::new(settings.cloud.request_bytes.bytes(), &bandwidths)
+}
+
 fn spool_lane(lane: &LaneConfig, settings: &Settings) -> LaneSettings {
     LaneSettings {
         name: lane.name.to_string(),
         max_bytes: lane.max_bytes.0,
         segment_bytes: settings.lane_segment_bytes(),
         on_full: lane.on_full,
+        raw: settings.raw_streams(),
+        max_age_us: lane.max_age.map(|age| age.micros()),
     }
 }

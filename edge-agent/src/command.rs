@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent;
 use crate::config::{OnFull, Settings, SourceSettings};
+use crate::notify::Notifier;
 use crate::{profile, source, trial};
 
 /// What the agent is asked to do.
@@ -77,11 +78,21 @@ pub async fn execute(command: EdgeCommand) -> anyhow::Result<()> {
             let stop_within = settings.edge.stop_within.0;
             let token = CancellationToken::new();
             let handle = agent::start(settings, token.clone()).await.context("start the agent")?;
+            let (systemd, beats) = (Notifier::from_environment(), handle.beats());
+            systemd.iter().for_each(Notifier::ready);
+            let watch = async {
+                match &systemd {
+                    Some(systemd) => systemd.watch(beats).await,
+                    None => std::future::pending().await,
+                }
+            };
             let mut stopped = std::pin::pin!(handle.stopped());
             tokio::select! {
                 result = &mut stopped => return result.context("the agent stopped by itself"),
                 signal = stop_signal() => signal?,
+                never = watch => match never {},
             }
+            systemd.iter().for_each(Notifier::stopping);
             tracing::info!("stopping: what came in goes to the spool");
             token.cancel();
             tokio::time::timeout(stop_within, stopped)
@@ -159,12 +170,18 @@ fn describe(settings: &Settings) -> String {
             lines.push(format!("stream {window}: {cut}"));
         }
     }
+    for rule in &settings.rule {
+        let topic =
+            rule.topic.as_deref().map_or_else(|| "not published".to_owned(), |topic| format!("published to {topic}"));
+        lines.push(format!("rule {} on {}: {}, {topic}", rule.name, rule.on, rule.severity.word()));
+    }
     for lane in settings.lanes() {
         let streams = lane.streams.iter().map(|stream| stream.as_str()).collect::<Vec<_>>().join(", ");
         let streams = if streams.is_empty() { "all others" } else { &streams };
         let full = match lane.on_full {
             OnFull::Refuse => "then sources wait",
             OnFull::DropOldest => "then the oldest go, counted in losses",
+            OnFull::Thin => "then the oldest readings go, counted in losses",
         };
         lines.push(format!("lane {}: {streams}; at most {} MiB, {full}", lane.name, lane.max_bytes.0 >> 20));
     }

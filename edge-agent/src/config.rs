@@ -7,6 +7,7 @@
 mod checks;
 mod decoding;
 mod number;
+mod rule;
 mod source;
 mod stream;
 #[cfg(test)]
@@ -14,7 +15,7 @@ mod tests;
 mod unit;
 mod window;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -32,6 +33,7 @@ pub use self::decoding::{
     Condition, Constant, Decoding, Format, FormatOptions, Precision, Readings, Spread, Test, When,
 };
 pub use self::number::Number;
+pub use self::rule::{AlertSettings, CommandSettings, PublishSettings, RuleSettings, Severity};
 pub use self::source::{
     ExecSettings, FileSettings, HostSettings, HttpSettings, MapSettings, ModbusAddress, ModbusSettings, MqttSettings,
     MqttVersion, Order, Parity, Place, Pointer, RegisterSettings, RegisterType, STATUS, SourceSettings, Table,
@@ -40,6 +42,7 @@ pub use self::source::{
 pub use self::stream::{FieldSettings, StreamSettings};
 pub use self::unit::{Conversion, Unit};
 pub use self::window::{AggregateKind, By, WindowSettings};
+use crate::rules::Rules;
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Deserialize)]
@@ -57,6 +60,13 @@ pub struct Settings {
     pub source: Vec<SourceSettings>,
     #[serde(default)]
     pub stream: BTreeMap<StreamName, StreamSettings>,
+    #[serde(default)]
+    pub rule: Vec<RuleSettings>,
+    #[serde(default)]
+    pub alerts: AlertSettings,
+    /// Which broker gets alerts; needed where a rule has a topic and there is not exactly one MQTT source.
+    #[serde(default)]
+    pub publish: Option<PublishSettings>,
     /// What goes first when the link is thin; [`Settings::lanes`] adds what is not named.
     #[serde(default)]
     lane: Vec<LaneSettings>,
@@ -159,15 +169,23 @@ impl Default for JournalSettings {
 pub struct CutSettings {
     /// Never more often than this: each cut costs a sync.
     pub seal_min: Span,
-    /// Rows wait at most this long, also when the cloud is away.
+    /// Rows wait at most this long.
     pub seal_max: Span,
+    /// So long instead, and in larger batches, when the cloud is away; and at most so long when a request takes longer than
+    /// `seal_max`.
+    pub seal_away: Span,
     /// So many rows are a batch at once.
     pub rows: usize,
 }
 
 impl Default for CutSettings {
     fn default() -> Self {
-        Self { seal_min: Span(Duration::from_millis(10)), seal_max: Span(Duration::from_secs(1)), rows: 8_192 }
+        Self {
+            seal_min: Span(Duration::from_millis(10)),
+            seal_max: Span(Duration::from_secs(1)),
+            seal_away: Span(Duration::from_secs(10)),
+            rows: 8_192,
+        }
     }
 }
 
@@ -179,6 +197,8 @@ pub enum OnFull {
     Refuse,
     /// The oldest batches that were never sent go, and are counted in `losses`.
     DropOldest,
+    /// Of those, only readings go: what was made of them stays. When there are none left, the pipeline waits.
+    Thin,
 }
 
 /// A lane: streams that share a priority and a part of the disk.
@@ -195,6 +215,12 @@ pub struct LaneSettings {
     pub max_bytes: Size,
     #[serde(default = "on_full")]
     pub on_full: OnFull,
+    /// What waits for longer is dropped, and counted in `losses`. Off unless set.
+    #[serde(default)]
+    pub max_age: Option<Span>,
+    /// Bytes a second to the cloud, at most. Off unless set.
+    #[serde(default)]
+    pub bandwidth: Option<Size>,
 }
 
 fn priority() -> u32 {
@@ -260,7 +286,7 @@ impl Settings {
         let named = |lanes: &[LaneSettings], stream: &str| {
             lanes.iter().any(|lane| lane.streams.iter().any(|other| other.as_str() == stream))
         };
-        let own = [own::QUARANTINE, own::LOSSES, "alerts"].map(str::to_owned);
+        let own = [own::QUARANTINE, own::LOSSES, own::ALERTS].map(str::to_owned);
         let windows =
             self.stream.iter().flat_map(|(name, stream)| stream.windows(name)).map(|(name, _)| name.to_string());
         let absent = self.stream.iter().filter_map(|(name, stream)| stream.absent_stream(name));
@@ -278,6 +304,8 @@ impl Settings {
                 priority: 0,
                 max_bytes: lane_bytes(),
                 on_full: OnFull::Refuse,
+                max_age: None,
+                bandwidth: None,
             });
         }
         if !lanes.iter().any(|lane| lane.name.as_str() == REST_LANE) {
@@ -287,6 +315,8 @@ impl Settings {
                 priority: u32::MAX,
                 max_bytes: Size(REST_BYTES),
                 on_full: OnFull::Refuse,
+                max_age: None,
+                bandwidth: None,
             });
         }
         lanes.sort_by_key(|lane| lane.priority);
@@ -320,6 +350,11 @@ impl Settings {
             ));
         }
         warnings
+    }
+
+    /// The streams of readings, which [`OnFull::Thin`] drops.
+    pub fn raw_streams(&self) -> BTreeSet<StreamName> {
+        self.source.iter().map(|source| source.stream().clone()).collect()
     }
 
     /// A segment of a lane's log: what one cut may bring fits in it, also when a source allows long payloads.
@@ -367,7 +402,28 @@ impl Settings {
         for (name, stream) in &self.stream {
             stream.check(name)?;
         }
-        self.check_lanes()
+        self.check_lanes()?;
+        self.check_rules()
+    }
+
+    /// Rules are read to the last word: what would not be understood later is refused now.
+    fn check_rules(&self) -> Result<(), String> {
+        if self.alerts.devices_max == 0 {
+            return Err("[alerts] devices_max must be at least 1".to_owned());
+        }
+        Rules::new(self)?;
+        if self.rule.iter().any(RuleSettings::is_told) || self.publish.is_some() {
+            self.publisher()?;
+        }
+        Ok(())
+    }
+
+    /// The broker that gets alerts, as the settings of a client that publishes only.
+    ///
+    /// # Errors
+    /// When it is not said which one, or what is said is wrong.
+    pub fn publisher(&self) -> Result<MqttSettings, String> {
+        rule::publisher(self)
     }
 
     fn check_lanes(&self) -> Result<(), String> {
@@ -382,12 +438,14 @@ impl Settings {
             if let Some(twice) = lane.streams.iter().find(|stream| !streams.insert(*stream)) {
                 return Err(format!("stream `{twice}` is in two lanes"));
             }
-            if lane.max_bytes.0 < 2 * LANE_SEGMENT_BYTES {
-                return Err(format!(
-                    "[[lane]] `{}`: max_bytes is less than {} MiB",
-                    lane.name,
-                    LANE_SEGMENT_BYTES >> 19
-                ));
+            // One that drops keeps a segment free for what must stay.
+            let segments = if lane.on_full == OnFull::Refuse { 2 } else { 3 };
+            if lane.max_bytes.0 < segments * self.lane_segment_bytes() {
+                let least = segments * (self.lane_segment_bytes() >> 20);
+                return Err(format!("[[lane]] `{}`: max_bytes is less than {least} MiB", lane.name));
+            }
+            if lane.bandwidth.is_some_and(|bandwidth| bandwidth.0 == 0) {
+                return Err(format!("[[lane]] `{}`: a bandwidth of 0 would send nothing", lane.name));
             }
         }
         Ok(())

@@ -22,7 +22,7 @@ use std::ops::Range;
 use bytes::Bytes;
 use wire::FieldType;
 
-use self::scalar::{Fault, Record, Scalar};
+use self::scalar::{Fault, NUMBER_BYTES_MAX, Record, Scalar};
 use self::sparkplug::Sparkplug;
 pub use self::sparkplug::{Births, Command};
 use self::time::TimeReader;
@@ -34,7 +34,8 @@ pub const READINGS_MAX: usize = 65_536;
 /// Longest name of a device.
 pub const DEVICE_BYTES_MAX: usize = 256;
 
-/// Text in all readings of a message: one of its texts may stand in each field of each reading.
+/// Text in all readings of a message, those that are rejected included: one of its texts may stand in each field of each
+/// reading.
 pub const TEXT_BYTES_MAX: usize = 32 << 20;
 
 /// A value of a field.
@@ -233,7 +234,7 @@ impl Decoder {
                 }
                 for (span, keys) in found.readings {
                     let slots = scan.reading(&payload[span.clone()]);
-                    mapping.take(message, &found.slots, Record { span, keys, slots });
+                    mapping.take(message, &found.slots, Record { span, keys: &keys, slots });
                 }
                 return Ok(());
             }
@@ -244,7 +245,7 @@ impl Decoder {
                 let value = Scalar::Text(utf8(payload)?.trim().into());
                 // Each place of the mapping is the one that there is.
                 let slots = Ok(vec![value]);
-                (vec![Record { span: 0..payload.len(), keys: Vec::new(), slots }], 0)
+                (vec![Record { span: 0..payload.len(), keys: &[], slots }], 0)
             }
             Reader::Sparkplug(sparkplug) => {
                 let records = sparkplug.records(message.topic, payload, message.arrival_us)?;
@@ -267,14 +268,14 @@ fn read_json(scan: &json::Scan, mapping: &Mapping, message: &mut Arrived<'_>) ->
     let text = utf8(message.payload)?;
     let found = scan.message(text)?;
     let Some(readings) = found.readings else {
-        let record = Record { span: 0..text.len(), keys: Vec::new(), slots: Ok(found.reading) };
+        let record = Record { span: 0..text.len(), keys: &[], slots: Ok(found.reading) };
         mapping.take(message, &found.slots, record);
         return Ok(());
     };
     some(readings.len())?;
     for (span, keys) in readings {
         let slots = scan.reading(&text[span.clone()]);
-        mapping.take(message, &found.slots, Record { span, keys, slots });
+        mapping.take(message, &found.slots, Record { span, keys: &keys, slots });
     }
     Ok(())
 }
@@ -296,25 +297,17 @@ impl Mapping {
     /// Makes a reading of what was found, or a rejection, or passes it over.
     fn take(&self, message: &mut Arrived<'_>, of_message: &[Scalar<'_>], record: Record<'_>) {
         let span = record.span.clone();
-        let reading = match &record.slots {
-            Ok(slots) => self.reading(&Found { slots, of_message, keys: &record.keys, message }, span.clone()),
-            Err((reason, detail)) => Err((*reason, detail.clone(), None)),
-        };
-        match reading {
-            Ok(Some(reading)) => {
-                let text = |value: &Option<Value>| if let Some(Value::Text(text)) = value { text.len() } else { 0 };
-                match message.room.checked_sub(reading.values.iter().map(text).sum()) {
-                    Some(room) => {
-                        message.room = room;
-                        message.out.push(Ok(reading));
-                    }
-                    None => {
-                        let detail = format!("more than {TEXT_BYTES_MAX} bytes of text in a message");
-                        let (device, payload) = (Some(reading.device), message.payload.slice(span));
-                        message.out.push(Err(Rejected { reason: "too_large", detail, device, payload }));
-                    }
-                }
+        let mut room = message.room;
+        let reading = match record.slots {
+            Ok(slots) => {
+                let found = Found { slots: &slots, of_message, keys: record.keys, message };
+                self.reading(&found, span.clone(), &mut room)
             }
+            Err((reason, detail)) => Err((reason, detail, None)),
+        };
+        message.room = room;
+        match reading {
+            Ok(Some(reading)) => message.out.push(Ok(reading)),
             Ok(None) => message.filtered += 1,
             Err((reason, detail, device)) => {
                 let payload = message.payload.slice(span);
@@ -323,8 +316,13 @@ impl Mapping {
         }
     }
 
-    /// None when it is filtered.
-    fn reading(&self, found: &Found<'_>, span: Range<usize>) -> Result<Option<Reading>, ReadingFault> {
+    /// None when it is filtered. `room`: bytes of text that it may have.
+    fn reading(
+        &self,
+        found: &Found<'_>,
+        span: Range<usize>,
+        room: &mut usize,
+    ) -> Result<Option<Reading>, ReadingFault> {
         if !self.filter.passes(found) {
             return Ok(None);
         }
@@ -340,7 +338,7 @@ impl Mapping {
                 None => None,
                 Some(origin) => {
                     let from_text = self.text_only || is_text(origin);
-                    field.value(&found.at(origin), from_text).map_err(known)?
+                    field.value(&found.at(origin), from_text, room).map_err(known)?
                 }
             });
         }
@@ -377,6 +375,9 @@ fn is_text(origin: &Origin) -> bool {
 
 fn device_name(value: &Scalar<'_>) -> Result<String, Fault> {
     let name = match value {
+        Scalar::Text(text) if text.len() > DEVICE_BYTES_MAX => {
+            return Err(("bad_device", format!("its name has more than {DEVICE_BYTES_MAX} bytes")));
+        }
         Scalar::Null => return Err(("no_device", "nothing stands where its name should be".to_owned())),
         Scalar::Text(text) => text.to_string(),
         Scalar::Int(number) => number.to_string(),
@@ -385,8 +386,6 @@ fn device_name(value: &Scalar<'_>) -> Result<String, Fault> {
     };
     let wrong = if name.is_empty() {
         "its name is empty"
-    } else if name.len() > DEVICE_BYTES_MAX {
-        "its name has more than 256 bytes"
     } else if name.contains(['+', '#']) {
         "its name has a wildcard"
     } else if name.chars().any(char::is_control) {
@@ -398,7 +397,7 @@ fn device_name(value: &Scalar<'_>) -> Result<String, Fault> {
 }
 
 impl FieldReader {
-    fn value(&self, value: &Scalar<'_>, from_text: bool) -> Result<Option<Value>, Fault> {
+    fn value(&self, value: &Scalar<'_>, from_text: bool, room: &mut usize) -> Result<Option<Value>, Fault> {
         let wrong =
             || Err(("wrong_type", format!("{} should be {} and is {}", self.name, self.kind, value.describe())));
         Ok(Some(match (self.kind, value) {
@@ -417,7 +416,14 @@ impl FieldReader {
                 Value::Int(*value as i64)
             }
             (FieldType::Bool, Scalar::Bool(value)) => Value::Bool(*value),
-            (FieldType::Text, Scalar::Text(text)) => Value::Text(text.to_string()),
+            (FieldType::Text, Scalar::Text(text)) => {
+                let left = room.checked_sub(text.len());
+                *room = left
+                    .ok_or_else(|| ("too_large", format!("more than {TEXT_BYTES_MAX} bytes of text in a message")))?;
+                Value::Text(text.to_string())
+            }
+            // What is longer is no number.
+            (_, Scalar::Text(text)) if text.len() > NUMBER_BYTES_MAX => return wrong(),
             (FieldType::Float64, Scalar::Text(text)) if from_text => match text.parse::<f64>() {
                 Ok(value) if value.is_finite() => Value::Float(value),
                 _ => return wrong(),

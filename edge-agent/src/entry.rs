@@ -383,6 +383,10 @@ fn take_str16(bytes: &mut Bytes) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use rand::rngs::StdRng;
+    use rand::seq::IndexedRandom;
+    use rand::{Rng, SeedableRng};
+
     use super::*;
 
     fn entries() -> Vec<Entry> {
@@ -462,5 +466,35 @@ mod tests {
             }
         }
         assert_eq!(Entry::read(Bytes::from_static(&[2, 1])), Err(EntryError { version: 2, kind: 1 }));
+    }
+
+    #[test]
+    fn changed_bytes_are_an_entry_or_none() {
+        let seed = rand::random::<u64>();
+        println!("seed {seed}");
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut written = [entries(), vec![line()]].concat().iter().map(bytes_of).collect::<Vec<_>>();
+        written.push(b"\x01\x06\x01c\x01\x00a\x03\x00b/#".to_vec());
+        for _ in 0..50_000 {
+            let mut bytes = written.choose(&mut random).unwrap().clone();
+            for _ in 0..random.random_range(1..4) {
+                let at = random.random_range(0..bytes.len());
+                match random.random_range(0..4) {
+                    0 => bytes.insert(at, random.random()),
+                    1 if bytes.len() > 1 => drop(bytes.remove(at)),
+                    2 => bytes.truncate(at + 1),
+                    _ => bytes[at] = random.random(),
+                }
+            }
+            if let Ok(entry) = Entry::read(Bytes::copy_from_slice(&bytes)) {
+                assert_eq!(Entry::read(bytes_of(&entry).into()).as_ref(), Ok(&entry), "{bytes:?}");
+            }
+        }
+    }
+
+    fn bytes_of(entry: &Entry) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        entry.write(&mut bytes);
+        bytes
     }
 }

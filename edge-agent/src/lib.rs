@@ -1,5 +1,6 @@
-//! The edge side of Weir. The path, in order: `source` → `journal` → `decode` → `validate` → `window` → `pipeline` →
-//! `spool` → `uplink`; `agent` wires it, `admin` shows it, `trial` explains it for one message.
+//! The edge side of Weir. The path, in order: `source` → `journal` → `decode` → `validate` → `window` → `rules` →
+//! `pipeline` → `spool` → `uplink`; `agent` wires it, `publish` tells alerts to the local broker, `admin` shows it, `trial`
+//! explains it for one message.
 
 pub mod admin;
 pub mod agent;
@@ -9,10 +10,13 @@ pub mod decode;
 pub mod entry;
 pub mod journal;
 pub mod metrics;
+pub mod notify;
 pub mod pipeline;
 pub mod places;
 pub mod profile;
+pub mod publish;
 pub mod redelivery;
+pub mod rules;
 pub mod source;
 pub mod spool;
 pub mod trial;

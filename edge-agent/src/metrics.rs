@@ -88,6 +88,38 @@ pub fn render(status: &Status) -> String {
     out.single("weir_edge_uplink_connected", "gauge", "1 while a node of the cloud answers", connected);
     out.single("weir_edge_uplink_bytes_total", "counter", "Bytes sent since the start", uplink.bytes_sent as f64);
     out.single("weir_edge_problems", "gauge", "What does not go on for now", status.problems.len() as f64);
+    let rules = &status.rules;
+    out.family("weir_edge_alerts_firing", "gauge", "Alerts that fire");
+    rules.iter().for_each(|rule| out.value(&[("rule", &rule.name)], rule.firing as f64));
+    out.family("weir_edge_alerts_pending", "gauge", "Alerts whose condition does not last long enough yet");
+    rules.iter().for_each(|rule| out.value(&[("rule", &rule.name)], rule.pending as f64));
+    out.family("weir_edge_alerts_total", "counter", "What became of alerts, and what kept rules from judging");
+    for rule in rules {
+        let totals = &rule.totals;
+        let states = [
+            ("firing", totals.fired),
+            ("resolved", totals.resolved),
+            ("backfill", totals.backfilled),
+            ("refused", totals.refused),
+            ("failed_row", totals.failed),
+        ];
+        for (state, count) in states {
+            out.value(&[("rule", &rule.name), ("state", state)], count as f64);
+        }
+    }
+    if let Some(publisher) = &status.publisher {
+        let connected = f64::from(u8::from(publisher.connected));
+        out.single("weir_edge_publisher_connected", "gauge", "1 while the broker for alerts is connected", connected);
+        out.single("weir_edge_published_total", "counter", "Handed to that broker", publisher.published as f64);
+        out.single(
+            "weir_edge_publish_dropped_total",
+            "counter",
+            "Given up: the queue was full",
+            publisher.dropped as f64,
+        );
+        out.single("weir_edge_commands_total", "counter", "Of those, to actuators", publisher.commands as f64);
+        out.single("weir_edge_publish_waiting", "gauge", "Waits for that broker", publisher.waiting as f64);
+    }
     out.single("weir_edge_incidents", "gauge", "Damage found since the start", status.incidents.len() as f64);
     out.out
 }

@@ -6,9 +6,10 @@
 //! entries behind the snapshot are applied again, and a lane takes only rows of entries at or behind its own position.
 //! What goes by time when nothing comes (readings that wait, silent devices) goes by `judging.rs`' clock.
 //! What does not decode or fails a check becomes a row of `quarantine`; so does what would not fit into a batch, or into the
-//! one record that a lane gets at a cut: input alone never makes a cut fail. (Rules and alerts will stand between the
-//! windows and the outputs.)
+//! one record that a lane gets at a cut: input alone never makes a cut fail. What rules find in readings and windows
+//! becomes a row of `alerts`.
 
+mod alerts;
 mod counters;
 mod judging;
 mod output;
@@ -33,8 +34,9 @@ use crate::decode::{Command, Decoder, Reading, Rejected, Value};
 use crate::entry::{Entry, Message, Payload};
 use crate::places::Places;
 use crate::redelivery::Lists;
+use crate::rules::{InputId, Rules, Transition};
 use crate::source::host;
-use crate::validate::{Judge, Outcome, Quality};
+use crate::validate::{Judge, Outcome, Quality, absent_schema};
 use crate::window::{self, Late, Windows};
 
 /// The version of this agent, in every batch.
@@ -83,6 +85,10 @@ struct Stream {
     absent_output: Option<usize>,
     /// The outputs of its windows, in the order of the settings.
     window_outputs: Vec<usize>,
+    /// Where its readings, its absent devices and those windows meet rules.
+    rules: Option<InputId>,
+    absent_rules: Option<InputId>,
+    window_rules: Vec<Option<InputId>>,
 }
 
 /// The state of the middle. See the module's documentation.
@@ -96,10 +102,14 @@ pub struct Pipeline {
     outputs: Vec<Output>,
     quarantine: usize,
     losses: usize,
+    alerts: usize,
     edge: String,
     /// The longest row; a quarter of what one record of a lane takes.
     row_bytes_max: usize,
     lane_names: Vec<String>,
+    rules: Rules,
+    /// Of the entry that was applied last.
+    to_publish: Vec<Transition>,
     counters: Counters,
     lists: Lists,
     places: Places,
@@ -135,9 +145,12 @@ impl Pipeline {
             outputs: Vec::new(),
             quarantine: 0,
             losses: 0,
+            alerts: 0,
             edge: settings.edge.id.to_string(),
             row_bytes_max: usize::try_from(settings.lane_segment_bytes() / 4).unwrap_or(usize::MAX),
             lane_names: lane_settings.iter().map(|lane| lane.name.to_string()).collect(),
+            rules: Rules::new(settings).expect("checked with the settings"),
+            to_publish: Vec::new(),
             counters: Counters::default(),
             lists: Lists::default(),
             places: Places::default(),
@@ -166,6 +179,7 @@ impl Pipeline {
         };
         pipeline.quarantine = output(own_name(own::QUARANTINE), own::quarantine());
         pipeline.losses = output(own_name(own::LOSSES), own::losses());
+        pipeline.alerts = output(own_name(own::ALERTS), own::alerts());
         let mut streams = settings.stream.clone();
         if settings.source.iter().any(|source| matches!(source, SourceSettings::Host(_))) {
             streams.insert(own_name("host"), host::stream_settings());
@@ -173,6 +187,7 @@ impl Pipeline {
         for (name, stream) in &streams {
             let main = output(name.clone(), stream.schema());
             let windows = stream.windows(name);
+            let window_rules = windows.iter().map(|(window, _)| pipeline.rules.input(window)).collect();
             let schema = |window| window::schema(stream, window).expect("checked when the settings were read");
             let window_outputs =
                 windows.into_iter().map(|(window, settings)| output(window, schema(settings))).collect();
@@ -183,8 +198,11 @@ impl Pipeline {
                 fill_in_windows: stream.fill_in_windows,
                 output: main,
                 last_error: None,
-                absent_output: stream.absent_stream(name).map(|absent| output(absent, judging::absent_schema())),
+                absent_output: stream.absent_stream(name).map(|absent| output(absent, absent_schema())),
                 window_outputs,
+                rules: pipeline.rules.input(name),
+                absent_rules: stream.absent_stream(name).and_then(|absent| pipeline.rules.input(&absent)),
+                window_rules,
             });
         }
         pipeline.add_sources(settings, &streams);
@@ -195,8 +213,16 @@ impl Pipeline {
     /// Takes one entry: `position` is its own, `next` lies behind it.
     pub fn apply(&mut self, position: Position, next: Position, entry: &Entry) {
         self.position = next;
+        self.to_publish.clear();
         self.lists.apply(entry);
         self.places.apply(entry);
+        let now = match entry {
+            Entry::Tick { now_us } => Some(*now_us),
+            entry => entry.message().map(|message| message.arrival_us),
+        };
+        if let Some(now) = now {
+            self.rules.tick(now);
+        }
         match entry {
             Entry::Message(message) | Entry::Line { message, .. } => {
                 self.advance_clock(position, message.arrival_us);
@@ -214,6 +240,10 @@ impl Pipeline {
             Entry::Missed { source, messages, bytes, first_us, last_us } => {
                 self.missed(position, source, *messages, *bytes, (*first_us, *last_us));
             }
+        }
+        if now.is_some() {
+            self.rules.look_for_silence();
+            self.write_alerts(position);
         }
     }
 
@@ -344,12 +374,13 @@ impl Pipeline {
             }
         };
         let mut readings = std::mem::take(&mut self.scratch);
-        let (mut taken, mut rest) = (0, 0);
+        // `kept`: a row of quarantine has all of the message.
+        let (mut taken, mut rest, mut kept) = (0, 0, false);
         let filtered = source.decoder.decode(&message.topic, payload, message.arrival_us, &mut readings);
         let totals = self.counters.source(&message.source);
         totals.read += filtered;
         totals.filtered += filtered;
-        for (index, reading) in readings.drain(..).enumerate() {
+        for reading in readings.drain(..) {
             // A short text of the message may stand in each of its rows.
             if taken > self.row_bytes_max {
                 rest += 1;
@@ -372,7 +403,8 @@ impl Pipeline {
                 }
                 Err(rejected) => {
                     taken += rejected.payload.len() + rejected.detail.len() + message.topic.len();
-                    self.reject(position, message, &rejected, Some(stream), index == 0);
+                    self.reject(position, message, &rejected, Some(stream), !kept);
+                    kept |= rejected.payload.len() == payload.len();
                 }
             }
         }
@@ -412,10 +444,11 @@ impl Pipeline {
         self.pending_bytes += output.bytes() - before;
     }
 
-    fn close_windows(&mut self, position: Position, stream: usize) {
-        let stream = &mut self.streams[stream];
+    fn close_windows(&mut self, position: Position, index: usize) {
+        let stream = &mut self.streams[index];
         let mut complete = None;
-        for row in stream.windows.advance() {
+        let rows = stream.windows.advance();
+        for row in &rows {
             let output = &mut self.outputs[stream.window_outputs[row.window]];
             if complete != Some(row.window) {
                 complete = Some(row.window);
@@ -438,6 +471,7 @@ impl Pipeline {
             self.pending_rows += 1;
             self.pending_bytes += output.bytes() - before;
         }
+        self.judge_windows(position, index, rows);
     }
 }
 

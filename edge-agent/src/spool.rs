@@ -6,7 +6,7 @@
 //! in the same record that drops it. A failed sync is final: the caller stops the process.
 //!
 //! The path of a batch: [`Spool::append`] here, `number.rs` when it is sent, `free.rs` when it is committed; `drop.rs`,
-//! `fork.rs` and `recover.rs` are the other ways. All write through `put.rs`.
+//! `room.rs`, `fork.rs` and `recover.rs` are the other ways. All write through `put.rs`.
 //!
 //! The lane logs lie in `<spool>/<id>/<lane>`; `<spool>/id` names the id in force. The records are in `spool/record.rs`.
 //! A lane that the settings no longer have is opened behind the others and drained; it gets no new cuts. Memory: about
@@ -20,8 +20,9 @@ mod number;
 mod put;
 mod record;
 mod recover;
+mod room;
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -36,6 +37,8 @@ pub use crate::config::OnFull;
 
 /// Kept in each lane for numbers, acks and losses when the lane is full.
 const RESERVE_BYTES: u64 = 64 << 10;
+/// What a sealed batch takes beside its body, about.
+const BATCH_OVERHEAD: usize = 256;
 
 /// One lane, highest priority first in [`SpoolSettings::lanes`].
 #[derive(Debug, Clone)]
@@ -45,6 +48,10 @@ pub struct LaneSettings {
     pub max_bytes: u64,
     pub segment_bytes: u64,
     pub on_full: OnFull,
+    /// What [`OnFull::Thin`] drops; all else it keeps.
+    pub raw: BTreeSet<StreamName>,
+    /// What waits for longer without a number is dropped.
+    pub max_age_us: Option<i64>,
 }
 
 /// What a spool is opened with.
@@ -111,6 +118,8 @@ pub struct RowCounts {
     /// Of batches that were made void because the cloud refused them.
     pub voided: u64,
     pub spooled: u64,
+    /// Rows of `losses` that the spool itself has made, less those that it took back: came = sealed + made.
+    pub made: i64,
 }
 
 /// One lane, for status.
@@ -130,6 +139,7 @@ struct Totals {
     freed: u64,
     lost: u64,
     voided: u64,
+    made: i64,
 }
 
 /// A batch on disk without a number.
@@ -141,6 +151,25 @@ struct Waiting {
     bytes: usize,
     min_ts: i64,
     max_ts: i64,
+    /// Where the cut stood that brought it, and its index there: `place` may have changed since. Batches of a stream wait in
+    /// this order.
+    came: (u64, u32),
+    sealed_us: i64,
+}
+
+impl Waiting {
+    fn new(place: Place, batch: &CutBatch, came: (u64, u32), sealed_us: i64) -> Self {
+        Self {
+            place,
+            stream: batch.stream.clone(),
+            rows: batch.rows,
+            bytes: batch.body.len() + BATCH_OVERHEAD,
+            min_ts: batch.min_ts,
+            max_ts: batch.max_ts,
+            came,
+            sealed_us,
+        }
+    }
 }
 
 /// A batch with a number. `mark.crc` is that of the chain: of the batch that was numbered first.
@@ -175,6 +204,10 @@ struct Lane<L: FileLayer> {
     cut: Position,
     /// In order of arrival, by stream.
     waiting: BTreeMap<StreamName, VecDeque<Waiting>>,
+    /// Where the log ended when batches of the stream were chosen last: what has come since is live.
+    chosen: HashMap<StreamName, Position>,
+    /// The losses that were written last, and in which hour: as long as they wait, those that follow join them.
+    losses: Option<(Place, i64)>,
     totals: Totals,
     /// How many batches of each record are still needed.
     live: BTreeMap<u64, u32>,
@@ -252,6 +285,8 @@ impl<L: FileLayer> Spool<L> {
                 log,
                 cut: Position(0),
                 waiting: BTreeMap::new(),
+                chosen: HashMap::new(),
+                losses: None,
                 totals: Totals::default(),
                 live: BTreeMap::new(),
                 schemas,
@@ -299,11 +334,13 @@ impl<L: FileLayer> Spool<L> {
     /// Where all rows that ever came here are now.
     pub fn rows_counted(&self) -> RowCounts {
         let sum = |value: fn(&Totals) -> u64| self.lanes.iter().map(|lane| value(&lane.totals)).sum();
+        let made = self.lanes.iter().map(|lane| lane.totals.made).sum();
         RowCounts {
             freed: sum(|totals| totals.freed),
             lost: sum(|totals| totals.lost),
             voided: sum(|totals| totals.voided),
             spooled: self.rows(),
+            made,
         }
     }
 
@@ -353,9 +390,20 @@ impl<L: FileLayer> Spool<L> {
         waiting
     }
 
-    /// Streams with numbered batches above `freed`, and their last number.
-    pub fn numbered(&self) -> impl Iterator<Item = (&StreamName, Mark)> {
-        self.sequences.iter().filter(|(_, s)| !s.numbered.is_empty()).map(|(stream, s)| (stream, s.head))
+    /// Whether a batch waits that has come since batches of its stream were chosen for sending.
+    pub fn has_live(&self) -> bool {
+        let live = |lane: &Lane<L>, stream: &StreamName, newest: &Waiting| {
+            lane.chosen.get(stream).is_none_or(|until| newest.came.0 >= until.0)
+        };
+        self.lanes.iter().any(|lane| {
+            lane.waiting.iter().any(|(stream, all)| all.back().is_some_and(|newest| live(lane, stream, newest)))
+        })
+    }
+
+    /// Streams with numbered batches above `freed`, the lane of the last, and its number.
+    pub fn numbered(&self) -> impl Iterator<Item = (usize, &StreamName, Mark)> {
+        let streams = self.sequences.iter();
+        streams.filter_map(|(stream, s)| s.numbered.back().map(|last| (last.place.lane, stream, s.head)))
     }
 
     /// Writes one cut of a lane as one record and syncs it. An empty one only moves the cut position.
@@ -373,13 +421,12 @@ impl<L: FileLayer> Spool<L> {
         for schema in schemas {
             self.schemas.entry(schema.id()).or_insert_with(|| schema.canonical().to_owned());
         }
-        let payload = record::group(cut, batches);
+        let payload = record::group(cut, now_us, batches);
         let ids = batches.iter().map(|batch| batch.schema).collect::<Vec<_>>();
         let appended = loop {
             match self.put(lane, record::GROUP, &payload, &ids, false) {
                 Err(SpoolError::Full(name)) => {
-                    let drops = self.lanes[lane].settings.on_full == OnFull::DropOldest;
-                    if !drops || !self.drop_oldest(lane, now_us)? {
+                    if !self.make_room(lane, now_us)? {
                         return Err(SpoolError::Full(name));
                     }
                 }
@@ -388,7 +435,7 @@ impl<L: FileLayer> Spool<L> {
         };
         self.lanes[lane].log.sync()?;
         self.lanes[lane].cut = cut;
-        self.admit(lane, appended.position, batches);
+        self.admit(lane, appended.position, now_us, batches);
         Ok(())
     }
 
@@ -413,20 +460,22 @@ impl<L: FileLayer> Spool<L> {
         sequence.numbered.get(index).map(|numbered| (previous, numbered))
     }
 
-    fn admit(&mut self, lane: usize, position: Position, batches: &[CutBatch]) {
+    fn admit(&mut self, lane: usize, position: Position, sealed_us: i64, batches: &[CutBatch]) {
         for (index, batch) in batches.iter().enumerate() {
-            self.lanes[lane].waiting.entry(batch.stream.clone()).or_default().push_back(Waiting {
-                place: Place { lane, group: position.0, index: index as u32 },
-                stream: batch.stream.clone(),
-                rows: batch.rows,
-                bytes: batch.body.len() + 256,
-                min_ts: batch.min_ts,
-                max_ts: batch.max_ts,
-            });
+            let place = Place { lane, group: position.0, index: index as u32 };
+            let waiting = Waiting::new(place, batch, (place.group, place.index), sealed_us);
+            self.lanes[lane].waiting.entry(batch.stream.clone()).or_default().push_back(waiting);
         }
         if !batches.is_empty() {
             *self.lanes[lane].live.entry(position.0).or_default() += batches.len() as u32;
         }
+    }
+
+    /// A batch of losses that a drop has written.
+    fn admit_losses(&mut self, lane: usize, position: Position, losses: &CutBatch) {
+        self.admit(lane, position, record::SEALED_UNKNOWN, std::slice::from_ref(losses));
+        let hour = losses.min_ts.div_euclid(losses::JOIN_US);
+        self.lanes[lane].losses = Some((Place { lane, group: position.0, index: 0 }, hour));
     }
 
     fn forget(&mut self, lane: usize, places: &[Place]) {

@@ -16,8 +16,8 @@ mod tests;
 
 use wire::{FieldName, FieldType, TS_FUTURE_MAX_US, TS_MIN_US};
 
-pub use self::gaps::Absence;
 use self::gaps::Gaps;
+pub use self::gaps::{Absence, absent_schema};
 pub use self::hold::{Held, Hold};
 use self::memory::{Heard, Memory};
 pub use self::state::StateError;

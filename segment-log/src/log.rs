@@ -232,6 +232,11 @@ impl<L: FileLayer> SegmentLog<L> {
         Position(self.active().first)
     }
 
+    /// Where the second segment begins, when there is one: what stands before can be freed.
+    pub fn second_segment(&self) -> Option<Position> {
+        self.segments.get(1).map(|segment| Position(segment.first))
+    }
+
     /// Bytes of all segment files, preallocated space included.
     pub fn bytes_on_disk(&self) -> u64 {
         self.segments.iter().map(|segment| segment.file_bytes).sum()

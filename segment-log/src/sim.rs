@@ -69,6 +69,8 @@ struct World {
     syncs_failed: u64,
     /// Bytes that all files together may have.
     capacity: u64,
+    /// Files made or lengthened until the disk is full.
+    growths_left: Option<u64>,
     changes: u64,
 }
 
@@ -103,6 +105,7 @@ impl SimLayer {
             syncs_left: None,
             syncs_failed: 0,
             capacity: u64::MAX,
+            growths_left: None,
             changes: 0,
         };
         Self { world: Arc::new(Mutex::new(world)) }
@@ -176,6 +179,21 @@ impl SimLayer {
         Ok(())
     }
 
+    /// The disk is full after the next `growths` files were made or lengthened, and stays so until [`empty`](Self::empty).
+    pub fn fill_after(&self, growths: u64) {
+        self.world().growths_left = Some(growths);
+    }
+
+    /// Whether [`fill_after`](Self::fill_after) has come about.
+    pub fn is_full(&self) -> bool {
+        self.world().growths_left == Some(0)
+    }
+
+    /// The disk has room again.
+    pub fn empty(&self) {
+        self.world().growths_left = None;
+    }
+
     fn world(&self) -> MutexGuard<'_, World> {
         self.world.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -193,6 +211,17 @@ impl World {
             }
         }
         Ok(node)
+    }
+
+    fn grow(&mut self) -> io::Result<()> {
+        match &mut self.growths_left {
+            Some(0) => Err(io::ErrorKind::StorageFull.into()),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+            None => Ok(()),
+        }
     }
 
     fn dir(&mut self, path: &Path) -> io::Result<&mut DirNode> {
@@ -305,6 +334,7 @@ impl FileLayer for SimLayer {
     fn create(&self, path: &Path) -> io::Result<SimFile> {
         let mut world = self.world();
         world.begin()?;
+        world.grow()?;
         let node = world.add(path, Node::File(FileNode::default()))?;
         world.finish()?;
         Ok(self.handle(&world, node, path))
@@ -435,6 +465,7 @@ impl LayerFile for SimFile {
     fn allocate(&self, bytes: u64) -> io::Result<()> {
         self.with(|world, node| {
             world.begin()?;
+            world.grow()?;
             let room = world.capacity.saturating_sub(world.used());
             let file = file(world, node)?;
             let more = bytes.saturating_sub(file.seen.len() as u64);

@@ -253,6 +253,8 @@ pub mod own {
     pub const QUARANTINE: &str = "quarantine";
     /// The stream of what a policy dropped, and how much.
     pub const LOSSES: &str = "losses";
+    /// The stream of what rules found.
+    pub const ALERTS: &str = "alerts";
 
     fn schema(fields: &[(&str, FieldType)]) -> StreamSchema {
         let fields = fields
@@ -287,11 +289,29 @@ pub mod own {
             ("to_ts", FieldType::Timestamp),
         ])
     }
+
+    /// `alerts`: an episode of a rule and a device fired or ended at `ts`; rows of one episode have one `alert_id`. `state`
+    /// is `firing`, `resolved`, or `backfill` for what was found too late to act on; `to_ts` is null until it has ended.
+    /// `labels` is a JSON object; `rule_hash` changes with what the rule means.
+    pub fn alerts() -> StreamSchema {
+        schema(&[
+            ("rule", FieldType::Text),
+            ("rule_hash", FieldType::Text),
+            ("alert_id", FieldType::Text),
+            ("state", FieldType::Text),
+            ("severity", FieldType::Text),
+            ("stream", FieldType::Text),
+            ("labels", FieldType::Text),
+            ("message", FieldType::Text),
+            ("from_ts", FieldType::Timestamp),
+            ("to_ts", FieldType::Timestamp),
+        ])
+    }
 }
 
 /// Whether a name is that of a stream that Weir fills itself.
 pub fn is_own_stream(stream: &StreamName) -> bool {
-    matches!(stream.as_str(), own::QUARANTINE | own::LOSSES | "alerts" | "host")
+    matches!(stream.as_str(), own::QUARANTINE | own::LOSSES | own::ALERTS | "host")
 }
 
 #[cfg(test)]

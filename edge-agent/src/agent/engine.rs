@@ -33,6 +33,7 @@ use crate::config::CutSettings;
 use crate::entry::Entry;
 use crate::journal::{Journal, JournalSender};
 use crate::pipeline::{LaneCut, Pipeline};
+use crate::publish::{Outbox, Replay};
 use crate::source::{SourceState, now_us};
 use crate::spool::{Spool, SpoolError};
 use crate::uplink::http::{CloudClient, Failed};
@@ -51,6 +52,8 @@ const SNAPSHOT_JOURNAL_PARTS: u64 = 4;
 const SNAPSHOT_RETRY: Duration = Duration::from_secs(1);
 /// So long after the last cut the spool is idle.
 const IDLE: Duration = Duration::from_secs(5);
+/// How often it is looked for what is too old.
+const AGED_EVERY: Duration = Duration::from_secs(1);
 /// How often the status is published.
 const STATUS_EVERY: Duration = Duration::from_millis(200);
 /// After a full lane or a failed request the next try without an event.
@@ -77,15 +80,26 @@ pub enum EngineError {
     Journal,
 }
 
-/// An answer to a request.
+/// What a request was for.
 #[derive(Debug)]
-struct Answer {
+struct Of {
     /// None for `positions`.
     stream: Option<StreamName>,
     epoch: u64,
-    /// Of the request: when the answer comes there may be another spool, and more may be freed.
+    /// When the answer comes there may be another spool, and more may be freed.
     spool: SpoolId,
     freed: Seq,
+    lane: usize,
+    bytes: usize,
+    /// It only asks whether the preferred address answers.
+    probe: bool,
+}
+
+/// An answer to a request.
+#[derive(Debug)]
+struct Answer {
+    of: Of,
+    elapsed: Duration,
     result: Result<Acks, Failed>,
 }
 
@@ -106,7 +120,6 @@ pub(super) struct Parts {
     pub(super) edge: String,
     pub(super) stop_within: Duration,
     pub(super) cut: CutSettings,
-    pub(super) request_bytes: usize,
     pub(super) journal_bytes_max: u64,
     pub(super) journal: Arc<Journal>,
     pub(super) journal_id: LogId,
@@ -120,6 +133,8 @@ pub(super) struct Parts {
     pub(super) sources: Vec<(String, Arc<SourceState>)>,
     pub(super) status: Arc<Mutex<Status>>,
     pub(super) incidents: Vec<String>,
+    /// Where alerts are published; None without a broker for them.
+    pub(super) outbox: Option<Arc<Outbox>>,
 }
 
 /// See the module's documentation.
@@ -132,6 +147,8 @@ pub(super) struct Engine {
     /// The answer that ended a wait, for the turn that follows.
     woken_by: Option<Answer>,
     in_flight: usize,
+    /// The index of the address that is used.
+    url: watch::Sender<usize>,
     bytes_sent: u64,
     last_error: Option<String>,
     /// A cut whose lanes from here on were full.
@@ -139,6 +156,8 @@ pub(super) struct Engine {
     held_position: Position,
     full_lanes: HashSet<usize>,
     last_cut: Instant,
+    /// When it was last looked for what is too old.
+    aged: Instant,
     /// Nothing was cut since the spool's last marker.
     marked: bool,
     /// Nothing is sent any more for this spool: what is not committed goes on in a new one, at the next try.
@@ -156,24 +175,30 @@ pub(super) struct Engine {
     started: Instant,
     published: Instant,
     rates: Rates,
+    replay: Replay,
 }
 
 impl Engine {
     pub(super) fn new(parts: Parts, runtime: Handle) -> Self {
         let now = Instant::now();
         let found_until = *parts.journal.synced().borrow();
+        // No source runs yet: what the journal has is of the run before.
+        let replay = Replay::new(found_until);
         Self {
+            replay,
             parts,
             runtime,
             answers: mpsc::channel(ANSWERS_MAX),
             woken_by: None,
             in_flight: 0,
+            url: watch::Sender::new(0),
             bytes_sent: 0,
             last_error: None,
             held: Vec::new(),
             held_position: Position(0),
             full_lanes: HashSet::new(),
             last_cut: now,
+            aged: now,
             marked: true,
             forking: None,
             found_until,
@@ -264,6 +289,9 @@ impl Engine {
         }
         self.go_on_forking()?;
         wait = wait.min(self.send()?);
+        if self.aged.elapsed() >= AGED_EVERY && !self.parts.spool.drop_aged(now_us())? {
+            self.aged = Instant::now();
+        }
         if !self.marked && self.last_cut.elapsed() >= IDLE {
             // Damage in what is there will not pass for a torn tail (rule 8).
             self.parts.spool.mark()?;
@@ -292,14 +320,25 @@ impl Engine {
                 Ok(Some(record)) => {
                     let (position, next) = (record.position, record.next);
                     match Entry::read(Bytes::copy_from_slice(record.payload)) {
-                        Ok(entry) => parts.pipeline.apply(position, next, &entry),
+                        Ok(entry) => {
+                            parts.pipeline.apply(position, next, &entry);
+                            if let Some(outbox) = &parts.outbox {
+                                let (found, pipeline) = (parts.pipeline.take_alerts(), &parts.pipeline);
+                                self.replay.applied(position, found, outbox, || pipeline.firing());
+                            }
+                        }
                         Err(error) => {
                             parts.pipeline.damaged(position, next);
                             incident(&mut parts.incidents, format!("journal {position} to {next}: {error}"));
                         }
                     }
                 }
-                Ok(None) => return Ok(false),
+                Ok(None) => {
+                    if let Some(outbox) = &parts.outbox {
+                        self.replay.end(outbox, || parts.pipeline.firing());
+                    }
+                    return Ok(false);
+                }
                 Err(ReadError::Damaged { from, to }) => {
                     parts.pipeline.damaged(from, to);
                     incident(&mut parts.incidents, format!("journal {from} to {to}: damaged on disk"));
@@ -313,8 +352,9 @@ impl Engine {
         Ok(true)
     }
 
-    /// Cuts when rows wait and it is time: at `seal_min` when the uplink has nothing else to send, and at the latest when
-    /// a batch is full or `seal_max` is over. Returns how long that is away.
+    /// Cuts when rows wait and it is time: at `seal_min` when the cloud has been given all that is live, and at the latest
+    /// when a batch is full or `seal_max` is over; without the cloud, or on a link where a request takes longer than that,
+    /// up to `seal_away`. Returns how long that is away.
     fn cut_when_due(&mut self) -> Result<Duration, EngineError> {
         let Some(since) = self.pending_since else { return Ok(STATUS_EVERY) };
         if !self.held.is_empty() || !self.parts.pipeline.may_cut() {
@@ -322,8 +362,13 @@ impl Engine {
         }
         let parts = &self.parts;
         let full = is_full(parts);
-        let has_room = parts.spool.waiting().is_empty();
-        let after = if full || has_room { Duration::ZERO } else { parts.cut.seal_max.0 };
+        let has_room = !parts.spool.has_live();
+        let slow = match parts.uplink.node().0 {
+            Some(_) => Duration::from_millis(parts.uplink.link.last_ms()),
+            None => Duration::MAX,
+        };
+        let seal_max = parts.cut.seal_max.0.max(slow.min(parts.cut.seal_away.0));
+        let after = if full || has_room { Duration::ZERO } else { seal_max };
         let seal_min = if full { Duration::ZERO } else { parts.cut.seal_min.0 };
         let due = (since + after).max(self.last_cut + seal_min);
         let now = Instant::now();

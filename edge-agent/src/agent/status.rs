@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use serde::Serialize;
 
 use crate::pipeline::{SourceTotals, StreamTotals};
+use crate::publish::PublisherStatus;
+use crate::rules::{self, RuleTotals};
 
 /// All of it, from one moment.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -29,6 +31,25 @@ pub struct Status {
     pub problems: Vec<String>,
     /// Damage found on disk since the start.
     pub incidents: Vec<String>,
+    pub rules: Vec<RuleStatus>,
+    /// The way to the broker that gets alerts.
+    pub publisher: Option<PublisherStatus>,
+}
+
+/// One rule. Counts are since the data directory was made, or since the rule's text changed.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct RuleStatus {
+    pub name: String,
+    pub pending: usize,
+    pub firing: usize,
+    #[serde(flatten)]
+    pub totals: RuleTotals,
+}
+
+impl From<rules::RuleStatus<'_>> for RuleStatus {
+    fn from(rule: rules::RuleStatus<'_>) -> Self {
+        Self { name: rule.name.to_owned(), pending: rule.pending, firing: rule.firing, totals: rule.totals }
+    }
 }
 
 /// One source. Counts are since the data directory was made.

@@ -477,7 +477,35 @@ impl MqttSettings {
         self.topics.iter().map(shared).collect()
     }
 
-    fn check(&self) -> Result<(), String> {
+    /// One that only names a broker, for a client that publishes.
+    pub(super) fn of_broker(url: Url) -> Self {
+        Self {
+            name: String::new(),
+            url,
+            version: MqttVersion::default(),
+            username: None,
+            password: None,
+            ca_file: None,
+            cert_file: None,
+            key_file: None,
+            client_id: None,
+            topics: Vec::new(),
+            connections: one(),
+            share: None,
+            receive_maximum: receive_maximum(),
+            keep_alive: keep_alive(),
+            max_payload: max_payload(),
+            stream: "alerts".parse().expect("a name"),
+            format: Format::default(),
+            readings: None,
+            when: When::default(),
+            options: FormatOptions::default(),
+            map: MapSettings::default(),
+        }
+    }
+
+    /// What is said of the broker itself.
+    pub(super) fn check_broker(&self) -> Result<(), String> {
         if self.url.password().is_some() || !self.url.username().is_empty() {
             return Err("put user and password into `username` and `password`, not into the url".to_owned());
         }
@@ -490,6 +518,11 @@ impl MqttSettings {
         if self.cert_file.is_some() != self.key_file.is_some() {
             return Err("cert_file and key_file go together".to_owned());
         }
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), String> {
+        self.check_broker()?;
         if self.topics.is_empty() {
             return Err("topics is empty".to_owned());
         }

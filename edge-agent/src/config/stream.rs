@@ -189,7 +189,7 @@ impl StreamSettings {
     }
 
     pub(super) fn check(&self, name: &StreamName) -> Result<(), String> {
-        if matches!(name.as_str(), own::QUARANTINE | own::LOSSES | "alerts" | "host") {
+        if matches!(name.as_str(), own::QUARANTINE | own::LOSSES | own::ALERTS | "host") {
             return Err(format!("[stream.{name}]: the name belongs to Weir; give the stream another"));
         }
         let fields = self.fields.iter().map(|(name, field)| StreamField { name: name.clone(), kind: field.kind });

@@ -1,3 +1,7 @@
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+
 use super::*;
 
 const HEAD: &str = r#"
@@ -223,13 +227,15 @@ fn the_shipped_configuration_shows_every_key() {
     };
     let mut tables = expected("zzz = 1");
     tables.retain(|table| match table.as_str() {
-        "edge" | "admin" | "cloud" | "journal" | "cut" => {
+        "edge" | "admin" | "cloud" | "journal" | "cut" | "alerts" | "publish" => {
             check(&format!("[{table}]"), expected(&format!("[{table}]\nzzz = 1")));
             false
         }
         _ => true,
     });
-    assert_eq!(tables, ["source", "stream", "lane"], "a table is not looked at here");
+    assert_eq!(tables, ["source", "stream", "rule", "lane"], "a table is not looked at here");
+    check("[[rule]]", expected("[[rule]]\nzzz = 1"));
+    check("[rule.command]", expected("[[rule]]\nname = \"r\"\non = \"s\"\ncommand = { zzz = 1 }"));
     check("[[lane]]", expected("[[lane]]\nzzz = 1"));
     check("[stream.traffic]", expected("[stream.s]\nzzz = 1"));
     check("[stream.traffic.fields]", expected("[stream.s.fields]\nv = { zzz = 1 }"));
@@ -251,4 +257,75 @@ fn the_shipped_configuration_shows_every_key() {
             assert!(table, "the source of kind `{kind}` does not show `{key}`");
         }
     }
+}
+
+/// Whatever stands in the file, it is read or refused; what is read can be used.
+#[test]
+fn a_configuration_changed_at_random_is_used_or_refused() {
+    const VALUES: &[&str] = &[
+        "\"\"",
+        "0",
+        "-1",
+        "9223372036854775807",
+        "1e308",
+        "nan",
+        "\"x\"",
+        "[]",
+        "{}",
+        "[\"\"]",
+        "true",
+        "\"0s\"",
+        "\"1ns\"",
+        "\"99999999999999999999h\"",
+        "\"18446744073709551615s\"",
+        "\"18446744073709551615TiB\"",
+        "\"99999999999GiB\"",
+        "\"0B\"",
+        "\"/*/*\"",
+        "\"/\"",
+        "\"key:99\"",
+        "\"topic:18446744073709551616\"",
+        "\"message:\"",
+        "\"const:\"",
+        "\"%\"",
+        "\"é\"",
+        "{ at = \"/t\", format = \"%\" }",
+        "{ at = \"/t\", format = \"epoch_ns\" }",
+        "\"json\"",
+        "\"csv\"",
+        "\"sparkplug\"",
+    ];
+    let seed = rand::random::<u64>();
+    println!("seed {seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let shipped = include_str!("../../../configs/edge.toml").replace("\n# ", "\n");
+    let shipped = shipped.lines().collect::<Vec<_>>();
+    let own = format!("{HEAD}{TRAFFIC}");
+    let own = own.lines().collect::<Vec<_>>();
+    let mut read = 0;
+    for _ in 0..3_000 {
+        let mut lines = own.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
+        for _ in 0..random.random_range(1..4) {
+            let at = random.random_range(0..lines.len());
+            match random.random_range(0..4) {
+                0 => drop(lines.remove(at)),
+                1 => lines.insert(at, (*shipped.choose(&mut random).unwrap()).to_owned()),
+                2 => lines.swap(at, random.random_range(0..own.len()).min(at)),
+                _ => {
+                    if let Some((key, _)) = lines[at].clone().split_once('=') {
+                        lines[at] = format!("{key}= {}", VALUES.choose(&mut random).unwrap());
+                    }
+                }
+            }
+        }
+        let text = lines.join("\n");
+        let used = std::panic::catch_unwind(|| {
+            let Ok(settings) = Settings::parse(&text) else { return false };
+            settings.warnings();
+            crate::pipeline::Pipeline::new(&settings, segment_log::Position(0), &std::collections::BTreeMap::new());
+            true
+        });
+        read += usize::from(used.unwrap_or_else(|_| panic!("panicked with\n{text}")));
+    }
+    assert!((100..2_900).contains(&read), "{read} were right");
 }

@@ -6,6 +6,7 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::rc::Rc;
 
 use super::READINGS_MAX;
 use super::scalar::{Fault, Scalar};
@@ -54,8 +55,11 @@ impl Scan {
         let (readings, several) = match &self.readings {
             Some(readings) => (locate(readings, &whole, &members)?, true),
             None => match members(&whole)? {
-                Members::Array(spans) => (spans.into_iter().map(|span| (span, Vec::new())).collect(), true),
-                _ => (vec![(whole, Vec::new())], false),
+                Members::Array(spans) => {
+                    let keys = Rc::<[String]>::default();
+                    (spans.into_iter().map(|span| (span, Rc::clone(&keys))).collect(), true)
+                }
+                _ => (vec![(whole, Rc::default())], false),
             },
         };
         Ok(Message { slots, readings, several })

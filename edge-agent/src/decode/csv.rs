@@ -72,7 +72,7 @@ impl Lines {
                 }
                 Err((fault, span)) => (Err(fault), span),
             };
-            records.push(Record { span, keys: Vec::new(), slots });
+            records.push(Record { span, keys: &[], slots });
         }
         Ok(records)
     }

@@ -61,7 +61,7 @@ impl Lines {
                 Ok(_) => line.at,
                 Err(_) => start + rest.find('\n').unwrap_or(rest.len()),
             };
-            records.push(Record { span: start..end, keys: Vec::new(), slots });
+            records.push(Record { span: start..end, keys: &[], slots });
             at = end;
         }
         Ok(records)
@@ -79,7 +79,7 @@ impl Lines {
         let measurement = line.word(&[',', ' '])?;
         put(&|place| matches!(place, Place::Measurement), &Scalar::Text(measurement));
         while line.eat(',') {
-            let tag = line.word(&['='])?;
+            let tag = line.word(&[',', ' ', '='])?;
             line.expect('=')?;
             let value = Scalar::Text(line.word(&[',', ' '])?);
             put(&|place| matches!(place, Place::Tag(name) if *name == tag), &value);
@@ -87,7 +87,7 @@ impl Lines {
         line.expect(' ')?;
         line.spaces();
         loop {
-            let field = line.word(&['='])?;
+            let field = line.word(&[',', ' ', '='])?;
             line.expect('=')?;
             let value = line.value()?;
             put(&|place| matches!(place, Place::Field(name) if *name == field), &value);

@@ -8,6 +8,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::ops::Range;
+use std::rc::Rc;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
@@ -74,8 +75,7 @@ impl Scan {
             let mut slots = vec![Scalar::Null; self.message_slots];
             // Also without slots: what is no JSON is rejected whole.
             walk(text, &self.message, &mut slots, None)?;
-            let start = text.len() - text.trim_start().len();
-            let located = locate(readings, &(start..text.trim_end().len()), &|span| members(text, span))?;
+            let located = locate(readings, &trimmed(text), &|span| members(text, span))?;
             return Ok(Message { slots, reading: Vec::new(), readings: Some(located) });
         }
         if array {
@@ -100,7 +100,14 @@ impl Scan {
 }
 
 fn spans(text: &str, readings: &[&RawValue]) -> Vec<Located> {
-    readings.iter().map(|reading| (span(text, reading), Vec::new())).collect()
+    let keys = Rc::<[String]>::default();
+    readings.iter().map(|reading| (span(text, reading), Rc::clone(&keys))).collect()
+}
+
+/// Where a text stands without the spaces around it; nowhere when it is nothing else.
+pub(super) fn trimmed(text: &str) -> Range<usize> {
+    let end = text.trim_end().len();
+    text[..end].len() - text[..end].trim_start().len()..end
 }
 
 /// A borrowed raw value is a part of the text that it was read from.

@@ -20,6 +20,10 @@ pub(super) enum Scalar<'a> {
     Array,
 }
 
+/// Longest text that is read as a number or a time. A text of the message may stand in each of its readings: without a limit
+/// it would be read as often.
+pub(super) const NUMBER_BYTES_MAX: usize = 512;
+
 /// A fault of a document: reason and detail.
 pub(super) type Fault = (&'static str, String);
 
@@ -28,7 +32,7 @@ pub(super) type Fault = (&'static str, String);
 pub(super) struct Record<'a> {
     pub(super) span: Range<usize>,
     /// What the `*` of `readings` stand for.
-    pub(super) keys: Vec<String>,
+    pub(super) keys: &'a [String],
     /// In the order of the places that are asked for.
     pub(super) slots: Result<Vec<Scalar<'a>>, Fault>,
 }
@@ -62,6 +66,7 @@ impl Scalar<'_> {
             Scalar::Array => "an array".to_owned(),
         }
     }
+
     /// As a float, when it is a number.
     pub(super) fn number(&self) -> Option<f64> {
         match self {

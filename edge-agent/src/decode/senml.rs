@@ -3,7 +3,8 @@
 //!
 //! Times below 2^28 are relative to the arrival. A record without a value and without a sum only carries base fields. What is
 //! wrong with one record rejects that record; a wrong base field, an unknown version, or a field that must be understood
-//! (its label ends with `_`) rejects the pack, because all that follows would be resolved wrongly.
+//! (its label ends with `_`) rejects the pack, because all that follows would be resolved wrongly. Limits: base names and
+//! base units of [`DEVICE_BYTES_MAX`] bytes.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -11,7 +12,7 @@ use std::ops::Range;
 
 use super::scalar::{Fault, Record, Scalar};
 use super::tree::{Members, too_many};
-use super::{READINGS_MAX, cbor, json};
+use super::{DEVICE_BYTES_MAX, READINGS_MAX, cbor, json};
 use crate::config::{Pointer, Spread};
 
 /// The version of RFC 8428; a pack of a later one must not be used.
@@ -111,7 +112,7 @@ impl Packs {
         let Some(spread) = self.spread else {
             let record = |(span, resolved): Placed<'a>| Record {
                 span,
-                keys: Vec::new(),
+                keys: &[],
                 slots: resolved.map(|resolved| self.places.iter().map(|place| resolved.at(place)).collect()),
             };
             return Ok((resolved.into_iter().map(record).collect(), 0));
@@ -122,7 +123,7 @@ impl Packs {
             let resolved = match resolved {
                 Ok(resolved) => resolved,
                 Err(fault) => {
-                    records.push(Record { span, keys: Vec::new(), slots: Err(fault) });
+                    records.push(Record { span, keys: &[], slots: Err(fault) });
                     continue;
                 }
             };
@@ -147,7 +148,7 @@ impl Packs {
                 };
                 let slots = Ok(self.places.iter().map(first).collect());
                 // Its records may lie apart, so it has no bytes of its own.
-                records.push(Record { span: 0..payload.len(), keys: Vec::new(), slots });
+                records.push(Record { span: 0..payload.len(), keys: &[], slots });
                 records.len() - 1
             };
             let key = (name.clone(), resolved.time);
@@ -180,7 +181,7 @@ impl Packs {
         };
         let whole = match self.cbor {
             true => cbor::whole(payload)?,
-            false => text.len() - text.trim_start().len()..text.trim_end().len(),
+            false => json::trimmed(text),
         };
         let Members::Array(spans) = members(&whole)? else {
             return Err(("malformed", "a SenML pack is an array of records".to_owned()));
@@ -243,7 +244,10 @@ impl Base {
             return Ok(None);
         }
         let name = format!("{}{}", self.name, labels.name.as_deref().unwrap_or_default());
-        let wrong_name = |reason: &str| Err(Wrong::Record(("bad_name", format!("the name {name:?} {reason}"))));
+        let wrong_name = |reason: &str| {
+            let shown = name.chars().take(80).collect::<String>();
+            Err(Wrong::Record(("bad_name", format!("the name {shown:?} {reason}"))))
+        };
         let good = |c: char| c.is_ascii_alphanumeric() || "-:./_".contains(c);
         if !name.starts_with(|c: char| c.is_ascii_alphanumeric()) {
             return wrong_name("does not begin with a letter or a digit");
@@ -274,9 +278,9 @@ impl Base {
     fn take(&mut self, label: &str, value: &Scalar<'_>) -> Result<bool, Wrong> {
         let wrong = |_| Wrong::Pack(("bad_base", format!("{label} is {}", value.describe())));
         match label {
-            "bn" | "-2" => self.name = text(value).map_err(wrong)?,
+            "bn" | "-2" => self.name = short(value).map_err(wrong)?,
             "bt" | "-3" => self.time = Number::of(value).map_err(wrong)?,
-            "bu" | "-4" => self.unit = Some(text(value).map_err(wrong)?),
+            "bu" | "-4" => self.unit = Some(short(value).map_err(wrong)?),
             "bv" | "-5" => self.value = Some(number(value).map_err(wrong)?),
             "bs" | "-6" => self.sum = Some(number(value).map_err(wrong)?),
             "bver" | "-1" => match value.number() {
@@ -344,6 +348,11 @@ impl Number {
 
 fn number(value: &Scalar<'_>) -> Result<f64, ()> {
     value.number().filter(|number| number.is_finite()).ok_or(())
+}
+
+/// A text that each record that follows has, too.
+fn short(value: &Scalar<'_>) -> Result<String, ()> {
+    text(value).ok().filter(|text| text.len() <= DEVICE_BYTES_MAX).ok_or(())
 }
 
 fn text(value: &Scalar<'_>) -> Result<String, ()> {

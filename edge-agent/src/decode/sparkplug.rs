@@ -22,6 +22,10 @@ use crate::config::{FormatOptions, Pointer};
 const METRICS_MAX: usize = 100_000;
 /// A node is asked again after this, unless set.
 const REBIRTH_EVERY_US: i64 = 30_000_000;
+/// Longest topic that is read; its parts stand in each reading.
+const TOPIC_BYTES_MAX: usize = 1_024;
+/// So many bytes of a name count as one metric more, so that a number of metrics bounds what they take.
+const NAME_BYTES: usize = 64;
 /// What is asked for and not yet taken.
 const COMMANDS_MAX: usize = 1_000;
 const REBIRTH: &str = "Node Control/Rebirth";
@@ -37,6 +41,9 @@ pub struct Command {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Births {
     nodes: BTreeMap<String, Node>,
+    /// What `nodes` count as, so that each birth need not count all.
+    #[serde(skip)]
+    kept: usize,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,6 +131,7 @@ impl Sparkplug {
     /// The state as it was.
     pub(super) fn restore(&mut self, births: Births) {
         self.births = births;
+        self.births.kept = self.births.nodes.iter().map(|(key, node)| node.kept(key)).sum();
     }
 
     /// The readings of a message, and what is wrong with single metrics; nothing when the message is filtered.
@@ -153,7 +161,7 @@ impl Sparkplug {
                 return Ok(Vec::new());
             }
             let slots = self.places.iter().map(|place| place.of(&message, arrival_us, Some(false), None)).collect();
-            return Ok(vec![Record { span: 0..bytes.len(), keys: Vec::new(), slots: Ok(slots) }]);
+            return Ok(vec![Record { span: 0..bytes.len(), keys: &[], slots: Ok(slots) }]);
         }
         if address.is_birth() {
             self.births.birth(&key, address, &payload, self.metrics_max)?;
@@ -177,7 +185,7 @@ impl Sparkplug {
         let mut unknown = Vec::new();
         let fresh = |records: &mut Vec<Record<'a>>, time, historical| {
             let slots = self.places.iter().map(|place| place.of(message, time, online, Some(historical))).collect();
-            records.push(Record { span: whole.clone(), keys: Vec::new(), slots: Ok(slots) });
+            records.push(Record { span: whole.clone(), keys: &[], slots: Ok(slots) });
             records.len() - 1
         };
         let mut faults = Vec::new();
@@ -217,7 +225,7 @@ impl Sparkplug {
             let detail = format!("{} metrics without a known name, aliases {}", unknown.len(), join(shown));
             faults.push(("unknown_alias", detail));
         }
-        let fault = |fault| Record { span: whole.clone(), keys: Vec::new(), slots: Err(fault) };
+        let fault = |fault| Record { span: whole.clone(), keys: &[], slots: Err(fault) };
         records.extend(faults.into_iter().map(fault));
         (records, !unknown.is_empty())
     }
@@ -225,10 +233,10 @@ impl Sparkplug {
     /// Asks a node for its birth, not too often. When there is no room to remember that, it is not asked.
     fn ask(&mut self, key: &str, address: Address<'_>, arrival_us: i64) {
         if !self.births.nodes.contains_key(key) {
-            if self.births.kept() >= self.metrics_max {
+            if self.births.kept >= self.metrics_max {
                 return;
             }
-            self.births.nodes.insert(key.to_owned(), Node::default());
+            self.births.insert(key, Node::default());
         }
         let Some(node) = self.births.nodes.get_mut(key) else { return };
         let again = |asked| arrival_us.saturating_sub(asked) >= self.rebirth_every_us || arrival_us < asked;
@@ -245,9 +253,9 @@ impl Sparkplug {
 }
 
 impl Births {
-    /// Metrics and nodes that are remembered.
-    fn kept(&self) -> usize {
-        self.nodes.values().map(Node::kept).sum()
+    fn insert(&mut self, key: &str, node: Node) {
+        self.kept += node.kept(key);
+        self.kept -= self.nodes.insert(key.to_owned(), node).map_or(0, |old| old.kept(key));
     }
 
     fn birth(&mut self, key: &str, address: Address<'_>, payload: &Payload<'_>, max: usize) -> Result<(), Fault> {
@@ -260,10 +268,10 @@ impl Births {
         let device = address.device.unwrap_or_default();
         // A node's birth ends all that was known of it, a device's what was known of the device.
         let old = self.nodes.get(key).map_or(0, |node| match address.device {
-            None => node.kept(),
-            Some(device) => node.devices.get(device).map_or(0, Metrics::kept),
+            None => node.kept(key),
+            Some(device) => node.devices.get(device).map_or(0, |metrics| metrics.kept(device)),
         });
-        if self.kept() - old + 1 + metrics.kept() > max {
+        if self.kept - old + weight(key) + metrics.kept(device) > max {
             let detail = format!("more than {max} metrics are defined by the births of this source");
             return Err(("too_many_metrics", detail));
         }
@@ -272,11 +280,15 @@ impl Births {
                 let next_seq = payload.seq.map(|seq| (seq as u8).wrapping_add(1));
                 let devices = BTreeMap::from([(device.to_owned(), metrics)]);
                 let node = Node { next_seq, bd_seq: payload.bd_seq(), asked: None, devices };
-                self.nodes.insert(key.to_owned(), node);
+                self.insert(key, node);
             }
             Some(_) => {
+                if !self.nodes.contains_key(key) {
+                    self.insert(key, Node::default());
+                }
+                self.kept += metrics.kept(device);
                 let node = self.nodes.entry(key.to_owned()).or_default();
-                node.devices.insert(device.to_owned(), metrics);
+                self.kept -= node.devices.insert(device.to_owned(), metrics).map_or(0, |old| old.kept(device));
             }
         }
         Ok(())
@@ -285,29 +297,31 @@ impl Births {
     /// Whether it ends something; the death of an earlier session does not.
     fn death(&mut self, key: &str, address: Address<'_>, payload: &Payload<'_>) -> bool {
         if let Some(device) = address.device {
-            if let Some(node) = self.nodes.get_mut(key) {
-                node.devices.remove(device);
-            }
+            let removed = self.nodes.get_mut(key).and_then(|node| node.devices.remove(device));
+            self.kept -= removed.map_or(0, |metrics| metrics.kept(device));
             return true;
         }
         let of_birth = self.nodes.get(key).and_then(|node| node.bd_seq);
         if of_birth.zip(payload.bd_seq()).is_some_and(|(birth, death)| birth != death) {
             return false;
         }
-        self.nodes.remove(key);
+        self.kept -= self.nodes.remove(key).map_or(0, |node| node.kept(key));
         true
     }
 }
 
 impl Metrics {
-    fn kept(&self) -> usize {
-        1 + self.types.len().max(self.aliases.len())
+    /// What the metrics of this device count as.
+    fn kept(&self, device: &str) -> usize {
+        let names = |names: &mut dyn Iterator<Item = &String>| names.map(|name| weight(name)).sum::<usize>();
+        weight(device) + names(&mut self.types.keys()).max(names(&mut self.aliases.values()))
     }
 }
 
 impl Node {
-    fn kept(&self) -> usize {
-        1 + self.devices.values().map(Metrics::kept).sum::<usize>()
+    /// What a node and its devices count as.
+    fn kept(&self, key: &str) -> usize {
+        weight(key) + self.devices.iter().map(|(device, metrics)| metrics.kept(device)).sum::<usize>()
     }
 
     /// Whether messages before this one are missing.
@@ -389,6 +403,9 @@ impl Place {
 impl<'a> Address<'a> {
     /// None for what holds no readings: commands and the states of hosts.
     fn of(topic: &'a str) -> Result<Option<Self>, Fault> {
+        if topic.len() > TOPIC_BYTES_MAX {
+            return Err(("bad_topic", format!("a topic of {} bytes, more than {TOPIC_BYTES_MAX}", topic.len())));
+        }
         let levels = topic.split('/').collect::<Vec<_>>();
         let (group, kind, node, device) = match levels[..] {
             ["spBv1.0", "STATE", ..] => return Ok(None),
@@ -416,6 +433,11 @@ impl<'a> Address<'a> {
     fn is_death(&self) -> bool {
         self.kind.ends_with("DEATH")
     }
+}
+
+/// What a name counts as.
+fn weight(name: &str) -> usize {
+    1 + name.len() / NAME_BYTES
 }
 
 /// Times beyond what an i64 of µs holds are checked as too far in the future.

@@ -1,4 +1,5 @@
 mod formats;
+mod fuzz;
 mod poison;
 mod senml;
 mod shipped;

@@ -4,7 +4,7 @@ use chrono::format::{Item, Parsed, StrftimeItems, parse};
 use chrono::{DateTime, LocalResult, NaiveDateTime, NaiveTime, TimeZone};
 use chrono_tz::Tz;
 
-use super::scalar::Scalar;
+use super::scalar::{NUMBER_BYTES_MAX, Scalar};
 use crate::config::TimeFormat;
 
 /// Reads times of one format.
@@ -36,6 +36,9 @@ impl TimeReader {
             return Ok(*us);
         }
         let bad = |why: &str| Err(("bad_time", format!("{} is no time: {why}", value.describe())));
+        if matches!(value, Scalar::Text(text) if text.len() > NUMBER_BYTES_MAX) {
+            return bad("it is too long");
+        }
         match (self, value) {
             (Self::Rfc3339, Scalar::Text(text)) => match DateTime::parse_from_rfc3339(text) {
                 Ok(time) => Ok(time.timestamp_micros()),

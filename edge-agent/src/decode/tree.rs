@@ -1,6 +1,7 @@
 //! Where in a nested message the wanted values stand, and where its readings.
 
 use std::ops::Range;
+use std::rc::Rc;
 
 use super::READINGS_MAX;
 use super::scalar::{Fault, Scalar};
@@ -24,8 +25,9 @@ pub(super) enum Members {
     Array(Vec<Range<usize>>),
 }
 
-/// A reading's place in a message, and what the `*` of `readings` stand for there.
-pub(super) type Located = (Range<usize>, Vec<String>);
+/// A reading's place in a message, and what the `*` of `readings` stand for there. The readings of one array share them: a
+/// key may be as long as the message.
+pub(super) type Located = (Range<usize>, Rc<[String]>);
 
 impl Node {
     pub(super) fn at(&mut self, pointer: &Pointer) -> &mut Self {
@@ -95,9 +97,12 @@ impl Found {
         let Some((step, rest)) = steps.split_first() else {
             self.any = true;
             return match members(at)? {
-                Members::Array(elements) => elements.into_iter().try_for_each(|span| self.push(span, keys)),
+                Members::Array(elements) => {
+                    let keys = Rc::from(&keys[..]);
+                    elements.into_iter().try_for_each(|span| self.push(span, &keys))
+                }
                 // Behind a * what is no array is a reading; a pointer without one says where the array is.
-                _ if !keys.is_empty() => self.push(at.clone(), keys),
+                _ if !keys.is_empty() => self.push(at.clone(), &Rc::from(&keys[..])),
                 _ => Err(("no_readings", "no array stands where `readings` points".to_owned())),
             };
         };
@@ -131,11 +136,11 @@ impl Found {
         }
     }
 
-    fn push(&mut self, span: Range<usize>, keys: &[String]) -> Result<(), Fault> {
+    fn push(&mut self, span: Range<usize>, keys: &Rc<[String]>) -> Result<(), Fault> {
         if self.list.len() >= READINGS_MAX {
             return Err(too_many(self.list.len() + 1));
         }
-        self.list.push((span, keys.to_vec()));
+        self.list.push((span, Rc::clone(keys)));
         Ok(())
     }
 }

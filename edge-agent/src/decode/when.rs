@@ -1,6 +1,6 @@
 //! Which readings are meant: those that satisfy all conditions of the source's `when`. The others are counted as filtered.
 
-use super::scalar::Scalar;
+use super::scalar::{NUMBER_BYTES_MAX, Scalar};
 use super::{Found, Origin};
 use crate::config::{Constant, Place, Test, When};
 
@@ -31,6 +31,7 @@ impl Filter {
 /// A number that is written as text, as in a topic or in CSV, is one.
 fn number(value: &Scalar<'_>) -> Option<f64> {
     match value {
+        Scalar::Text(text) if text.len() > NUMBER_BYTES_MAX => None,
         Scalar::Text(text) => text.parse().ok(),
         other => other.number(),
     }

@@ -7,7 +7,7 @@
 
 use segment_log::Position;
 use serde::{Deserialize, Serialize};
-use wire::{FieldType, StreamField, StreamSchema, TS_MIN_US};
+use wire::TS_MIN_US;
 
 use super::output::Cell;
 use super::{GOOD, IMPUTED, Pipeline, cells_bytes};
@@ -20,16 +20,6 @@ use crate::validate::{Absence, Fault, Held, Judge, Outcome};
 pub(super) struct Clock {
     listened_us: i64,
     last_us: Option<i64>,
-}
-
-/// `<stream>_absent`, a stream of its own and no rows among readings: those are counted and averaged. `ts` of `absent` is
-/// when the next reading should have come, of `back` that of the reading that came.
-pub(super) fn absent_schema() -> StreamSchema {
-    let fields =
-        [("state", FieldType::Text), ("last_ts", FieldType::Timestamp), ("expected_every_s", FieldType::Float64)];
-    let field =
-        |(name, kind): (&str, FieldType)| StreamField { name: name.parse().expect("own names are valid"), kind };
-    StreamSchema::new(fields.map(field).to_vec()).expect("own schemas are valid")
 }
 
 impl Pipeline {
@@ -109,6 +99,7 @@ impl Pipeline {
             self.counters.stream(name).flagged += 1;
         }
         self.row(position, stream, reading, quality, true);
+        self.judge_reading(position, stream, reading);
     }
 
     /// What is due by the time alone.
@@ -150,14 +141,14 @@ impl Pipeline {
         let output = &mut self.outputs[output];
         output.watermark = output.watermark.max(own.windows.watermark());
         self.counters.stream(&output.stream).rows += 1;
-        if position < output.skip_before {
-            return;
-        }
-        let before = output.bytes();
         let every_s = every_us as f64 / 1e6;
-        let cells = [Cell::Text(absence.state), Cell::Time(absence.last_ts.max(TS_MIN_US)), Cell::Float(every_s)];
-        output.push(absence.ts.max(TS_MIN_US), Some(&absence.device), cells.into_iter(), GOOD);
-        self.pending_rows += 1;
-        self.pending_bytes += output.bytes() - before;
+        if position >= output.skip_before {
+            let before = output.bytes();
+            let cells = [Cell::Text(absence.state), Cell::Time(absence.last_ts.max(TS_MIN_US)), Cell::Float(every_s)];
+            output.push(absence.ts.max(TS_MIN_US), Some(&absence.device), cells.into_iter(), GOOD);
+            self.pending_rows += 1;
+            self.pending_bytes += output.bytes() - before;
+        }
+        self.judge_absence(position, stream, absence, every_s);
     }
 }

@@ -45,7 +45,7 @@ struct Row<'a> {
 }
 
 impl Pipeline {
-    /// `first`: the message's first rejection. Later ones that have no bytes of their own do not repeat the message's.
+    /// `first`: no row has all of the message yet. Later rejections that have no bytes of their own do not repeat it.
     pub(super) fn reject(
         &mut self,
         position: Position,

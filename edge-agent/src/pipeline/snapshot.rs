@@ -3,7 +3,7 @@
 //! ```text
 //! version u8 = 1 | meta_len u32 | meta (JSON) | lists_len u32 | lists | (name_len u32 | name | len u32 | state)*
 //! ```
-//! The state of a stream's windows goes by its name, that of its checks by `<name>/checks`.
+//! The state of a stream's windows goes by its name, that of its checks by `<name>/checks`, that of the rules by `/rules`.
 //! The meta data hold the position, counters, watermarks, refusals, places in files, births, the clock, and which lane each
 //! stream went to; what an older agent did not write is as it is at the beginning. A stream that the
 //! configuration has since moved to another lane is skipped by what its *old* lane has, until the new lane is cut.
@@ -26,6 +26,7 @@ use crate::redelivery::Lists;
 const VERSION: u8 = 1;
 /// Behind a stream's name; no name has a slash.
 const CHECKS: &str = "/checks";
+const RULES: &str = "/rules";
 
 /// Why bytes are no snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +122,10 @@ impl Pipeline {
             section(name);
             section(state);
         }
+        section(RULES.as_bytes());
+        let mut rules = Vec::new();
+        self.rules.write(&mut rules);
+        section(&rules);
         out
     }
 
@@ -154,6 +159,12 @@ impl Pipeline {
         while !bytes.is_empty() {
             let name = section(&mut bytes)?;
             let windows = section(&mut bytes)?;
+            if name == RULES.as_bytes() {
+                if let Err(error) = pipeline.rules.restore(&windows) {
+                    tracing::warn!(%error, "the rules begin anew");
+                }
+                continue;
+            }
             if let Some(name_of) = name.strip_suffix(CHECKS.as_bytes()) {
                 match pipeline.streams.iter_mut().find(|stream| stream.name.as_str().as_bytes() == name_of) {
                     // Readings may wait in it, which are counted as waiting until the stream is configured again.

@@ -9,7 +9,7 @@
 //!
 //! The state of a connection has one owner, [`Connection::run`]; it ends by its token or with the journal.
 
-mod client;
+pub(crate) mod client;
 mod subscriptions;
 #[cfg(test)]
 mod tests;

@@ -1,35 +1,62 @@
-//! The policy `drop_oldest`: what goes, and the rows of `losses` that say so, in one record.
+//! What a policy takes out of a lane, and the rows of `losses` that say so, in one record.
 //!
-//! Losses that stand among what is dropped are summed into the new ones, so that they pin no segment. One that can no
-//! longer be read is a row of its own (`losses_unreadable`): how much it spoke of is not known.
+//! Only batches without a number go. Losses that go with them are summed into the new ones, so that they pin no segment;
+//! so are the lane's last ones while they wait, within the hour. One that can no longer be read is a row of its own
+//! (`losses_unreadable`): how much it spoke of is not known. Rows of `losses` are no data: they are not counted as lost,
+//! but [`made`](super::RowCounts::made) here.
 
 use segment_log::FileLayer;
+use wire::schema::own;
 use wire::{Seq, StreamSchema};
 
 use super::record::{self, Place};
 use super::{Spool, SpoolError, Waiting, losses};
 
 /// Batches that one `dropped` record names at most, so that it fits in the reserve.
-const DROPPED_MAX: usize = 512;
+pub(super) const DROPPED_MAX: usize = 512;
 
 impl<L: FileLayer> Spool<L> {
-    /// Drops the oldest waiting batches of the lane's first segment. False: nothing to drop.
-    pub(super) fn drop_oldest(&mut self, lane: usize, now_us: i64) -> Result<bool, SpoolError> {
-        let own = wire::schema::own::LOSSES;
-        let reach = self.lanes[lane].settings.segment_bytes;
-        let oldest = self.lanes[lane].waiting.values().flat_map(|batches| batches.iter().take(DROPPED_MAX));
-        let mut victims = oldest.cloned().collect::<Vec<Waiting>>();
-        victims.sort_by_key(|waiting| (waiting.place.group, waiting.place.index));
-        victims.truncate(DROPPED_MAX);
-        let Some(first) = victims.first().map(|waiting| waiting.place.group) else { return Ok(false) };
-        victims.retain(|waiting| waiting.place.group < first.saturating_add(reach));
-        if victims.iter().all(|waiting| waiting.stream.as_str() == own) {
-            return Ok(false);
+    /// Drops what waits for longer than its lane's `max_age`; true when there may be more. What was sealed when the clock
+    /// stood before 2000 has no age.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn drop_aged(&mut self, now_us: i64) -> Result<bool, SpoolError> {
+        let mut more = false;
+        for lane in 0..self.lanes.len() {
+            let Some(max_age_us) = self.lanes[lane].settings.max_age_us else { continue };
+            let until = now_us.saturating_sub(max_age_us);
+            let is_young = |waiting: &&Waiting| (until..record::SEALED_UNKNOWN).contains(&waiting.sealed_us);
+            let is_old = |waiting: &&Waiting| (wire::TS_MIN_US..until).contains(&waiting.sealed_us);
+            let streams = self.lanes[lane].waiting.iter().filter(|(stream, _)| stream.as_str() != own::LOSSES);
+            let old = streams.flat_map(|(_, all)| all.iter().take_while(|one| !is_young(one)).filter(is_old));
+            let victims = old.take(DROPPED_MAX).cloned().collect::<Vec<_>>();
+            if victims.is_empty() {
+                continue;
+            }
+            more |= victims.len() == DROPPED_MAX;
+            match self.take_out(lane, victims, losses::TOO_OLD, now_us) {
+                // Not even the reserve has room: at the next try, perhaps.
+                Err(SpoolError::Full(_)) => more = false,
+                other => other?,
+            }
+            self.free_segments(lane)?;
         }
+        Ok(more)
+    }
+
+    /// Takes batches that wait out of a lane and writes what was lost, synced.
+    pub(super) fn take_out(
+        &mut self,
+        lane: usize,
+        mut victims: Vec<Waiting>,
+        reason: &str,
+        now_us: i64,
+    ) -> Result<(), SpoolError> {
+        victims.extend(self.last_losses(lane, now_us).filter(|last| victims.iter().all(|one| one.place != last.place)));
         let schema = losses::schema();
-        let mut carried = Vec::new();
-        let mut unreadable = 0;
-        for victim in victims.iter().filter(|waiting| waiting.stream.as_str() == own) {
+        let (mut carried, mut unreadable) = (Vec::new(), 0);
+        for victim in victims.iter().filter(|waiting| waiting.stream.as_str() == own::LOSSES) {
             match self.earlier_losses(victim, &schema)? {
                 Some(rows) => carried.push(rows),
                 None => unreadable += 1,
@@ -39,20 +66,34 @@ impl<L: FileLayer> Spool<L> {
             tracing::error!(unreadable, "batches of losses rotted on disk: what they spoke of is not known");
         }
         let name = self.lanes[lane].settings.name.clone();
-        let losses = losses::batch(&victims, &carried, unreadable, &self.settings, &name, now_us)?;
+        let losses = losses::batch(&victims, &carried, unreadable, &self.settings, (&name, reason), now_us)?;
         let places = victims.iter().map(|waiting| waiting.place).collect::<Vec<Place>>();
         self.schemas.entry(schema.id()).or_insert_with(|| schema.canonical().to_owned());
-        // Rows of losses are counted where they were made, so those that go are lost as rows, too.
         let mut totals = self.lanes[lane].totals;
-        totals.lost += victims.iter().map(|waiting| u64::from(waiting.rows)).sum::<u64>();
+        totals.made += i64::from(losses.rows);
+        for victim in &victims {
+            if victim.stream.as_str() == own::LOSSES {
+                totals.made -= i64::from(victim.rows);
+            } else {
+                totals.lost += u64::from(victim.rows);
+            }
+        }
         let payload = record::dropped(totals, &places, &losses);
         let appended = self.put(lane, record::DROPPED, &payload, &[schema.id()], true)?;
         self.lanes[lane].log.sync()?;
         self.lanes[lane].totals = totals;
         self.forget(lane, &places);
-        self.admit(lane, appended.position, std::slice::from_ref(&losses));
-        self.free_segments(lane)?;
-        Ok(true)
+        self.admit_losses(lane, appended.position, &losses);
+        Ok(())
+    }
+
+    /// What a drop wrote last, if it waits and is of this hour.
+    fn last_losses(&self, lane: usize, now_us: i64) -> Option<Waiting> {
+        let lane = &self.lanes[lane];
+        let now_us = now_us.max(wire::TS_MIN_US);
+        let (place, _) = lane.losses.filter(|(_, hour)| *hour == now_us.div_euclid(losses::JOIN_US))?;
+        let waiting = lane.waiting.iter().find(|(stream, _)| stream.as_str() == own::LOSSES)?.1;
+        waiting.iter().rev().find(|waiting| waiting.place == place).cloned()
     }
 
     fn earlier_losses(

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use wire::sealed::CutError;
 use wire::{CutBatch, Seq, SpoolId, StreamName, StreamSchema};
 
+use super::record::{self, Place};
 use super::{Incident, OnFull, Spool, SpoolError, recover};
 
 /// Compressed bytes in one record of the new spool.
@@ -53,8 +54,8 @@ impl<L: FileLayer> Spool<L> {
             let cut = self.lanes[lane].cut;
             let group_bytes = GROUP_BYTES.min(new.lanes[lane].log.options().payload_bytes_max() / 2);
             let mut group = Vec::new();
-            let mut bytes = 0;
-            for (place, rows, doubtful) in self.kept(lane, known) {
+            let (mut bytes, mut sealed_us) = (0, None);
+            for (place, rows, doubtful, sealed) in self.kept(lane, known) {
                 let Some(mut batch) = self.read(place)? else {
                     // It rotted, which was reported when the lane was opened.
                     totals.lost += u64::from(rows);
@@ -65,13 +66,15 @@ impl<L: FileLayer> Spool<L> {
                 }
                 let batch_bytes = batch.body.len() + BATCH_OVERHEAD;
                 if bytes + batch_bytes > group_bytes && !group.is_empty() {
-                    new.append_copies(lane, cut, &std::mem::take(&mut group))?;
-                    bytes = 0;
+                    new.append_copies(lane, cut, &std::mem::take(&mut group), sealed_us)?;
+                    (bytes, sealed_us) = (0, None);
                 }
+                // The newest of them: rather too late for `max_age` than too early.
+                sealed_us = sealed_us.max(sealed);
                 bytes += batch_bytes;
                 group.push(batch);
             }
-            new.append_copies(lane, cut, &group)?;
+            new.append_copies(lane, cut, &group, sealed_us)?;
             new.lanes[lane].totals = totals;
             new.put_state(lane)?;
         }
@@ -84,26 +87,33 @@ impl<L: FileLayer> Spool<L> {
         Ok(opened)
     }
 
-    /// Places and rows of a lane's batches that are not committed, oldest first, and whether the cloud may have them.
-    fn kept(&self, lane: usize, known: Option<&dyn Fn(&StreamName) -> Seq>) -> Vec<(super::Place, u32, bool)> {
+    /// Places and rows of a lane's batches that are not committed, oldest first, whether the cloud may have them, and when
+    /// those without a number were sealed.
+    fn kept(&self, lane: usize, known: Option<&dyn Fn(&StreamName) -> Seq>) -> Vec<(Place, u32, bool, Option<i64>)> {
         let mut kept = Vec::new();
         let doubtful = |stream: &StreamName, seq: Seq| known.is_none_or(|known| seq <= known(stream));
         for (stream, sequence) in &self.sequences {
             let numbered = sequence.numbered.iter().filter(|numbered| numbered.place.lane == lane);
             let numbered = numbered.filter(|numbered| numbered.void.is_none());
-            kept.extend(numbered.map(|numbered| (numbered.place, numbered.rows, doubtful(stream, numbered.mark.seq))));
+            let all = numbered.map(|n| (n.place, n.rows, doubtful(stream, n.mark.seq), None));
+            kept.extend(all);
         }
-        kept.extend(
-            self.lanes[lane].waiting.values().flatten().map(|waiting| (waiting.place, waiting.rows, known.is_none())),
-        );
+        let waiting = self.lanes[lane].waiting.values().flatten();
+        kept.extend(waiting.map(|w| (w.place, w.rows, known.is_none(), Some(w.sealed_us))));
         kept.sort_by_key(|(place, ..)| (place.group, place.index));
         kept
     }
 
-    fn append_copies(&mut self, lane: usize, cut: Position, batches: &[CutBatch]) -> Result<(), SpoolError> {
+    fn append_copies(
+        &mut self,
+        lane: usize,
+        cut: Position,
+        batches: &[CutBatch],
+        sealed_us: Option<i64>,
+    ) -> Result<(), SpoolError> {
         let schemas = batches.iter().filter_map(|batch| self.schemas.get(&batch.schema));
         let schemas = schemas.filter_map(|text| StreamSchema::parse(text).ok()).collect::<Vec<_>>();
-        self.append(lane, cut, batches, &schemas, 0)
+        self.append(lane, cut, batches, &schemas, sealed_us.unwrap_or(record::SEALED_UNKNOWN))
     }
 
     fn flagged(&self, batch: CutBatch) -> Result<CutBatch, SpoolError> {

@@ -13,8 +13,8 @@ use super::record::{self, Place};
 use super::{Numbered, Spool, SpoolError, Waiting, losses};
 
 impl<L: FileLayer> Spool<L> {
-    /// Numbers the oldest waiting batches of one stream in a lane, up to `bytes_max` and at least one, and syncs the
-    /// numbers; the bytes may leave when this returns.
+    /// Numbers waiting batches of one stream in a lane, up to `bytes_max` and at least one, and syncs the numbers; the
+    /// bytes may leave when this returns. Live ones first, then the oldest of the backlog.
     ///
     /// # Errors
     /// `Full` when even the reserve is used up: acks must free something first.
@@ -24,15 +24,7 @@ impl<L: FileLayer> Spool<L> {
         stream: &StreamName,
         bytes_max: usize,
     ) -> Result<Vec<SealedBatch>, SpoolError> {
-        let mut chosen = Vec::new();
-        let mut bytes = 0;
-        for waiting in self.lanes[lane].waiting.get(stream).into_iter().flatten() {
-            if !chosen.is_empty() && bytes + waiting.bytes > bytes_max {
-                break;
-            }
-            bytes += waiting.bytes;
-            chosen.push(waiting.clone());
-        }
+        let chosen = self.choose(lane, stream, bytes_max);
         let mut sealed = Vec::new();
         for waiting in chosen {
             let before = self.head(stream);
@@ -40,7 +32,8 @@ impl<L: FileLayer> Spool<L> {
                 Some(batch) => batch.number(&self.settings.edge, self.id, before.seq.next(), before.crc),
                 None => {
                     // It rotted before it had a number: a void batch says so in the sequence.
-                    SealedBatch::void(self.header(&waiting, before), "rotted on the edge's disk", 0)
+                    let times = (waiting.min_ts, waiting.max_ts);
+                    SealedBatch::void(self.header(stream, times, before), "rotted on the edge's disk", 0)
                 }
             };
             let mark = Mark { seq: before.seq.next(), crc: batch.crc() };
@@ -58,8 +51,10 @@ impl<L: FileLayer> Spool<L> {
                 bytes: waiting.bytes,
                 void: None,
             });
-            if let Some(queue) = self.lanes[lane].waiting.get_mut(stream) {
-                queue.pop_front();
+            if let Some(queue) = self.lanes[lane].waiting.get_mut(stream)
+                && let Ok(at) = queue.binary_search_by_key(&waiting.came, |other| other.came)
+            {
+                queue.remove(at);
             }
             if rotted {
                 self.put_void(&batch, false)?;
@@ -68,6 +63,31 @@ impl<L: FileLayer> Spool<L> {
         }
         self.sync_numbers(lane)?;
         Ok(sealed)
+    }
+
+    /// What goes next of a stream, in the order of its numbers: what has come since the last choice, at least the newest,
+    /// before what is older. So what is live waits for one request, however much waits behind it.
+    fn choose(&mut self, lane: usize, stream: &StreamName, bytes_max: usize) -> Vec<Waiting> {
+        let lane = &mut self.lanes[lane];
+        let end = lane.log.end();
+        let until = lane.chosen.insert(stream.clone(), end).unwrap_or(end);
+        let Some(queue) = lane.waiting.get(stream) else { return Vec::new() };
+        let mut bytes = 0;
+        let mut fits = |waiting: &Waiting| {
+            let fits = bytes == 0 || bytes + waiting.bytes <= bytes_max;
+            bytes += waiting.bytes;
+            fits
+        };
+        let newest = queue.back().map_or(0, |newest| newest.came.0);
+        let is_live = |waiting: &Waiting| waiting.came.0 >= until.0 || waiting.came.0 == newest;
+        let live = queue.iter().rev().take_while(|waiting| is_live(waiting) && fits(waiting)).count();
+        let older = queue.len() - live;
+        let backlog = queue.iter().take(older).take_while(|waiting| fits(waiting)).count();
+        if backlog == older {
+            // All of it: in the order in which it came.
+            return queue.iter().cloned().collect();
+        }
+        queue.iter().skip(older).chain(queue.iter().take(backlog)).cloned().collect()
     }
 
     /// The numbered batches of a stream from `from` on, up to `bytes_max` and at least one. The same bytes as at the
@@ -136,10 +156,8 @@ impl<L: FileLayer> Spool<L> {
         if let Some(void) = &numbered.void {
             return Ok(void.clone());
         }
-        let waiting =
-            Waiting { place: numbered.place, stream: stream.clone(), rows: 0, bytes: 0, min_ts: 0, max_ts: 0 };
         let lane = numbered.place.lane;
-        let void = SealedBatch::void(self.header(&waiting, previous), reason, numbered.mark.crc);
+        let void = SealedBatch::void(self.header(stream, (0, 0), previous), reason, numbered.mark.crc);
         self.put_void(&void, kept)?;
         self.lanes[lane].log.sync()?;
         Ok(void)
@@ -163,16 +181,16 @@ impl<L: FileLayer> Spool<L> {
         Ok(())
     }
 
-    fn header(&self, waiting: &Waiting, before: Mark) -> BatchHeader {
+    fn header(&self, stream: &StreamName, (min_ts, max_ts): (i64, i64), before: Mark) -> BatchHeader {
         BatchHeader {
             edge: self.settings.edge.clone(),
             spool: self.id,
-            stream: waiting.stream.clone(),
+            stream: stream.clone(),
             seq: before.seq.next(),
             rows: 0,
             schema: losses::schema().id(),
-            min_ts: waiting.min_ts,
-            max_ts: waiting.max_ts,
+            min_ts,
+            max_ts,
             watermark: wire::sealed::NO_WATERMARK,
             agent: self.settings.agent.clone(),
             configuration: self.settings.configuration,
@@ -197,9 +215,12 @@ impl<L: FileLayer> Spool<L> {
             Err(error) => return Err(SpoolError::Read(error)),
         };
         let payload = Bytes::copy_from_slice(record.payload);
-        let batches = match record.kind {
-            record::GROUP => record::read_group(payload).map(|(_, batches)| batches),
-            record::DROPPED => record::read_dropped(place.lane, payload).map(|dropped| vec![dropped.losses]),
+        let (kind, first) = record::kind(record.kind);
+        let batches = match kind {
+            record::GROUP => record::read_group(payload).map(|group| group.batches),
+            record::DROPPED => record::read_dropped(place.lane, payload, first).map(|dropped| vec![dropped.losses]),
+            record::MOVED => record::read_moved(place.lane, payload)
+                .map(|moved| moved.into_iter().map(|moved| moved.batch).collect()),
             _ => None,
         };
         let Some(batches) = batches else { return Ok(None) };

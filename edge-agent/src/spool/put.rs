@@ -9,7 +9,7 @@ use segment_log::{AppendError, Appended, FileLayer};
 use wire::SchemaId;
 
 use super::record;
-use super::{Heads, Spool, SpoolError};
+use super::{Heads, Lane, OnFull, Spool, SpoolError};
 
 impl<L: FileLayer> Spool<L> {
     /// Appends a record, and before it what its segment still lacks: the state, and the schemas it uses.
@@ -23,8 +23,12 @@ impl<L: FileLayer> Spool<L> {
     ) -> Result<Appended, SpoolError> {
         let texts = |id: &SchemaId| self.schemas.get(id).map_or(0, |text| text.len() + 64);
         let needed = payload.len() + ids.iter().map(texts).sum::<usize>();
+        let starts = self.lanes[lane].log.starts_segment(needed);
+        if starts && !control && !self.has_spare(lane) {
+            return Err(SpoolError::Full(self.lanes[lane].settings.name.clone()));
+        }
         // Only the first record of a segment needs it.
-        let state = self.lanes[lane].log.starts_segment(needed).then(|| self.state(lane));
+        let state = starts.then(|| self.state(lane));
         let schemas = &self.schemas;
         let lane = &mut self.lanes[lane];
         let name = &lane.settings.name;
@@ -57,6 +61,13 @@ impl<L: FileLayer> Spool<L> {
     pub(super) fn put_state(&mut self, lane: usize) -> Result<(), SpoolError> {
         let state = self.state(lane);
         self.put(lane, record::STATE, &state, &[], true).map(|_| ())
+    }
+
+    /// Whether a segment may be begun by a cut: a lane that drops keeps the last one for what must move ([`super::room`]).
+    fn has_spare(&self, lane: usize) -> bool {
+        let Lane { settings, log, .. } = &self.lanes[lane];
+        let spare = if settings.on_full == OnFull::Refuse { 0 } else { settings.segment_bytes };
+        log.bytes_on_disk() + settings.segment_bytes + spare <= settings.max_bytes
     }
 
     fn state(&self, lane: usize) -> Vec<u8> {

@@ -1,15 +1,18 @@
-//! The records of a lane's log, format version 1, little-endian. A record that does not read is reported, never guessed.
+//! The records of a lane's log, little-endian. A record that does not read is reported, never guessed.
 //!
 //! ```text
 //! 1 schema    canonical text; once per segment before the first batch that uses it
-//! 2 group     version u8 = 1 | cut position u64 | count u32 | cut batches (wire::CutBatch::write)
+//! 2 group     version u8 = 2 | cut position u64 | sealed i64 (µs) | count u32 | cut batches (wire::CutBatch::write)
 //! 3 numbered  group u64 | index u32 | seq u64 | crc u32 | stream (the rest, UTF-8)
-//! 4 freed     totals | seq u64 | crc u32 | stream (the rest): committed up to here, nothing below is needed
-//! 5 dropped   totals | count u32 | (group u64, index u32)* | one cut batch of `losses`, index 0 of this record
-//! 6 void      totals | the sealed void batch that takes the place of a numbered one
-//! 7 state     totals | cut position u64 | JSON of streams: heads and freed marks; first of each segment but the first
+//! 8 moved     count u32 | (group u64 | index u32 | came u64, u32 | sealed i64 | seq u64 | crc u32 | cut batch)*: batches of
+//!             this lane that stand here from now on, index by index; seq 0: without a number
+//! 9 freed     totals | seq u64 | crc u32 | stream (the rest): committed up to here, nothing below is needed
+//! 10 dropped  totals | count u32 | (group u64, index u32)* | one cut batch of `losses`, index 0 of this record
+//! 11 void     totals | the sealed void batch that takes the place of a numbered one
+//! 12 state    totals | cut position u64 | JSON of streams: heads and freed marks; first of each segment but the first
 //! ```
-//! `totals` are the lane's rows so far: freed u64 | lost u64 | voided u64, this record included.
+//! `totals` are the lane's rows so far: freed u64 | lost u64 | voided u64 | made i64, this record included. Of the first
+//! version are groups of version 1, without `sealed`, and 4 to 7 for 9 to 12, without `made`: they are read.
 
 use bytes::{Buf, Bytes};
 use segment_log::Position;
@@ -20,11 +23,23 @@ use super::Totals;
 pub(crate) const SCHEMA: u8 = 1;
 pub(crate) const GROUP: u8 = 2;
 pub(crate) const NUMBERED: u8 = 3;
-pub(crate) const FREED: u8 = 4;
-pub(crate) const DROPPED: u8 = 5;
-pub(crate) const VOID: u8 = 6;
-pub(crate) const STATE: u8 = 7;
-const VERSION: u8 = 1;
+pub(crate) const MOVED: u8 = 8;
+pub(crate) const FREED: u8 = 9;
+pub(crate) const DROPPED: u8 = 10;
+pub(crate) const VOID: u8 = 11;
+pub(crate) const STATE: u8 = 12;
+/// What `FREED` to `STATE` were in the first version, whose totals had no `made`.
+const FIRST_FREED: u8 = 4;
+const FIRST_STATE: u8 = 7;
+const VERSION: u8 = 2;
+/// When a group was sealed that does not say so: never too old.
+pub(crate) const SEALED_UNKNOWN: i64 = i64::MAX;
+
+/// The kind that a record has today, and whether it is of the first version.
+pub(crate) fn kind(kind: u8) -> (u8, bool) {
+    let first = (FIRST_FREED..=FIRST_STATE).contains(&kind);
+    (if first { kind - FIRST_FREED + FREED } else { kind }, first)
+}
 
 /// A batch's place: its record in the lane, and which of the record's batches it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -34,22 +49,73 @@ pub(crate) struct Place {
     pub(crate) index: u32,
 }
 
-pub(crate) fn group(cut: Position, batches: &[CutBatch]) -> Vec<u8> {
+/// What one cut brought to a lane.
+pub(crate) struct Group {
+    pub(crate) cut: Position,
+    pub(crate) sealed_us: i64,
+    pub(crate) batches: Vec<CutBatch>,
+}
+
+pub(crate) fn group(cut: Position, sealed_us: i64, batches: &[CutBatch]) -> Vec<u8> {
     let mut out = vec![VERSION];
     out.extend(cut.0.to_le_bytes());
+    out.extend(sealed_us.to_le_bytes());
     out.extend((batches.len() as u32).to_le_bytes());
     batches.iter().for_each(|batch| batch.write(&mut out));
     out
 }
 
-pub(crate) fn read_group(mut bytes: Bytes) -> Option<(Position, Vec<CutBatch>)> {
-    if bytes.len() < 13 || bytes.get_u8() != VERSION {
-        return None;
-    }
-    let cut = Position(bytes.get_u64_le());
-    let count = bytes.get_u32_le();
+pub(crate) fn read_group(mut bytes: Bytes) -> Option<Group> {
+    let version = bytes.try_get_u8().ok()?;
+    let cut = Position(bytes.try_get_u64_le().ok()?);
+    let sealed_us = match version {
+        1 => SEALED_UNKNOWN,
+        VERSION => bytes.try_get_i64_le().ok()?,
+        _ => return None,
+    };
+    let count = bytes.try_get_u32_le().ok()?;
     let batches = (0..count).map(|_| CutBatch::read(&mut bytes).ok()).collect::<Option<Vec<_>>>()?;
-    bytes.is_empty().then_some((cut, batches))
+    bytes.is_empty().then_some(Group { cut, sealed_us, batches })
+}
+
+/// A batch that gets another place in its lane.
+pub(crate) struct Moved {
+    pub(crate) from: Place,
+    pub(crate) came: (u64, u32),
+    pub(crate) sealed_us: i64,
+    /// None as long as it has no number.
+    pub(crate) mark: Option<Mark>,
+    pub(crate) batch: CutBatch,
+}
+
+pub(crate) fn moved(batches: &[Moved]) -> Vec<u8> {
+    let mut out = (batches.len() as u32).to_le_bytes().to_vec();
+    for moved in batches {
+        let mark = moved.mark.unwrap_or_default();
+        out.extend(moved.from.group.to_le_bytes());
+        out.extend(moved.from.index.to_le_bytes());
+        out.extend(moved.came.0.to_le_bytes());
+        out.extend(moved.came.1.to_le_bytes());
+        out.extend(moved.sealed_us.to_le_bytes());
+        out.extend(mark.seq.0.to_le_bytes());
+        out.extend(mark.crc.to_le_bytes());
+        moved.batch.write(&mut out);
+    }
+    out
+}
+
+pub(crate) fn read_moved(lane: usize, mut bytes: Bytes) -> Option<Vec<Moved>> {
+    let count = bytes.try_get_u32_le().ok()?;
+    let mut moved = Vec::new();
+    for _ in 0..count {
+        let from = Place { lane, group: bytes.try_get_u64_le().ok()?, index: bytes.try_get_u32_le().ok()? };
+        let came = (bytes.try_get_u64_le().ok()?, bytes.try_get_u32_le().ok()?);
+        let sealed_us = bytes.try_get_i64_le().ok()?;
+        let mark = Mark { seq: Seq(bytes.try_get_u64_le().ok()?), crc: bytes.try_get_u32_le().ok()? };
+        let batch = CutBatch::read(&mut bytes).ok()?;
+        moved.push(Moved { from, came, sealed_us, mark: (mark.seq.0 > 0).then_some(mark), batch });
+    }
+    bytes.is_empty().then_some(moved)
 }
 
 pub(crate) fn numbered(place: Place, stream: &StreamName, mark: Mark) -> Vec<u8> {
@@ -100,8 +166,8 @@ pub(crate) fn dropped(totals: Totals, places: &[Place], losses: &CutBatch) -> Ve
     out
 }
 
-pub(crate) fn read_dropped(lane: usize, bytes: Bytes) -> Option<Dropped> {
-    let (totals, mut bytes) = split_totals(bytes)?;
+pub(crate) fn read_dropped(lane: usize, bytes: Bytes, first: bool) -> Option<Dropped> {
+    let (totals, mut bytes) = split_totals(bytes, first)?;
     let count = bytes.try_get_u32_le().ok()? as usize;
     if bytes.len() < count.checked_mul(12)? {
         return None;
@@ -113,16 +179,19 @@ pub(crate) fn read_dropped(lane: usize, bytes: Bytes) -> Option<Dropped> {
 }
 
 pub(crate) fn with_totals(totals: Totals, rest: &[u8]) -> Vec<u8> {
-    let mut out = Vec::with_capacity(24 + rest.len());
+    let mut out = Vec::with_capacity(32 + rest.len());
     for value in [totals.freed, totals.lost, totals.voided] {
         out.extend(value.to_le_bytes());
     }
+    out.extend(totals.made.to_le_bytes());
     out.extend_from_slice(rest);
     out
 }
 
-pub(crate) fn split_totals(mut bytes: Bytes) -> Option<(Totals, Bytes)> {
+/// `first`: of the first version, see [`kind`].
+pub(crate) fn split_totals(mut bytes: Bytes, first: bool) -> Option<(Totals, Bytes)> {
     let mut next = || bytes.try_get_u64_le().ok();
-    let totals = Totals { freed: next()?, lost: next()?, voided: next()? };
-    Some((totals, bytes))
+    let (freed, lost, voided) = (next()?, next()?, next()?);
+    let made = if first { 0 } else { bytes.try_get_i64_le().ok()? };
+    Some((Totals { freed, lost, voided, made }, bytes))
 }

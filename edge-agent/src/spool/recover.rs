@@ -39,6 +39,7 @@ impl<L: FileLayer> Spool<L> {
     }
 
     fn replay_record(&mut self, lane: usize, position: Position, kind: u8, payload: Bytes, found: &mut Vec<Found>) {
+        let (kind, first) = record::kind(kind);
         match kind {
             record::SCHEMA => {
                 if let Some(schema) = std::str::from_utf8(&payload).ok().and_then(|t| StreamSchema::parse(t).ok()) {
@@ -49,9 +50,9 @@ impl<L: FileLayer> Spool<L> {
                 }
             }
             record::GROUP => {
-                if let Some((cut, batches)) = record::read_group(payload) {
-                    self.lanes[lane].cut = self.lanes[lane].cut.max(cut);
-                    self.admit(lane, position, &batches);
+                if let Some(group) = record::read_group(payload) {
+                    self.lanes[lane].cut = self.lanes[lane].cut.max(group.cut);
+                    self.admit(lane, position, group.sealed_us, &group.batches);
                 }
             }
             record::NUMBERED => {
@@ -60,7 +61,7 @@ impl<L: FileLayer> Spool<L> {
                 }
             }
             record::FREED => {
-                if let Some((totals, rest)) = record::split_totals(payload)
+                if let Some((totals, rest)) = record::split_totals(payload, first)
                     && let Some((stream, mark)) = record::read_freed(rest)
                 {
                     self.lanes[lane].totals = totals;
@@ -68,20 +69,36 @@ impl<L: FileLayer> Spool<L> {
                 }
             }
             record::DROPPED => {
-                if let Some(dropped) = record::read_dropped(lane, payload) {
+                if let Some(dropped) = record::read_dropped(lane, payload, first) {
                     self.lanes[lane].totals = dropped.totals;
                     self.forget(lane, &dropped.places);
-                    self.admit(lane, position, std::slice::from_ref(&dropped.losses));
+                    self.admit_losses(lane, position, &dropped.losses);
+                }
+            }
+            record::MOVED => {
+                for (index, moved) in record::read_moved(lane, payload).into_iter().flatten().enumerate() {
+                    let place = Place { lane, group: position.0, index: index as u32 };
+                    // Its group may be freed; what is there of it stands here from now on.
+                    let known = self.lanes[lane].waiting.get_mut(&moved.batch.stream);
+                    if let Some(at) = known.and_then(|all| all.iter_mut().find(|one| one.place == moved.from)) {
+                        at.place = place;
+                        release(&mut self.lanes[lane].live, moved.from.group);
+                    } else {
+                        let waiting = Waiting::new(place, &moved.batch, moved.came, moved.sealed_us);
+                        self.lanes[lane].waiting.entry(moved.batch.stream.clone()).or_default().push_back(waiting);
+                    }
+                    *self.lanes[lane].live.entry(position.0).or_default() += 1;
+                    found.extend(moved.mark.map(|mark| Found::Numbered(place, moved.batch.stream, mark)));
                 }
             }
             record::VOID => {
-                if let Some((totals, rest)) = record::split_totals(payload) {
+                if let Some((totals, rest)) = record::split_totals(payload, first) {
                     self.lanes[lane].totals = totals;
                     found.extend(SealedBatch::parse(rest).ok().map(Found::Void));
                 }
             }
             record::STATE => {
-                if let Some((totals, rest)) = record::split_totals(payload)
+                if let Some((totals, rest)) = record::split_totals(payload, first)
                     && let Some((cut, json)) = rest.split_at_checked(8)
                 {
                     self.lanes[lane].totals = totals;
@@ -129,12 +146,15 @@ impl<L: FileLayer> Spool<L> {
             }
         }
         let mut left = waiting.into_values().collect::<Vec<_>>();
-        left.sort_by_key(|batch: &Waiting| (batch.place.group, batch.place.index));
+        left.sort_by_key(|batch: &Waiting| batch.came);
         for batch in left {
             self.lanes[batch.place.lane].waiting.entry(batch.stream.clone()).or_default().push_back(batch);
         }
         for sequence in self.sequences.values_mut() {
+            // The sort is stable: of a number that was given here and moved, the last place is the right one.
             sequence.numbered.make_contiguous().sort_by_key(|numbered| numbered.mark.seq);
+            let mut seqs = sequence.numbered.iter().skip(1).map(|n| n.mark.seq).collect::<Vec<_>>().into_iter();
+            sequence.numbered.retain(|numbered| seqs.next() != Some(numbered.mark.seq));
         }
         voids.into_iter().for_each(|void| self.set_void(void));
         for (stream, sequence) in &mut self.sequences {

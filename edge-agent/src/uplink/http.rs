@@ -21,6 +21,11 @@ use crate::config::CloudSettings;
 
 /// The longest answer that is read.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
+/// The longest wait for a connection.
+const CONNECT_MAX: Duration = Duration::from_secs(10);
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// On the slowest link a request has so much more time for its bytes than `timeout`.
+const LINK_BYTES_PER_S_MIN: u64 = 8 << 10;
 /// When a node that pushes back does not say for how long.
 const RETRY_AFTER_MS: u64 = 1_000;
 
@@ -76,7 +81,14 @@ impl ClientParts {
         let mut builder = Client::builder()
             .default_headers(self.headers.clone())
             .timeout(self.timeout)
+            .connect_timeout(self.timeout.min(CONNECT_MAX))
             .tcp_nodelay(true)
+            // A connection whose other end is gone says nothing: it is asked while it is idle, and closed when what was sent
+            // is not acknowledged by the other kernel.
+            .tcp_keepalive(KEEP_ALIVE)
+            .tcp_keepalive_interval(KEEP_ALIVE)
+            .tcp_keepalive_retries(3)
+            .tcp_user_timeout(self.timeout)
             .redirect(redirect::Policy::none());
         if let Some(certificates) = &self.certificates {
             builder = builder.tls_certs_only(certificates.clone());
@@ -125,7 +137,8 @@ impl CloudClient {
     /// # Errors
     /// When the node does not answer with acks.
     pub async fn send(&self, url: usize, body: Bytes) -> Result<Acks, Failed> {
-        self.ask(|client| client.post(self.address(url, "batches")).body(body)).await
+        let timeout = self.parts.timeout + Duration::from_secs(body.len() as u64 / LINK_BYTES_PER_S_MIN);
+        self.ask(|client| client.post(self.address(url, "batches")).timeout(timeout).body(body)).await
     }
 
     async fn ask(&self, request: impl FnOnce(&Client) -> RequestBuilder) -> Result<Acks, Failed> {

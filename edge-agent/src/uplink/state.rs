@@ -5,11 +5,15 @@
 //! move; what may be freed is only what a node calls committed. An answer tells only of the stream that it answers, so the
 //! node is asked about all at least every [`ASK_MAX_MS`] while anything waits, whatever else is sent. A stream that is
 //! pushed back waits alone; a network error moves to the next address, after a wait that doubles up to
-//! [`BACKOFF_MAX_MS`]. The caller gives the jitter.
+//! [`BACKOFF_MAX_MS`]. Away from the preferred address, that one is asked for its positions beside all else, and is
+//! returned to only when it answers. The caller gives the jitter. Lanes go by priority; within a lane the stream that was
+//! sent longest ago goes first.
 
 use std::collections::HashMap;
 
 use wire::{Acks, Mark, Seq, SpoolId, StreamName};
+
+use super::link::Link;
 
 /// The first wait after an error, before jitter.
 pub const BACKOFF_MIN_MS: u64 = 100;
@@ -19,8 +23,10 @@ pub const BACKOFF_MAX_MS: u64 = 30_000;
 pub const ASK_MIN_MS: u64 = 1_000;
 /// …and at least this often.
 pub const ASK_MAX_MS: u64 = 15_000;
-/// After this long on another address the preferred one is tried again.
-pub const RETURN_MS: u64 = 300_000;
+/// After this long on another address the preferred one is asked whether it is back, then after twice as long…
+pub const RETURN_MIN_MS: u64 = 30_000;
+/// …and at least this often.
+pub const RETURN_MAX_MS: u64 = 300_000;
 
 /// How a request ended, when not with acks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,8 +46,10 @@ pub enum Failure {
 pub enum Action {
     /// Ask the address for its positions.
     Positions { url: usize, epoch: u64 },
-    /// Send the numbered batches of the stream from `from` on, and when there are none, number waiting ones.
-    Send { url: usize, epoch: u64, stream: StreamName, from: Seq },
+    /// Ask the preferred address, which is not the present one, whether it answers; nothing waits for it.
+    Probe { url: usize },
+    /// Send the numbered batches of the stream from `from` on, and when there are none, number waiting ones of the lane.
+    Send { url: usize, epoch: u64, stream: StreamName, from: Seq, lane: usize, bytes_max: usize },
     /// Nothing before this moment, or before the next event.
     Wait { until_ms: u64 },
 }
@@ -52,6 +60,20 @@ struct Chain {
     durable: Seq,
     in_flight: bool,
     not_before_ms: u64,
+    /// Counts requests; 0 before its first.
+    turn: u64,
+}
+
+/// What a stream has for the cloud.
+#[derive(Debug, Clone, Copy)]
+pub struct Candidate<'a> {
+    /// 0 goes first.
+    pub lane: usize,
+    pub stream: &'a StreamName,
+    /// The last number given.
+    pub head: Seq,
+    /// Whether batches without a number wait.
+    pub waiting: bool,
 }
 
 /// The state of the uplink.
@@ -62,7 +84,10 @@ pub struct Uplink {
     url: usize,
     /// Counts moves and forgettings: an answer of an earlier epoch says nothing about the present node.
     epoch: u64,
-    moved_ms: u64,
+    /// When the preferred address is asked, and how long that wait was.
+    return_at_ms: u64,
+    return_wait_ms: u64,
+    probing: bool,
     /// The node that has told its positions.
     node: Option<String>,
     asking: bool,
@@ -74,17 +99,22 @@ pub struct Uplink {
     failures: u32,
     not_before_ms: u64,
     chains: HashMap<StreamName, Chain>,
+    turn: u64,
+    /// How much may be under way.
+    pub link: Link,
 }
 
 impl Uplink {
     /// For `urls` addresses in order of preference, at least one.
-    pub fn new(spool: SpoolId, urls: usize) -> Self {
+    pub fn new(spool: SpoolId, urls: usize, link: Link) -> Self {
         Self {
             spool,
             urls: urls.max(1),
             url: 0,
             epoch: 0,
-            moved_ms: 0,
+            return_at_ms: 0,
+            return_wait_ms: RETURN_MIN_MS,
+            probing: false,
             node: None,
             asking: false,
             ask_at_ms: 0,
@@ -93,37 +123,49 @@ impl Uplink {
             failures: 0,
             not_before_ms: 0,
             chains: HashMap::new(),
+            turn: 0,
+            link,
         }
     }
 
-    /// The next action. `candidates` are the streams that have something to send or not committed, most urgent first: for
-    /// each the last number given, and whether batches without a number wait.
-    pub fn next<'a>(&mut self, now_ms: u64, candidates: impl Iterator<Item = (&'a StreamName, Seq, bool)>) -> Action {
+    /// The next action. `candidates` are the streams that have something to send or not committed.
+    pub fn next<'a>(&mut self, now_ms: u64, candidates: impl Iterator<Item = Candidate<'a>>) -> Action {
         if now_ms < self.not_before_ms {
             return Action::Wait { until_ms: self.not_before_ms };
         }
         let idle = !self.chains.values().any(|chain| chain.in_flight);
-        if self.url != 0 && idle && now_ms.saturating_sub(self.moved_ms) >= RETURN_MS {
-            self.move_to(0, now_ms);
-        }
         if self.node.is_none() {
             if self.asking || !idle {
                 return Action::Wait { until_ms: u64::MAX };
             }
             self.asking = true;
+            self.ask_by_ms = Some(now_ms + ASK_MAX_MS);
             return Action::Positions { url: self.url, epoch: self.epoch };
         }
-        let mut candidates = candidates.peekable();
-        if candidates.peek().is_none() {
+        let away = self.url != 0 && !self.probing;
+        if away && now_ms >= self.return_at_ms {
+            self.probing = true;
+            return Action::Probe { url: 0 };
+        }
+        let return_ms = if away { self.return_at_ms } else { u64::MAX };
+        let mut candidates = candidates.collect::<Vec<_>>();
+        if candidates.is_empty() {
             self.ask_by_ms = None;
-            return Action::Wait { until_ms: u64::MAX };
+            return Action::Wait { until_ms: return_ms };
         }
         let ask_by_ms = *self.ask_by_ms.get_or_insert(now_ms + ASK_MAX_MS);
         if now_ms >= ask_by_ms && !self.asking {
             return self.ask(now_ms);
         }
-        let mut until_ms = if self.asking { u64::MAX } else { ask_by_ms };
-        for (stream, head, waiting) in candidates {
+        let mut until_ms = if self.asking { u64::MAX } else { ask_by_ms }.min(return_ms);
+        candidates.sort_by_key(|one| (one.lane, self.chains.get(one.stream).map_or(0, |chain| chain.turn)));
+        let mut sharing = HashMap::new();
+        for one in &candidates {
+            let chain = self.chains.entry(one.stream.clone()).or_default();
+            let ready = chain.in_flight || one.waiting || one.head > chain.durable;
+            *sharing.entry(one.lane).or_insert(0) += usize::from(ready && now_ms >= chain.not_before_ms);
+        }
+        for Candidate { lane, stream, head, waiting } in candidates {
             let chain = self.chains.entry(stream.clone()).or_default();
             if chain.in_flight || (head <= chain.durable && !waiting) {
                 continue;
@@ -132,10 +174,18 @@ impl Uplink {
                 until_ms = until_ms.min(chain.not_before_ms);
                 continue;
             }
-            chain.in_flight = true;
+            let bytes_max = match self.link.room(lane, sharing[&lane], now_ms) {
+                Ok(bytes_max) => bytes_max,
+                Err(later_ms) => {
+                    until_ms = until_ms.min(later_ms);
+                    continue;
+                }
+            };
+            self.turn += 1;
+            (chain.in_flight, chain.turn) = (true, self.turn);
             (self.ask_wait_ms, self.ask_at_ms) = (ASK_MIN_MS, now_ms + ASK_MIN_MS);
             let (url, epoch, from) = (self.url, self.epoch, chain.durable.next());
-            return Action::Send { url, epoch, stream: stream.clone(), from };
+            return Action::Send { url, epoch, stream: stream.clone(), from, lane, bytes_max };
         }
         // A node commits in its own time and says so only when it is asked.
         if idle && !self.asking {
@@ -166,6 +216,9 @@ impl Uplink {
         // That a node tells its positions after a failure is no sign that it takes anything.
         if sent.is_some() || self.node.is_some() {
             self.failures = 0;
+        }
+        if sent.is_some() && self.url == 0 {
+            self.return_wait_ms = RETURN_MIN_MS;
         }
         if self.node.as_ref() != Some(&acks.node) {
             // At the start; or another node answers behind the same address, and what the old one holds counts for
@@ -213,6 +266,24 @@ impl Uplink {
         }
     }
 
+    /// The preferred address has answered, or not.
+    pub fn probed(&mut self, answers: bool, now_ms: u64) {
+        self.probing = false;
+        if self.url == 0 {
+            return;
+        }
+        if answers {
+            self.move_to(0, now_ms);
+        } else {
+            self.return_later(now_ms);
+        }
+    }
+
+    fn return_later(&mut self, now_ms: u64) {
+        self.return_at_ms = now_ms + self.return_wait_ms;
+        self.return_wait_ms = (self.return_wait_ms * 2).min(RETURN_MAX_MS);
+    }
+
     /// Whether a request of the stream has no answer yet: what it sent may be there or not.
     pub fn is_in_flight(&self, stream: &StreamName) -> bool {
         self.chains.get(stream).is_some_and(|chain| chain.in_flight)
@@ -237,8 +308,13 @@ impl Uplink {
     }
 
     fn move_to(&mut self, url: usize, now_ms: u64) {
+        if url != self.url {
+            self.link.forget();
+            if self.url == 0 {
+                self.return_later(now_ms);
+            }
+        }
         self.url = url;
-        self.moved_ms = now_ms;
         self.forget();
     }
 
@@ -250,183 +326,4 @@ impl Uplink {
 }
 
 #[cfg(test)]
-mod tests {
-    use wire::StreamAck;
-
-    use super::*;
-
-    const SPOOL: SpoolId = SpoolId([7; 16]);
-
-    fn traffic() -> StreamName {
-        "traffic".parse().unwrap()
-    }
-
-    fn acks(node: &str, durable: u64, committed: u64) -> Acks {
-        let mark = |seq| Mark { seq: Seq(seq), crc: seq as u32 };
-        let (durable, committed) = (mark(durable), mark(committed));
-        let ack = StreamAck { spool: SPOOL, stream: traffic(), durable, committed };
-        Acks { node: node.into(), acks: vec![ack], refused: vec![] }
-    }
-
-    fn next(uplink: &mut Uplink, now_ms: u64, head: u64, waiting: bool) -> Action {
-        uplink.next(now_ms, [(&traffic(), Seq(head), waiting)].into_iter())
-    }
-
-    fn send(from: u64) -> impl Fn(&Action) -> bool {
-        move |action| matches!(action, Action::Send { from: sent, .. } if sent.0 == from)
-    }
-
-    #[track_caller]
-    fn expect(action: Action, wanted: impl Fn(&Action) -> bool) -> u64 {
-        assert!(wanted(&action), "{action:?}");
-        match action {
-            Action::Positions { epoch, .. } | Action::Send { epoch, .. } => epoch,
-            Action::Wait { .. } => u64::MAX,
-        }
-    }
-
-    fn positions(at: usize) -> impl Fn(&Action) -> bool {
-        move |action| matches!(action, Action::Positions { url, .. } if *url == at)
-    }
-
-    fn wait(until: u64) -> impl Fn(&Action) -> bool {
-        move |action| *action == Action::Wait { until_ms: until }
-    }
-
-    /// An uplink that knows its node.
-    fn ready(urls: usize, durable: u64) -> Uplink {
-        let mut uplink = Uplink::new(SPOOL, urls);
-        let epoch = expect(next(&mut uplink, 0, 10, true), positions(0));
-        uplink.acked(None, epoch, &acks("a", durable, 0));
-        uplink
-    }
-
-    #[test]
-    fn positions_come_first_and_one_request_of_a_stream_at_a_time() {
-        let mut uplink = ready(1, 1);
-        let epoch = expect(next(&mut uplink, 0, 3, false), send(2));
-        expect(next(&mut uplink, 0, 3, true), wait(ASK_MAX_MS));
-        assert_eq!(uplink.acked(Some(&traffic()), epoch, &acks("a", 3, 2))[0].1.seq, Seq(2));
-        expect(next(&mut uplink, 0, 3, false), wait(ASK_MIN_MS));
-    }
-
-    #[test]
-    fn what_is_not_committed_is_asked_about_less_and_less_often() {
-        let mut uplink = ready(1, 10);
-        expect(uplink.next(0, std::iter::empty()), wait(u64::MAX));
-        let mut now_ms = 0;
-        for gap in [0, 2_000, 4_000, 8_000, ASK_MAX_MS, ASK_MAX_MS] {
-            if gap > 0 {
-                expect(next(&mut uplink, now_ms, 10, false), wait(now_ms + gap));
-            }
-            now_ms += gap;
-            let epoch = expect(next(&mut uplink, now_ms, 10, false), positions(0));
-            uplink.acked(None, epoch, &acks("a", 10, 0));
-        }
-    }
-
-    #[test]
-    fn a_quiet_stream_is_asked_about_while_another_one_sends() {
-        let mut uplink = ready(1, 10);
-        let busy: StreamName = "busy".parse().unwrap();
-        let (mut asked, mut head) = (Vec::new(), 0);
-        for now_ms in (0..40_000).step_by(100) {
-            // One stream always has something in flight; the other is durable and waits for its commit.
-            let candidates = [(&busy, Seq(head), true), (&traffic(), Seq(10), false)];
-            match uplink.next(now_ms, candidates.into_iter()) {
-                Action::Send { epoch, stream, .. } => {
-                    assert_eq!(stream, busy);
-                    head += 1;
-                    let mut answer = acks("a", head, 0);
-                    answer.acks[0].stream = busy.clone();
-                    uplink.acked(Some(&busy), epoch, &answer);
-                }
-                Action::Positions { epoch, .. } => {
-                    asked.push(now_ms);
-                    uplink.acked(None, epoch, &acks("a", 10, 0));
-                }
-                Action::Wait { until_ms } => panic!("waits until {until_ms}"),
-            }
-        }
-        assert_eq!(asked, [ASK_MAX_MS, 2 * ASK_MAX_MS]);
-    }
-
-    #[test]
-    fn it_is_asked_while_a_request_is_in_flight_and_once_only() {
-        let mut uplink = ready(1, 10);
-        expect(next(&mut uplink, 0, 10, true), send(11));
-        expect(next(&mut uplink, 1, 11, false), wait(ASK_MAX_MS));
-        expect(next(&mut uplink, ASK_MAX_MS, 11, false), positions(0));
-        expect(next(&mut uplink, ASK_MAX_MS + 1, 11, false), wait(u64::MAX));
-    }
-
-    #[test]
-    fn what_was_only_durable_on_one_node_is_sent_to_the_next() {
-        let mut uplink = ready(2, 10);
-        let epoch = expect(next(&mut uplink, 0, 10, true), send(11));
-        uplink.failed(Some(&traffic()), epoch, &Failure::Link, 0, 1.0);
-        expect(next(&mut uplink, 0, 10, true), wait(BACKOFF_MIN_MS));
-        let epoch = expect(next(&mut uplink, 100, 10, true), positions(1));
-        uplink.acked(None, epoch, &acks("b", 0, 0));
-        expect(next(&mut uplink, 100, 10, true), send(1));
-    }
-
-    #[test]
-    fn a_late_answer_of_the_old_node_frees_and_changes_nothing_else() {
-        let mut uplink = ready(2, 4);
-        let other: StreamName = "other".parse().unwrap();
-        let first = expect(next(&mut uplink, 0, 10, true), send(5));
-        let candidates = [(&other, Seq(3), false)];
-        let second = expect(uplink.next(0, candidates.into_iter()), send(1));
-        assert_eq!(first, second);
-        uplink.failed(Some(&other), second, &Failure::Link, 0, 1.0);
-        expect(next(&mut uplink, 100, 10, true), wait(u64::MAX));
-        let committed = uplink.acked(Some(&traffic()), first, &acks("a", 10, 7));
-        assert_eq!(committed[0].1.seq, Seq(7));
-        let epoch = expect(next(&mut uplink, 100, 10, true), positions(1));
-        uplink.failed(Some(&traffic()), first, &Failure::Link, 100, 1.0);
-        uplink.acked(None, epoch, &acks("b", 7, 7));
-        expect(next(&mut uplink, 100, 10, true), send(8));
-    }
-
-    #[test]
-    fn another_node_behind_the_same_address_is_asked_what_it_has() {
-        let mut uplink = ready(1, 8);
-        let epoch = expect(next(&mut uplink, 0, 10, true), send(9));
-        uplink.acked(Some(&traffic()), epoch, &acks("b", 10, 0));
-        let epoch = expect(next(&mut uplink, 0, 10, true), positions(0));
-        uplink.acked(None, epoch, &acks("b", 2, 0));
-        expect(next(&mut uplink, 0, 10, true), send(3));
-    }
-
-    #[test]
-    fn a_node_that_tells_positions_and_takes_nothing_is_asked_less_and_less_often() {
-        let mut uplink = ready(1, 8);
-        let mut now_ms = 0;
-        for gap in [100, 200, 400, 800] {
-            let epoch = expect(next(&mut uplink, now_ms, 10, false), send(9));
-            assert_eq!(uplink.committed(&acks("a", 8, 3))[0].1.seq, Seq(3));
-            uplink.failed(Some(&traffic()), epoch, &Failure::Link, now_ms, 1.0);
-            expect(next(&mut uplink, now_ms, 10, false), wait(now_ms + gap));
-            now_ms += gap;
-            let epoch = expect(next(&mut uplink, now_ms, 10, false), positions(0));
-            uplink.acked(None, epoch, &acks("a", 8, 3));
-        }
-        let epoch = expect(next(&mut uplink, now_ms, 10, false), send(9));
-        uplink.acked(Some(&traffic()), epoch, &acks("a", 10, 3));
-        let epoch = expect(next(&mut uplink, now_ms, 10, true), send(11));
-        uplink.failed(Some(&traffic()), epoch, &Failure::Link, now_ms, 1.0);
-        expect(next(&mut uplink, now_ms, 11, false), wait(now_ms + BACKOFF_MIN_MS));
-    }
-
-    #[test]
-    fn a_gap_is_filled_from_the_number_that_is_expected() {
-        let mut uplink = ready(1, 7);
-        let epoch = expect(next(&mut uplink, 0, 9, false), send(8));
-        uplink.failed(Some(&traffic()), epoch, &Failure::Gap { expected: Seq(4) }, 0, 0.0);
-        let epoch = expect(next(&mut uplink, 0, 9, false), send(4));
-        uplink.failed(Some(&traffic()), epoch, &Failure::PushedBack { retry_after_ms: 50 }, 0, 0.0);
-        expect(next(&mut uplink, 0, 9, false), wait(50));
-        expect(next(&mut uplink, 50, 9, false), send(4));
-    }
-}
+mod tests;

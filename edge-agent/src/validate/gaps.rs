@@ -8,9 +8,21 @@
 //! A reading that ends a gap brings what is made up: multiples of `expected_every` behind the reading before it, at most
 //! `fill_steps`. A line is drawn only over a gap that it fills: half a line would end in the air.
 
+use wire::{FieldType, StreamField, StreamSchema};
+
 use super::memory::Memory;
 use crate::config::{Fill, StreamSettings};
 use crate::decode::{Reading, Value};
+
+/// `<stream>_absent`, a stream of its own and no rows among readings: those are counted and averaged. `ts` of `absent` is
+/// when the next reading should have come, of `back` that of the reading that came.
+pub fn absent_schema() -> StreamSchema {
+    let fields =
+        [("state", FieldType::Text), ("last_ts", FieldType::Timestamp), ("expected_every_s", FieldType::Float64)];
+    let field =
+        |(name, kind): (&str, FieldType)| StreamField { name: name.parse().expect("own names are valid"), kind };
+    StreamSchema::new(fields.map(field).to_vec()).expect("own schemas are valid")
+}
 
 /// When devices of a stream are silent for too long.
 #[derive(Debug)]

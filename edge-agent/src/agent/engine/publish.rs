@@ -5,7 +5,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::super::status::{JournalStatus, LaneStatus, RowsStatus, SourceStatus, Status, StreamStatus, UplinkStatus};
+use super::super::status::{
+    JournalStatus, LaneStatus, RowsStatus, RuleStatus, SourceStatus, Status, StreamStatus, UplinkStatus,
+};
 use super::{Engine, now_us};
 use wire::StreamName;
 
@@ -68,7 +70,9 @@ impl Engine {
         let held = self.held.iter().flat_map(|(_, lane)| &lane.batches).map(|batch| u64::from(batch.rows)).sum::<u64>();
         let counted = parts.spool.rows_counted();
         let rows = RowsStatus {
-            sealed: counters.streams.values().map(|totals| totals.rows).sum::<u64>() - pending - held,
+            sealed: counters.streams.values().map(|totals| totals.rows).sum::<u64>().wrapping_add_signed(counted.made)
+                - pending
+                - held,
             committed: counted.freed,
             spooled: counted.spooled,
             lost: counted.lost,
@@ -107,6 +111,8 @@ impl Engine {
             quarantined: counters.reasons.clone(),
             problems: self.problems(),
             incidents: parts.incidents.clone(),
+            rules: parts.pipeline.rules().map(RuleStatus::from).collect(),
+            publisher: parts.outbox.as_ref().map(|outbox| outbox.status()),
         };
         *parts.status.lock() = status;
     }

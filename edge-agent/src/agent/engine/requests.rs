@@ -12,11 +12,14 @@ use rand::Rng;
 use segment_log::Disk;
 use wire::{Acks, Refusal, Seq, SpoolId, StreamAck, StreamName};
 
-use super::{Answer, Engine, EngineError, FORK_RETRY, RETRY, incident, remove_other_spools, spool_directory};
+use super::{Answer, Engine, EngineError, FORK_RETRY, Of, RETRY, incident, remove_other_spools, spool_directory};
 use crate::entry::Entry;
 use crate::spool::SpoolError;
 use crate::uplink::http::{Failed, body};
-use crate::uplink::state::{Action, Failure};
+use crate::uplink::state::{Action, Candidate, Failure};
+
+/// A request to an address that was left may still be answered within this.
+const LEFT_GRACE: Duration = Duration::from_secs(2);
 
 impl Engine {
     /// Starts all requests that are due; returns how long the next is away.
@@ -28,31 +31,34 @@ impl Engine {
             let now_ms = self.now_ms();
             let parts = &mut self.parts;
             let mut seen = HashSet::new();
-            let waiting = parts.spool.waiting().into_iter().filter(|(_, stream)| seen.insert(*stream));
-            let waiting = waiting.map(|(_, stream)| (stream, parts.spool.head(stream).seq, true));
-            let numbered = parts.spool.numbered().map(|(stream, head)| (stream, head.seq, false));
-            let action = parts.uplink.next(now_ms, waiting.chain(numbered));
+            let waiting = parts.spool.waiting().into_iter();
+            let waiting = waiting.map(|(lane, stream)| (lane, stream, parts.spool.head(stream), true));
+            let numbered = parts.spool.numbered().map(|(lane, stream, head)| (lane, stream, head, false));
+            let candidates = waiting.chain(numbered).filter(|(_, stream, ..)| seen.insert(*stream));
+            let candidates =
+                candidates.map(|(lane, stream, head, waiting)| Candidate { lane, stream, head: head.seq, waiting });
+            let action = parts.uplink.next(now_ms, candidates);
             match action {
                 Action::Wait { until_ms } => return Ok(Duration::from_millis(until_ms.saturating_sub(now_ms).max(1))),
                 Action::Positions { url, epoch } => {
-                    let (cloud, spool, answers) = (parts.cloud.clone(), parts.spool.id(), self.answers.0.clone());
-                    self.in_flight += 1;
-                    self.runtime.spawn(async move {
-                        let result = cloud.positions(url, spool).await;
-                        // The engine has ended when nobody listens.
-                        let _ = answers.send(Answer { stream: None, epoch, spool, freed: Seq(0), result }).await;
-                    });
+                    let (cloud, spool) = (parts.cloud.clone(), parts.spool.id());
+                    let of = Of { stream: None, epoch, spool, freed: Seq(0), lane: 0, bytes: 0, probe: false };
+                    self.request(of, async move { cloud.positions(url, spool).await });
                 }
-                Action::Send { url, epoch, stream, from } => {
-                    if let Some(body) = self.gather(&stream, from)? {
-                        let (cloud, answers) = (self.parts.cloud.clone(), self.answers.0.clone());
+                Action::Probe { url } => {
+                    let (cloud, spool) = (parts.cloud.clone(), parts.spool.id());
+                    let of = Of { stream: None, epoch: 0, spool, freed: Seq(0), lane: 0, bytes: 0, probe: true };
+                    self.request(of, async move { cloud.positions(url, spool).await });
+                }
+                Action::Send { url, epoch, stream, from, lane, bytes_max } => {
+                    if let Some(body) = self.gather(lane, &stream, from, bytes_max)? {
+                        let cloud = self.parts.cloud.clone();
                         let (spool, freed) = (self.parts.spool.id(), self.parts.spool.freed(&stream).seq);
-                        self.in_flight += 1;
                         self.bytes_sent += body.len() as u64;
-                        self.runtime.spawn(async move {
-                            let result = cloud.send(url, body).await;
-                            let _ = answers.send(Answer { stream: Some(stream), epoch, spool, freed, result }).await;
-                        });
+                        self.parts.uplink.link.sent(lane, body.len());
+                        let bytes = body.len();
+                        let of = Of { stream: Some(stream), epoch, spool, freed, lane, bytes, probe: false };
+                        self.request(of, async move { cloud.send(url, body).await });
                     } else {
                         let failure = Failure::PushedBack { retry_after_ms: RETRY.as_millis() as u64 };
                         self.parts.uplink.failed(Some(&stream), epoch, &failure, now_ms, 0.0);
@@ -62,18 +68,44 @@ impl Engine {
         }
     }
 
+    /// Runs a request beside the engine. One to an address that was left in the meantime is given up after a moment, so that
+    /// a dead connection keeps nothing from going to the next address.
+    fn request(&mut self, of: Of, request: impl Future<Output = Result<Acks, Failed>> + Send + 'static) {
+        let answers = self.answers.0.clone();
+        let mut url = self.url.subscribe();
+        let sent_to = *url.borrow_and_update();
+        self.in_flight += 1;
+        self.runtime.spawn(async move {
+            let begun = Instant::now();
+            let left = async {
+                // When the engine is gone nobody listens to the answer.
+                let _ = url.wait_for(|url| *url != sent_to).await;
+                tokio::time::sleep(LEFT_GRACE).await;
+            };
+            let result = tokio::select! {
+                result = request => result,
+                () = left => Err(Failed { failure: Failure::Link, text: "the address was left".to_owned(), acks: None }),
+            };
+            let _ = answers.send(Answer { of, elapsed: begun.elapsed(), result }).await;
+        });
+    }
+
     /// The batches of a stream from a number on, as a body; None when the spool has no room for new numbers, or for what
     /// takes the place of a batch that rotted.
-    fn gather(&mut self, stream: &StreamName, from: Seq) -> Result<Option<Bytes>, EngineError> {
+    fn gather(
+        &mut self,
+        lane: usize,
+        stream: &StreamName,
+        from: Seq,
+        bytes_max: usize,
+    ) -> Result<Option<Bytes>, EngineError> {
         let spool = &mut self.parts.spool;
-        let mut batches = match spool.again(stream, from, self.parts.request_bytes) {
+        let mut batches = match spool.again(stream, from, bytes_max) {
             Err(SpoolError::Full(_)) => return Ok(None),
             other => other?,
         };
         if batches.is_empty() {
-            let lane = spool.waiting().into_iter().find(|(_, waiting)| *waiting == stream).map(|(lane, _)| lane);
-            let Some(lane) = lane else { return Ok(None) };
-            batches = match spool.number(lane, stream, self.parts.request_bytes) {
+            batches = match spool.number(lane, stream, bytes_max) {
                 Err(SpoolError::Full(_)) => return Ok(None),
                 other => other?,
             };
@@ -88,7 +120,19 @@ impl Engine {
 
     pub(super) fn answered(&mut self, answer: Answer) -> Result<(), EngineError> {
         self.in_flight -= 1;
-        let Answer { stream, epoch, spool, freed, result } = answer;
+        let Answer { of: Of { stream, epoch, spool, freed, lane, bytes, probe }, elapsed, result } = answer;
+        let (elapsed_ms, taken) = (elapsed.as_secs_f64() * 1e3, result.is_ok());
+        if probe {
+            let now_ms = self.now_ms();
+            self.parts.uplink.probed(taken, now_ms);
+            self.note_url();
+            return Ok(());
+        }
+        if stream.is_some() {
+            self.parts.uplink.link.landed(lane, bytes, elapsed_ms, taken);
+        } else if taken {
+            self.parts.uplink.link.answered(elapsed_ms);
+        }
         match result {
             Ok(acks) => {
                 self.last_error = None;
@@ -106,6 +150,12 @@ impl Engine {
                 self.failed(stream.as_ref(), epoch, failure, text, freed)
             }
         }
+    }
+
+    /// Tells requests in flight when their address was left.
+    fn note_url(&self) {
+        let url = self.parts.uplink.node().1;
+        self.url.send_if_modified(|known| std::mem::replace(known, url) != url);
     }
 
     /// `left`: they came with a failure for which the node is left, and which must go on to count.
@@ -168,6 +218,7 @@ impl Engine {
                 let now_ms = self.now_ms();
                 let jitter = rand::rng().random_range(0.0..=1.0);
                 self.parts.uplink.failed(stream, epoch, &failure, now_ms, jitter);
+                self.note_url();
                 Ok(())
             }
         }
@@ -236,8 +287,8 @@ impl Engine {
         let parts = &mut self.parts;
         let (old, fresh) = (parts.spool.id(), SpoolId(rand::rng().random()));
         let directory = spool_directory(&parts.data_dir);
-        let heads = parts.spool.numbered().filter(|(stream, _)| parts.uplink.is_in_flight(stream));
-        let sent = heads.map(|(stream, head)| (stream.clone(), head.seq)).collect::<HashMap<_, _>>();
+        let heads = parts.spool.numbered().filter(|(_, stream, _)| parts.uplink.is_in_flight(stream));
+        let sent = heads.map(|(_, stream, head)| (stream.clone(), head.seq)).collect::<HashMap<_, _>>();
         // What has no answer yet may be there, too.
         let known = |stream: &StreamName| {
             let seq = |seqs: &HashMap<StreamName, Seq>| seqs.get(stream).copied().unwrap_or_default();

@@ -4,9 +4,12 @@ use tokio::runtime::Runtime;
 use wire::Mark;
 
 use super::super::Recovered;
+mod links;
+
 use super::*;
 use crate::config::Settings;
 use crate::entry::{Message, Payload};
+use crate::uplink::link::Link;
 use crate::uplink::state::Failure;
 
 /// An engine that is driven turn by turn; its cloud does not answer.
@@ -18,13 +21,16 @@ struct Driven {
 }
 
 fn settings(directory: &Path, more: &str) -> Settings {
-    let text = format!(
+    Settings::parse(&text(directory, more)).unwrap()
+}
+
+fn text(directory: &Path, more: &str) -> String {
+    format!(
         "[edge]\nid = \"e\"\ndata_dir = {directory:?}\n[cloud]\nurls = [\"http://127.0.0.1:9\"]\ntoken = \"t\"\n\
          [[source]]\nkind = \"mqtt\"\nurl = \"mqtt://h\"\ntopics = [\"#\"]\nstream = \"s\"\nmax_payload = \"16KiB\"\n\
          [source.map]\ndevice = \"const:d\"\nv = \"/v\"\n[stream.s.fields]\nv = {{ type = \"int64\" }}\n\
-         [cut]\nseal_min = \"1ms\"\nseal_max = \"1ms\"\n{more}"
-    );
-    Settings::parse(&text).unwrap()
+         [cut]\nseal_min = \"1ms\"\nseal_max = \"1ms\"\nseal_away = \"1ms\"\n{more}"
+    )
 }
 
 fn start(settings: &Settings) -> Driven {
@@ -83,7 +89,8 @@ impl Driven {
         let spool = &self.engine.parts.spool;
         let (freed, spool) = (spool.freed(&stream).seq, spool.id());
         let result = Err(Failed { failure, text: "no".to_owned(), acks: None });
-        Answer { stream: Some(stream), epoch: 0, spool, freed, result }
+        let of = Of { stream: Some(stream), epoch: 0, spool, freed, lane: 1, bytes: 0, probe: false };
+        Answer { of, elapsed: Duration::ZERO, result }
     }
 
     fn answered(&mut self, answer: Answer) {
@@ -221,7 +228,7 @@ fn nothing_is_sent_while_a_new_spool_finds_no_room() {
     let old = driven.engine.parts.spool.id();
     driven.engine.forking = Some(Instant::now() + Duration::from_secs(60));
     // One that would ask at once.
-    driven.engine.parts.uplink = Uplink::new(old, 1);
+    driven.engine.parts.uplink = Uplink::new(old, 1, Link::new(1 << 20, &[None, None]));
     let before = driven.engine.in_flight;
     driven.engine.go_on_forking().unwrap();
     driven.engine.send().unwrap();

@@ -202,6 +202,11 @@ fn births_are_bounded() {
     assert_eq!(host.take("g/NBIRTH/a", &births(8)), ["filtered"], "a birth takes the place of the one before");
     assert_eq!(host.take("g/NBIRTH/b", &births(1)), ["too_many_metrics"]);
     assert_eq!(host.take("g/NDATA/b", &payload(Some(1), &[])), ["filtered"], "no room to remember that it was asked");
+    assert_eq!(host.take("g/NDEATH/a", &payload(None, &[])), ["filtered"]);
+    assert_eq!(host.take("g/NBIRTH/b", &births(8)), ["filtered"], "a death makes room");
+    assert_eq!(host.take("g/NDEATH/b", &payload(None, &[])), ["filtered"]);
+    let long = payload(Some(0), &[metric(&"m".repeat(64 * 9), 1, INT32, Is::Int(1))]);
+    assert_eq!(host.take("g/NBIRTH/a", &long), ["too_many_metrics"], "a long name counts as several");
 }
 
 #[test]

@@ -13,32 +13,33 @@ use crate::config::{MqttSettings, MqttVersion};
 const PACKET_BYTES_MAX: u32 = 268_435_455;
 /// Requests, above all acknowledgements, that wait for the next turn of the event loop.
 const REQUESTS: usize = 4_096;
-/// Nothing is published here. rumqttc keeps 200 bytes for each message that might be: 13 MB with its own limit.
+/// Publications without an acknowledgement: alerts only. rumqttc keeps 200 bytes for each that might be: 13 MB with its own
+/// limit.
 const PUBLISHED_MAX: u16 = 16;
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT_S: u64 = 10;
 
 /// The sending half.
-pub(super) enum Client {
+pub(crate) enum Client {
     V4(rumqttc::AsyncClient),
     V5(v5::AsyncClient),
 }
 
 /// The receiving half.
-pub(super) enum EventLoop {
+pub(crate) enum EventLoop {
     V4(Box<rumqttc::EventLoop>),
     V5(Box<v5::EventLoop>),
 }
 
 /// A message as the client library gives it: what an acknowledgement needs.
 #[derive(Debug)]
-pub(super) enum Publish {
+pub(crate) enum Publish {
     V4(rumqttc::Publish),
     V5(v5::mqttbytes::v5::Publish),
 }
 
 /// What came from the broker.
-pub(super) enum Event {
+pub(crate) enum Event {
     Connected {
         session_present: bool,
     },
@@ -61,16 +62,25 @@ pub enum TlsError {
 }
 
 pub(super) fn new(settings: &MqttSettings, client: &str) -> Result<(Client, EventLoop), TlsError> {
+    with_session(settings, client, false)
+}
+
+/// One that only publishes, and of which the broker keeps nothing.
+pub(crate) fn publisher(settings: &MqttSettings, client: &str) -> Result<(Client, EventLoop), TlsError> {
+    with_session(settings, client, true)
+}
+
+fn with_session(settings: &MqttSettings, client: &str, clean: bool) -> Result<(Client, EventLoop), TlsError> {
     let transport = transport(settings)?;
     Ok(match settings.version {
         MqttVersion::V311 => {
-            let (client, events) = rumqttc::AsyncClient::new(options_v4(settings, client, transport, false), REQUESTS);
+            let (client, events) = rumqttc::AsyncClient::new(options_v4(settings, client, transport, clean), REQUESTS);
             let mut events = Box::new(events);
             events.network_options.set_connection_timeout(CONNECT_TIMEOUT_S).set_tcp_nodelay(true);
             (Client::V4(client), EventLoop::V4(events))
         }
         MqttVersion::V5 => {
-            let (client, events) = v5::AsyncClient::new(options_v5(settings, client, transport, false), REQUESTS);
+            let (client, events) = v5::AsyncClient::new(options_v5(settings, client, transport, clean), REQUESTS);
             (Client::V5(client), EventLoop::V5(Box::new(events)))
         }
     })
@@ -153,7 +163,7 @@ fn transport(settings: &MqttSettings) -> Result<Transport, TlsError> {
 }
 
 impl EventLoop {
-    pub(super) async fn next(&mut self) -> Event {
+    pub(crate) async fn next(&mut self) -> Event {
         match self {
             Self::V4(events) => {
                 use rumqttc::{Event as Raw, Packet, SubscribeReasonCode};
@@ -250,7 +260,17 @@ impl Client {
         }
     }
 
-    pub(super) fn disconnect(&self) {
+    /// At QoS 1. False: no room; again after the next turn.
+    pub(crate) fn publish(&self, topic: &str, payload: Bytes, retain: bool) -> bool {
+        match self {
+            Self::V4(client) => client.try_publish(topic, rumqttc::QoS::AtLeastOnce, retain, payload).is_ok(),
+            Self::V5(client) => {
+                client.try_publish(topic.to_owned(), v5::mqttbytes::QoS::AtLeastOnce, retain, payload).is_ok()
+            }
+        }
+    }
+
+    pub(crate) fn disconnect(&self) {
         match self {
             Self::V4(client) => drop(client.try_disconnect()),
             Self::V5(client) => drop(client.try_disconnect()),

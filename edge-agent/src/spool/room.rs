@@ -1,0 +1,187 @@
+//! Room in a full lane whose policy drops: its first segment goes.
+//!
+//! A log is freed from its start, so whatever else the segment holds must stand elsewhere first: batches with numbers, which
+//! must come again with the same bytes and which an outage leaves at the very start; and what `thin` keeps. They move to
+//! the end, into a segment that cuts leave free for it, with their numbers in the same record. When the move finds no room
+//! (the disk itself is full) the lane is full, and nothing is dropped for it.
+
+use segment_log::{FileLayer, Position};
+use wire::schema::own;
+use wire::{CutBatch, Mark, StreamName};
+
+use super::drop::DROPPED_MAX;
+use super::record::{self, Moved, Place};
+use super::{OnFull, Spool, SpoolError, Waiting, losses, release};
+
+/// Batches that one `moved` record takes, about.
+const MOVED_BYTES: usize = 1 << 20;
+
+impl<L: FileLayer> Spool<L> {
+    /// Makes room by the lane's policy. False: it refuses, or there is nothing that may go.
+    pub(super) fn make_room(&mut self, lane: usize, now_us: i64) -> Result<bool, SpoolError> {
+        let droppable = |settings: &super::LaneSettings, stream: &StreamName| match settings.on_full {
+            OnFull::Refuse => false,
+            OnFull::DropOldest => stream.as_str() != own::LOSSES,
+            OnFull::Thin => settings.raw.contains(stream),
+        };
+        let Some(end) = self.lanes[lane].log.second_segment() else { return Ok(false) };
+        let is_first = |place: &Place| place.lane == lane && place.group < end.0;
+        let settings = &self.lanes[lane].settings;
+        let (mut victims, mut kept, mut droppable_bytes) = (Vec::new(), Vec::new(), 0);
+        for (stream, batches) in &self.lanes[lane].waiting {
+            let goes = droppable(settings, stream);
+            droppable_bytes += if goes { batches.iter().map(|waiting| waiting.bytes as u64).sum() } else { 0 };
+            let joins = settings.on_full == OnFull::DropOldest && stream.as_str() == own::LOSSES;
+            let first = batches.iter().filter(|waiting| is_first(&waiting.place)).cloned();
+            if goes || joins { victims.extend(first) } else { kept.extend(first) }
+        }
+        // Less is no segment: what is kept would be written again and again for nothing.
+        if droppable_bytes < settings.segment_bytes / 2 || !self.move_kept(lane, &is_first, kept, now_us)? {
+            return Ok(false);
+        }
+        victims.sort_by_key(|waiting| waiting.came);
+        let mut victims = victims.into_iter().peekable();
+        while victims.peek().is_some() {
+            let some = victims.by_ref().take(DROPPED_MAX).collect();
+            match self.take_out(lane, some, losses::LANE_FULL, now_us) {
+                Err(SpoolError::Full(_)) => return Ok(false),
+                other => other?,
+            }
+        }
+        let before = self.lanes[lane].log.start();
+        self.free_segments(lane)?;
+        Ok(self.lanes[lane].log.start() > before)
+    }
+
+    /// Moves what the first segment must not take with it; false when there is no room for it.
+    fn move_kept(
+        &mut self,
+        lane: usize,
+        is_first: &dyn Fn(&Place) -> bool,
+        kept: Vec<Waiting>,
+        now_us: i64,
+    ) -> Result<bool, SpoolError> {
+        let mut leaving = Vec::new();
+        for (stream, sequence) in &self.sequences {
+            let numbered = sequence.numbered.iter().filter(|numbered| is_first(&numbered.place));
+            leaving.extend(numbered.map(|numbered| (stream.clone(), Leaving::Numbered(numbered.mark, numbered.place))));
+        }
+        leaving.extend(kept.into_iter().map(|waiting| (waiting.stream.clone(), Leaving::Waiting(waiting))));
+        leaving.sort_by_key(|(_, leaving)| leaving.place());
+        let bytes_max = MOVED_BYTES.min(self.lanes[lane].log.options().payload_bytes_max() / 2);
+        let (mut group, mut voids, mut rotted, mut bytes) = (Vec::new(), Vec::new(), Vec::new(), 0);
+        for (stream, leaving) in leaving {
+            let from = leaving.place();
+            let from = Place { lane, group: from.0, index: from.1 };
+            let (came, sealed_us, mark) = match &leaving {
+                Leaving::Numbered(mark, _) => (leaving.place(), record::SEALED_UNKNOWN, Some(*mark)),
+                Leaving::Waiting(waiting) => (waiting.came, waiting.sealed_us, None),
+            };
+            let void =
+                mark.and_then(|mark| self.find(&stream, mark.seq)).and_then(|(_, numbered)| numbered.void.clone());
+            let batch = match (self.read(from)?, leaving) {
+                (Some(batch), _) if void.is_none() => batch,
+                (_, Leaving::Waiting(waiting)) => {
+                    rotted.push(waiting);
+                    continue;
+                }
+                _ => {
+                    // A void batch needs no rows. What has rotted becomes void when it is sent.
+                    voids.extend(void);
+                    nothing(&stream)
+                }
+            };
+            let batch_bytes = batch.body.len() + 512;
+            if bytes + batch_bytes > bytes_max && !group.is_empty() {
+                if !self.put_moved(lane, std::mem::take(&mut group), std::mem::take(&mut voids))? {
+                    return Ok(false);
+                }
+                bytes = 0;
+            }
+            bytes += batch_bytes;
+            group.push(Moved { from, came, sealed_us, mark, batch });
+        }
+        if !self.put_moved(lane, group, voids)? {
+            return Ok(false);
+        }
+        match rotted.is_empty() {
+            true => Ok(true),
+            false => self.take_out(lane, rotted, losses::ROTTED, now_us).map(|()| true),
+        }
+    }
+
+    /// One record of batches that move, synced; then they stand there. Voids are written again behind it.
+    fn put_moved(&mut self, lane: usize, group: Vec<Moved>, voids: Vec<wire::SealedBatch>) -> Result<bool, SpoolError> {
+        if group.is_empty() {
+            return Ok(true);
+        }
+        let ids = group.iter().map(|moved| moved.batch.schema).collect::<Vec<_>>();
+        let appended = match self.put(lane, record::MOVED, &record::moved(&group), &ids, true) {
+            Err(SpoolError::Full(_)) => return Ok(false),
+            other => other?,
+        };
+        for void in voids {
+            let payload = record::with_totals(self.lanes[lane].totals, void.bytes());
+            match self.put(lane, record::VOID, &payload, &[], true) {
+                // The first one is still there, and so is its segment.
+                Err(SpoolError::Full(_)) => return Ok(false),
+                other => other?,
+            };
+        }
+        self.lanes[lane].log.sync()?;
+        for (index, moved) in group.into_iter().enumerate() {
+            let place = Place { lane, group: appended.position.0, index: index as u32 };
+            self.stands(lane, &moved, place, appended.position);
+        }
+        Ok(true)
+    }
+
+    fn stands(&mut self, lane: usize, moved: &Moved, place: Place, position: Position) {
+        if let Some(Mark { seq, .. }) = moved.mark {
+            let sequence = self.sequences.get_mut(&moved.batch.stream);
+            if let Some(numbered) = sequence.and_then(|s| s.numbered.iter_mut().find(|n| n.mark.seq == seq)) {
+                numbered.place = place;
+            }
+        } else if let Some(queue) = self.lanes[lane].waiting.get_mut(&moved.batch.stream)
+            && let Ok(at) = queue.binary_search_by_key(&moved.came, |waiting| waiting.came)
+        {
+            queue[at].place = place;
+        }
+        let lane = &mut self.lanes[lane];
+        if let Some((losses, _)) = lane.losses.as_mut().filter(|(losses, _)| *losses == moved.from) {
+            *losses = place;
+        }
+        release(&mut lane.live, moved.from.group);
+        *lane.live.entry(position.0).or_default() += 1;
+    }
+}
+
+enum Leaving {
+    Numbered(Mark, Place),
+    Waiting(Waiting),
+}
+
+impl Leaving {
+    fn place(&self) -> (u64, u32) {
+        let place = match self {
+            Self::Numbered(_, place) => *place,
+            Self::Waiting(waiting) => waiting.place,
+        };
+        (place.group, place.index)
+    }
+}
+
+/// In the place of rows that nobody needs or can read.
+fn nothing(stream: &StreamName) -> CutBatch {
+    CutBatch {
+        stream: stream.clone(),
+        schema: losses::schema().id(),
+        rows: 0,
+        min_ts: 0,
+        max_ts: 0,
+        watermark: wire::sealed::NO_WATERMARK,
+        agent: String::new(),
+        configuration: 0,
+        body: bytes::Bytes::new(),
+    }
+}

@@ -1,0 +1,193 @@
+//! How much may be under way: pure, like `state`, which asks it before each request.
+//!
+//! A request carries about what the link takes in [`TARGET_MIN_MS`], or in one round trip when that is longer: it grows
+//! while it is over sooner, and shrinks when it takes more than twice as long. So what is live waits a short time, however
+//! slow the link is and however much backlog goes with it, and on a fast link requests become large. What is under way for
+//! lanes behind one's own does not count: alerts go at once. The streams of a lane share its part, and take turns when that is
+//! little. A lane's `bandwidth` is a bucket of one second, which a batch that is larger may overdraw.
+
+/// No request is made smaller for a slow link: what a batch has around its rows would become most of it.
+pub const REQUEST_BYTES_MIN: usize = 16 << 10;
+/// How long the bytes of a request may take on their way, apart from the round trip.
+const TARGET_MIN_MS: f64 = 25.0;
+/// A round trip that is longer than this is a node that does not answer well, not distance.
+const TARGET_MAX_MS: f64 = 2_000.0;
+/// The round trip's mean falls at once and rises by this part.
+const RISE: f64 = 1.0 / 8.0;
+
+/// What the link has taken, and what is under way.
+#[derive(Debug)]
+pub struct Link {
+    bytes_max: usize,
+    /// What may be under way.
+    window: usize,
+    /// Of requests without batches.
+    round_ms: Option<f64>,
+    /// Of the last request with batches.
+    last_ms: f64,
+    /// By lane.
+    under_way: Vec<usize>,
+    buckets: Vec<Option<Bucket>>,
+}
+
+#[derive(Debug)]
+struct Bucket {
+    bytes_per_s: f64,
+    bytes: f64,
+    at_ms: u64,
+}
+
+impl Link {
+    /// For requests of up to `bytes_max`; `bandwidths` are those of the lanes, bytes a second.
+    pub fn new(bytes_max: usize, bandwidths: &[Option<u64>]) -> Self {
+        let bucket = |bandwidth: &Option<u64>| {
+            bandwidth.map(|rate| Bucket { bytes_per_s: rate as f64, bytes: rate as f64, at_ms: 0 })
+        };
+        Self {
+            bytes_max,
+            window: (4 * REQUEST_BYTES_MIN).min(bytes_max),
+            round_ms: None,
+            last_ms: 0.0,
+            under_way: vec![0; bandwidths.len()],
+            buckets: bandwidths.iter().map(bucket).collect(),
+        }
+    }
+
+    /// How long the last request with batches took.
+    pub fn last_ms(&self) -> u64 {
+        self.last_ms as u64
+    }
+
+    /// How many bytes a request of a lane may have when `streams` of it have something to send; else when to ask again.
+    pub fn room(&mut self, lane: usize, streams: usize, now_ms: u64) -> Result<usize, u64> {
+        let before = self.under_way.iter().take(lane + 1).sum::<usize>();
+        let share = (self.window / streams.max(1)).max(REQUEST_BYTES_MIN).min(self.bytes_max);
+        if before > 0 && before + share > self.window {
+            return Err(u64::MAX);
+        }
+        let Some(Some(bucket)) = self.buckets.get_mut(lane) else { return Ok(share) };
+        bucket.fill(now_ms);
+        if bucket.bytes < 1.0 {
+            let wait_ms = (1.0 - bucket.bytes) / bucket.bytes_per_s * 1e3;
+            return Err(now_ms.saturating_add(wait_ms.ceil() as u64));
+        }
+        Ok(share.min(bucket.bytes as usize))
+    }
+
+    /// A request of so many bytes goes.
+    pub fn sent(&mut self, lane: usize, bytes: usize) {
+        if let Some(under_way) = self.under_way.get_mut(lane) {
+            *under_way += bytes;
+        }
+        if let Some(Some(bucket)) = self.buckets.get_mut(lane) {
+            bucket.bytes -= bytes as f64;
+        }
+    }
+
+    /// It has ended after so long; `taken`: with acks.
+    pub fn landed(&mut self, lane: usize, bytes: usize, elapsed_ms: f64, taken: bool) {
+        if let Some(under_way) = self.under_way.get_mut(lane) {
+            *under_way = under_way.saturating_sub(bytes);
+        }
+        self.last_ms = elapsed_ms;
+        if !taken {
+            self.window = (self.window / 2).max(REQUEST_BYTES_MIN).min(self.bytes_max);
+            return;
+        }
+        let round_ms = self.round_ms.unwrap_or(0.0);
+        let target_ms = round_ms.clamp(TARGET_MIN_MS, TARGET_MAX_MS);
+        let transfer_ms = elapsed_ms - round_ms;
+        if transfer_ms > 2.0 * target_ms && bytes > REQUEST_BYTES_MIN {
+            let fits = (bytes as f64 * target_ms / transfer_ms) as usize;
+            self.window = fits.max(self.window / 2).max(REQUEST_BYTES_MIN).min(self.window);
+        } else if transfer_ms < target_ms && bytes >= self.window / 4 {
+            self.window = (self.window * 2).min(self.bytes_max);
+        }
+    }
+
+    /// A request without batches was answered.
+    pub fn answered(&mut self, elapsed_ms: f64) {
+        self.round_ms = Some(match self.round_ms {
+            Some(round_ms) if round_ms < elapsed_ms => round_ms + (elapsed_ms - round_ms) * RISE,
+            _ => elapsed_ms,
+        });
+    }
+
+    /// Another node, another way to it.
+    pub fn forget(&mut self) {
+        self.round_ms = None;
+        self.window = (4 * REQUEST_BYTES_MIN).min(self.bytes_max);
+    }
+}
+
+impl Bucket {
+    fn fill(&mut self, now_ms: u64) {
+        let elapsed_ms = now_ms.saturating_sub(self.at_ms);
+        self.at_ms = now_ms;
+        self.bytes = (self.bytes + self.bytes_per_s * elapsed_ms as f64 / 1e3).min(self.bytes_per_s);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A link of a round trip and a rate: how large requests become, and how long the last took (ms).
+    fn settled(round_ms: f64, bytes_per_s: f64) -> (usize, f64) {
+        let mut link = Link::new(4 << 20, &[None]);
+        link.answered(round_ms);
+        for _ in 0..50 {
+            let bytes = link.room(0, 1, 0).unwrap();
+            link.sent(0, bytes);
+            link.landed(0, bytes, round_ms + bytes as f64 / bytes_per_s * 1e3, true);
+        }
+        (link.room(0, 1, 0).unwrap(), link.last_ms)
+    }
+
+    #[test]
+    fn requests_become_as_large_as_the_link_takes_in_a_moment() {
+        assert_eq!(settled(1.0, 1e9).0, 4 << 20);
+        let (bytes, took_ms) = settled(2.0, 5e6);
+        assert!((64 << 10..=512 << 10).contains(&bytes) && took_ms < 120.0, "{bytes} in {took_ms} ms");
+        assert_eq!(settled(40.0, 10e3).0, REQUEST_BYTES_MIN);
+        // A satellite: what is one round trip long fills half of it at least.
+        let (bytes, took_ms) = settled(600.0, 1e6);
+        assert!(bytes >= 300_000 && took_ms < 2_500.0, "{bytes} in {took_ms} ms");
+    }
+
+    #[test]
+    fn what_is_urgent_does_not_wait_for_the_backlog() {
+        let mut link = Link::new(4 << 20, &[None, None]);
+        let bytes = link.room(1, 1, 0).unwrap();
+        link.sent(1, bytes);
+        assert_eq!(link.room(1, 1, 0), Err(u64::MAX));
+        assert_eq!(link.room(0, 1, 0), Ok(bytes));
+        link.sent(0, bytes);
+        assert_eq!(link.room(0, 1, 0), Err(u64::MAX));
+        link.landed(0, bytes, 10.0, false);
+        assert_eq!(link.room(0, 1, 0), Ok(bytes / 2));
+        assert_eq!(link.room(0, 3, 0), Ok(REQUEST_BYTES_MIN));
+    }
+
+    #[test]
+    fn a_lane_with_a_bandwidth_sends_no_more_than_that() {
+        let mut link = Link::new(4 << 20, &[Some(10_000)]);
+        let (mut sent, mut now_ms) = (0, 0);
+        while now_ms < 60_000 {
+            match link.room(0, 1, now_ms) {
+                // A batch is larger than what is left now and then.
+                Ok(bytes) => {
+                    let bytes = bytes.max(3_000);
+                    link.sent(0, bytes);
+                    link.landed(0, bytes, 1.0, true);
+                    sent += bytes;
+                }
+                Err(until_ms) => {
+                    assert!(until_ms > now_ms);
+                    now_ms = until_ms;
+                }
+            }
+        }
+        assert!((590_000..=620_000).contains(&sent), "{sent} bytes in a minute");
+    }
+}

@@ -1,0 +1,128 @@
+//! Alerts from a reading to the broker beside the agent and to the table in the cloud, over kill -9 and without a cloud.
+
+use std::time::{Duration, Instant};
+
+use rumqttc::v5::mqttbytes::QoS;
+use rumqttc::v5::mqttbytes::v5::Packet;
+use rumqttc::v5::{AsyncClient, Event, EventLoop};
+use serde_json::Value;
+
+use crate::harness::{Cloud, Edge, Mosquitto, mqtt_source, publish};
+use crate::process::PATIENCE;
+
+fn configuration(url: &str) -> String {
+    let map = "[source.map]\ndevice = \"topic:1\"\nn = \"/n\"\n[stream.field.fields]\nn = { type = \"int64\" }\n";
+    let rule = "[[rule]]\nname = \"high\"\non = \"field\"\nwhen = \"n > 100\"\nmessage = \"{device} has {n}\"\n\
+                severity = \"critical\"\ntopic = \"alerts/{device}/high\"\n\
+                command = { topic = \"alerts/{device}/sign\", firing = \"slow\", resolved = \"clear\" }\n";
+    mqtt_source(url, "field/#", "field", &format!("{map}{rule}"))
+}
+
+/// Listens to alerts.
+struct Listener(#[allow(dead_code, reason = "it ends the connection")] AsyncClient, EventLoop);
+
+impl Listener {
+    async fn new(broker: &Mosquitto, id: &str) -> Self {
+        let (client, mut events) = AsyncClient::new(broker.client(id), 100);
+        client.subscribe("alerts/#", QoS::AtLeastOnce).await.unwrap();
+        while !matches!(events.poll().await.unwrap(), Event::Incoming(Packet::SubAck(_))) {}
+        Self(client, events)
+    }
+
+    /// The next alert: its topic, whether it was retained from before, and the text.
+    async fn next(&mut self) -> Option<(String, bool, String)> {
+        loop {
+            match tokio::time::timeout(PATIENCE, self.1.poll()).await.expect("an alert comes").unwrap() {
+                Event::Incoming(Packet::Publish(message)) => {
+                    let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+                    return Some((text(&message.topic), message.retain, text(&message.payload)));
+                }
+                // What was asked after the retained ones were due.
+                Event::Incoming(Packet::PingResp(_)) => return None,
+                _ => {}
+            }
+        }
+    }
+
+    /// Waits for this state of an alert, and returns it. Repetitions of others are passed over.
+    async fn state(&mut self, state: &str) -> Value {
+        loop {
+            let (topic, _, text) = self.next().await.expect("an alert");
+            let Ok(alert) = serde_json::from_str::<Value>(&text) else { continue };
+            if alert["state"] == state {
+                assert_eq!(topic, "alerts/d1/high");
+                return alert;
+            }
+        }
+    }
+
+    /// Waits until the sign is told this.
+    async fn sign(&mut self, word: &str) {
+        loop {
+            let (topic, retained, text) = self.next().await.expect("a command");
+            if topic == "alerts/d1/sign" && text == word {
+                return assert!(!retained, "who comes later is not commanded by the past");
+            }
+        }
+    }
+}
+
+async fn send(broker: &Mosquitto, device: &str, n: i64) {
+    publish(broker.client("p"), vec![(format!("field/{device}"), format!("{{\"n\":{n}}}").into_bytes())]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_alert_is_retained_while_it_fires_and_is_one_episode_over_kill_9() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some(broker) = Mosquitto::start(directory.path()) else { return };
+    let mut cloud = Cloud::start(directory.path(), "a", "[commit]\nmax_age = \"1s\"\n").await;
+    let mut edge = Edge::start(directory.path(), &cloud, &configuration(&broker.url())).await;
+    let mut listener = Listener::new(&broker, "l").await;
+    // The cloud is not needed for it.
+    cloud.kill();
+    send(&broker, "d2", 7).await;
+    let begun = Instant::now();
+    send(&broker, "d1", 200).await;
+    let alert = listener.state("firing").await;
+    println!("from the sender to the alert: {:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(5), "milliseconds, and a busy machine");
+    assert_eq!((&alert["message"], &alert["severity"]), (&"d1 has 200".into(), &"critical".into()));
+    listener.sign("slow").await;
+    assert_eq!(Listener::new(&broker, "late").await.state("firing").await["id"], alert["id"]);
+
+    edge.kill();
+    edge.run();
+    edge.wait().await;
+    assert_eq!(listener.state("firing").await, alert, "told again, as it was");
+    listener.sign("slow").await;
+    send(&broker, "d1", 300).await;
+    send(&broker, "d1", 3).await;
+    let ended = listener.state("resolved").await;
+    assert_eq!((&ended["id"], &ended["from"]), (&alert["id"], &alert["from"]));
+    let (topic, _, text) = listener.next().await.unwrap();
+    assert_eq!((topic.as_str(), text.as_str()), ("alerts/d1/high", ""), "what was retained is taken back");
+    listener.sign("clear").await;
+
+    cloud.run();
+    cloud.wait().await;
+    edge.drained().await;
+    let rows = cloud
+        .sql("SELECT device, rule, state, alert_id, message, to_ts IS NULL AS open FROM alerts ORDER BY ts")
+        .await
+        .unwrap();
+    let states = rows.iter().map(|row| row["state"].as_str().unwrap()).collect::<Vec<_>>();
+    assert_eq!(states, ["firing", "resolved"], "{rows:#?}");
+    assert!(rows.iter().all(|row| row["alert_id"] == alert["id"] && row["device"] == "d1" && row["rule"] == "high"));
+    assert_eq!((&rows[0]["open"], &rows[1]["open"]), (&true.into(), &false.into()));
+
+    // What ends while the agent does not publish is taken back by the next start.
+    send(&broker, "d1", 400).await;
+    let second = listener.state("firing").await;
+    assert_ne!(second["id"], alert["id"]);
+    edge.stop();
+    edge.configure(&configuration(&broker.url()).replace("n > 100", "n > 1000"));
+    edge.run();
+    edge.wait().await;
+    send(&broker, "d2", 7).await;
+    assert_eq!(listener.state("resolved").await["id"], second["id"]);
+}
