@@ -196,6 +196,16 @@ impl Edge {
         self.process.stop();
     }
 
+    /// Panics with its log when it has ended by itself, or when `since` is too long ago.
+    pub(crate) fn check(&mut self, since: Instant, what: &str) {
+        self.process.check(since, what);
+    }
+
+    /// User and system time since its start.
+    pub(crate) fn cpu_seconds(&self) -> f64 {
+        self.process.cpu_seconds()
+    }
+
     pub(crate) async fn status(&self) -> Value {
         self.try_status().await.expect("the admin door answers")
     }

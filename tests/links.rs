@@ -64,10 +64,8 @@ async fn over_a_bad_link(harm: Harm) {
     let directory = tempfile::tempdir().unwrap();
     let Some(broker) = Mosquitto::start(directory.path()) else { return };
     let cloud = Cloud::start(directory.path(), "a", COMMIT).await;
-    let port = cloud.http.rsplit(':').next().unwrap().parse().unwrap();
-    let proxy = Proxy::to(port).await;
-    let url = format!("http://127.0.0.1:{}", proxy.port);
-    let mut edge = Edge::start_with(directory.path(), &[&url], &stream(&broker.url())).await;
+    let proxy = Proxy::to_cloud(&cloud).await;
+    let mut edge = Edge::start_with(directory.path(), &[&proxy.http()], &stream(&broker.url())).await;
     let load = Load::start(broker.port);
     proxy.harm(harm, &mut random);
     for _ in 0..16 {

@@ -70,6 +70,11 @@ impl Load {
         Self { ledger, stop, task }
     }
 
+    /// All numbers below this one were given out.
+    pub(crate) fn sent(&self) -> u64 {
+        self.ledger.sent()
+    }
+
     pub(crate) async fn finish(self) -> Arc<Ledger> {
         self.stop.store(true, Ordering::Relaxed);
         self.task.await.unwrap();

@@ -91,6 +91,15 @@ impl Process {
         assert!(since.elapsed() < PATIENCE, "{}: {what}\n{}", self.name, self.log_tail());
     }
 
+    /// User and system time since its start.
+    pub(crate) fn cpu_seconds(&self) -> f64 {
+        let id = self.child.as_ref().expect("it runs").id();
+        let text = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
+        let fields: Vec<&str> = text.rsplit_once(')').unwrap().1.split_whitespace().collect();
+        let ticks: f64 = fields[11..13].iter().map(|field| field.parse::<f64>().unwrap()).sum();
+        ticks / 100.0
+    }
+
     pub(crate) fn log_tail(&self) -> String {
         let text = std::fs::read_to_string(&self.log).unwrap_or_default();
         let lines: Vec<&str> = text.lines().collect();

@@ -10,18 +10,19 @@ use rumqttc::v5::{AsyncClient, Event};
 use crate::harness::{Cloud, Edge, Mosquitto, mqtt_source, publish};
 use crate::process::{PATIENCE, POLL};
 
-fn stream(url: &str, more: &str) -> String {
+/// Numbers that come to `field/…`.
+pub(crate) fn stream(url: &str, more: &str) -> String {
     let map = "[source.map]\ndevice = \"topic:1\"\nn = \"/n\"\n[stream.field.fields]\nn = { type = \"int64\" }\n";
     mqtt_source(url, "field/#", "field", &format!("{more}\n{map}"))
 }
 
-async fn send(broker: &Mosquitto, numbers: std::ops::Range<u64>) {
+pub(crate) async fn send(broker: &Mosquitto, numbers: std::ops::Range<u64>) {
     let message = |n: u64| (format!("field/d{}", n % 5), format!("{{\"n\":{n}}}").into_bytes());
     publish(broker.client("p"), numbers.map(message).collect()).await;
 }
 
 /// Waits until the table has all numbers below `total`, each once.
-async fn whole(cloud: &Cloud, edge: &mut Edge, total: i64) {
+pub(crate) async fn whole(cloud: &Cloud, edge: &mut Edge, total: i64) {
     let started = Instant::now();
     let found = async || match cloud.sql("SELECT count(*) AS n FROM field").await {
         Ok(rows) => rows[0]["n"].as_i64().unwrap(),
@@ -36,7 +37,7 @@ async fn whole(cloud: &Cloud, edge: &mut Edge, total: i64) {
     assert_eq!(cloud.integer("SELECT count(DISTINCT n) FROM field").await, total);
 }
 
-async fn cloud(directory: &Path) -> Cloud {
+pub(crate) async fn cloud(directory: &Path) -> Cloud {
     Cloud::start(directory, "a", "[commit]\nmax_age = \"1s\"\n").await
 }
 

@@ -306,6 +306,10 @@ impl Recovered {
             incident(&mut incidents, format!("{error}: windows and counters begin anew"));
         }
         let from = pipeline.position();
+        let seen = lanes.values().copied().fold(from, Position::max);
+        if let Some(missing) = journal.skip_to(seen)? {
+            incident(&mut incidents, format!("journal: {missing}: the disk lost what it had called written"));
+        }
         // Now, so that lanes and windows of this configuration are known before its first cut.
         let mut snapshot = Snapshot { position: from, bytes, needed: false };
         let configuration = (in_force.version, in_force.text.as_str());

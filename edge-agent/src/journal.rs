@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use segment_log::{
-    AppendError, Disk, FreeError, LogId, OpenError, Opening, Options, Position, ReadError, Reader, SegmentLog,
+    AppendError, Damage, Disk, FreeError, LogId, OpenError, Opening, Options, Position, ReadError, Reader, SegmentLog,
     SyncError,
 };
 use tokio::sync::{Semaphore, watch};
@@ -153,6 +153,15 @@ impl OpenJournal {
     /// Behind the last entry.
     pub fn end(&self) -> Position {
         self.0.end()
+    }
+
+    /// Goes on at `position` if the log ends before it, and returns what is missing: a position that a snapshot or a lane
+    /// has seen must not be given to another entry, which they would take for one that they have.
+    ///
+    /// # Errors
+    /// When the disk has no room, or does not answer.
+    pub fn skip_to(&mut self, position: Position) -> Result<Option<Damage>, JournalError> {
+        self.0.skip_to(position).map_err(JournalError::Append)
     }
 
     /// A reader of what is synced.

@@ -15,7 +15,7 @@ use thiserror::Error;
 
 use crate::format::{self, MARKER, MARKER_BYTES, RECORD_HEADER, SEGMENT_HEADER, SegmentHeader};
 use crate::layer::{Disk, FileLayer, LayerFile};
-use crate::recover::{self, OpenError, Opening};
+use crate::recover::{self, Damage, OpenError, Opening, Reason};
 use crate::{LogId, Options, Position, ReadError, Reader};
 
 /// Buffered records are written (not synced) when they reach this.
@@ -396,12 +396,40 @@ impl<L: FileLayer> SegmentLog<L> {
         self.end += (self.buffer.len() - before) as u64;
     }
 
+    /// Goes on at `position`, when the log ends before it although its owner knows that all below was synced: the disk did
+    /// not keep what it said it had. The positions between are never used again. Returns them: each reader, and each
+    /// opening while the segment before them is there, meets them as damage. A log that ends later is left as it is.
+    ///
+    /// The new segment may lie above the cap, for without it nothing could be appended under a position of its own.
+    pub fn skip_to(&mut self, position: Position) -> Result<Option<Damage>, AppendError> {
+        if position.0 <= self.end {
+            return Ok(None);
+        }
+        self.sync()?;
+        let missing = Damage { from: Position(self.end), to: position, reason: Reason::Missing };
+        (self.end, self.buffer_at) = (position.0, position.0);
+        if let Err(error) = self.make_segment() {
+            (self.end, self.buffer_at) = (missing.from.0, missing.from.0);
+            return Err(error);
+        }
+        self.content_end = self.end;
+        // Proven by the marker, without which the next opening would take the new segment for a torn tail.
+        self.shared.synced.store(self.end, Ordering::Release);
+        self.put(MARKER, &[]);
+        self.sync()?;
+        Ok(Some(missing))
+    }
+
     /// Makes a new segment behind the last record.
     fn roll(&mut self) -> Result<(), AppendError> {
-        let file_bytes = self.options.segment_bytes;
-        if self.bytes_on_disk() + file_bytes > self.options.max_bytes {
+        if self.bytes_on_disk() + self.options.segment_bytes > self.options.max_bytes {
             return Err(AppendError::Full);
         }
+        self.make_segment()
+    }
+
+    fn make_segment(&mut self) -> Result<(), AppendError> {
+        let file_bytes = self.options.segment_bytes;
         self.write_buffer().map_err(|source| self.fail(source))?;
         let directory = &self.shared.directory;
         let path = directory.join(format::segment_name(self.end));

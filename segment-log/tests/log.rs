@@ -361,3 +361,44 @@ fn segments_are_preallocated() {
     let size = layer.open(Path::new("/log/00000000000000000000.seg")).unwrap().size().unwrap();
     assert_eq!(size, SMALL.segment_bytes);
 }
+
+/// The disk lost the tail, and the owner knows that it was there.
+#[test]
+fn a_log_that_skips_never_gives_a_position_twice() {
+    let layer = SimLayer::new();
+    let mut log = open(&layer);
+    log.append(1, b"kept").unwrap();
+    log.sync().unwrap();
+    let end = log.end();
+    assert_eq!(log.skip_to(end).unwrap(), None, "it ends there");
+    for (skips, bytes) in [(1, 1), (2, 100), (3, 10_000)] {
+        let end = log.end();
+        let target = Position(end.0 + bytes);
+        let missing = log.skip_to(target).unwrap().unwrap();
+        assert_eq!((missing.from, missing.to), (end, target));
+        let appended = log.append(2, b"new").unwrap();
+        assert!(appended.position >= target, "{appended:?}");
+        log.sync().unwrap();
+        drop(log);
+        let (again, opening) = SegmentLog::open(layer.clone(), "/log", SMALL).unwrap();
+        log = again;
+        assert_eq!(opening.torn_tail, None);
+        let last = opening.incidents.last().unwrap();
+        assert_eq!((last.from, last.to), (end, target), "the next opening tells, too");
+        let mut reader = log.reader(Position(0)).unwrap();
+        let (mut records, mut damaged) = (Vec::new(), 0);
+        loop {
+            match reader.next() {
+                Ok(Some(record)) => records.push(record.payload.to_vec()),
+                Ok(None) => break,
+                Err(ReadError::Damaged { .. }) => damaged += 1,
+                Err(error) => panic!("{error}"),
+            }
+        }
+        assert_eq!((damaged, opening.incidents.len(), records.len()), (skips, skips, 1 + skips));
+        assert_eq!(
+            (records.first().unwrap().as_slice(), records.last().unwrap().as_slice()),
+            (&b"kept"[..], &b"new"[..])
+        );
+    }
+}

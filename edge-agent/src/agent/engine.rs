@@ -463,7 +463,7 @@ impl Engine {
         // Windows may hold so much that four times it never fits into the journal. And a full one brings nothing more.
         let often =
             (parts.journal_bytes_max / SNAPSHOT_JOURNAL_PARTS).min(SNAPSHOT_BYTES_MIN.max(SNAPSHOT_FACTOR * bytes));
-        let at_its_end = || parts.journal.is_full() && position >= *parts.journal.synced().borrow();
+        let at_its_end = || parts.journal.is_full() && parts.reader.position() >= *parts.journal.synced().borrow();
         let waits = self.no_snapshot.as_ref().is_some_and(|(_, until)| Instant::now() < *until);
         // Behind the entry that tells the next one it would belong to neither.
         idle && !waits && self.next.is_none() && (needed || grown >= often || (grown > 0 && at_its_end()))

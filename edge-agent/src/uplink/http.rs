@@ -1,13 +1,17 @@
 //! Requests to the cloud over HTTP: positions, and batches with their schemas in front.
 //!
-//! Connections are kept; redirects are not followed; an answer is read up to 4 MiB. Every answer becomes
-//! acks or a [`Failure`] with a text for people. The token is sent and never shown.
+//! Connections are kept, until a request gets no answer in time: then the link may have died without a word, and with it
+//! every connection that is kept, and each would cost one more timeout. So all are given up, and the next request makes a
+//! new one. Redirects are not followed; an answer is read up to 4 MiB. Every answer becomes acks or a [`Failure`] with a
+//! text for people. The token is sent and never shown.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
-use reqwest::{Certificate, Client, Response, StatusCode, redirect};
+use reqwest::{Certificate, Client, RequestBuilder, StatusCode, redirect};
 use url::Url;
 use wire::request::{KIND_BATCH, KIND_SCHEMA, push_frame};
 use wire::{Acks, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId};
@@ -49,10 +53,48 @@ pub enum ClientError {
 /// Speaks to the cloud's addresses.
 #[derive(Debug, Clone)]
 pub struct CloudClient {
-    client: Client,
+    connections: Arc<Mutex<Connections>>,
+    /// Makes a client, which has no connections yet.
+    parts: Arc<ClientParts>,
     urls: Vec<Url>,
     edge: EdgeId,
+}
+
+/// The connections that are kept.
+#[derive(Debug)]
+struct Connections {
+    client: Client,
+    /// How often they were given up.
+    given_up: u64,
+}
+
+/// What a client is made of.
+#[derive(Debug)]
+struct ClientParts {
+    headers: HeaderMap,
     timeout: Duration,
+    certificates: Option<Vec<Certificate>>,
+}
+
+impl ClientParts {
+    fn client(&self) -> reqwest::Result<Client> {
+        let mut builder = Client::builder()
+            .default_headers(self.headers.clone())
+            .timeout(self.timeout)
+            .connect_timeout(self.timeout.min(CONNECT_MAX))
+            .tcp_nodelay(true)
+            // A connection whose other end is gone says nothing: it is asked while it is idle, and closed when what was sent
+            // is not acknowledged by the other kernel.
+            .tcp_keepalive(KEEP_ALIVE)
+            .tcp_keepalive_interval(KEEP_ALIVE)
+            .tcp_keepalive_retries(3)
+            .tcp_user_timeout(self.timeout)
+            .redirect(redirect::Policy::none());
+        if let Some(certificates) = &self.certificates {
+            builder = builder.tls_certs_only(certificates.clone());
+        }
+        builder.build()
+    }
 }
 
 impl CloudClient {
@@ -64,28 +106,15 @@ impl CloudClient {
         let token = settings.token.as_deref().unwrap_or_default();
         let mut value = HeaderValue::from_str(&format!("Bearer {token}")).map_err(|_| ClientError::Token)?;
         value.set_sensitive(true);
-        let mut builder = Client::builder()
-            .default_headers(HeaderMap::from_iter([(AUTHORIZATION, value)]))
-            .timeout(settings.timeout.0)
-            .connect_timeout(settings.timeout.0.min(CONNECT_MAX))
-            .tcp_nodelay(true)
-            // A connection whose other end is gone says nothing: it is asked while it is idle, and closed when what was sent
-            // is not acknowledged by the other kernel.
-            .tcp_keepalive(KEEP_ALIVE)
-            .tcp_keepalive_interval(KEEP_ALIVE)
-            .tcp_keepalive_retries(3)
-            .tcp_user_timeout(settings.timeout.0)
-            .redirect(redirect::Policy::none());
+        let mut certificates = None;
         if let Some(path) = &settings.ca_file {
             let pem = std::fs::read(path).map_err(|source| ClientError::Read { path: path.clone(), source })?;
-            builder = builder.tls_certs_only(Certificate::from_pem_bundle(&pem)?);
+            certificates = Some(Certificate::from_pem_bundle(&pem)?);
         }
-        Ok(Self {
-            client: builder.build()?,
-            urls: settings.urls.clone(),
-            edge: edge.clone(),
-            timeout: settings.timeout.0,
-        })
+        let headers = HeaderMap::from_iter([(AUTHORIZATION, value)]);
+        let parts = Arc::new(ClientParts { headers, timeout: settings.timeout.0, certificates });
+        let connections = Arc::new(Mutex::new(Connections { client: parts.client()?, given_up: 0 }));
+        Ok(Self { connections, parts, urls: settings.urls.clone(), edge: edge.clone() })
     }
 
     /// The addresses, in order of preference.
@@ -112,7 +141,7 @@ impl CloudClient {
     pub async fn positions(&self, url: usize, spool: SpoolId) -> Result<Acks, Failed> {
         let mut address = self.address(url, "positions");
         address.set_query(Some(&format!("spool={spool}")));
-        answer(self.client.get(address).send().await).await
+        self.ask(|client| client.get(address)).await
     }
 
     /// Sends a body of [`body`].
@@ -120,8 +149,37 @@ impl CloudClient {
     /// # Errors
     /// When the node does not answer with acks.
     pub async fn send(&self, url: usize, body: Bytes) -> Result<Acks, Failed> {
-        let timeout = self.timeout + Duration::from_secs(body.len() as u64 / LINK_BYTES_PER_S_MIN);
-        answer(self.client.post(self.address(url, "batches")).timeout(timeout).body(body).send().await).await
+        let timeout = self.parts.timeout + Duration::from_secs(body.len() as u64 / LINK_BYTES_PER_S_MIN);
+        self.ask(|client| client.post(self.address(url, "batches")).timeout(timeout).body(body)).await
+    }
+
+    async fn ask(&self, request: impl FnOnce(&Client) -> RequestBuilder) -> Result<Acks, Failed> {
+        let (request, given_up) = {
+            let connections = self.connections.lock();
+            (request(&connections.client), connections.given_up)
+        };
+        match exchange(request).await {
+            Ok((status, text)) => answer(status, &text),
+            Err(error) => {
+                if error.is_timeout() {
+                    self.give_up(given_up);
+                }
+                Err(link(causes(&error)))
+            }
+        }
+    }
+
+    /// Gives up the connections of then; those that a request still waits on live until it ends.
+    fn give_up(&self, then: u64) {
+        let mut connections = self.connections.lock();
+        if connections.given_up != then {
+            return;
+        }
+        match self.parts.client() {
+            Ok(client) => *connections = Connections { client, given_up: then + 1 },
+            // Slower, and right all the same.
+            Err(error) => tracing::warn!(%error, "connections that may be dead are kept"),
+        }
     }
 
     fn address(&self, url: usize, what: &str) -> Url {
@@ -140,21 +198,30 @@ pub fn body(schemas: &[&str], batches: &[SealedBatch]) -> Bytes {
     body.into()
 }
 
-async fn answer(response: Result<Response, reqwest::Error>) -> Result<Acks, Failed> {
-    let link = |text: String| Failed { failure: Failure::Link, text, acks: None };
-    let mut response = response.map_err(|error| link(causes(&error)))?;
-    let status = response.status();
+fn link(text: String) -> Failed {
+    Failed { failure: Failure::Link, text, acks: None }
+}
+
+/// Sends a request and reads the answer, not much further than it may be long.
+async fn exchange(request: RequestBuilder) -> reqwest::Result<(StatusCode, Vec<u8>)> {
+    let mut response = request.send().await?;
     let mut text = Vec::new();
-    while let Some(part) = response.chunk().await.map_err(|error| link(causes(&error)))? {
+    while text.len() <= ANSWER_BYTES_MAX
+        && let Some(part) = response.chunk().await?
+    {
         text.extend_from_slice(&part);
-        if text.len() > ANSWER_BYTES_MAX {
-            return Err(link(format!("{status}: an answer of more than {ANSWER_BYTES_MAX} bytes")));
-        }
+    }
+    Ok((response.status(), text))
+}
+
+fn answer(status: StatusCode, text: &[u8]) -> Result<Acks, Failed> {
+    if text.len() > ANSWER_BYTES_MAX {
+        return Err(link(format!("{status}: an answer of more than {ANSWER_BYTES_MAX} bytes")));
     }
     if status == StatusCode::OK {
-        return serde_json::from_slice(&text).map_err(|error| link(format!("an answer that is none: {error}")));
+        return serde_json::from_slice(text).map_err(|error| link(format!("an answer that is none: {error}")));
     }
-    let Ok(RefusedAnswer { refused, acks }) = serde_json::from_slice::<RefusedAnswer>(&text) else {
+    let Ok(RefusedAnswer { refused, acks }) = serde_json::from_slice::<RefusedAnswer>(text) else {
         return Err(link(format!("{status}: {}", String::from_utf8_lossy(&text[..text.len().min(200)]))));
     };
     let failure = match &refused {

@@ -85,7 +85,8 @@ impl Engine {
             voided: counted.voided,
         };
         let (bytes, bytes_written, syncs) = parts.journal.bytes_and_syncs();
-        let lag_bytes = parts.journal.synced().borrow().0.saturating_sub(parts.pipeline.position().0);
+        // The reader's position: behind the last entry there may be the log's own markers, which nothing applies.
+        let lag_bytes = parts.journal.synced().borrow().0.saturating_sub(parts.reader.position().0);
         let (node, url) = parts.uplink.node();
         let status = Status {
             edge: parts.edge.clone(),

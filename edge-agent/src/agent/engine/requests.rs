@@ -279,7 +279,7 @@ impl Engine {
         }
         if self.copied && self.held.is_empty() {
             // What the other directory may have goes through the old spool first, or it could not be flagged.
-            if self.parts.pipeline.position() < self.found_until || !self.parts.pipeline.may_cut() {
+            if self.parts.reader.position() < self.found_until || !self.parts.pipeline.may_cut() {
                 return Ok(());
             }
             self.cut()?;
