@@ -20,7 +20,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use rand::Rng;
-use segment_log::{Disk, Options, ReadError, Reader};
+use segment_log::{Disk, Options, Position, ReadError, Reader};
 use tokio::net::TcpListener;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;

@@ -129,7 +129,8 @@ impl CloudClient {
     pub async fn look(&self, spool: SpoolId) -> Result<(StatusCode, Option<String>), String> {
         let mut address = self.address(0, "positions");
         address.set_query(Some(&format!("spool={spool}")));
-        let response = self.client.get(address).send().await.map_err(|error| causes(&error))?;
+        let client = self.connections.lock().client.clone();
+        let response = client.get(address).send().await.map_err(|error| causes(&error))?;
         let date = response.headers().get(reqwest::header::DATE).and_then(|date| date.to_str().ok());
         Ok((response.status(), date.map(str::to_owned)))
     }
