@@ -3,9 +3,11 @@
 //! CPU-seconds are user and system time of a process from its start (`/proc/<pid>/stat`), peak RSS is `VmHWM`, bytes to
 //! disk are `write_bytes` of `/proc/<pid>/io`. Every report names commit, date, machine and command.
 
+mod drain;
 mod ingest;
 mod parts;
 mod path;
+mod start;
 
 use std::path::PathBuf;
 
@@ -24,6 +26,10 @@ pub(crate) enum BenchCommand {
     Path(path::PathBench),
     /// From published to visible in SQL, at a steady rate
     Freshness(path::FreshnessBench),
+    /// A backlog to a cloud that was away, while live data flows
+    Drain(drain::DrainBench),
+    /// From the agent's start to its first reading on disk in the spool
+    Start(start::StartBench),
 }
 
 /// Options of every measurement.
@@ -43,6 +49,8 @@ pub(crate) async fn bench(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Cloud(bench) => bench.run().await?,
         BenchCommand::Path(bench) => bench.run().await?,
         BenchCommand::Freshness(bench) => bench.run().await?,
+        BenchCommand::Drain(bench) => bench.run().await?,
+        BenchCommand::Start(bench) => bench.run()?,
     };
     let report = json!({
         "command": std::env::args().skip(1).collect::<Vec<_>>().join(" "),

@@ -1,9 +1,11 @@
 //! Processes are killed with -9 under load, and nothing is lost, doubled or invented.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use crate::harness::{Cloud, Edge, Mosquitto};
-use crate::load::{Broker, Load, a_moment, check, seeded, stream};
+use crate::load::{Broker, Ledger, Load, a_moment, check, seeded, stream, three_sources};
+use crate::process::free_port;
 use crate::proxy::Proxy;
 
 async fn stage(directory: &Path) -> Option<(Mosquitto, Cloud, Edge)> {
@@ -19,9 +21,9 @@ async fn cloud_and_edge(directory: &Path, broker_port: u16) -> (Cloud, Edge) {
     (cloud, edge)
 }
 
-/// How often a process is killed in one test; more on demand.
-fn kills() -> u32 {
-    std::env::var("WEIR_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(20)
+/// How often a process is killed in one test, unless told otherwise.
+fn kills(default: u32) -> u32 {
+    std::env::var("WEIR_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -31,9 +33,18 @@ async fn nothing_is_lost_or_doubled_when_the_edge_agent_is_killed() {
     let Some(broker) = Mosquitto::start(directory.path()) else { return };
     // Every other time the agent's last acknowledgements do not arrive, so the broker sends those messages again.
     let proxy = Proxy::to(broker.port).await;
-    let (cloud, mut edge) = cloud_and_edge(directory.path(), proxy.port).await;
-    let load = Load::start(broker.port);
-    for round in 0..kills() {
+    let cloud = Cloud::start(directory.path(), "a", "[commit]\nmax_age = \"2s\"\n").await;
+    let (url, lines) = (format!("mqtt://127.0.0.1:{}", proxy.port), directory.path().join("lines.ndjson"));
+    std::fs::write(&lines, "").unwrap();
+    let port = free_port();
+    let mut edge = Edge::start(directory.path(), &cloud, &three_sources(&url, &lines, port)).await;
+    let ledger = Arc::<Ledger>::default();
+    let load = Load::on(broker.port, "load/a", Arc::clone(&ledger));
+    let others = [
+        Load::to_file(lines, Arc::clone(&ledger)),
+        Load::to_door(format!("http://127.0.0.1:{port}/ingest/door"), Arc::clone(&ledger)),
+    ];
+    for round in 0..kills(50) {
         a_moment(&mut random).await;
         if round % 2 == 0 {
             proxy.lose();
@@ -49,9 +60,15 @@ async fn nothing_is_lost_or_doubled_when_the_edge_agent_is_killed() {
     proxy.cut();
     edge.wait().await;
     a_moment(&mut random).await;
+    for load in others {
+        load.finish().await;
+    }
     let status = check(&cloud, &mut edge, &*load.finish().await, Broker::Kept).await;
     let [_, durable, _, refused, _] = cloud.check_rows().await;
     assert_eq!((durable, refused), (cloud.stored_rows().await, 0), "what was called durable is there");
+    for source in status["sources"].as_array().unwrap() {
+        assert!(source["journalled"].as_u64() > Some(50), "too little of {source:#}");
+    }
     assert!(status["sources"][0]["redelivered"].as_u64() > Some(0), "nothing was redelivered: nothing was tried");
 }
 
@@ -61,7 +78,7 @@ async fn nothing_is_lost_or_doubled_when_the_cloud_is_killed() {
     let directory = tempfile::tempdir().unwrap();
     let Some((broker, mut cloud, mut edge)) = stage(directory.path()).await else { return };
     let load = Load::start(broker.port);
-    for _ in 0..kills() {
+    for _ in 0..kills(20) {
         a_moment(&mut random).await;
         cloud.kill();
         cloud.run();
@@ -76,7 +93,7 @@ async fn nothing_is_lost_or_doubled_when_both_are_killed_and_the_broker_restarts
     let directory = tempfile::tempdir().unwrap();
     let Some((mut broker, mut cloud, mut edge)) = stage(directory.path()).await else { return };
     let load = Load::start(broker.port);
-    for round in 0..kills() {
+    for round in 0..kills(20) {
         a_moment(&mut random).await;
         edge.kill();
         cloud.kill();

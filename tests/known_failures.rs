@@ -33,7 +33,7 @@ impl Stage {
         let directory = tempfile::tempdir().unwrap();
         let broker = Mosquitto::start(directory.path())?;
         let cloud = cloud(directory.path()).await;
-        let edge = Edge::start(directory.path(), &cloud, &stream(&broker.url(), "")).await;
+        let edge = Edge::start(directory.path(), &cloud, &config(&broker)).await;
         Some(Self { broker, cloud, edge, directory })
     }
 
@@ -62,6 +62,13 @@ impl Stage {
         let rows = self.cloud.sql("SELECT n FROM field ORDER BY n").await.unwrap_or_default();
         rows.iter().map(|row| row["n"].as_u64().unwrap()).collect()
     }
+}
+
+/// Groups are cut at once, also while the cloud is away.
+const CUT: &str = "[cut]\nseal_max = \"100ms\"\nseal_away = \"100ms\"\n";
+
+fn config(broker: &Mosquitto) -> String {
+    format!("{CUT}{}", stream(&broker.url(), ""))
 }
 
 fn spooled(status: &Value) -> u64 {
@@ -167,12 +174,12 @@ async fn telegraf_16314_what_was_full_goes_on_when_the_cloud_is_back() {
     let directory = tempfile::tempdir().unwrap();
     let mut cloud = cloud(directory.path()).await;
     // The smallest journal and lane that there are.
-    let config = "[cut]\nseal_max = \"100ms\"\n[journal]\nmax_bytes = \"4MiB\"\nsegment_bytes = \"2MiB\"\n\
+    let config = "[journal]\nmax_bytes = \"4MiB\"\nsegment_bytes = \"2MiB\"\n\
         [[lane]]\nname = \"rest\"\nstreams = []\npriority = 9\nmax_bytes = \"32MiB\"\n\
         [[source]]\nkind = \"http\"\nname = \"push\"\nlisten = \"127.0.0.1:0\"\nmax_payload = \"512KiB\"\ntimeout = \"1s\"\nstream = \"field\"\n\
         [source.map]\ndevice = \"const:d\"\nn = \"/n\"\ntext = \"/text\"\n\
         [stream.field.fields]\nn = { type = \"int64\" }\ntext = { type = \"text\" }\n";
-    let mut edge = Edge::start(directory.path(), &cloud, config).await;
+    let mut edge = Edge::start(directory.path(), &cloud, &format!("{CUT}{config}")).await;
     let client = reqwest::Client::new();
     // What was taken; and what the door could not tell of, because it waited for room too long.
     let (mut next, mut taken, mut unknown) = (0, Vec::new(), Vec::new());
@@ -186,29 +193,29 @@ async fn telegraf_16314_what_was_full_goes_on_when_the_cloud_is_back() {
         next += 1;
         status == StatusCode::OK
     };
+    cloud.stop();
+    let full = |status: &Value| status["problems"].to_string().contains("lane rest is full");
     for killed in [false, true] {
-        cloud.stop();
-        let (at, started) = (door(&mut edge).await, Instant::now());
-        let full = |status: &Value| status["problems"].to_string().contains("lane rest is full");
-        // The journal alone is full for a moment now and then: it waits for a snapshot.
-        while push(&at).await || !full(&edge.status().await) {
-            assert!(started.elapsed() < PATIENCE, "it never fills, or does not say so");
-        }
         if killed {
             edge.kill();
             edge.run();
         }
-        cloud.run();
-        cloud.wait().await;
-        // It takes messages again by itself.
         let (at, started) = (door(&mut edge).await, Instant::now());
-        while !push(&at).await {
-            assert!(started.elapsed() < PATIENCE, "it takes nothing any more: {:#}", edge.status().await);
-            tokio::time::sleep(POLL).await;
+        // The journal alone is full for a moment now and then: it waits for a snapshot.
+        while push(&at).await || !full(&edge.status().await) {
+            assert!(started.elapsed() < PATIENCE, "it never fills: {:#}", edge.status().await);
         }
-        let status = edge.drained().await;
-        assert_eq!(status["problems"], serde_json::json!([]));
     }
+    cloud.run();
+    cloud.wait().await;
+    // It takes messages again by itself.
+    let (at, started) = (door(&mut edge).await, Instant::now());
+    while !push(&at).await {
+        assert!(started.elapsed() < PATIENCE, "it takes nothing any more: {:#}", edge.status().await);
+        tokio::time::sleep(POLL).await;
+    }
+    let status = edge.drained().await;
+    assert_eq!(status["problems"], serde_json::json!([]));
     let rows = cloud.sql("SELECT n FROM field ORDER BY n").await.unwrap();
     let found: Vec<_> = rows.iter().map(|row| row["n"].as_u64().unwrap()).collect();
     println!("{} taken, {} unknown, {} stored", taken.len(), unknown.len(), found.len());
@@ -263,7 +270,7 @@ async fn telegraf_18528_a_damaged_spool_costs_what_is_damaged_and_no_more() {
     println!("{} lost: {:#}", lost.len(), status["incidents"]);
     assert!(!lost.is_empty(), "nothing was damaged: nothing was tried");
     assert_eq!(found.len() + lost.len(), 500, "something is there twice");
-    assert_eq!(lost.len() as u64 % 100, 0, "a group is lost as a whole");
+    assert_eq!(lost[lost.len() - 1] - lost[0] + 1, lost.len() as u64, "more than one group is lost");
     assert!(lost.len() <= 200, "more is lost than was damaged");
     assert!(!status["incidents"].as_array().unwrap().is_empty(), "and nobody is told");
 }
@@ -286,7 +293,7 @@ async fn log_ends_early(stopped: bool) {
     let Some(mut stage) = Stage::set().await else { return };
     let proxy = Proxy::to_cloud(&stage.cloud).await;
     stage.edge.stop();
-    let mut edge = Edge::start_with(stage.directory.path(), &[&proxy.http()], &stream(&stage.broker.url(), "")).await;
+    let mut edge = Edge::start_with(stage.directory.path(), &[&proxy.http()], &config(&stage.broker)).await;
     proxy.harm(Harm::CutAnswers, &mut random);
     send(&stage.broker, 0..1_000).await;
     until(&mut edge, "something is committed", |status| status["rows"]["committed"].as_u64() > Some(0)).await;
@@ -321,7 +328,8 @@ async fn log_ends_early(stopped: bool) {
         assert!(started.elapsed() < PATIENCE, "what is new does not arrive: {:#}", edge.status().await);
         tokio::time::sleep(POLL).await;
     }
-    edge.drained().await;
+    // Counters of messages that the journal has lost are lost with them.
+    until(&mut edge, "all is sent", |status| status["drained"] == true).await;
     let found = stage.numbers().await;
     assert!(found.windows(2).all(|pair| pair[0] < pair[1]), "something is there twice");
     println!("{} of 1300 are there", found.len());
@@ -455,30 +463,32 @@ async fn vector_18336_half_a_record_at_the_end_stops_nothing() {
 /// during the resending without a FIN or RST.
 #[tokio::test(flavor = "multi_thread")]
 async fn nanomq_2432_a_link_that_dies_silently_while_a_backlog_is_sent_loses_nothing() {
-    const BACKLOG: u64 = 3_000;
+    const BACKLOG: u64 = 1_000;
     let Some(mut stage) = Stage::set().await else { return };
     stage.edge.stop();
     let proxy = Proxy::to_cloud(&stage.cloud).await;
     // Small requests, so that the backlog takes many.
-    let config = format!("timeout = \"2s\"\nrequest_bytes = \"1KiB\"\n{}", stream(&stage.broker.url(), ""));
+    let config = format!("timeout = \"2s\"\nrequest_bytes = \"1KiB\"\n{}", config(&stage.broker));
     stage.edge = Edge::start_with(stage.directory.path(), &[&proxy.http()], &config).await;
     proxy.set(Link::Cut);
     let groups: Vec<_> = (0..BACKLOG).step_by(100).map(|first| first..first + 100).collect();
     stage.spool(&groups).await;
-    let mut before = 0;
-    for _ in 0..3 {
+    let (mut before, mut tried) = (0, 0);
+    while before < BACKLOG as usize && tried < 3 {
         proxy.cut();
         let started = Instant::now();
         // Until some more of it is there, and by far not all.
         while stage.numbers().await.len() <= before {
-            assert!(started.elapsed() < PATIENCE, "nothing arrives");
+            assert!(started.elapsed() < PATIENCE, "nothing arrives: {:#}", stage.edge.status().await["uplink"]);
         }
         proxy.set(Link::Lost(Way::Both));
         before = stage.numbers().await.len();
         println!("{before} of {BACKLOG} are there");
+        tried += usize::from(before < BACKLOG as usize);
         let error = |status: &Value| status["uplink"]["last_error"].as_str().is_some_and(|text| text.contains("time"));
         until(&mut stage.edge, "the silence is noticed", |status| error(status) || spooled(status) == 0).await;
     }
+    assert!(tried > 0, "all of it went at once: nothing was tried");
     proxy.cut();
     whole(&stage.cloud, &mut stage.edge, BACKLOG as i64).await;
 }

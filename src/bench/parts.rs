@@ -102,7 +102,7 @@ impl Drop for Part {
     }
 }
 
-fn free_port() -> anyhow::Result<u16> {
+pub(super) fn free_port() -> anyhow::Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
@@ -126,7 +126,11 @@ pub(super) struct Cloud {
 impl Cloud {
     /// Defaults, but for a commit age of 10 s so that a measurement includes its commits.
     pub(super) async fn start(directory: &Path) -> anyhow::Result<Self> {
-        let port = free_port()?;
+        Self::start_at(directory, free_port()?).await
+    }
+
+    /// The same at this port; again, when it has been there.
+    pub(super) async fn start_at(directory: &Path, port: u16) -> anyhow::Result<Self> {
         let data = directory.join("cloud");
         let config = directory.join("cloud.toml");
         let text = format!(
@@ -195,24 +199,28 @@ pub(super) struct Edge {
 }
 
 impl Edge {
-    pub(super) async fn start(directory: &Path, common: &Common, cloud: &Cloud, more: &str) -> anyhow::Result<Self> {
+    pub(super) async fn start(directory: &Path, common: &Common, cloud: &str, more: &str) -> anyhow::Result<Self> {
+        let mut edge = Self::spawn(directory, common, cloud, more)?;
+        until_ready(&mut edge.part, &format!("{}/ready", edge.admin)).await?;
+        Ok(edge)
+    }
+
+    /// The same, not waited for.
+    pub(super) fn spawn(directory: &Path, common: &Common, cloud: &str, more: &str) -> anyhow::Result<Self> {
         let port = free_port()?;
         let config = directory.join("edge.toml");
         let text = format!(
             "[edge]\nid = \"{EDGE}\"\ndata_dir = {:?}\n[admin]\nlisten = \"127.0.0.1:{port}\"\n\
-             [cloud]\nurls = [\"{}\"]\ntoken = \"{TOKEN}\"\n{more}",
+             [cloud]\nurls = [\"{cloud}\"]\ntoken = \"{TOKEN}\"\n{more}",
             directory.join("edge").display().to_string(),
-            cloud.http
         );
         std::fs::write(&config, text)?;
         let config = config.to_str().context("a path in UTF-8")?;
-        let mut part = match &common.edge_agent {
+        let part = match &common.edge_agent {
             Some(program) => Part::start("edge", program, &["run", "--config", config], directory)?,
             None => Part::start("edge", &std::env::current_exe()?, &["edge", "run", "--config", config], directory)?,
         };
-        let admin = format!("http://127.0.0.1:{port}");
-        until_ready(&mut part, &format!("{admin}/ready")).await?;
-        Ok(Self { part, admin, client: reqwest::Client::new() })
+        Ok(Self { part, admin: format!("http://127.0.0.1:{port}"), client: reqwest::Client::new() })
     }
 
     pub(super) async fn status(&self) -> anyhow::Result<Value> {

@@ -81,14 +81,19 @@ impl Stage {
         let directory = Directory::new(common)?;
         let (broker, port) = mosquitto(&directory.0)?;
         let cloud = Cloud::start(&directory.0).await?;
-        let edge = Edge::start(&directory.0, common, &cloud, &STREAM.replace("{port}", &port.to_string())).await?;
+        let edge = Edge::start(&directory.0, common, &cloud.http, &source(port)).await?;
         let broker_address = BrokerAddress { host: "127.0.0.1".to_owned(), port };
         Ok(Self { broker, broker_address, cloud, edge, _directory: directory })
     }
 }
 
+/// The configuration of the source and its stream, of a broker at this port.
+pub(super) fn source(port: u16) -> String {
+    STREAM.replace("{port}", &port.to_string())
+}
+
 /// About 120 bytes.
-fn message(number: u64, now_us: i64) -> (String, Vec<u8>) {
+pub(super) fn message(number: u64, now_us: i64) -> (String, Vec<u8>) {
     let mixed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
     let (speed, vehicles, occupancy) = (mixed % 1_200, mixed % 37, mixed % 1_000);
     let device = number % DEVICES;
@@ -103,7 +108,7 @@ fn message(number: u64, now_us: i64) -> (String, Vec<u8>) {
     (format!("city/traffic/road-{device:04}"), payload.into_bytes())
 }
 
-fn now_us() -> i64 {
+pub(super) fn now_us() -> i64 {
     edge_agent::source::now_us()
 }
 
@@ -216,7 +221,7 @@ impl FreshnessBench {
         let published = publisher.await??;
         let count = sql::integer(&stage.cloud.http, "SELECT count(*) FROM load").await?;
         ensure!(count == published, "{published} published, {count} rows");
-        let ms = |histogram: &Histogram<u64>, quantile| histogram.value_at_quantile(quantile) as f64 / 1_000.0;
+        let ms = milliseconds;
         Ok(json!({
             "messages": published,
             "rate": self.rate,
@@ -229,6 +234,11 @@ impl FreshnessBench {
     }
 }
 
-fn micros(span: Duration) -> u64 {
+pub(super) fn micros(span: Duration) -> u64 {
     u64::try_from(span.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A quantile of a histogram of µs.
+pub(super) fn milliseconds(histogram: &Histogram<u64>, quantile: f64) -> f64 {
+    histogram.value_at_quantile(quantile) as f64 / 1_000.0
 }
