@@ -500,7 +500,7 @@ async fn nanomq_2423_a_backlog_is_sent_when_the_cloud_is_back_though_nothing_new
     send(&stage.broker, 0..10).await;
     whole(&stage.cloud, &mut stage.edge, 10).await;
     stage.cloud.stop();
-    stage.spool(&[10..20]).await;
+    stage.spool(std::slice::from_ref(&(10..20))).await;
     stage.cloud_is_back().await;
     let started = Instant::now();
     whole(&stage.cloud, &mut stage.edge, 20).await;

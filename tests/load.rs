@@ -123,7 +123,7 @@ async fn write_lines(path: PathBuf, ledger: Arc<Ledger>, stop: Arc<AtomicBool>) 
         for _ in 0..BURST {
             let number = ledger.next();
             let line = format!("{}\n", message(number));
-            let (head, tail) = line.split_at(if number % 5 == 0 { 10 } else { 0 });
+            let (head, tail) = line.split_at(if number.is_multiple_of(5) { 10 } else { 0 });
             file.write_all(head.as_bytes()).unwrap();
             file.write_all(tail.as_bytes()).unwrap();
             ledger.acknowledge(number);
