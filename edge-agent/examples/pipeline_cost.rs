@@ -1,5 +1,5 @@
 //! What it costs to bring a journalled message to sealed rows: decode, checks, windows and cuts, without a disk: JSON with
-//! CPU-seconds per million messages.
+//! seconds per million messages (by the wall, of one thread).
 //!
 //! `cargo run --profile gateway -p edge-agent --example pipeline_cost [STREAM.toml]`. Messages of about 120 bytes as the
 //! city's sensors send them, 449 of them every five minutes, one thread, a cut at 8,192 rows. The file holds other settings of
