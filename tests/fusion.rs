@@ -33,7 +33,8 @@ impl Load {
                     let first = sent.load(Ordering::SeqCst);
                     let batch = chain.seal(&load_rows(first, 10));
                     sent.store(first + 10, Ordering::SeqCst);
-                    assert!(matches!(sender.send(&chain.schema, &[batch]).await, Answer::Acks(_)));
+                    let answer = sender.send(&chain.schema, &[batch]).await;
+                    assert!(matches!(answer, Answer::Acks(_)), "{answer:?}");
                     acknowledged.store(first + 10, Ordering::SeqCst);
                 }
             }

@@ -144,7 +144,7 @@ fn request_timeout() -> Span {
 }
 
 fn request_bytes() -> Size {
-    Size(4 << 20)
+    Size(1 << 20)
 }
 
 impl fmt::Debug for CloudSettings {

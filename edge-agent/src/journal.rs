@@ -1,7 +1,10 @@
 //! Every entry on disk before anything is acknowledged. One thread owns the log and syncs for many at once.
 //!
-//! Senders lay their entries, encoded, into one inbox; the thread wakes for the first, waits the group's time, and takes
-//! all at once, so that an entry costs neither an allocation nor a wake-up. A [`JournalSender`] gives an entry and gets a [`Ticket`]; when [`JournalSender::durable`] has reached the ticket, the
+//! Senders lay their entries, encoded, into one inbox, and the thread takes all at once, so that an entry costs neither an
+//! allocation nor a wake-up. It syncs as soon as something came, but not within the group's wait after its last sync: an
+//! entry that comes alone waits for nothing, and under load there are no more syncs than one for each wait.
+//!
+//! A [`JournalSender`] gives an entry and gets a [`Ticket`]; when [`JournalSender::durable`] has reached the ticket, the
 //! entry is synced. Tickets of one sender become durable in order. Entries that wait are bounded by
 //! [`QUEUE_BYTES_MAX`]; when the log is full (by its cap or the disk) senders wait, or are told so by
 //! [`JournalSender::try_append`]. A failed sync is final: [`Journal::failed`] tells it, and nothing is tried again.
@@ -211,6 +214,7 @@ impl OpenJournal {
             shared: Arc::clone(&shared),
             synced: synced_sender,
             group: Group::default(),
+            next: Instant::now(),
             stopping: false,
         };
         let thread = std::thread::Builder::new()
@@ -373,6 +377,8 @@ struct Writer {
     synced: watch::Sender<Position>,
     /// What was taken; its buffers and the inbox's change places.
     group: Group,
+    /// Nothing is synced before.
+    next: Instant,
     stopping: bool,
 }
 
@@ -387,12 +393,13 @@ impl Writer {
                 self.obey(inbox)?;
             } else {
                 drop(inbox);
-                // Others that come within the group's wait share its sync.
+                // Others that come until then share its sync.
                 let filled = |inbox: &Inbox| inbox.group.bytes.len() >= GROUP_BYTES_MAX;
-                let mut inbox = shared.gather(Instant::now() + self.group_wait, filled);
+                let mut inbox = shared.gather(self.next, filled);
                 std::mem::swap(&mut inbox.group, &mut self.group);
                 self.obey(inbox)?;
                 self.write()?;
+                self.next = Instant::now() + self.group_wait;
             }
             if idle && !marked {
                 self.log.mark()?;
@@ -536,6 +543,23 @@ mod tests {
         assert_eq!(entries.len(), 400);
         let of_one = entries.iter().filter(|e| matches!(e, Entry::Forgotten { client } if client.starts_with("one")));
         assert!(of_one.enumerate().all(|(n, e)| *e == entry(&format!("one {n}"))));
+    }
+
+    #[tokio::test]
+    async fn an_entry_that_comes_alone_waits_for_nothing_and_the_next_ones_share_a_sync() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = open(directory.path(), 1 << 20).run(Duration::from_secs(3_600)).unwrap();
+        let mut sender = journal.sender();
+        let mut durable = sender.durable();
+        sender.append(&entry("alone")).await.unwrap();
+        let alone = durable.wait_for(|durable| *durable == 1);
+        tokio::time::timeout(Duration::from_secs(30), alone).await.expect("it waits for others").unwrap();
+        for n in 0..100 {
+            sender.append(&entry(&format!("{n}"))).await.unwrap();
+        }
+        journal.stop();
+        assert_eq!(*durable.borrow(), 101);
+        assert_eq!(journal.bytes_and_syncs().2, 2);
     }
 
     #[tokio::test]

@@ -1,8 +1,16 @@
 //! `edge-agent`: Weir's agent for gateways.
 
+use std::str::FromStr;
+
+use anyhow::Context;
 use clap::Parser;
 use edge_agent::command::{EdgeCommand, execute};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// What is logged when `RUST_LOG` says nothing.
+const USUAL_LOG: &str = "warn,edge_agent=info";
 
 #[derive(Debug, Parser)]
 #[command(version, about = "Collects, checks and windows sensor streams at the edge, and loses nothing on the way")]
@@ -12,8 +20,11 @@ struct Arguments {
 }
 
 fn main() -> anyhow::Result<()> {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn,edge_agent=info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // `RUST_LOG` has targets and levels; telling spans apart by regular expressions would be half a megabyte of binary.
+    let wanted = std::env::var("RUST_LOG").unwrap_or_default();
+    let filter = Targets::from_str(if wanted.is_empty() { USUAL_LOG } else { &wanted }).context("read RUST_LOG")?;
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    tracing_subscriber::registry().with(filter).with(lines).init();
     // Another provider may be compiled in, too; a process needs one.
     rustls::crypto::ring::default_provider().install_default().ok();
     let arguments = Arguments::parse();

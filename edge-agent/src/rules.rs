@@ -125,6 +125,19 @@ pub struct RuleStatus<'r> {
     pub totals: RuleTotals,
 }
 
+/// What one rule says of a row by itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    True,
+    False,
+    /// NULL: it changes nothing.
+    Null,
+    /// Why its expression fails on the row, which changes nothing.
+    Fails(String),
+    /// It is about silence, and not about rows.
+    OfSilence,
+}
+
 /// Where a row comes in: a stream or window stream that some rule is on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InputId(usize);
@@ -282,6 +295,30 @@ impl Rules {
                 }
             }
         }
+    }
+
+    /// What each rule's `when` says of a row by itself, with the rule's name and its `for` in µs; changes nothing.
+    pub fn verdicts<'a>(
+        &'a self,
+        input: InputId,
+        device: &'a str,
+        values: &'a [Option<Value>],
+    ) -> impl Iterator<Item = (&'a str, i64, Verdict)> {
+        let input = &self.inputs[input.0];
+        let previous = input.devices.get(device).map_or(&[][..], |device| &device.previous);
+        let row = Row { device, values, previous };
+        input.rules.iter().map(move |Kept { rule, .. }| {
+            let verdict = match &rule.condition {
+                Condition::Absent(_) => Verdict::OfSilence,
+                Condition::When { when, .. } => match when.test(&row) {
+                    Ok(Some(true)) => Verdict::True,
+                    Ok(Some(false)) => Verdict::False,
+                    Ok(None) => Verdict::Null,
+                    Err(error) => Verdict::Fails(error.to_string()),
+                },
+            };
+            (rule.name.as_str(), rule.hold, verdict)
+        })
     }
 
     /// Looks for devices that have fallen silent; after the rows of an entry.
