@@ -166,7 +166,7 @@ pub struct JournalSettings {
 
 impl Default for JournalSettings {
     fn default() -> Self {
-        Self { max_bytes: Size(1 << 30), segment_bytes: Size(16 << 20), group_wait: Span(Duration::from_millis(5)) }
+        Self { max_bytes: Size(1 << 30), segment_bytes: Size(16 << 20), group_wait: Span(Duration::from_millis(2)) }
     }
 }
 
