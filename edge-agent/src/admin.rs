@@ -15,7 +15,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::agent::Status;
 use crate::metrics;
-use crate::source::now_us;
 
 /// Serves until the token is cancelled.
 pub async fn serve(listener: TcpListener, status: Arc<Mutex<Status>>, token: CancellationToken) {
@@ -47,7 +46,7 @@ async fn ready(State(status): State<Arc<Mutex<Status>>>) -> impl IntoResponse {
 async fn shown(State(status): State<Arc<Mutex<Status>>>) -> impl IntoResponse {
     let policy = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'";
     let status = status.lock().clone();
-    ([(header::CONTENT_SECURITY_POLICY, policy)], Html(page::render(&status, now_us())))
+    ([(header::CONTENT_SECURITY_POLICY, policy)], Html(page::render(&status, status.clock.time_us)))
 }
 
 async fn prometheus(State(status): State<Arc<Mutex<Status>>>) -> impl IntoResponse {

@@ -37,6 +37,7 @@ pub use self::status::{
     StreamStatus, UplinkStatus,
 };
 use crate::admin;
+use crate::clock::{self, Clock, Machine, Time, Told};
 use crate::config::{LaneSettings as LaneConfig, Settings};
 use crate::entry::Entry;
 use crate::journal::{Journal, JournalError, OpenJournal};
@@ -44,7 +45,7 @@ use crate::pipeline::{AGENT_VERSION, Counters, Pipeline, SnapshotError, known_to
 use crate::places::Places;
 use crate::publish::{self, Outbox};
 use crate::redelivery::Lists;
-use crate::source::{SourceState, now_us};
+use crate::source::SourceState;
 use crate::spool::{LaneSettings, Spool, SpoolError, SpoolSettings};
 use crate::uplink::http::{ClientError, CloudClient};
 use crate::uplink::link::Link;
@@ -128,6 +129,15 @@ impl AgentHandle {
 /// # Errors
 /// When the data directory, the admin address or the certificates cannot be used.
 pub async fn start(settings: Settings, token: CancellationToken) -> Result<AgentHandle, AgentError> {
+    start_by(settings, Box::new(Machine::new()), token).await
+}
+
+/// The same, by the time of another machine.
+pub(crate) async fn start_by(
+    settings: Settings,
+    time: Box<dyn Time>,
+    token: CancellationToken,
+) -> Result<AgentHandle, AgentError> {
     // What changes from now on is another one.
     let watch = Watch::new(settings.file.clone());
     let data_dir = &settings.edge.data_dir;
@@ -138,7 +148,7 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
     let cloud = CloudClient::new(&settings.cloud, &settings.edge.id)?;
     let recovering = settings.clone();
     // Recovery reads all of journal and spool.
-    let recovered = tokio::task::spawn_blocking(move || Recovered::open(&recovering));
+    let recovered = tokio::task::spawn_blocking(move || Recovered::open(&recovering, time));
     let recovered = recovered.await.map_err(|_| AgentError::Panicked)??;
 
     let status = Arc::new(Mutex::new(Status::default()));
@@ -161,6 +171,8 @@ pub async fn start(settings: Settings, token: CancellationToken) -> Result<Agent
         .map_err(AgentError::Thread)?;
     let mut intake = Intake::new(settings.clone(), token.child_token());
     intake.start(&settings, &journal, at_end, &sources);
+    // With the journal's thread, which the sources' last entries need, too.
+    tokio::spawn(clock::keep(Arc::clone(&journal), token.child_token()));
     let admin_token = CancellationToken::new();
     let publisher = outbox.map(|(broker, outbox)| {
         // It ends with the admin door: the engine's last turns may find alerts.
@@ -250,7 +262,8 @@ struct Recovered {
 }
 
 impl Recovered {
-    fn open(settings: &Settings) -> Result<Self, AgentError> {
+    fn open(settings: &Settings, time: Box<dyn Time>) -> Result<Self, AgentError> {
+        let mut time = Some(time);
         let (snapshot, damaged) = match snapshot_file::read(&settings.edge.data_dir) {
             Ok(snapshot) => (snapshot, None),
             Err(error @ SnapshotFileError::Damaged(_)) => (None, Some(error.to_string())),
@@ -265,21 +278,25 @@ impl Recovered {
             None => settings.clone(),
         };
         if in_force.version != settings.version {
-            if let Some(recovered) = Self::open_by(settings, in_force, snapshot.as_ref(), damaged.as_deref())? {
+            if let Some(recovered) =
+                Self::open_by(settings, in_force, snapshot.as_ref(), damaged.as_deref(), &mut time)?
+            {
                 return Ok(recovered);
             }
             tracing::warn!("the journal has no room for the new configuration: it counts from the snapshot on");
         }
-        let recovered = Self::open_by(settings, settings.clone(), snapshot.as_ref(), damaged.as_deref())?;
+        let recovered = Self::open_by(settings, settings.clone(), snapshot.as_ref(), damaged.as_deref(), &mut time)?;
         Ok(recovered.expect("none is only for another configuration"))
     }
 
-    /// As it was left; the journal says where the present configuration begins. None when it has no room to say so.
+    /// As it was left; the journal says where the present configuration begins, and what is known of the time. None when it
+    /// has no room for the first; then `time` is left.
     fn open_by(
         settings: &Settings,
         in_force: Settings,
         snapshot: Option<&snapshot_file::Snapshot>,
         damaged: Option<&str>,
+        time: &mut Option<Box<dyn Time>>,
     ) -> Result<Option<Self>, AgentError> {
         let data_dir = &settings.edge.data_dir;
         let mut incidents = Vec::new();
@@ -330,7 +347,12 @@ impl Recovered {
         }
         let reader = journal.reader(from)?;
         let journal_id = journal.id();
-        let journal = Arc::new(journal.run(settings.journal.group_wait.0)?);
+        let time = time.take().unwrap_or_else(|| Box::new(Machine::new()));
+        let (clock, mark) = Clock::begin(time, settings.clock.clone(), &at_end.told);
+        if !journal.record_in_reserve(&Entry::Clock(mark))? {
+            tracing::warn!("the journal has no room for the clock: what comes goes by what it said last");
+        }
+        let journal = Arc::new(journal.run(settings.journal.group_wait.0, Arc::new(clock))?);
         Ok(Some(Self { journal, journal_id, reader, pipeline, in_force, snapshot, spool, at_end, incidents }))
     }
 
@@ -343,7 +365,8 @@ impl Recovered {
         orders: mpsc::Receiver<Order>,
     ) -> (Parts, AtEnd) {
         let Self { journal, journal_id, reader, pipeline, in_force, snapshot, spool, at_end, incidents } = self;
-        let configuration = ConfigurationStatus { loaded_at_us: now_us(), ..ConfigurationStatus::default() };
+        let loaded_at_us = journal.clock().best_us();
+        let configuration = ConfigurationStatus { loaded_at_us, ..ConfigurationStatus::default() };
         let parts = Parts {
             data_dir: settings.edge.data_dir.clone(),
             edge: settings.edge.id.to_string(),
@@ -351,7 +374,7 @@ impl Recovered {
             cut: settings.cut.clone(),
             journal_bytes_max: settings.journal.max_bytes.0,
             sender: journal.sender(),
-            journal,
+            journal: Arc::clone(&journal),
             journal_id,
             reader,
             pipeline,
@@ -362,7 +385,7 @@ impl Recovered {
                 Link::new(settings.cloud.request_bytes.bytes(), &bandwidths(settings, &spool)),
             ),
             spool,
-            cloud,
+            cloud: cloud.with_clock(Arc::clone(journal.clock())),
             sources: settings.source.iter().map(|source| at_end.source_state(source.name())).collect(),
             settings: settings.clone(),
             in_force,
@@ -382,6 +405,7 @@ struct AtEnd {
     lists: Lists,
     places: Places,
     counters: Counters,
+    told: Told,
     configured: Option<u64>,
 }
 
@@ -389,7 +413,8 @@ impl AtEnd {
     /// What a pipeline knows of it, which stands at its own position.
     fn of(pipeline: &Pipeline) -> Self {
         let (lists, places) = (pipeline.lists().clone(), pipeline.places().clone());
-        Self { lists, places, counters: pipeline.counters().clone(), configured: None }
+        let (counters, told) = (pipeline.counters().clone(), pipeline.told().clone());
+        Self { lists, places, counters, told, configured: None }
     }
 
     /// From the snapshot of a running agent on.
@@ -398,7 +423,7 @@ impl AtEnd {
             let snapshot = snapshot_file::read(data_dir)?;
             let Some(snapshot) = snapshot else { return Err(AgentError::OtherJournal(data_dir.to_owned())) };
             let (from, lists, places, counters) = known_to_sources(snapshot.state)?;
-            let at_end = Self { lists, places, counters, configured: None };
+            let at_end = Self { lists, places, counters, told: Told::default(), configured: None };
             match journal.reader(from).map_err(AgentError::from).and_then(|reader| at_end.read(reader)) {
                 // There is a newer snapshot by now.
                 Err(AgentError::Read(ReadError::Freed { .. })) => {}
@@ -420,6 +445,7 @@ impl AtEnd {
                     }
                     self.lists.apply(&entry);
                     self.places.apply(&entry);
+                    self.told.follow(&entry);
                 }
                 Ok(None) => return Ok(self),
                 // The pipeline reports it when it comes there.

@@ -5,6 +5,7 @@
 //! parses it. Secrets are never printed.
 
 mod checks;
+mod clock;
 mod decoding;
 mod kept;
 mod number;
@@ -30,6 +31,7 @@ use wire::written::{load, read, with_nearest_key};
 use wire::{BATCH_ROWS_MAX, EdgeId, StreamName};
 
 pub use self::checks::{Allowed, Duplicates, FieldCheck, Fill, StreamCheck, Verdict};
+pub use self::clock::{ClockSettings, OnUntrusted, TrustSettings};
 pub use self::decoding::{
     Condition, Constant, Decoding, Format, FormatOptions, Precision, Readings, Spread, Test, When,
 };
@@ -57,6 +59,8 @@ pub struct Settings {
     pub journal: JournalSettings,
     #[serde(default)]
     pub cut: CutSettings,
+    #[serde(default)]
+    pub clock: ClockSettings,
     #[serde(default)]
     pub source: Vec<SourceSettings>,
     #[serde(default)]
@@ -419,6 +423,7 @@ impl Settings {
         for (name, stream) in &self.stream {
             stream.check(name)?;
         }
+        self.clock.check()?;
         self.check_lanes()?;
         self.check_rules()
     }

@@ -198,6 +198,28 @@ impl Decoder {
         message.filtered
     }
 
+    /// Which of the readings that [`Decoder::decode`] has just made of a message have their time from its arrival.
+    pub fn by_arrival(
+        &mut self,
+        topic: &str,
+        payload: &Bytes,
+        arrival_us: i64,
+        readings: &[Result<Reading, Rejected>],
+    ) -> Vec<bool> {
+        let ts = |reading: &Result<Reading, Rejected>| reading.as_ref().map_or(0, |reading| reading.ts);
+        match (&self.mapping.ts, &self.reader) {
+            (None, _) => vec![true; readings.len()],
+            // Some of their times are relative to it. They remember nothing: one that comes a moment later says which.
+            (Some(_), Reader::Senml(_) | Reader::Influx(_)) => {
+                let mut later = Vec::new();
+                self.decode(topic, payload, arrival_us.saturating_add(1), &mut later);
+                readings.iter().zip(&later).map(|(now, later)| ts(now) != ts(later)).collect()
+            }
+            (Some(_), Reader::Sparkplug(_)) => readings.iter().map(|reading| ts(reading) == arrival_us).collect(),
+            _ => vec![false; readings.len()],
+        }
+    }
+
     /// What births have told; None for formats that remember nothing.
     pub fn births(&self) -> Option<&Births> {
         match &self.reader {

@@ -11,14 +11,12 @@ use std::time::{Duration, Instant, SystemTime};
 use reqwest::StatusCode;
 use rustix::process::{Resource, getrlimit};
 
-use crate::config::{MqttSettings, Settings, SourceSettings};
+use crate::config::{MqttSettings, Settings, SourceSettings, TrustSettings};
 use crate::source::mqtt::probe::{Heard, hear};
 use crate::trial::matches;
 
 /// How long a topic may be silent.
 const HEAR: Duration = Duration::from_secs(5);
-/// A clock that is further off makes wrong times.
-const SKEW_MAX_S: i64 = 5;
 /// A slower disk holds up every group of messages.
 const SYNC_SLOW: Duration = Duration::from_millis(50);
 const SYNCS: usize = 20;
@@ -60,6 +58,7 @@ pub async fn examine(settings: &Settings) -> Vec<Line> {
         }
     }
     lines.extend(cloud(settings).await);
+    lines.extend(clock(settings, kernel_clock::is_synchronised()));
     lines.extend(disk(settings));
     let files = getrlimit(Resource::Nofile).current;
     lines.push(match files {
@@ -70,6 +69,23 @@ pub async fn examine(settings: &Settings) -> Vec<Line> {
         None => ok("files: no limit".to_owned()),
     });
     lines
+}
+
+/// Whether somebody keeps the clock right; none when nobody is asked.
+fn clock(settings: &Settings, is_synchronised: Option<bool>) -> Option<Line> {
+    let wait = settings.clock.wait.0;
+    match (settings.clock.trust, is_synchronised) {
+        (TrustSettings::Always, _) => None,
+        (_, Some(true)) => Some(ok("clock: the kernel calls it synchronised".to_owned())),
+        (TrustSettings::Ntp, _) => Some(bad(format!(
+            "clock: not synchronised, and clock.trust is \"ntp\": after each start all waits for {wait:?}; start NTP \
+             (timedatectl set-ntp true)"
+        ))),
+        _ => Some(ok(format!(
+            "clock: nobody keeps it right by NTP; at each start the cloud is asked, and all waits for its answer, {wait:?} at \
+             most"
+        ))),
+    }
 }
 
 async fn broker(settings: &Settings, mqtt: &MqttSettings) -> Vec<Line> {
@@ -126,10 +142,10 @@ async fn cloud(settings: &Settings) -> Vec<Line> {
         let date = date.and_then(|date| chrono::DateTime::parse_from_rfc2822(&date).ok());
         if let Some(date) = date {
             let now = chrono::DateTime::<chrono::Utc>::from(SystemTime::now());
-            let skew = now.timestamp() - date.timestamp();
-            lines.push(match skew.abs() {
-                0..=SKEW_MAX_S => ok(format!("clock: within {SKEW_MAX_S} s of the cloud's")),
-                _ => bad(format!("clock: {skew} s ahead of the cloud's; start NTP (timedatectl set-ntp true)")),
+            let (skew, most) = (now.timestamp() - date.timestamp(), settings.clock.max_skew.0.as_secs());
+            lines.push(match skew.unsigned_abs() <= most {
+                true => ok(format!("clock: within {most} s of the cloud's")),
+                false => bad(format!("clock: {skew} s ahead of the cloud's; start NTP (timedatectl set-ntp true)")),
             });
         }
     }

@@ -14,16 +14,21 @@
 //! kind 7 line      device u64 | inode u64 | offset u64 | line u64 | checked u16 | crc u32 | a message, as of kind 1
 //! kind 8 tick      now i64
 //! kind 9 configured configuration u64 | its text, to the end
+//! kind 10 clock    boot [16] | monotonic i64 | arrival i64 | correction i64 | error i64 | trust u8
 //! ```
-//! Times are µs since 1970 UTC by the gateway's clock.
+//! Times are µs since 1970 UTC, by a clock of the agent's own that never steps; what is behind a `clock` entry is corrected by
+//! what that says (`clock.rs`). A journal without one goes by the gateway's clock.
 
 use bytes::{Buf, Bytes};
 use serde::{Deserialize, Serialize};
 use wire::{CutBatch, Seq, SpoolId};
 
+use crate::clock::{Mark, Trust};
+
 /// The journal's record kind of an entry.
 pub const RECORD_KIND: u8 = 1;
 const VERSION: u8 = 1;
+const CLOCK_KIND: u8 = 10;
 /// How much of an oversized payload is kept.
 pub const HEAD_BYTES: usize = 4 << 10;
 
@@ -77,6 +82,8 @@ pub enum Entry {
         version: u64,
         text: String,
     },
+    /// How far the times of what comes behind are off.
+    Clock(Mark),
 }
 
 /// A message as it came.
@@ -230,6 +237,22 @@ impl Entry {
                 out.extend(version.to_le_bytes());
                 out.extend_from_slice(text.as_bytes());
             }
+            Self::Clock(mark) => {
+                out.push(CLOCK_KIND);
+                out.extend(mark.boot);
+                for number in [mark.monotonic_us, mark.arrival_us, mark.correction_us, mark.error_us] {
+                    out.extend(number.to_le_bytes());
+                }
+                out.push(mark.trust as u8);
+            }
+        }
+    }
+
+    /// Reads an entry if it is about the clock, without a look at others.
+    pub fn read_clock(bytes: &[u8]) -> Option<Mark> {
+        match bytes {
+            [VERSION, CLOCK_KIND, rest @ ..] => read_clock(rest),
+            _ => None,
         }
     }
 
@@ -254,6 +277,7 @@ impl Entry {
             7 => read_line(rest),
             8 => read_tick(rest),
             9 => read_configured(rest),
+            CLOCK_KIND => read_clock(&rest).map(Self::Clock),
             _ => None,
         }
         .ok_or(error)
@@ -365,6 +389,16 @@ fn read_configured(mut bytes: Bytes) -> Option<Entry> {
     Some(Entry::Configured { version, text: String::from_utf8(bytes.into()).ok()? })
 }
 
+fn read_clock(mut bytes: &[u8]) -> Option<Mark> {
+    let mut boot = [0; 16];
+    bytes.try_copy_to_slice(&mut boot).ok()?;
+    let mut number = || bytes.try_get_i64_le().ok();
+    let (monotonic_us, arrival_us) = (number()?, number()?);
+    let (correction_us, error_us) = (number()?, number()?);
+    let trust = Trust::from_byte(bytes.try_get_u8().ok()?)?;
+    Some(Mark { boot, monotonic_us, arrival_us, correction_us, error_us, trust })
+}
+
 fn clip(text: &str, bytes_max: usize) -> &str {
     &text[..text.floor_char_boundary(bytes_max)]
 }
@@ -439,6 +473,11 @@ mod tests {
         Entry::Line { place, message }
     }
 
+    fn clock() -> Entry {
+        let trust = Trust::Cloud;
+        Entry::Clock(Mark { boot: [7; 16], monotonic_us: 1, arrival_us: 2, correction_us: -3, error_us: 4, trust })
+    }
+
     #[test]
     fn entries_come_back_as_they_were_written() {
         let subscribed = |filters: &[&str]| Entry::Subscribed {
@@ -447,7 +486,7 @@ mod tests {
         };
         let tick = Entry::Tick { now_us: -7 };
         let configured = Entry::Configured { version: 1 << 40, text: "[edge]\nid = \"ü\"".into() };
-        let more = [subscribed(&[]), subscribed(&["a/+", "$share/g/ü"]), line(), tick, configured];
+        let more = [subscribed(&[]), subscribed(&["a/+", "$share/g/ü"]), line(), tick, configured, clock()];
         for entry in entries().into_iter().chain(more) {
             let mut bytes = Vec::new();
             entry.write(&mut bytes);
@@ -475,6 +514,8 @@ mod tests {
         bytes.clear();
         Entry::Configured { version: 3, text: "a = 1".into() }.write(&mut bytes);
         assert_eq!(bytes, b"\x01\x09\x03\0\0\0\0\0\0\0a = 1");
+        let numbers = [1_i64, 2, -3, 4].map(i64::to_le_bytes).concat();
+        assert_eq!(bytes_of(&clock()), [b"\x01\x0a".as_slice(), &[7; 16], &numbers, b"\x03"].concat());
     }
 
     #[test]
@@ -494,7 +535,7 @@ mod tests {
         let seed = rand::random::<u64>();
         println!("seed {seed}");
         let mut random = StdRng::seed_from_u64(seed);
-        let mut written = [entries(), vec![line()]].concat().iter().map(bytes_of).collect::<Vec<_>>();
+        let mut written = [entries(), vec![line(), clock()]].concat().iter().map(bytes_of).collect::<Vec<_>>();
         written.push(b"\x01\x06\x01c\x01\x00a\x03\x00b/#".to_vec());
         for _ in 0..50_000 {
             let mut bytes = written.choose(&mut random).unwrap().clone();

@@ -7,7 +7,9 @@
 //! A [`JournalSender`] gives an entry and gets a [`Ticket`]; when [`JournalSender::durable`] has reached the ticket, the
 //! entry is synced. Tickets of one sender become durable in order. Entries that wait are bounded by
 //! [`QUEUE_BYTES_MAX`]; when the log is full (by its cap or the disk) senders wait, or are told so by
-//! [`JournalSender::try_append`]. A failed sync is final: [`Journal::failed`] tells it, and nothing is tried again.
+//! [`JournalSender::try_append`]. What the agent says of the clock goes before all that waits, and into the log's reserve when
+//! it is full ([`Journal::tell`]): a full journal may wait for nothing else. A failed sync is final: [`Journal::failed`] tells
+//! it, and nothing is tried again.
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -18,11 +20,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use segment_log::{
-    AppendError, Damage, Disk, FreeError, LogId, OpenError, Opening, Options, Position, ReadError, Reader, SegmentLog,
-    SyncError,
+    AppendError, Appended, Damage, Disk, FreeError, LogId, OpenError, Opening, Options, Position, ReadError, Reader,
+    SegmentLog, SyncError,
 };
 use tokio::sync::{Semaphore, watch};
 
+use crate::clock::Clock;
 use crate::entry::{Entry, RECORD_KIND};
 
 /// Entries that wait for the disk, in all.
@@ -37,6 +40,8 @@ const ENCODED_BYTES_KEPT: usize = 4 << 10;
 const IDLE: Duration = Duration::from_secs(1);
 /// How often a full log is tried again when nothing was freed.
 const FULL_RETRY: Duration = Duration::from_millis(200);
+/// What is told and finds no room even in the reserve; then the oldest go.
+const TOLD_MAX: usize = 16;
 
 /// The number of an entry among those of its sender, from 1.
 pub type Ticket = u64;
@@ -85,6 +90,7 @@ pub struct Journal {
     synced: watch::Receiver<Position>,
     failed: watch::Receiver<Option<Arc<JournalError>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
+    clock: Arc<Clock>,
 }
 
 /// Gives entries to the journal; one for each source connection.
@@ -96,6 +102,7 @@ pub struct JournalSender {
     next: Ticket,
     /// The entry that is being given.
     encoded: Vec<u8>,
+    clock: Arc<Clock>,
 }
 
 #[derive(Debug)]
@@ -116,6 +123,8 @@ struct Inbox {
     group: Group,
     /// Nothing before it is needed any more.
     free_before: Option<Position>,
+    /// Entries that go before all others.
+    told: VecDeque<Vec<u8>>,
     stop: bool,
 }
 
@@ -182,7 +191,24 @@ impl OpenJournal {
     pub fn record(&mut self, entry: &Entry) -> Result<bool, JournalError> {
         let mut bytes = Vec::new();
         entry.write(&mut bytes);
-        match self.0.append(RECORD_KIND, &bytes) {
+        self.recorded(|log| log.append(RECORD_KIND, &bytes))
+    }
+
+    /// The same, of a small entry that may take the reserve.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn record_in_reserve(&mut self, entry: &Entry) -> Result<bool, JournalError> {
+        let mut bytes = Vec::new();
+        entry.write(&mut bytes);
+        self.recorded(|log| log.append_control(RECORD_KIND, &bytes))
+    }
+
+    fn recorded(
+        &mut self,
+        append: impl FnOnce(&mut SegmentLog<Disk>) -> Result<Appended, AppendError>,
+    ) -> Result<bool, JournalError> {
+        match append(&mut self.0) {
             Ok(_) => {}
             Err(AppendError::Full) => return Ok(false),
             Err(error) => return Err(JournalError::Append(error)),
@@ -191,11 +217,11 @@ impl OpenJournal {
         Ok(true)
     }
 
-    /// Starts the thread.
+    /// Starts the thread. What comes is stamped by the clock.
     ///
     /// # Errors
     /// When there is no thread to be had.
-    pub fn run(self, group_wait: Duration) -> Result<Journal, JournalError> {
+    pub fn run(self, group_wait: Duration, clock: Arc<Clock>) -> Result<Journal, JournalError> {
         let reader = self.0.reader(self.0.synced())?;
         let (synced_sender, synced) = watch::channel(self.0.synced());
         let (failed_sender, failed) = watch::channel(None);
@@ -215,6 +241,7 @@ impl OpenJournal {
             synced: synced_sender,
             group: Group::default(),
             next: Instant::now(),
+            told: VecDeque::new(),
             stopping: false,
         };
         let thread = std::thread::Builder::new()
@@ -227,7 +254,7 @@ impl OpenJournal {
                 writer.shared.room.close();
             })
             .map_err(JournalError::Thread)?;
-        Ok(Journal { shared, reader, synced, failed, thread: Mutex::new(Some(thread)) })
+        Ok(Journal { shared, reader, synced, failed, thread: Mutex::new(Some(thread)), clock })
     }
 }
 
@@ -236,7 +263,20 @@ impl Journal {
     pub fn sender(&self) -> JournalSender {
         let (progress, durable) = watch::channel(0);
         let (shared, progress) = (Arc::clone(&self.shared), Arc::new(progress));
-        JournalSender { shared, progress, durable, next: 0, encoded: Vec::new() }
+        JournalSender { shared, progress, durable, next: 0, encoded: Vec::new(), clock: Arc::clone(&self.clock) }
+    }
+
+    /// By which entries are stamped.
+    pub fn clock(&self) -> &Arc<Clock> {
+        &self.clock
+    }
+
+    /// Gives a small entry that goes before all that wait, and may take the reserve of a full log.
+    pub fn tell(&self, entry: &Entry) {
+        let mut bytes = Vec::new();
+        entry.write(&mut bytes);
+        self.shared.inbox.lock().told.push_back(bytes);
+        self.shared.wake.notify_one();
     }
 
     /// A reader of what is synced.
@@ -288,6 +328,11 @@ impl Journal {
 }
 
 impl JournalSender {
+    /// What a message that comes now is stamped with.
+    pub fn now_us(&self) -> i64 {
+        self.clock.now_us()
+    }
+
     /// Waits for room in the queue and gives the entry.
     ///
     /// # Errors
@@ -379,6 +424,8 @@ struct Writer {
     group: Group,
     /// Nothing is synced before.
     next: Instant,
+    /// Entries that found no room yet, not even in the reserve.
+    told: VecDeque<Vec<u8>>,
     stopping: bool,
 }
 
@@ -388,7 +435,8 @@ impl Writer {
         while !self.stopping {
             let shared = Arc::clone(&self.shared);
             let inbox = shared.wait(Instant::now() + IDLE, |inbox| !inbox.group.ends.is_empty());
-            let idle = inbox.group.ends.is_empty() && inbox.free_before.is_none() && !inbox.stop;
+            let idle =
+                inbox.group.ends.is_empty() && inbox.free_before.is_none() && inbox.told.is_empty() && !inbox.stop;
             if inbox.group.ends.is_empty() {
                 self.obey(inbox)?;
             } else {
@@ -412,11 +460,31 @@ impl Writer {
 
     fn obey(&mut self, mut inbox: MutexGuard<'_, Inbox>) -> Result<(), JournalError> {
         let free_before = inbox.free_before.take();
+        self.told.append(&mut inbox.told);
         self.stopping |= inbox.stop;
         drop(inbox);
+        self.write_told()?;
         if let Some(position) = free_before {
             self.log.free_before(position)?;
             self.shared.bytes_on_disk.store(self.log.bytes_on_disk(), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    fn write_told(&mut self) -> Result<(), JournalError> {
+        let before = self.told.len();
+        while let Some(bytes) = self.told.front() {
+            match self.log.append_control(RECORD_KIND, bytes) {
+                Ok(_) => drop(self.told.pop_front()),
+                Err(AppendError::Full) => break,
+                Err(error) => return Err(JournalError::Append(error)),
+            }
+        }
+        if self.told.len() < before {
+            self.synced.send_replace(self.log.sync()?);
+        }
+        while self.told.len() > TOLD_MAX {
+            self.told.pop_front();
         }
         Ok(())
     }
@@ -492,7 +560,7 @@ impl Shared {
 
     /// Waits until there is an order, or what is wanted, or the time is over.
     fn wait(&self, until: Instant, wanted: impl Fn(&Inbox) -> bool) -> MutexGuard<'_, Inbox> {
-        self.gather(until, |inbox| inbox.free_before.is_some() || wanted(inbox))
+        self.gather(until, |inbox| inbox.free_before.is_some() || !inbox.told.is_empty() || wanted(inbox))
     }
 
     /// Waits until the end is ordered, or there is what is wanted, or the time is over.
@@ -527,7 +595,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_durable_is_read_back_in_order_after_a_restart() {
         let directory = tempfile::tempdir().unwrap();
-        let journal = open(directory.path(), 1 << 20).run(Duration::from_millis(1)).unwrap();
+        let journal = open(directory.path(), 1 << 20).run(Duration::from_millis(1), Arc::default()).unwrap();
         let (mut one, mut two) = (journal.sender(), journal.sender());
         for n in 0..200 {
             one.append(&entry(&format!("one {n}"))).await.unwrap();
@@ -567,7 +635,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let open = open(directory.path(), 16 << 10);
         let mut reader = open.reader(Position(0)).unwrap();
-        let journal = open.run(Duration::from_millis(1)).unwrap();
+        let journal = open.run(Duration::from_millis(1), Arc::default()).unwrap();
         let mut sender = journal.sender();
         let text = "x".repeat(200);
         let mut sent = 0;

@@ -4,6 +4,7 @@
 
 pub mod admin;
 pub mod agent;
+pub mod clock;
 pub mod command;
 pub mod config;
 pub mod decode;

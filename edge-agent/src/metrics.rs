@@ -87,6 +87,20 @@ pub fn render(status: &Status) -> String {
     let connected = f64::from(u8::from(uplink.node.is_some()));
     out.single("weir_edge_uplink_connected", "gauge", "1 while a node of the cloud answers", connected);
     out.single("weir_edge_uplink_bytes_total", "counter", "Bytes sent since the start", uplink.bytes_sent as f64);
+    let clock = &status.clock;
+    let known = f64::from(u8::from(clock.by.is_some()));
+    out.single("weir_edge_clock_known", "gauge", "1 while somebody says what time it is", known);
+    out.single(
+        "weir_edge_clock_machine_ahead_seconds",
+        "gauge",
+        "The machine's clock before the time by which the agent goes",
+        clock.machine_ahead_s,
+    );
+    if let (Some(skew_s), Some(error_s)) = (clock.skew_s, clock.skew_error_s) {
+        out.single("weir_edge_clock_skew_seconds", "gauge", "The machine's clock before the cloud's", skew_s);
+        out.single("weir_edge_clock_skew_error_seconds", "gauge", "At most how wrong the skew is", error_s);
+    }
+    out.single("weir_edge_clock_changes_total", "counter", "Times that were known anew", clock.steps as f64);
     let configuration = &status.configuration;
     out.family("weir_edge_reloads_total", "counter", "Changes of the configuration's file since the start");
     out.value(&[("result", "taken")], configuration.reloads as f64);

@@ -4,7 +4,9 @@
 //! [`Pipeline::apply`] takes an entry with its position; [`Pipeline::cut`] takes all rows so far, lane by lane.
 //! [`Pipeline::snapshot`], taken when no row is pending, holds windows, counters and redelivery lists. After a crash the
 //! entries behind the snapshot are applied again, and a lane takes only rows of entries at or behind its own position.
-//! What goes by time when nothing comes (readings that wait, silent devices) goes by `judging.rs`' clock.
+//! What goes by time when nothing comes (readings that wait, silent devices) goes by `judging.rs`' clock. Arrivals are corrected
+//! by what the journal tells of the clock; while [`Pipeline::waits_for_clock`], the caller looks ahead for the entry that
+//! resolves it ([`Pipeline::resolve_clock`]) before it applies another.
 //! What does not decode or fails a check becomes a row of `quarantine`; so does what would not fit into a batch, or into the
 //! one record that a lane gets at a cut: input alone never makes a cut fail. What rules find in readings and windows
 //! becomes a row of `alerts`.
@@ -30,7 +32,8 @@ use wire::{CutBatch, Seq, SpoolId, StreamName, StreamSchema};
 pub use self::counters::{Counters, SourceTotals, StreamTotals};
 use self::output::{Cell, Output};
 pub use self::snapshot::{SnapshotError, known_to_sources};
-use crate::config::{Decoding, REST_LANE, Settings, SourceSettings, StreamSettings};
+use crate::clock::{Mark, Told};
+use crate::config::{Decoding, OnUntrusted, REST_LANE, Settings, SourceSettings, StreamSettings};
 use crate::decode::{Command, Decoder, Reading, Rejected, Value};
 use crate::entry::{Entry, Message, Payload};
 use crate::places::Places;
@@ -50,6 +53,10 @@ const TOO_LARGE: &str = "too_large";
 const LATE: &str = "late";
 /// `quality` of a row that was made up for a gap.
 const IMPUTED: &str = "imputed";
+/// `quality` of a row that is stamped by its arrival, when the time was not known, and never came to be…
+const CLOCK: &str = "clock";
+/// …or was known only later.
+const CLOCK_CORRECTED: &str = "clock:corrected";
 
 /// One cut: for each lane what it gets; all entries before `position` are in it.
 #[derive(Debug)]
@@ -132,6 +139,11 @@ pub struct Pipeline {
     clock_step_us: i64,
     /// The streams in which something goes by the clock.
     by_clock: Vec<usize>,
+    /// What the journal told of the gateway's clock.
+    told: Told,
+    on_untrusted: OnUntrusted,
+    /// The time of the entry that is applied.
+    now_us: i64,
     /// States of checks of streams that are not configured.
     orphans: Vec<(Bytes, Bytes)>,
 }
@@ -167,6 +179,9 @@ impl Pipeline {
             clock: judging::Clock::default(),
             clock_step_us: settings.tick_every().map_or(0, |every| 2 * every.as_micros() as i64),
             by_clock: Vec::new(),
+            told: Told::default(),
+            on_untrusted: settings.clock.on_untrusted,
+            now_us: 0,
             orphans: Vec::new(),
         };
         let lane_of = |stream: &StreamName| {
@@ -217,19 +232,19 @@ impl Pipeline {
         self.to_publish.clear();
         self.lists.apply(entry);
         self.places.apply(entry);
-        let now = match entry {
-            Entry::Tick { now_us } => Some(*now_us),
-            entry => entry.message().map(|message| message.arrival_us),
-        };
+        debug_assert!(!self.told.waits(), "it waits for the clock");
+        let now = self.told.follow(entry);
         if let Some(now) = now {
+            self.now_us = now;
             self.rules.tick(now);
         }
         match entry {
             Entry::Message(message) | Entry::Line { message, .. } => {
-                self.advance_clock(position, message.arrival_us);
+                self.advance_clock(position, self.now_us);
                 self.message(position, message);
             }
-            Entry::Tick { now_us } => self.advance_clock(position, *now_us),
+            Entry::Tick { .. } => self.advance_clock(position, self.now_us),
+            Entry::Clock(_) => {}
             // The caller goes on with a pipeline of the new configuration: `change.rs`.
             Entry::Configured { .. } => {}
             Entry::Session { .. } | Entry::Forgotten { .. } | Entry::Subscribed { .. } => {}
@@ -241,7 +256,8 @@ impl Pipeline {
                 }
             }
             Entry::Missed { source, messages, bytes, first_us, last_us } => {
-                self.missed(position, source, *messages, *bytes, (*first_us, *last_us));
+                let span = (self.told.corrected(*first_us), self.told.corrected(*last_us));
+                self.missed(position, source, *messages, *bytes, span);
             }
         }
         if now.is_some() {
@@ -254,6 +270,25 @@ impl Pipeline {
     pub fn damaged(&mut self, from: Position, next: Position) {
         self.position = next;
         self.counters.journal_bytes_damaged += next.0 - from.0;
+    }
+
+    /// Whether what comes next may not be applied before it is known what time it is.
+    pub fn waits_for_clock(&self) -> bool {
+        self.told.waits()
+    }
+
+    /// Goes on when a later entry of the journal says what time it was; false when this one does not.
+    pub fn resolve_clock(&mut self, later: &Mark) -> bool {
+        let resolves = self.told.resolves(later);
+        if resolves {
+            self.told.resolve(later);
+        }
+        resolves
+    }
+
+    /// What the journal told of the clock up to [`Pipeline::position`].
+    pub fn told(&self) -> &Told {
+        &self.told
     }
 
     /// Behind the last entry that was applied.
@@ -385,26 +420,39 @@ impl Pipeline {
         let mut readings = std::mem::take(&mut self.scratch);
         // `kept`: a row of quarantine has all of the message.
         let (mut taken, mut rest, mut kept) = (0, 0, false);
-        let filtered = source.decoder.decode(&message.topic, payload, message.arrival_us, &mut readings);
+        let filtered = source.decoder.decode(&message.topic, payload, self.now_us, &mut readings);
+        let suspect = match (self.told.is_guess(), self.told.is_afterthought(), self.on_untrusted) {
+            (true, ..) => Some(CLOCK),
+            (_, true, OnUntrusted::Flag) => Some(CLOCK_CORRECTED),
+            _ => None,
+        };
+        let by_arrival =
+            suspect.map(|word| (source.decoder.by_arrival(&message.topic, payload, self.now_us, &readings), word));
         let totals = self.counters.source(&message.source);
         totals.read += filtered;
         totals.filtered += filtered;
-        for reading in readings.drain(..) {
+        for (index, reading) in readings.drain(..).enumerate() {
             // A short text of the message may stand in each of its rows.
             if taken > self.row_bytes_max {
                 rest += 1;
                 continue;
             }
-            let judged =
-                reading.and_then(|mut reading| match self.judge(position, message, stream, &mut reading, &mut taken) {
-                    Ok(outcome) => Ok((reading, outcome)),
-                    Err((reason, detail)) => {
-                        let payload = payload.slice(reading.span);
-                        Err(Rejected { reason, detail, device: Some(reading.device), payload })
-                    }
-                });
+            let judged = reading.and_then(|mut reading| match self.judge(position, stream, &mut reading, &mut taken) {
+                Ok(outcome) => Ok((reading, outcome)),
+                Err((reason, detail)) => {
+                    let payload = payload.slice(reading.span);
+                    Err(Rejected { reason, detail, device: Some(reading.device), payload })
+                }
+            });
             match judged {
-                Ok((reading, Outcome::Keep { .. })) => self.keep(position, message, stream, reading),
+                Ok((reading, Outcome::Keep { .. })) => {
+                    if let Some((by_arrival, word)) = &by_arrival
+                        && by_arrival[index]
+                    {
+                        self.quality.note(word);
+                    }
+                    self.keep(position, message, stream, reading);
+                }
                 Ok((_, Outcome::Repeat)) => {
                     let totals = self.counters.source(&message.source);
                     totals.read += 1;

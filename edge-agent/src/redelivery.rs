@@ -179,7 +179,8 @@ impl Lists {
             | Entry::Refused { .. }
             | Entry::Missed { .. }
             | Entry::Tick { .. }
-            | Entry::Configured { .. } => {}
+            | Entry::Configured { .. }
+            | Entry::Clock(_) => {}
         }
     }
 

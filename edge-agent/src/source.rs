@@ -10,11 +10,18 @@ pub mod modbus;
 pub mod mqtt;
 pub mod tick;
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use crate::decode::Command;
+
+/// Commands that wait for the source; more are not kept, as what is needed is asked for again.
+const COMMANDS_MAX: usize = 1_000;
 
 /// What a source tells about itself, for status and metrics. Totals are since the agent's directory was made.
 #[derive(Debug, Default)]
@@ -29,6 +36,10 @@ pub struct SourceState {
     pub last_error: Mutex<Option<String>>,
     /// Where a source that is a door listens.
     pub address: Mutex<Option<SocketAddr>>,
+    /// What it is to publish, and how much it has.
+    commands: Mutex<VecDeque<Command>>,
+    commanded: Notify,
+    pub commands_sent: AtomicU64,
 }
 
 impl SourceState {
@@ -40,12 +51,26 @@ impl SourceState {
         state
     }
 
+    /// Gives it a command to publish; it is dropped when too many wait.
+    pub fn command(&self, command: Command) {
+        let mut commands = self.commands.lock();
+        if commands.len() < COMMANDS_MAX {
+            commands.push_back(command);
+            self.commanded.notify_one();
+        }
+    }
+
+    /// The commands that wait, in order.
+    pub fn take_commands(&self) -> VecDeque<Command> {
+        std::mem::take(&mut self.commands.lock())
+    }
+
     fn error(&self, text: String) {
         *self.last_error.lock() = Some(text);
     }
 }
 
-/// The gateway's clock, µs since 1970 UTC.
+/// The machine's clock as it is, µs since 1970 UTC; what runs goes by [`crate::clock::Clock`].
 pub fn now_us() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_micros()).unwrap_or(i64::MAX)

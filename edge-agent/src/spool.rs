@@ -224,6 +224,8 @@ pub struct Spool<L: FileLayer> {
     id: SpoolId,
     lanes: Vec<Lane<L>>,
     sequences: HashMap<StreamName, Sequence>,
+    /// Whether what is appended has an age.
+    knows_clock: bool,
     schemas: HashMap<SchemaId, String>,
     /// The batches of the record that was read last: a cut's batches are read one after the other.
     read_last: Option<(usize, u64, Vec<CutBatch>)>,
@@ -265,6 +267,7 @@ impl<L: FileLayer> Spool<L> {
             id,
             lanes: Vec::new(),
             sequences: HashMap::new(),
+            knows_clock: true,
             schemas: HashMap::new(),
             read_last: None,
             settings,
@@ -423,7 +426,8 @@ impl<L: FileLayer> Spool<L> {
         for schema in schemas {
             self.schemas.entry(schema.id()).or_insert_with(|| schema.canonical().to_owned());
         }
-        let payload = record::group(cut, now_us, batches);
+        let sealed_us = if self.knows_clock { now_us } else { record::SEALED_UNKNOWN };
+        let payload = record::group(cut, sealed_us, batches);
         let ids = batches.iter().map(|batch| batch.schema).collect::<Vec<_>>();
         let appended = loop {
             match self.put(lane, record::GROUP, &payload, &ids, false) {
@@ -437,8 +441,13 @@ impl<L: FileLayer> Spool<L> {
         };
         self.lanes[lane].log.sync()?;
         self.lanes[lane].cut = cut;
-        self.admit(lane, appended.position, now_us, batches);
+        self.admit(lane, appended.position, sealed_us, batches);
         Ok(())
+    }
+
+    /// Whether the time that it is given is known to be right; what is appended when it is not has no age.
+    pub fn know_clock(&mut self, knows: bool) {
+        self.knows_clock = knows;
     }
 
     /// Syncs and marks all lanes; for an idle or closing spool.

@@ -43,6 +43,14 @@ impl Quality {
         std::mem::take(&mut self.0)
     }
 
+    /// Adds a word.
+    pub fn note(&mut self, word: &str) {
+        if !self.0.is_empty() {
+            self.0.push(',');
+        }
+        self.0.push_str(word);
+    }
+
     fn fail(
         &mut self,
         verdict: Verdict,
@@ -53,10 +61,7 @@ impl Quality {
         if verdict == Verdict::Reject {
             return Err((reason, detail()));
         }
-        if !self.0.is_empty() {
-            self.0.push(',');
-        }
-        self.0.push_str(reason);
+        self.note(reason);
         if let Some(field) = field {
             self.0.push(':');
             self.0.push_str(field.as_str());

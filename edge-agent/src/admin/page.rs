@@ -7,6 +7,7 @@ use std::fmt::Write;
 use chrono::{DateTime, SecondsFormat};
 
 use crate::agent::{Status, StreamStatus};
+use crate::clock::Trust;
 
 /// Reasons of quarantine that are shown.
 const REASONS_MAX: usize = 10;
@@ -33,6 +34,7 @@ pub(super) fn render(status: &Status, now_us: i64) -> String {
     page.streams(status, now_us);
     page.lanes(status);
     page.cloud(status);
+    page.clock(status);
     page.quarantine(status);
     page.errors(status);
     page.list("Damage since the start", &status.incidents);
@@ -196,6 +198,26 @@ impl Page {
             (&rows.lost.to_string(), rows.lost > 0),
             (&rows.voided.to_string(), rows.voided > 0),
             (error.unwrap_or_default(), error.is_some()),
+        ]);
+        self.raw("</table>");
+    }
+
+    fn clock(&mut self, status: &Status) {
+        self.table("Clock", &["known by", "time", "the machine is ahead by", "ahead of the cloud by"]);
+        let clock = &status.clock;
+        let by = match clock.by {
+            Some(Trust::Ntp) => "NTP",
+            Some(Trust::Cloud) => "the cloud",
+            Some(_) => "not checked",
+            None => "nobody",
+        };
+        let skew = clock.skew_s.zip(clock.skew_error_s);
+        let skew = skew.map_or("not heard yet".to_owned(), |(skew, error)| format!("{skew:.1} s, within {error:.1} s"));
+        self.row(&[
+            (by, clock.by.is_none()),
+            (&time(clock.time_us), false),
+            (&format!("{:.1} s", clock.machine_ahead_s), clock.machine_ahead_s.abs() >= 1.0),
+            (&skew, clock.is_off),
         ]);
         self.raw("</table>");
     }

@@ -7,6 +7,7 @@
 //! problem, and is tried again.
 
 mod change;
+mod clock;
 mod publish;
 mod requests;
 #[cfg(test)]
@@ -36,7 +37,7 @@ use crate::entry::Entry;
 use crate::journal::{Journal, JournalSender};
 use crate::pipeline::{LaneCut, Pipeline, SnapshotError};
 use crate::publish::{Outbox, Replay};
-use crate::source::{SourceState, now_us};
+use crate::source::SourceState;
 use crate::spool::{Spool, SpoolError};
 use crate::uplink::http::{CloudClient, Failed};
 use crate::uplink::state::Uplink;
@@ -170,6 +171,8 @@ pub(super) struct Engine {
     url: watch::Sender<usize>,
     bytes_sent: u64,
     last_error: Option<String>,
+    /// Looks ahead for what time it was.
+    ahead: Option<Reader<Disk>>,
     /// A cut whose lanes from here on were full.
     held: Vec<(usize, LaneCut)>,
     held_position: Position,
@@ -185,6 +188,8 @@ pub(super) struct Engine {
     forking: Option<Instant>,
     /// Where the journal ended at the start: a copy of this directory may have what is before.
     found_until: Position,
+    /// Something that came since was applied.
+    replayed: bool,
     /// Another directory has the same batches; else it is the cloud that lost some.
     copied: bool,
     /// Why the last snapshot was not written, and when it is tried again.
@@ -216,6 +221,7 @@ impl Engine {
             url: watch::Sender::new(0),
             bytes_sent: 0,
             last_error: None,
+            ahead: None,
             held: Vec::new(),
             held_position: Position(0),
             full_lanes: HashSet::new(),
@@ -225,6 +231,7 @@ impl Engine {
             marked: true,
             forking: None,
             found_until,
+            replayed: false,
             copied: false,
             no_snapshot: None,
             pending_since: None,
@@ -310,13 +317,14 @@ impl Engine {
         }
         self.write_held()?;
         let more = self.held.is_empty() && self.read()?;
+        self.give_commands();
         let mut wait = self.cut_when_due()?;
         if self.snapshot_is_due() {
             self.snapshot()?;
         }
         self.go_on_forking()?;
         wait = wait.min(self.send()?);
-        if self.aged.elapsed() >= AGED_EVERY && !self.parts.spool.drop_aged(now_us())? {
+        if self.aged.elapsed() >= AGED_EVERY && !self.drop_aged()? {
             self.aged = Instant::now();
         }
         if !self.marked && self.last_cut.elapsed() >= IDLE {
@@ -333,6 +341,17 @@ impl Engine {
         Ok(if more { Duration::ZERO } else { wait.min(STATUS_EVERY) })
     }
 
+    /// What decoders ask for goes to their sources. What the run before asked for is not asked for again by it.
+    fn give_commands(&mut self) {
+        let parts = &mut self.parts;
+        let commands = parts.pipeline.take_commands().into_iter().filter(|_| self.replayed);
+        for (name, command) in commands {
+            if let Some((_, source)) = parts.sources.iter().find(|(source, _)| *source == name) {
+                source.command(command);
+            }
+        }
+    }
+
     /// Applies entries; true when there may be more to apply at once. Nothing may be held back.
     fn read(&mut self) -> Result<bool, EngineError> {
         if self.next.is_some() && self.parts.pipeline.may_cut_to_change() {
@@ -346,9 +365,20 @@ impl Engine {
             if parts.pipeline.may_cut() && is_full(parts) {
                 return Ok(true);
             }
+            if parts.pipeline.waits_for_clock()
+                && let Some(more) = self.find_clock()?
+            {
+                return Ok(more);
+            }
+            let parts = &mut self.parts;
             match parts.reader.next() {
                 Ok(Some(record)) => {
                     let (position, next) = (record.position, record.next);
+                    if !self.replayed && position >= self.found_until {
+                        // What the run before asked for, or would have.
+                        parts.pipeline.take_commands();
+                        self.replayed = true;
+                    }
                     match Entry::read(Bytes::copy_from_slice(record.payload)) {
                         Ok(entry) => {
                             parts.pipeline.apply(position, next, &entry);
@@ -434,8 +464,9 @@ impl Engine {
     /// Writes what a cut gives to each lane; a full lane that refuses holds it back, and reading stops.
     fn write_held(&mut self) -> Result<(), EngineError> {
         let mut held = Vec::new();
+        let now_us = self.tell_spool();
         for (lane, cut) in std::mem::take(&mut self.held) {
-            match self.parts.spool.append(lane, self.held_position, &cut.batches, &cut.schemas, now_us()) {
+            match self.parts.spool.append(lane, self.held_position, &cut.batches, &cut.schemas, now_us) {
                 Ok(()) => {
                     if self.full_lanes.remove(&lane) {
                         tracing::info!(lane, "the lane has room again");

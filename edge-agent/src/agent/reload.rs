@@ -23,7 +23,7 @@ use super::status::ConfigurationStatus;
 use super::{AgentError, AtEnd, configured};
 use crate::config::{RuleSettings, Settings};
 use crate::journal::Journal;
-use crate::source::{SourceState, now_us};
+use crate::source::SourceState;
 use crate::uplink::http::CloudClient;
 
 /// How often the file is looked at.
@@ -83,7 +83,8 @@ impl Reload {
         let (error, refused) = match self.take_over().await {
             Ok(()) => {
                 let mut status = self.configuration.lock();
-                (status.reloads, status.loaded_at_us, status.last_error) = (status.reloads + 1, now_us(), None);
+                let now_us = self.journal.clock().best_us();
+                (status.reloads, status.loaded_at_us, status.last_error) = (status.reloads + 1, now_us, None);
                 tracing::info!(version = self.settings.version, "another configuration");
                 return Ok(());
             }
@@ -115,7 +116,8 @@ impl Reload {
             None
         } else {
             let cloud = CloudClient::new(&next.cloud, &next.edge.id);
-            Some(cloud.map_err(|error| Kept::Refused(format!("[cloud]: {error}")))?)
+            let cloud = cloud.map_err(|error| Kept::Refused(format!("[cloud]: {error}")))?;
+            Some(cloud.with_clock(Arc::clone(self.journal.clock())))
         };
         if self.journal.is_full() {
             return Err(Kept::Later("the journal has no room for another configuration".to_owned()));
@@ -135,6 +137,7 @@ impl Reload {
         // It takes it in its next turn; it has ended when it does not, which the agent sees.
         let _ = self.orders.send(order).await;
         self.intake.start(&next, &self.journal, at_end, &self.sources);
+        self.journal.clock().change(next.clock.clone());
         self.settings = next;
         Ok(())
     }

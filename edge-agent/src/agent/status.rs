@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 
 use serde::Serialize;
 
+use crate::clock::ClockStatus;
 use crate::pipeline::{SourceTotals, StreamTotals};
 use crate::publish::PublisherStatus;
 use crate::rules::{self, RuleTotals};
@@ -24,6 +25,7 @@ pub struct Status {
     pub lanes: Vec<LaneStatus>,
     pub journal: JournalStatus,
     pub uplink: UplinkStatus,
+    pub clock: ClockStatus,
     pub rows: RowsStatus,
     pub configuration: ConfigurationStatus,
     /// Readings in quarantine, by reason.
@@ -68,6 +70,8 @@ pub struct SourceStatus {
     pub last_error: Option<String>,
     /// Where it listens, when it is a door.
     pub address: Option<SocketAddr>,
+    /// What it has published since the start: requests for births.
+    pub commands_sent: u64,
 }
 
 /// One stream.

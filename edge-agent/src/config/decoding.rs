@@ -61,6 +61,8 @@ pub struct FormatOptions {
     pub spread: Option<Spread>,
     /// Sparkplug: metrics of all births that are kept; a birth beyond goes to quarantine. 100,000 unless set.
     pub metrics_max: Option<usize>,
+    /// Sparkplug: whether nodes whose birth is not known are asked for it; they are unless set.
+    pub rebirth: Option<bool>,
     /// Sparkplug: a node that does not answer a request for its birth is asked again after this; 30 s unless set.
     pub rebirth_every: Option<Span>,
 }
@@ -154,13 +156,14 @@ impl Decoding {
     fn check_options(&self) -> Result<(), String> {
         use Format::{Csv, Influx, Senml, SenmlCbor, Sparkplug};
         let options = &self.options;
-        let of: [(&str, bool, &[Format]); 7] = [
+        let of: [(&str, bool, &[Format]); 8] = [
             ("header", options.header.is_some(), &[Csv]),
             ("delimiter", options.delimiter.is_some(), &[Csv]),
             ("quote", options.quote.is_some(), &[Csv]),
             ("precision", options.precision.is_some(), &[Influx]),
             ("spread", options.spread.is_some(), &[Senml, SenmlCbor]),
             ("metrics_max", options.metrics_max.is_some(), &[Sparkplug]),
+            ("rebirth", options.rebirth.is_some(), &[Sparkplug]),
             ("rebirth_every", options.rebirth_every.is_some(), &[Sparkplug]),
         ];
         if let Some((key, ..)) = of.iter().find(|(_, set, formats)| *set && !formats.contains(&self.format)) {

@@ -227,7 +227,7 @@ fn the_shipped_configuration_shows_every_key() {
     };
     let mut tables = expected("zzz = 1");
     tables.retain(|table| match table.as_str() {
-        "edge" | "admin" | "cloud" | "journal" | "cut" | "alerts" | "publish" => {
+        "edge" | "admin" | "cloud" | "journal" | "cut" | "clock" | "alerts" | "publish" => {
             check(&format!("[{table}]"), expected(&format!("[{table}]\nzzz = 1")));
             false
         }
@@ -328,4 +328,23 @@ fn a_configuration_changed_at_random_is_used_or_refused() {
         read += usize::from(used.unwrap_or_else(|_| panic!("panicked with\n{text}")));
     }
     assert!((100..2_900).contains(&read), "{read} were right");
+}
+
+#[test]
+fn a_clock_is_trusted_as_the_configuration_says() {
+    let read = |clock: &str| Settings::parse(&format!("{HEAD}{TRAFFIC}[clock]\n{clock}"));
+    let unset = read("").unwrap().clock;
+    assert_eq!(
+        unset,
+        read("trust = \"any\"\nwait = \"30s\"\non_untrusted = \"correct\"\nmax_skew = \"5s\"").unwrap().clock
+    );
+    let check = |clock: &str, expected: &str| {
+        let error = read(clock).unwrap_err();
+        assert!(error.contains(expected), "{clock}: {error}");
+    };
+    check("trust = \"npt\"", "ntp");
+    check("wiat = \"1s\"", "did you mean `wait`?");
+    check("wait = \"2d\"", "at most 1d");
+    check("max_skew = \"500ms\"", "at least 1s");
+    check("on_untrusted = \"drop\"", "flag");
 }

@@ -6,7 +6,8 @@
 //!
 //! What is known of each node is the decoder's state ([`Births`]), a function of the messages alone, kept in the pipeline's
 //! snapshot. A gap, an unknown alias, or data of a node that was never born asks for its birth: a command `Node
-//! Control/Rebirth`, again after `rebirth_every` as long as messages need it ([`Sparkplug::take_commands`]).
+//! Control/Rebirth`, again after `rebirth_every` as long as messages need it ([`Sparkplug::take_commands`]), unless `rebirth`
+//! says that nobody is asked.
 
 mod payload;
 
@@ -85,6 +86,7 @@ pub(super) struct Sparkplug {
     places: Vec<Place>,
     wants_online: bool,
     metrics_max: usize,
+    rebirth: bool,
     rebirth_every_us: i64,
     pub(super) births: Births,
     commands: Vec<Command>,
@@ -117,6 +119,7 @@ impl Sparkplug {
             wants_online: places.iter().any(|place| matches!(place, Place::Online)),
             places,
             metrics_max: options.metrics_max.unwrap_or(METRICS_MAX),
+            rebirth: options.rebirth.unwrap_or(true),
             rebirth_every_us: options.rebirth_every.map_or(REBIRTH_EVERY_US, |every| every.micros()),
             births: Births::default(),
             commands: Vec::new(),
@@ -232,6 +235,9 @@ impl Sparkplug {
 
     /// Asks a node for its birth, not too often. When there is no room to remember that, it is not asked.
     fn ask(&mut self, key: &str, address: Address<'_>, arrival_us: i64) {
+        if !self.rebirth {
+            return;
+        }
         if !self.births.nodes.contains_key(key) {
             if self.births.kept >= self.metrics_max {
                 return;

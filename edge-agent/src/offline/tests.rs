@@ -39,7 +39,7 @@ async fn directory() -> (tempfile::TempDir, Settings) {
     let directory = tempfile::tempdir().unwrap();
     let settings = settings(directory.path());
     let (open, _) = OpenJournal::open(directory.path().join("journal"), journal_options(&settings)).unwrap();
-    let journal = open.run(Duration::from_millis(1)).unwrap();
+    let journal = open.run(Duration::from_millis(1), std::sync::Arc::default()).unwrap();
     let mut sender = journal.sender();
     let (mut spool, _) =
         Spool::open(&Disk, &spool_directory(directory.path()), spool_settings(&settings), SpoolId([7; 16])).unwrap();

@@ -15,6 +15,9 @@ use crate::decode::Reading;
 use crate::entry::Message;
 use crate::validate::{Absence, Fault, Held, Judge, Outcome};
 
+/// While the time is a guess, it may be so much later than that.
+const GUESS_OFF_MAX_US: i64 = 10 * 366 * 86_400 * 1_000_000;
+
 /// The time that the agent has listened, in µs, and what the gateway's clock said last.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Clock {
@@ -28,7 +31,6 @@ impl Pipeline {
     pub(super) fn judge(
         &mut self,
         position: Position,
-        message: &Message,
         stream: usize,
         reading: &mut Reading,
         taken: &mut usize,
@@ -37,9 +39,14 @@ impl Pipeline {
         if bytes > self.row_bytes_max {
             return Err(("too_large", format!("its values take {bytes} bytes, a row at most {}", self.row_bytes_max)));
         }
+        // A reading that has its own time is not to blame for a gateway that does not know it.
+        let arrival_us = match self.told.is_guess() {
+            true => reading.ts.min(self.now_us.saturating_add(GUESS_OFF_MAX_US)),
+            false => self.now_us,
+        };
         let (clock, own) = (self.clock.listened_us, &mut self.streams[stream]);
         let watermark = own.windows.watermark();
-        let mut outcome = own.judge.judge(reading, message.arrival_us, clock, watermark, &mut self.quality)?;
+        let mut outcome = own.judge.judge(reading, arrival_us, clock, watermark, &mut self.quality)?;
         if let Outcome::Keep { back, made_up } = &mut outcome {
             *taken += reading.device.len() + bytes;
             let in_windows = own.fill_in_windows;

@@ -71,7 +71,7 @@ impl Pipeline {
         self.quarantine(
             position,
             &Row {
-                ts: message.arrival_us,
+                ts: self.now_us,
                 device: rejected.device.as_deref(),
                 stream: stream.as_ref().map(|name| name.as_str()),
                 source: &message.source,
@@ -97,7 +97,7 @@ impl Pipeline {
         self.quarantine(
             position,
             &Row {
-                ts: message.arrival_us,
+                ts: self.now_us,
                 device: None,
                 stream: Some(stream.as_str()),
                 source: &message.source,

@@ -18,6 +18,7 @@ use wire::{Seq, SpoolId, StreamName};
 use super::judging::Clock;
 use super::output::Output;
 use super::{Counters, Pipeline, Source};
+use crate::clock::Told;
 use crate::config::Settings;
 use crate::decode::Births;
 use crate::places::Places;
@@ -58,6 +59,9 @@ struct Meta {
     births: BTreeMap<String, Births>,
     #[serde(default)]
     clock: Clock,
+    /// Missing in a snapshot of an agent that believed the gateway's clock.
+    #[serde(default)]
+    told: Told,
 }
 
 /// A stream that changed its lane when the new one stood at `lane_at`: its rows below `has` are in the spool.
@@ -96,6 +100,7 @@ impl Pipeline {
             places: self.places.clone(),
             births: self.sources.iter().filter_map(births).collect(),
             clock: self.clock,
+            told: self.told.clone(),
         };
         let mut out = vec![VERSION];
         let mut section = |bytes: &[u8]| {
@@ -156,6 +161,7 @@ impl Pipeline {
             }
         }
         pipeline.clock = meta.clock;
+        pipeline.told = meta.told;
         while !bytes.is_empty() {
             let name = section(&mut bytes)?;
             let windows = section(&mut bytes)?;
@@ -203,7 +209,7 @@ impl Pipeline {
     }
 }
 
-/// What sources need to know of a state: where the journal stood, what it had of each client and of each file, and counters.
+/// What a start needs to know of a state: where the journal stood, what it had of each client and of each file, counters.
 ///
 /// # Errors
 /// When the bytes are none that [`Pipeline::snapshot`] made.

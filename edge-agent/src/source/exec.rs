@@ -19,8 +19,8 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 
+use super::SourceState;
 use super::lines::{Line, Splitter};
-use super::{SourceState, now_us};
 use crate::config::ExecSettings;
 use crate::entry::{Entry, Message, Payload};
 use crate::journal::{Closed, JournalSender};
@@ -173,7 +173,7 @@ impl Exec {
         if matches!(&line.payload, Payload::Whole(text) if text.iter().all(u8::is_ascii_whitespace)) {
             return Ok(());
         }
-        let arrival_us = now_us();
+        let arrival_us = self.journal.now_us();
         let entry = Entry::Message(Message {
             source: self.settings.name.clone(),
             topic: self.settings.name.clone(),
@@ -263,7 +263,7 @@ mod tests {
             let options = Options { segment_bytes: 8 << 10, max_bytes: journal_bytes, reserve_bytes: 64 };
             let open = OpenJournal::open(directory.path().join("journal"), options).unwrap().0;
             let reader = open.reader(Position(0)).unwrap();
-            let journal = open.run(Duration::from_millis(1)).unwrap();
+            let journal = open.run(Duration::from_millis(1), std::sync::Arc::default()).unwrap();
             let (state, token) = (Arc::new(SourceState::default()), CancellationToken::new());
             let exec = Exec { settings: settings(script), journal: journal.sender(), state: Arc::clone(&state) };
             let task = tokio::spawn(exec.run(token.clone()));

@@ -29,8 +29,8 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use self::rotation::{Part, id_of};
+use super::SourceState;
 use super::lines::{Line, Splitter};
-use super::{SourceState, now_us};
 use crate::config::FileSettings;
 use crate::entry::{Entry, Message, Payload, Place};
 use crate::journal::JournalSender;
@@ -270,7 +270,7 @@ impl Reader {
         };
         let Follow { settings, journal, state, place: known } = &mut self.follow;
         let name = settings.path.file_name().map(|name| name.to_string_lossy().into_owned());
-        let arrival_us = now_us();
+        let arrival_us = journal.now_us();
         let entry = Entry::Line {
             place,
             message: Message {

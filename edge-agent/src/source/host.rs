@@ -217,7 +217,7 @@ mod tests {
         let options = Options { segment_bytes: 8 << 10, max_bytes: 16 << 10, reserve_bytes: 64 };
         let open = OpenJournal::open(directory.path().join("journal"), options).unwrap().0;
         let mut reader = open.reader(Position(0)).unwrap();
-        let journal = open.run(Duration::from_millis(1)).unwrap();
+        let journal = open.run(Duration::from_millis(1), std::sync::Arc::default()).unwrap();
         let mut filler = journal.sender();
         while !journal.is_full() {
             // Until it is full there is room in its queue.

@@ -33,7 +33,7 @@ use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use super::{SourceState, now_us};
+use super::SourceState;
 use crate::config::HttpSettings;
 use crate::entry::{Entry, Message, Payload};
 use crate::journal::{JournalSender, TryAppendError};
@@ -258,19 +258,19 @@ impl Source {
 
     /// Answers when the message is durable.
     async fn store(&self, topic: String, body: Bytes) -> Result<&'static str, Refused> {
-        let arrival_us = now_us();
-        let entry = Entry::Message(Message {
-            source: self.settings.name.clone(),
-            topic,
-            payload: Payload::Whole(body),
-            arrival_us,
-            delivery: None,
-        });
-        let (ticket, mut durable) = {
+        let (arrival_us, ticket, mut durable) = {
             let mut journal = self.journal.lock();
             let Some(journal) = journal.as_mut() else {
                 return Err(Refused(StatusCode::SERVICE_UNAVAILABLE, "the source is being changed"));
             };
+            let arrival_us = journal.now_us();
+            let entry = Entry::Message(Message {
+                source: self.settings.name.clone(),
+                topic,
+                payload: Payload::Whole(body),
+                arrival_us,
+                delivery: None,
+            });
             let ticket = journal.try_append(&entry).map_err(|error| match error {
                 TryAppendError::Full => {
                     self.state.error("the journal is full: callers are told to come again".to_owned());
@@ -279,9 +279,8 @@ impl Source {
                 TryAppendError::Closed(_) => Refused(StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping"),
             })?;
             self.state.received.fetch_add(1, Ordering::Relaxed);
-            (ticket, journal.durable())
+            (arrival_us, ticket, journal.durable())
         };
-        drop(entry);
         self.state.last_arrival_us.store(arrival_us, Ordering::Relaxed);
         match tokio::time::timeout(self.settings.timeout.0, durable.wait_for(|durable| *durable >= ticket)).await {
             Ok(Ok(_)) => {

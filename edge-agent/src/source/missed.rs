@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::{SourceState, now_us};
+use super::SourceState;
 use crate::entry::{Entry, Message, Payload};
 use crate::journal::{Closed, JournalSender, TryAppendError};
 
@@ -38,7 +38,7 @@ impl Giver {
 
     /// Gives a message that has just come, or counts it.
     pub(super) fn give(&mut self, payload: Bytes, state: &SourceState) -> Result<(), Closed> {
-        let (arrival_us, bytes) = (now_us(), payload.len() as u64);
+        let (arrival_us, bytes) = (self.journal.now_us(), payload.len() as u64);
         if let Some(count) = &self.missed {
             match self.journal.try_append(&count.entry(&self.source)) {
                 Ok(_) => {

@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 pub use self::client::TlsError;
 use self::client::{Client, Event, EventLoop, Publish};
 use self::subscriptions::Change;
-use super::{SourceState, now_us};
+use super::SourceState;
 use crate::config::MqttSettings;
 use crate::entry::HEAD_BYTES;
 use crate::entry::{Delivery, Entry, Message, Payload};
@@ -154,6 +154,7 @@ impl Run {
         token: &CancellationToken,
     ) -> Result<Turn, Closed> {
         let drains = self.connection.task == Task::Drain;
+        let state = Arc::clone(&self.connection.state);
         let event = {
             // It is kept over acknowledgements: dropping it would end a connection that is just being made.
             let mut next = pin!(events.next());
@@ -171,6 +172,7 @@ impl Run {
                             return Ok(Turn::Quiet);
                         }
                     }
+                    () = state.commanded.notified(), if self.connected && !drains => self.tell(),
                     () = token.cancelled() => return Ok(Turn::More),
                 }
             }
@@ -201,6 +203,16 @@ impl Run {
         }
         self.acknowledge(*durable.borrow());
         Ok(Turn::More)
+    }
+
+    /// Publishes what the pipeline asks for. What finds no room is asked for again.
+    fn tell(&self) {
+        let state = &self.connection.state;
+        for command in state.take_commands() {
+            let sent = self.client.tell(&command.topic, command.payload);
+            state.commands_sent.fetch_add(u64::from(sent), Ordering::Relaxed);
+            tracing::info!(source = %self.connection.settings.name, topic = command.topic, sent, "asked for a birth");
+        }
     }
 
     /// When a client that is drained has waited long enough for something more.
@@ -280,7 +292,7 @@ impl Run {
 
     async fn message(&mut self, mut publish: Publish, token: &CancellationToken) -> Result<(), Closed> {
         let Connection { settings, client, known, journal, state, .. } = &mut self.connection;
-        let arrival_us = now_us();
+        let arrival_us = journal.now_us();
         self.heard_at = Instant::now();
         state.last_arrival_us.store(arrival_us, Ordering::Relaxed);
         let id = publish.packet_id();

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::now_us;
 use crate::entry::Entry;
 use crate::journal::{JournalSender, TryAppendError};
 
@@ -20,7 +19,7 @@ pub async fn run(every: Duration, mut journal: JournalSender, token: Cancellatio
             _ = ticks.tick() => {}
             () = token.cancelled() => return,
         }
-        match journal.try_append(&Entry::Tick { now_us: now_us() }) {
+        match journal.try_append(&Entry::Tick { now_us: journal.now_us() }) {
             Ok(_) | Err(TryAppendError::Full) => {}
             Err(TryAppendError::Closed(_)) => return,
         }

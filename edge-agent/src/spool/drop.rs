@@ -11,23 +11,29 @@ use wire::{Seq, StreamSchema};
 
 use super::record::{self, Place};
 use super::{Spool, SpoolError, Waiting, losses};
+use crate::clock::Step;
 
 /// Batches that one `dropped` record names at most, so that it fits in the reserve.
 pub(super) const DROPPED_MAX: usize = 512;
 
 impl<L: FileLayer> Spool<L> {
     /// Drops what waits for longer than its lane's `max_age`; true when there may be more. What was sealed when the clock
-    /// stood before 2000 has no age.
+    /// stood before 2000, or was not known, has no age; and nothing ages by a step of the clock.
     ///
     /// # Errors
     /// When the disk fails.
-    pub fn drop_aged(&mut self, now_us: i64) -> Result<bool, SpoolError> {
+    pub fn drop_aged(&mut self, now_us: i64, steps: &[Step]) -> Result<bool, SpoolError> {
         let mut more = false;
         for lane in 0..self.lanes.len() {
             let Some(max_age_us) = self.lanes[lane].settings.max_age_us else { continue };
-            let until = now_us.saturating_sub(max_age_us);
-            let is_young = |waiting: &&Waiting| (until..record::SEALED_UNKNOWN).contains(&waiting.sealed_us);
-            let is_old = |waiting: &&Waiting| (wire::TS_MIN_US..until).contains(&waiting.sealed_us);
+            let age = |waiting: &Waiting| {
+                let sealed_us = waiting.sealed_us;
+                let since = steps.iter().filter(|step| step.before_us >= sealed_us).map(|step| step.by_us);
+                let age_us = now_us.saturating_sub(sealed_us).saturating_sub(since.fold(0, i64::saturating_add));
+                (wire::TS_MIN_US..record::SEALED_UNKNOWN).contains(&sealed_us).then_some(age_us)
+            };
+            let is_young = |waiting: &&Waiting| age(waiting).is_some_and(|age_us| age_us <= max_age_us);
+            let is_old = |waiting: &&Waiting| age(waiting).is_some_and(|age_us| age_us > max_age_us);
             let streams = self.lanes[lane].waiting.iter().filter(|(stream, _)| stream.as_str() != own::LOSSES);
             let old = streams.flat_map(|(_, all)| all.iter().take_while(|one| !is_young(one)).filter(is_old));
             let victims = old.take(DROPPED_MAX).cloned().collect::<Vec<_>>();

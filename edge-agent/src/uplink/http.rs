@@ -6,17 +6,19 @@
 //! text for people. The token is sent and never shown.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use chrono::DateTime;
 use parking_lot::Mutex;
-use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
+use reqwest::header::{AUTHORIZATION, DATE, HeaderMap, HeaderValue};
 use reqwest::{Certificate, Client, RequestBuilder, StatusCode, redirect};
 use url::Url;
 use wire::request::{KIND_BATCH, KIND_SCHEMA, push_frame};
 use wire::{Acks, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId};
 
 use super::state::Failure;
+use crate::clock::Clock;
 use crate::config::CloudSettings;
 
 /// The longest answer that is read.
@@ -58,6 +60,8 @@ pub struct CloudClient {
     parts: Arc<ClientParts>,
     urls: Vec<Url>,
     edge: EdgeId,
+    /// Hears what time it is.
+    clock: Option<Arc<Clock>>,
 }
 
 /// The connections that are kept.
@@ -114,7 +118,13 @@ impl CloudClient {
         let headers = HeaderMap::from_iter([(AUTHORIZATION, value)]);
         let parts = Arc::new(ClientParts { headers, timeout: settings.timeout.0, certificates });
         let connections = Arc::new(Mutex::new(Connections { client: parts.client()?, given_up: 0 }));
-        Ok(Self { connections, parts, urls: settings.urls.clone(), edge: edge.clone() })
+        Ok(Self { connections, parts, urls: settings.urls.clone(), edge: edge.clone(), clock: None })
+    }
+
+    /// The same; the clock hears what time it is from each answer with acks.
+    #[must_use]
+    pub fn with_clock(self, clock: Arc<Clock>) -> Self {
+        Self { clock: Some(clock), ..self }
     }
 
     /// The addresses, in order of preference.
@@ -131,7 +141,7 @@ impl CloudClient {
         address.set_query(Some(&format!("spool={spool}")));
         let client = self.connections.lock().client.clone();
         let response = client.get(address).send().await.map_err(|error| causes(&error))?;
-        let date = response.headers().get(reqwest::header::DATE).and_then(|date| date.to_str().ok());
+        let date = response.headers().get(DATE).and_then(|date| date.to_str().ok());
         Ok((response.status(), date.map(str::to_owned)))
     }
 
@@ -159,8 +169,17 @@ impl CloudClient {
             let connections = self.connections.lock();
             (request(&connections.client), connections.given_up)
         };
+        let asked_us = self.clock.as_ref().map(|clock| clock.monotonic_us());
         match exchange(request).await {
-            Ok((status, text)) => answer(status, &text),
+            Ok(Answered { status, date_s, answered_at, text }) => {
+                let answer = answer(status, &text);
+                if let (Some(clock), Some(asked_us), Some(date_s), Ok(_)) = (&self.clock, asked_us, date_s, &answer) {
+                    // The date was written before the body.
+                    let since_us = i64::try_from(answered_at.elapsed().as_micros()).unwrap_or(i64::MAX);
+                    clock.heard(date_s, asked_us, clock.monotonic_us().saturating_sub(since_us));
+                }
+                answer
+            }
             Err(error) => {
                 if error.is_timeout() {
                     self.give_up(given_up);
@@ -203,16 +222,29 @@ fn link(text: String) -> Failed {
     Failed { failure: Failure::Link, text, acks: None }
 }
 
+/// An answer, whatever it says.
+struct Answered {
+    status: StatusCode,
+    /// s since 1970 UTC.
+    date_s: Option<i64>,
+    /// When its head had come.
+    answered_at: Instant,
+    text: Vec<u8>,
+}
+
 /// Sends a request and reads the answer, not much further than it may be long.
-async fn exchange(request: RequestBuilder) -> reqwest::Result<(StatusCode, Vec<u8>)> {
+async fn exchange(request: RequestBuilder) -> reqwest::Result<Answered> {
     let mut response = request.send().await?;
+    let answered_at = Instant::now();
+    let date = response.headers().get(DATE).and_then(|date| date.to_str().ok());
+    let date_s = date.and_then(|date| DateTime::parse_from_rfc2822(date).ok()).map(|date| date.timestamp());
     let mut text = Vec::new();
     while text.len() <= ANSWER_BYTES_MAX
         && let Some(part) = response.chunk().await?
     {
         text.extend_from_slice(&part);
     }
-    Ok((response.status(), text))
+    Ok(Answered { status: response.status(), date_s, answered_at, text })
 }
 
 fn answer(status: StatusCode, text: &[u8]) -> Result<Acks, Failed> {

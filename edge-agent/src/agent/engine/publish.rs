@@ -12,7 +12,8 @@ use super::super::status::{
     ConfigurationStatus, JournalStatus, LaneStatus, LastValue, RowsStatus, RuleStatus, SourceStatus, Status,
     StreamStatus, UplinkStatus,
 };
-use super::{Engine, now_us};
+use super::Engine;
+use crate::clock::ClockStatus;
 use crate::decode::Value;
 use crate::pipeline::{AGENT_VERSION, LaneCut, Pipeline};
 
@@ -23,6 +24,10 @@ impl Engine {
         let parts = &self.parts;
         let counters = parts.pipeline.counters();
         let load = |value: &AtomicU64| value.load(Ordering::Relaxed);
+        let clock = parts.journal.clock().status();
+        let now_us = clock.time_us;
+        // From what arrivals carry.
+        let correction_us = now_us.saturating_sub(parts.journal.clock().now_us());
         let mut sources = Vec::new();
         for (name, state) in &parts.sources {
             let mut totals = counters.sources.get(name).copied().unwrap_or_default();
@@ -35,13 +40,16 @@ impl Engine {
                 received,
                 rate: self.rates.of(&format!("source {name}"), received, self.published),
                 totals,
-                last_arrival_us: state.last_arrival_us.load(Ordering::Relaxed),
+                last_arrival_us: match state.last_arrival_us.load(Ordering::Relaxed) {
+                    0 => 0,
+                    us => us.saturating_add(correction_us),
+                },
                 last_error: state.last_error.lock().clone(),
                 address: *state.address.lock(),
+                commands_sent: load(&state.commands_sent),
             });
         }
         let spooled = parts.spool.rows_of_streams();
-        let now_us = now_us();
         let mut streams = Vec::new();
         for (name, watermark, pending) in parts.pipeline.streams() {
             let totals = counters.streams.get(name).copied().unwrap_or_default();
@@ -119,7 +127,8 @@ impl Engine {
                 ..parts.configuration.lock().clone()
             },
             quarantined: counters.reasons.clone(),
-            problems: self.problems(),
+            problems: self.problems(&clock),
+            clock,
             incidents: parts.incidents.clone(),
             rules: parts.pipeline.rules().map(RuleStatus::from).collect(),
             publisher: parts.outbox.as_ref().map(|outbox| outbox.status()),
@@ -127,14 +136,40 @@ impl Engine {
         *parts.status.lock() = status;
     }
 
-    fn problems(&self) -> Vec<String> {
+    fn problems(&self, clock: &ClockStatus) -> Vec<String> {
+        let max_s = self.parts.settings.clock.max_skew.0.as_secs_f64();
+        let time = match (clock.by, clock.waits_s) {
+            (Some(_), _) if clock.machine_ahead_s.abs() > max_s => Some(format!(
+                "the machine's clock is {:.1} s ahead of the time that is known: the agent goes by that; start NTP \
+                 (timedatectl set-ntp true)",
+                clock.machine_ahead_s
+            )),
+            (Some(_), _) => None,
+            (None, Some(waits_s)) => Some(format!(
+                "nobody says what time it is, neither NTP nor the cloud: all that comes waits in the journal, for \
+                 {waits_s:.0} s more at most"
+            )),
+            (None, None) => Some(
+                "nobody says what time it is, neither NTP nor the cloud: readings that are stamped by their arrival \
+                 have quality `clock`"
+                    .to_owned(),
+            ),
+        };
+        let skew = clock.skew_s.filter(|_| clock.is_off && time.is_none()).map(|skew_s| {
+            format!("the machine's clock is {skew_s:.1} s ahead of the cloud's, more than max_skew; start NTP")
+        });
         let lanes = self.parts.spool.lanes().enumerate();
         let full = lanes.filter(|(index, _)| self.full_lanes.contains(index));
         let full = full.map(|(_, lane)| format!("lane {} is full", lane.name));
         let journal = self.parts.journal.is_full().then(|| "the journal is full".to_owned());
         let snapshot = self.no_snapshot.as_ref().map(|(text, _)| text.clone());
         let fork = "a new spool finds no room on the disk: nothing is sent until it does";
-        full.chain(journal).chain(snapshot).chain(self.forking.map(|_| fork.to_owned())).collect()
+        full.chain(journal)
+            .chain(time)
+            .chain(skew)
+            .chain(snapshot)
+            .chain(self.forking.map(|_| fork.to_owned()))
+            .collect()
     }
 }
 

@@ -1,4 +1,5 @@
 mod change;
+mod clock;
 
 use std::os::unix::fs::symlink;
 
@@ -9,6 +10,7 @@ use super::super::Recovered;
 mod links;
 
 use super::*;
+use crate::clock::{Machine, Time};
 use crate::config::Settings;
 use crate::entry::{Message, Payload};
 use crate::uplink::link::Link;
@@ -31,16 +33,20 @@ fn text(directory: &Path, more: &str) -> String {
         "[edge]\nid = \"e\"\ndata_dir = {directory:?}\n[cloud]\nurls = [\"http://127.0.0.1:9\"]\ntoken = \"t\"\n\
          [[source]]\nkind = \"mqtt\"\nurl = \"mqtt://h\"\ntopics = [\"#\"]\nstream = \"s\"\nmax_payload = \"16KiB\"\n\
          [source.map]\ndevice = \"const:d\"\nv = \"/v\"\n[stream.s.fields]\nv = {{ type = \"int64\" }}\n\
-         [cut]\nseal_min = \"1ms\"\nseal_max = \"1ms\"\nseal_away = \"1ms\"\n{more}"
+         [clock]\ntrust = \"always\"\n[cut]\nseal_min = \"1ms\"\nseal_max = \"1ms\"\nseal_away = \"1ms\"\n{more}"
     )
 }
 
 fn start(settings: &Settings) -> Driven {
+    start_by(settings, Box::new(Machine::new()))
+}
+
+fn start_by(settings: &Settings, time: Box<dyn Time>) -> Driven {
     // Another test may have done it.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = Runtime::new().unwrap();
     let cloud = CloudClient::new(&settings.cloud, &settings.edge.id).unwrap();
-    let recovered = Recovered::open(settings).unwrap();
+    let recovered = Recovered::open(settings, time).unwrap();
     // It closes at once: tests give orders themselves.
     let (_, orders) = mpsc::channel(1);
     let (parts, _) = recovered.into_parts(settings, cloud, Arc::default(), orders);
@@ -262,7 +268,7 @@ fn a_stream_and_a_lane_tell_their_rate_lag_and_last_error() {
     let stream = status.streams.iter().find(|stream| stream.name == "s").unwrap();
     assert!(stream.rate > 0.0 && stream.uncommitted == 2, "{stream:?}");
     assert!(stream.last_error.as_ref().unwrap().starts_with("wrong_type: "), "{stream:?}");
-    let behind = (now_us() - stream.watermark_us.unwrap()) as f64 / 1e6;
+    let behind = (driven.engine.parts.journal.clock().best_us() - stream.watermark_us.unwrap()) as f64 / 1e6;
     assert!((stream.lag_s.unwrap() - behind).abs() < 60.0, "{stream:?}");
     let quarantine = status.streams.iter().find(|stream| stream.name == "quarantine").unwrap();
     assert!(quarantine.rate > 0.0 && quarantine.rate < stream.rate, "{quarantine:?}");
@@ -270,5 +276,35 @@ fn a_stream_and_a_lane_tell_their_rate_lag_and_last_error() {
     assert!(status.lanes[1].bytes_written > lane && status.lanes[1].rate > 0.0, "{:?}", status.lanes);
     let metrics = crate::metrics::render(&status);
     assert!(metrics.contains("weir_edge_stream_rows_uncommitted{stream=\"s\"} 2"), "{metrics}");
+    driven.stop();
+}
+
+#[test]
+fn a_node_that_nobody_knows_is_asked_for_its_birth_once_also_over_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let more = "[[source]]\nkind = \"mqtt\"\nname = \"bus\"\nurl = \"mqtt://h\"\ntopics = [\"spBv1.0/#\"]\nstream = \"s\"\n\
+                format = \"sparkplug\"\nmax_payload = \"16KiB\"\n[source.map]\ndevice = \"/id\"\nv = \"/metrics/v\"\n";
+    let settings = settings(directory.path(), more);
+    let asked = |driven: &Driven| {
+        let (_, bus) = driven.engine.parts.sources.iter().find(|(name, _)| name == "bus").unwrap();
+        bus.take_commands().into_iter().map(|command| command.topic).collect::<Vec<_>>()
+    };
+    let mut driven = start(&settings);
+    for _ in 0..2 {
+        // A time, and nothing else.
+        let payload = Payload::Whole(Bytes::from_static(&[8, 1]));
+        let (source, topic, arrival_us) = ("bus".to_owned(), "spBv1.0/g/NDATA/n".to_owned(), 1_700_000_000_000_000);
+        let message = Entry::Message(Message { source, topic, payload, arrival_us, delivery: None });
+        let ticket = driven.sender.try_append(&message).unwrap();
+        let mut durable = driven.sender.durable();
+        driven.runtime.block_on(durable.wait_for(|durable| *durable >= ticket)).unwrap();
+    }
+    driven.settle();
+    assert_eq!(asked(&driven), ["spBv1.0/g/NCMD/n"]);
+    driven.stop();
+    let mut driven = start(&settings);
+    assert!(driven.message("{\"v\":1}"));
+    driven.settle();
+    assert_eq!(asked(&driven), [""; 0], "the run before has asked");
     driven.stop();
 }

@@ -32,7 +32,7 @@ fn file(directory: &Path, n: usize) -> String {
     );
     format!(
         "[edge]\nid = \"e\"\ndata_dir = {:?}\n[admin]\nlisten = \"127.0.0.1:0\"\n[cloud]\nurls = [\"http://127.0.0.1:9\"]\n\
-         token = \"t\"\n{}{}{}[stream.t.fields]\nv = {{ type = \"int64\" }}\n[stream.s]\nlateness = \"0s\"\n[stream.s.fields]\n\
+         token = \"t\"\n[clock]\ntrust = \"always\"\n{}{}{}[stream.t.fields]\nv = {{ type = \"int64\" }}\n[stream.s]\nlateness = \"0s\"\n[stream.s.fields]\n\
          v = {{ type = \"int64\", max = {} }}\n[stream.s.window.1s]\nsize = \"1s\"\n{}",
         directory.join("data"),
         http("in"),

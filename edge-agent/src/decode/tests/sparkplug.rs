@@ -163,6 +163,13 @@ fn a_gap_asks_for_the_birth_and_loses_nothing() {
 }
 
 #[test]
+fn nobody_is_asked_when_the_configuration_says_so() {
+    let source = "format = \"sparkplug\"\noptions = { rebirth = false }";
+    let mut host = Host { decoder: decoder(source, MAP), now_us: ARRIVAL };
+    assert_eq!(host.take("g/NDATA/n", &payload(Some(17), &[temp(1.0)])), ["unknown_alias"]);
+}
+
+#[test]
 fn what_was_never_born_is_asked_for() {
     let mut host = Host::new(MAP);
     let known = metric("Temp/Inlet", 0, DOUBLE, Is::Double(1.5));

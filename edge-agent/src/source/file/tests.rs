@@ -67,7 +67,7 @@ impl Place {
             places.apply(&Entry::read(Bytes::copy_from_slice(record.payload)).unwrap());
         }
         let reader = open.reader(Position(0)).unwrap();
-        let journal = open.run(Duration::from_millis(1)).unwrap();
+        let journal = open.run(Duration::from_millis(1), std::sync::Arc::default()).unwrap();
         let (state, token) = (Arc::new(SourceState::default()), CancellationToken::new());
         let place = places.0.get("f").copied();
         let settings = settings(&self.path, self.more);

@@ -40,7 +40,7 @@ impl Door {
         let options = Options { segment_bytes: 8 << 10, max_bytes: journal_bytes, reserve_bytes: 64 };
         let open = OpenJournal::open(directory.path().join("journal"), options).unwrap().0;
         let reader = open.reader(Position(0)).unwrap();
-        let journal = open.run(Duration::from_millis(1)).unwrap();
+        let journal = open.run(Duration::from_millis(1), std::sync::Arc::default()).unwrap();
         let (state, token) = (Arc::new(SourceState::default()), CancellationToken::new());
         let settings = settings(more);
         let listen = settings.listen;

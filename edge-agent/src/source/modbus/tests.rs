@@ -71,7 +71,7 @@ impl Run {
         let options = Options { segment_bytes: 8 << 10, max_bytes: 1 << 20, reserve_bytes: 64 };
         let open = OpenJournal::open(directory.path().join("journal"), options).unwrap().0;
         let reader = open.reader(Position(0)).unwrap();
-        let journal = open.run(Duration::from_millis(1)).unwrap();
+        let journal = open.run(Duration::from_millis(1), std::sync::Arc::default()).unwrap();
         let (state, token) = (Arc::new(SourceState::default()), CancellationToken::new());
         let poll = Poll { settings, marks, journal: journal.sender(), state: Arc::clone(&state) };
         let task = tokio::spawn(poll.run(token.clone()));

@@ -270,6 +270,16 @@ impl Client {
         }
     }
 
+    /// At QoS 0, once at most. False: no room.
+    pub(super) fn tell(&self, topic: &str, payload: Vec<u8>) -> bool {
+        match self {
+            Self::V4(client) => client.try_publish(topic, rumqttc::QoS::AtMostOnce, false, payload).is_ok(),
+            Self::V5(client) => {
+                client.try_publish(topic.to_owned(), v5::mqttbytes::QoS::AtMostOnce, false, payload).is_ok()
+            }
+        }
+    }
+
     pub(crate) fn disconnect(&self) {
         match self {
             Self::V4(client) => drop(client.try_disconnect()),

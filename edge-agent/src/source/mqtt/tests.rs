@@ -76,6 +76,10 @@ async fn broker(listener: &TcpListener, has_session: bool, answers: usize, told:
                 }
             }
             4 => told.send("acknowledge".to_owned()).unwrap(),
+            3 => {
+                let (topic, payload) = body[2..].split_at(usize::from(u16::from_be_bytes([body[0], body[1]])));
+                told.send(format!("{} {payload:?}", String::from_utf8_lossy(topic))).unwrap();
+            }
             _ => {}
         }
     }
@@ -97,7 +101,7 @@ fn journal(directory: &Path) -> (Journal, Known) {
     let options = Options { segment_bytes: 8 << 10, max_bytes: 1 << 20, reserve_bytes: 64 };
     let open = OpenJournal::open(directory.join("journal"), options).unwrap().0;
     let known = Known(open.reader(Position(0)).unwrap(), Lists::default());
-    (open.run(Duration::from_millis(1)).unwrap(), known)
+    (open.run(Duration::from_millis(1), std::sync::Arc::default()).unwrap(), known)
 }
 
 #[tokio::test]
@@ -146,4 +150,37 @@ async fn a_topic_that_left_the_configuration_is_unsubscribed_until_the_broker_sa
     check("\"c\"", true, 9, &["subscribe c"], &["c"]).await;
     // A new session has no subscriptions: there is nothing to take back.
     check("\"d\"", false, 9, &["subscribe d"], &["d"]).await;
+}
+
+#[tokio::test]
+async fn what_a_decoder_asks_for_is_published_when_the_broker_is_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let (journal, mut known) = journal(directory.path());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (token, state) = (CancellationToken::new(), Arc::new(SourceState::default()));
+    let command = |node: &str| crate::decode::Command { topic: format!("spBv1.0/g/NCMD/{node}"), payload: vec![7] };
+    // Before it is connected.
+    state.command(command("early"));
+    let connection = Connection {
+        settings: settings(port, "\"spBv1.0/#\""),
+        client: CLIENT.to_owned(),
+        journal: journal.sender(),
+        known: known.read(),
+        state: Arc::clone(&state),
+        task: Task::Collect,
+    };
+    let run = tokio::spawn(connection.run(token.clone()));
+    let (told, mut heard) = mpsc::unbounded_channel();
+    let serve = broker(&listener, false, 9, told);
+    let follow = async {
+        assert_eq!(heard.recv().await.unwrap(), "subscribe spBv1.0/#");
+        assert_eq!(heard.recv().await.unwrap(), "spBv1.0/g/NCMD/early [7]");
+        state.command(command("n"));
+        assert_eq!(heard.recv().await.unwrap(), "spBv1.0/g/NCMD/n [7]");
+        token.cancel();
+        run.await.unwrap().unwrap();
+    };
+    tokio::join!(serve, follow);
+    assert_eq!(state.commands_sent.load(Ordering::Relaxed), 2);
 }

@@ -152,7 +152,7 @@ fn what_waits_for_too_long_is_dropped_and_told_once_an_hour() {
     for n in 0..60_u64 {
         let now_us = start_us + n as i64 * MINUTE_US;
         cut(&mut spool, n + 2, true, now_us).unwrap();
-        while spool.drop_aged(now_us).unwrap() {}
+        while spool.drop_aged(now_us, &[]).unwrap() {}
         if n == 30 {
             spool.number(1, &traffic(), 1).unwrap();
             drop(spool);

@@ -12,7 +12,7 @@ use wire::{CutBatch, StreamSchema};
 
 use super::*;
 
-type Rows = BTreeMap<String, Vec<String>>;
+pub(super) type Rows = BTreeMap<String, Vec<String>>;
 
 /// One of 64 configurations.
 fn configuration(directory: &Path, which: u8) -> Settings {
@@ -26,7 +26,7 @@ fn configuration(directory: &Path, which: u8) -> Settings {
     };
     let other = "[stream.t.fields]\nv = { type = \"int64\" }\n[stream.t.window.4s]\nsize = \"4s\"\n";
     let text = format!(
-        "[edge]\nid = \"e\"\ndata_dir = {directory:?}\n[cloud]\nurls = [\"http://127.0.0.1:9\"]\ntoken = \"t\"\n{}{}{other}\
+        "[edge]\nid = \"e\"\ndata_dir = {directory:?}\n[cloud]\nurls = [\"http://127.0.0.1:9\"]\ntoken = \"t\"\n[clock]\ntrust = \"always\"\n{}{}{other}\
          [stream.s]\nlateness = \"{}\"\nreopen_within = \"60s\"\n{}\n[stream.s.fields]\nv = {{ type = \"int64\", max = {max} }}\n\
          [stream.s.window.stays]\nsize = \"7s\"\n{}{}{}\
          [[rule]]\nname = \"high\"\non = \"s\"\nwhen = \"v > {}\"\n[cut]\nseal_min = \"1ms\"\nseal_max = \"1ms\"\n",
@@ -42,7 +42,7 @@ fn configuration(directory: &Path, which: u8) -> Settings {
     Settings::parse(&text).unwrap()
 }
 
-fn add(rows: &mut Rows, stream: &StreamName, batch: &arrow_array::RecordBatch) {
+pub(super) fn add(rows: &mut Rows, stream: &StreamName, batch: &arrow_array::RecordBatch) {
     let plain = |column: &ArrayRef| match column.data_type() {
         DataType::Timestamp(..) => cast(column, &DataType::Int64).unwrap(),
         _ => Arc::clone(column),
@@ -54,7 +54,7 @@ fn add(rows: &mut Rows, stream: &StreamName, batch: &arrow_array::RecordBatch) {
 }
 
 /// All rows of the spool of a data directory.
-fn spooled(directory: &Path, settings: &Settings) -> Rows {
+pub(super) fn spooled(directory: &Path, settings: &Settings) -> Rows {
     let settings = super::super::super::spool_settings(settings);
     let (mut spool, damage) = Spool::open(&Disk, &spool_directory(directory), settings, SpoolId([0; 16])).unwrap();
     assert!(damage.is_empty(), "{damage:?}");
