@@ -616,7 +616,7 @@ mod tests {
     #[tokio::test]
     async fn an_entry_that_comes_alone_waits_for_nothing_and_the_next_ones_share_a_sync() {
         let directory = tempfile::tempdir().unwrap();
-        let journal = open(directory.path(), 1 << 20).run(Duration::from_secs(3_600)).unwrap();
+        let journal = open(directory.path(), 1 << 20).run(Duration::from_secs(3_600), Arc::default()).unwrap();
         let mut sender = journal.sender();
         let mut durable = sender.durable();
         sender.append(&entry("alone")).await.unwrap();
