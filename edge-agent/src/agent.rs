@@ -33,8 +33,8 @@ use self::intake::Intake;
 use self::reload::{Reload, Watch};
 pub use self::snapshot_file::SnapshotFileError;
 pub use self::status::{
-    ConfigurationStatus, JournalStatus, LaneStatus, LastValue, RowsStatus, RuleStatus, SourceStatus, Status,
-    StreamStatus, UplinkStatus,
+    ConfigurationStatus, FiringStatus, JournalStatus, LaneStatus, LastValue, RowsStatus, RuleStatus, SourceStatus,
+    Status, StreamStatus, UplinkStatus,
 };
 use crate::admin;
 use crate::clock::{self, Clock, Machine, Time, Told};

@@ -368,16 +368,14 @@ impl Rules {
         std::mem::take(&mut self.out)
     }
 
-    /// What fires and was told, as it was told.
-    pub fn firing(&self) -> Vec<Transition> {
-        let mut all = Vec::new();
-        for input in &self.inputs {
-            for (device, entry) in &input.devices {
-                let told = entry.alerts.iter().filter(|alert| alert.announced);
-                all.extend(told.map(|alert| input.as_it_stands(device, alert)).filter(Transition::is_told));
-            }
-        }
-        all
+    /// What fires in earnest, as it was found, whether or not anybody is told.
+    pub fn firing(&self) -> impl Iterator<Item = Transition> {
+        self.inputs.iter().flat_map(|input| {
+            input.devices.iter().flat_map(move |(device, entry)| {
+                let announced = entry.alerts.iter().filter(|alert| alert.announced);
+                announced.map(move |alert| input.as_it_stands(device, alert))
+            })
+        })
     }
 
     /// The rules as they stand.

@@ -32,9 +32,12 @@ pub(super) fn render(status: &Status, now_us: i64) -> String {
     page.list("What does not go on for now", &status.problems);
     page.sources(status, now_us);
     page.streams(status, now_us);
+    page.alerts(status, now_us);
+    page.rules(status);
     page.lanes(status);
     page.cloud(status);
     page.clock(status);
+    page.configuration(status);
     page.quarantine(status);
     page.errors(status);
     page.list("Damage since the start", &status.incidents);
@@ -127,6 +130,72 @@ impl Page {
             self.last_values(stream);
             self.raw("</td></tr>");
         }
+        self.raw("</table>");
+    }
+
+    fn alerts(&mut self, status: &Status, now_us: i64) {
+        if status.firing.is_empty() {
+            return;
+        }
+        let all = status.rules.iter().map(|rule| rule.firing).sum::<usize>().max(status.firing.len());
+        let title = match all - status.firing.len() {
+            0 => "Alerts".to_owned(),
+            more => format!("Alerts, and {more} more"),
+        };
+        self.table(&title, &["severity", "rule", "device", "message", "since"]);
+        for alert in &status.firing {
+            let since = format!("{} ({})", time(alert.from_us), ago(alert.from_us, now_us));
+            self.row(&[
+                (&alert.severity, true),
+                (&alert.rule, false),
+                (&alert.device, false),
+                (&alert.message, false),
+                (&since, false),
+            ]);
+        }
+        self.raw("</table>");
+    }
+
+    fn rules(&mut self, status: &Status) {
+        if status.rules.is_empty() {
+            return;
+        }
+        let columns = ["rule", "pending", "firing", "fired", "resolved", "backfilled", "rows that failed", "refused"];
+        self.table("Rules", &columns);
+        for rule in &status.rules {
+            let totals = &rule.totals;
+            self.row(&[
+                (&rule.name, false),
+                (&rule.pending.to_string(), false),
+                (&rule.firing.to_string(), rule.firing > 0),
+                (&totals.fired.to_string(), false),
+                (&totals.resolved.to_string(), false),
+                (&totals.backfilled.to_string(), false),
+                (&totals.failed.to_string(), totals.failed > 0),
+                (&totals.refused.to_string(), totals.refused > 0),
+            ]);
+        }
+        self.raw("</table>");
+        if let Some(publisher) = &status.publisher {
+            let state = if publisher.connected { "connected" } else { "not connected" };
+            self.table("Broker that gets alerts", &["state", "last error"]);
+            let error = publisher.last_error.as_deref();
+            self.row(&[(state, !publisher.connected), (error.unwrap_or_default(), error.is_some())]);
+            self.raw("</table>");
+        }
+    }
+
+    fn configuration(&mut self, status: &Status) {
+        let configuration = &status.configuration;
+        self.table("Configuration", &["version", "taken over", "changes", "refused", "why the last was refused"]);
+        let error = configuration.last_error.as_deref();
+        self.row(&[
+            (&format!("{:016x}", configuration.version), false),
+            (&time(configuration.loaded_at_us), false),
+            (&configuration.reloads.to_string(), false),
+            (&configuration.refused.to_string(), false),
+            (error.unwrap_or_default(), error.is_some()),
+        ]);
         self.raw("</table>");
     }
 
@@ -299,7 +368,8 @@ fn span(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::agent::{LastValue, SourceStatus, StreamStatus};
+    use crate::agent::{FiringStatus, LastValue, RuleStatus, SourceStatus, StreamStatus};
+    use crate::publish::PublisherStatus;
 
     #[test]
     fn nothing_from_outside_is_html() {
@@ -316,12 +386,18 @@ mod tests {
         let last_error = Some(evil.clone());
         status.streams.push(StreamStatus { name, last, last_error, ..StreamStatus::default() });
         status.quarantined.insert(evil.clone(), 3);
+        let rule = RuleStatus { name: evil.clone(), ..RuleStatus::default() };
+        let (severity, device, message) = (evil.clone(), evil.clone(), evil.clone());
+        status.firing.push(FiringStatus { rule: evil.clone(), severity, device, message, ..FiringStatus::default() });
+        status.rules.push(rule);
+        status.publisher = Some(PublisherStatus { last_error: Some(evil.clone()), ..PublisherStatus::default() });
+        status.configuration.last_error = Some(evil.clone());
         status.uplink.url = evil.clone();
         status.uplink.last_error = Some(evil);
         let page = render(&status, 0);
         assert!(!page.contains("<script"), "{page}");
         let escaped = "&lt;script&gt;&quot;&#39;&amp;\\n&lt;/script&gt;";
-        assert_eq!(page.matches(escaped).count(), 14, "{page}");
+        assert_eq!(page.matches(escaped).count(), 21, "{page}");
         assert_eq!(page.matches("<table>").count(), page.matches("</table>").count());
     }
 
@@ -337,6 +413,20 @@ mod tests {
         assert!(page.contains("<td class=\"bad\">not connected</td>") && page.contains("5 min ago"), "{page}");
         assert!(page.contains("reason19") && !page.contains("reason9<"), "the most frequent ones");
     }
+
+    #[test]
+    fn what_fires_is_shown_and_how_many_more() {
+        let mut status = Status::default();
+        assert!(!render(&status, 0).contains("Alerts"), "no heading over nothing");
+        status.rules.push(RuleStatus { name: "high".into(), firing: 3, ..RuleStatus::default() });
+        let (rule, device, message) = ("high".to_owned(), "a".to_owned(), "a: 212".to_owned());
+        let alert = FiringStatus { rule, device, message, severity: "critical".into(), ..FiringStatus::default() };
+        status.firing.push(FiringStatus { from_us: 60_000_000, ..alert });
+        let page = render(&status, 361_000_000);
+        assert!(page.contains("<h2>Alerts, and 2 more</h2>") && page.contains("a: 212"), "{page}");
+        assert!(page.contains("1970-01-01T00:01:00Z (5 min ago)"), "{page}");
+    }
+
     #[test]
     fn values_are_a_line() {
         let mut page = Page { out: String::new() };

@@ -389,7 +389,7 @@ impl Engine {
                             let parts = &mut self.parts;
                             if let Some(outbox) = &parts.outbox {
                                 let (found, pipeline) = (parts.pipeline.take_alerts(), &parts.pipeline);
-                                self.replay.applied(position, found, outbox, || pipeline.firing());
+                                self.replay.applied(position, found, outbox, || pipeline.published());
                             }
                             if told {
                                 return Ok(true);
@@ -403,7 +403,7 @@ impl Engine {
                 }
                 Ok(None) => {
                     if let Some(outbox) = &parts.outbox {
-                        self.replay.end(outbox, || parts.pipeline.firing());
+                        self.replay.end(outbox, || parts.pipeline.published());
                     }
                     return Ok(false);
                 }

@@ -35,8 +35,32 @@ pub struct Status {
     /// Damage found on disk since the start.
     pub incidents: Vec<String>,
     pub rules: Vec<RuleStatus>,
+    /// Alerts that fire, at most [`FIRING_MAX`].
+    pub firing: Vec<FiringStatus>,
     /// The way to the broker that gets alerts.
     pub publisher: Option<PublisherStatus>,
+}
+
+/// Alerts that are shown one by one.
+pub(super) const FIRING_MAX: usize = 50;
+
+/// An alert that fires.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct FiringStatus {
+    pub rule: String,
+    pub severity: String,
+    pub device: String,
+    pub message: String,
+    pub id: String,
+    /// Event time of its beginning, µs since 1970 UTC.
+    pub from_us: i64,
+}
+
+impl From<rules::Transition> for FiringStatus {
+    fn from(alert: rules::Transition) -> Self {
+        let rules::Transition { rule, severity, device, message, id, from, .. } = alert;
+        Self { rule, severity: severity.to_owned(), device, message, id, from_us: from }
+    }
 }
 
 /// One rule. Counts are since the data directory was made, or since the rule's text changed.

@@ -88,9 +88,14 @@ impl Pipeline {
         std::mem::take(&mut self.to_publish)
     }
 
-    /// What fires and was published.
-    pub fn firing(&self) -> Vec<Transition> {
+    /// What fires, published or not.
+    pub fn firing(&self) -> impl Iterator<Item = Transition> {
         self.rules.firing()
+    }
+
+    /// What fires and was published.
+    pub fn published(&self) -> Vec<Transition> {
+        self.firing().filter(Transition::is_told).collect()
     }
 
     /// The rules as they stand.

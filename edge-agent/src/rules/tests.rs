@@ -231,7 +231,7 @@ fn labels_make_alerts_of_their_own() {
     assert_eq!(hand.late("d", 0, 0, Some(11), Some("b")), ["0 d firing [0,]"]);
     assert_eq!(hand.late("d", 1, 0, Some(11), Some("a/+")), ["1 d firing [1,]"]);
     assert_eq!(hand.late("d", 2, 0, Some(12), Some("b")), NONE);
-    let firing = hand.0.firing();
+    let firing = hand.0.firing().collect::<Vec<_>>();
     assert_eq!(firing.iter().map(|alert| alert.topic.as_deref().unwrap()).collect::<Vec<_>>(), ["a/d/a__", "a/d/b"]);
     assert_eq!(firing[1].labels, r#"{"part":"b","place":"hall"}"#);
     let mut again = hand.restarted(&text);
@@ -303,10 +303,10 @@ fn a_command_is_filled_in_by_the_row_that_fires_and_the_same_to_its_end() {
     };
     row(&mut hand, 0, 3_601, 11);
     row(&mut hand, 1, 0, 12);
-    let told = hand.0.firing();
+    let told = hand.0.firing().collect::<Vec<_>>();
     // After a restart it is told as it was.
     let mut hand = hand.restarted(&text);
-    assert_eq!(hand.0.firing(), told);
+    assert_eq!(hand.0.firing().collect::<Vec<_>>(), told);
     row(&mut hand, 2, 0, 1);
     let command = Command {
         topic: "set/d/a_\",\"x".to_owned(),

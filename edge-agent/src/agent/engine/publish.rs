@@ -9,8 +9,8 @@ use wire::StreamName;
 
 use super::super::history::History;
 use super::super::status::{
-    ConfigurationStatus, JournalStatus, LaneStatus, LastValue, RowsStatus, RuleStatus, SourceStatus, Status,
-    StreamStatus, UplinkStatus,
+    ConfigurationStatus, FIRING_MAX, FiringStatus, JournalStatus, LaneStatus, LastValue, RowsStatus, RuleStatus,
+    SourceStatus, Status, StreamStatus, UplinkStatus,
 };
 use super::Engine;
 use crate::clock::ClockStatus;
@@ -131,6 +131,7 @@ impl Engine {
             clock,
             incidents: parts.incidents.clone(),
             rules: parts.pipeline.rules().map(RuleStatus::from).collect(),
+            firing: parts.pipeline.firing().take(FIRING_MAX).map(FiringStatus::from).collect(),
             publisher: parts.outbox.as_ref().map(|outbox| outbox.status()),
         };
         *parts.status.lock() = status;
