@@ -159,7 +159,7 @@ impl Edge {
         let config = directory.join("edge.toml");
         let head = format!(
             "[edge]\nid = \"{EDGE}\"\ndata_dir = \"{}\"\n[admin]\nlisten = \"127.0.0.1:{port}\"\n\
-             [cloud]\nurls = {urls:?}\ntoken = \"{TOKEN}\"\n[clock]\ntrust = \"always\"\n",
+             [clock]\ntrust = \"always\"\n[cloud]\nurls = {urls:?}\ntoken = \"{TOKEN}\"\n",
             directory.join("edge").display(),
         );
         let process = Process::weir("edge", &["edge", "run", "--config", config.to_str().unwrap()], directory);

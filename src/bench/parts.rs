@@ -211,7 +211,7 @@ impl Edge {
         let config = directory.join("edge.toml");
         let text = format!(
             "[edge]\nid = \"{EDGE}\"\ndata_dir = {:?}\n[admin]\nlisten = \"127.0.0.1:{port}\"\n\
-             [cloud]\nurls = [\"{cloud}\"]\ntoken = \"{TOKEN}\"\n[clock]\ntrust = \"always\"\n{more}",
+             [clock]\ntrust = \"always\"\n[cloud]\nurls = [\"{cloud}\"]\ntoken = \"{TOKEN}\"\n{more}",
             directory.join("edge").display().to_string(),
         );
         std::fs::write(&config, text)?;
