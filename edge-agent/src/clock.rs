@@ -1,14 +1,14 @@
 //! What time it is when the machine's clock may be wrong (rule 10, decision 0007).
 //!
-//! Arrivals carry a time of the agent's own ([`Clock::now_us`]): the monotonic clock and a number that is fixed for the run, so
+//! Arrivals carry a time of the agent's own ([`Clock::now_us`]): the monotonic clock and a number that is fixed for the boot, so
 //! that it never steps, whatever is done to the machine's clock. How far that is from the truth is an entry of the journal, a
 //! [`Mark`]: at the start, and whenever it is known anew. Until it is known ([`Trust`]) the pipeline reads no further than the
 //! mark that says so, at most for `wait`; then all that came is corrected by what came to be known. So what the pipeline does
 //! depends on the journal alone.
 //!
 //! The machine's clock is believed when the kernel calls it synchronised, or when it agrees with what the cloud answers
-//! ([`CloudTime`]); when it does not agree, the cloud's time is. It is never set from here. [`Keeper`] decides, and is pure; the
-//! marks are followed by [`Told`]. One task looks once a second ([`keep`]), and ends by its token.
+//! (`clock/cloud.rs`); when it does not agree, the cloud's time is. It is never set from here. `clock/keeper.rs` decides, and
+//! is pure; the marks are followed by [`Told`]. One task looks once a second ([`keep`]), and ends by its token.
 
 mod cloud;
 mod keeper;

@@ -238,6 +238,12 @@ mod tests {
         assert!(!find(&lines, "start NTP"), "the clock is that of another day");
         find(&lines, "a sync takes");
         assert!(std::fs::read_dir(directory.path()).unwrap().next().is_none(), "its file is gone");
+        let clock = |trust: &str, synchronised| {
+            let text = format!("{}\n[clock]\ntrust = \"{trust}\"\n", settings("right", directory.path()).text);
+            clock(&Settings::parse(&text).unwrap(), synchronised).map(|line| line.good)
+        };
+        assert_eq!((clock("ntp", Some(true)), clock("ntp", Some(false))), (Some(true), Some(false)));
+        assert_eq!((clock("any", None), clock("always", Some(false))), (Some(true), None));
         let lines = examine(&settings("wrong", &directory.path().join("none"))).await;
         assert!(!find(&lines, "401"));
         assert!(!find(&lines, "make it, and give it"));

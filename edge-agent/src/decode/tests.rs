@@ -228,3 +228,31 @@ fn floats_are_the_nearest_to_what_was_written() {
         assert_eq!(read.to_bits(), value.to_bits(), "{value:e}");
     }
 }
+
+#[test]
+fn it_is_known_which_readings_have_the_time_of_their_arrival() {
+    let check = |source: &str, map: &str, topic: &str, payload: &[u8], expected: &[bool]| {
+        let (mut decoder, mut out) = (decoder(source, map), Vec::new());
+        let payload = Bytes::copy_from_slice(payload);
+        decoder.decode(topic, &payload, ARRIVAL, &mut out);
+        assert_eq!(decoder.by_arrival(topic, &payload, ARRIVAL, &out), expected, "{source}: {out:?}");
+    };
+    let with_time = "device = \"/d\"\nts = { at = \"/ts\", format = \"epoch_us\" }\nf = \"/f\"";
+    let json = format!("{{\"d\":\"a\",\"ts\":{ARRIVAL},\"f\":1}}");
+    check("format = \"json\"", with_time, "t", json.as_bytes(), &[false]);
+    check("format = \"json\"", FLAT, "t", json.as_bytes(), &[true]);
+    let seconds = ARRIVAL / 1_000_000;
+    let senml = "device = \"/name\"\nts = \"/time\"\nf = \"/value\"";
+    let pack =
+        format!("[{{\"n\":\"a\",\"v\":1}},{{\"n\":\"b\",\"t\":-5,\"v\":1}},{{\"n\":\"c\",\"t\":{seconds},\"v\":1}}]");
+    check("format = \"senml\"", senml, "t", pack.as_bytes(), &[true, true, false]);
+    let influx = "device = \"/tags/d\"\nts = \"/time\"\nf = \"/fields/f\"";
+    let lines = format!("m,d=a f=1\nm,d=b f=1 {ARRIVAL}000\nm,d=c f=x");
+    check("format = \"influx\"", influx, "t", lines.as_bytes(), &[true, false, false]);
+    let bus = "device = \"/id\"\nts = \"/time\"\nf = \"/metrics/f\"";
+    let metric = sparkplug::metric("f", 0, 10, sparkplug::Is::Double(1.0));
+    let own = sparkplug::payload(Some(0), std::slice::from_ref(&metric));
+    // The payload without its time.
+    let without = own[own.iter().position(|byte| *byte == 0x12).unwrap()..].to_vec();
+    check("format = \"sparkplug\"", bus, "spBv1.0/g/NBIRTH/n", &without, &[true]);
+}
