@@ -1,4 +1,5 @@
-//! What waits for the cloud: one log per lane, in which a cut is one record and so atomic.
+//! What waits for the cloud: one log per lane, in which a cut is one record, or several of which the last one counts, and so
+//! atomic.
 //!
 //! Promises (rules 1 and 2): a batch has no number until it is first sent, and the number is synced before its bytes
 //! leave; one number never has two contents; a numbered batch that rots becomes a void batch of the same number; what
@@ -9,9 +10,11 @@
 //! `room.rs`, `fork.rs` and `recover.rs` are the other ways. All write through `put.rs`.
 //!
 //! The lane logs lie in `<spool>/<id>/<lane>`; `<spool>/id` names the id in force. The records are in `spool/record.rs`.
-//! A lane that the settings no longer have is opened behind the others and drained; it gets no new cuts. Memory: about
-//! 150 bytes for each batch that waits; bodies stay on disk.
+//! A lane that the settings no longer have is opened behind the others and drained; it gets no new cuts. Memory: what waits
+//! takes no more than a 512th of what the lanes may take on disk (`spool/queue.rs`), and each batch that is sent and not
+//! committed about 100 bytes; bodies stay on disk.
 
+mod append;
 mod change;
 mod drop;
 mod export;
@@ -20,11 +23,12 @@ mod free;
 mod losses;
 mod number;
 mod put;
+mod queue;
 mod record;
 mod recover;
 mod room;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -32,8 +36,9 @@ use segment_log::{
     AppendError, Damage, FileLayer, FreeError, OpenError, Options, Position, ReadError, SegmentLog, SyncError,
 };
 use serde::{Deserialize, Serialize};
-use wire::{CutBatch, EdgeId, Mark, SchemaId, SealedBatch, Seq, SpoolId, StreamName, StreamSchema};
+use wire::{CutBatch, EdgeId, Mark, SchemaId, SealedBatch, Seq, SpoolId, StreamName};
 
+use self::queue::Queues;
 use self::record::Place;
 pub use crate::config::OnFull;
 
@@ -122,6 +127,8 @@ pub struct RowCounts {
     pub spooled: u64,
     /// Rows of `losses` that the spool itself has made, less those that it took back: came = sealed + made.
     pub made: i64,
+    /// Of all cuts: freed + lost + voided + spooled - made.
+    pub cut: u64,
 }
 
 /// One lane, for status.
@@ -181,7 +188,7 @@ struct Numbered {
     mark: Mark,
     rows: u32,
     bytes: usize,
-    void: Option<SealedBatch>,
+    void: Option<Box<SealedBatch>>,
 }
 
 /// A stream's sequence. Invariant: `freed.seq <= head.seq`; `numbered` holds exactly (freed, head].
@@ -204,14 +211,15 @@ struct Lane<L: FileLayer> {
     log: SegmentLog<L>,
     /// Journal position of the newest cut in this lane.
     cut: Position,
-    /// In order of arrival, by stream.
-    waiting: BTreeMap<StreamName, VecDeque<Waiting>>,
+    waiting: Queues,
     /// Where the log ended when batches of the stream were chosen last: what has come since is live.
     chosen: HashMap<StreamName, Position>,
     /// The losses that were written last, and in which hour: as long as they wait, those that follow join them.
     losses: Option<(Place, i64)>,
     totals: Totals,
-    /// How many batches of each record are still needed.
+    /// All that were ever cut for this lane.
+    rows: u64,
+    /// How many batches of each segment are still needed.
     live: BTreeMap<u64, u32>,
     /// Schemas in the newest segment, and which segment that is.
     schemas: (Position, Vec<SchemaId>),
@@ -276,7 +284,7 @@ impl<L: FileLayer> Spool<L> {
         let losses = losses::schema();
         spool.schemas.insert(losses.id(), losses.canonical().to_owned());
         let mut incidents = Vec::new();
-        let mut found = Vec::new();
+        let mut found = recover::Found::default();
         for (index, lane) in spool.settings.lanes.clone().into_iter().enumerate() {
             let options =
                 Options { segment_bytes: lane.segment_bytes, max_bytes: lane.max_bytes, reserve_bytes: RESERVE_BYTES };
@@ -289,10 +297,11 @@ impl<L: FileLayer> Spool<L> {
                 settings: lane,
                 log,
                 cut: Position(0),
-                waiting: BTreeMap::new(),
+                waiting: Queues::new(index),
                 chosen: HashMap::new(),
                 losses: None,
                 totals: Totals::default(),
+                rows: 0,
                 live: BTreeMap::new(),
                 schemas,
             });
@@ -319,20 +328,20 @@ impl<L: FileLayer> Spool<L> {
 
     /// Rows that are in the spool, numbered or not.
     pub fn rows(&self) -> u64 {
-        let waiting = self.lanes.iter().flat_map(|lane| lane.waiting.values().flatten());
+        let waiting = self.lanes.iter().flat_map(|lane| lane.waiting.streams());
         let numbered = self.sequences.values().flat_map(|s| &s.numbered);
-        waiting.map(|batch| u64::from(batch.rows)).sum::<u64>()
-            + numbered.map(|batch| u64::from(batch.rows)).sum::<u64>()
+        waiting.map(|(_, queue)| queue.rows).sum::<u64>() + numbered.map(|batch| u64::from(batch.rows)).sum::<u64>()
     }
 
     /// Rows of each stream that are in the spool, numbered or not.
     pub fn rows_of_streams(&self) -> HashMap<&StreamName, u64> {
-        let waiting = self.lanes.iter().flat_map(|lane| &lane.waiting);
-        let waiting = waiting.flat_map(|(stream, batches)| batches.iter().map(move |batch| (stream, batch.rows)));
+        let waiting = self.lanes.iter().flat_map(|lane| lane.waiting.streams());
+        let waiting = waiting.map(|(stream, queue)| (stream, queue.rows));
         let numbered = self.sequences.iter();
-        let numbered = numbered.flat_map(|(stream, s)| s.numbered.iter().map(move |batch| (stream, batch.rows)));
+        let numbered =
+            numbered.flat_map(|(stream, s)| s.numbered.iter().map(move |batch| (stream, u64::from(batch.rows))));
         let mut rows = HashMap::new();
-        waiting.chain(numbered).for_each(|(stream, count)| *rows.entry(stream).or_default() += u64::from(count));
+        waiting.chain(numbered).for_each(|(stream, count)| *rows.entry(stream).or_default() += count);
         rows
     }
 
@@ -346,6 +355,7 @@ impl<L: FileLayer> Spool<L> {
             voided: sum(|totals| totals.voided),
             spooled: self.rows(),
             made,
+            cut: self.lanes.iter().map(|lane| lane.rows).sum(),
         }
     }
 
@@ -356,7 +366,7 @@ impl<L: FileLayer> Spool<L> {
             bytes: lane.log.bytes_on_disk(),
             max_bytes: lane.settings.max_bytes,
             bytes_written: lane.log.counters().bytes_written,
-            batches_waiting: lane.waiting.values().map(VecDeque::len).sum(),
+            batches_waiting: lane.waiting.streams().map(|(_, queue)| queue.batches).sum(),
         })
     }
 
@@ -384,11 +394,7 @@ impl<L: FileLayer> Spool<L> {
     pub fn waiting(&self) -> Vec<(usize, &StreamName)> {
         let mut waiting = Vec::new();
         for (index, lane) in self.lanes.iter().enumerate() {
-            let mut streams = lane
-                .waiting
-                .iter()
-                .filter_map(|(stream, batches)| batches.front().map(|first| (first.place.group, stream)))
-                .collect::<Vec<_>>();
+            let mut streams = lane.waiting.streams().map(|(stream, queue)| (queue.first(), stream)).collect::<Vec<_>>();
             streams.sort_by_key(|(group, _)| *group);
             waiting.extend(streams.into_iter().map(|(_, stream)| (index, stream)));
         }
@@ -397,11 +403,11 @@ impl<L: FileLayer> Spool<L> {
 
     /// Whether a batch waits that has come since batches of its stream were chosen for sending.
     pub fn has_live(&self) -> bool {
-        let live = |lane: &Lane<L>, stream: &StreamName, newest: &Waiting| {
-            lane.chosen.get(stream).is_none_or(|until| newest.came.0 >= until.0)
-        };
         self.lanes.iter().any(|lane| {
-            lane.waiting.iter().any(|(stream, all)| all.back().is_some_and(|newest| live(lane, stream, newest)))
+            let is_live = |(stream, queue): (&StreamName, &queue::Queue)| {
+                lane.chosen.get(stream).is_none_or(|until| queue.newest() >= until.0)
+            };
+            lane.waiting.streams().any(is_live)
         })
     }
 
@@ -409,40 +415,6 @@ impl<L: FileLayer> Spool<L> {
     pub fn numbered(&self) -> impl Iterator<Item = (usize, &StreamName, Mark)> {
         let streams = self.sequences.iter();
         streams.filter_map(|(stream, s)| s.numbered.back().map(|last| (last.place.lane, stream, s.head)))
-    }
-
-    /// Writes one cut of a lane as one record and syncs it. An empty one only moves the cut position.
-    ///
-    /// # Errors
-    /// `Full` when it does not fit and the lane refuses; then nothing has happened to the cut.
-    pub fn append(
-        &mut self,
-        lane: usize,
-        cut: Position,
-        batches: &[CutBatch],
-        schemas: &[StreamSchema],
-        now_us: i64,
-    ) -> Result<(), SpoolError> {
-        for schema in schemas {
-            self.schemas.entry(schema.id()).or_insert_with(|| schema.canonical().to_owned());
-        }
-        let sealed_us = if self.knows_clock { now_us } else { record::SEALED_UNKNOWN };
-        let payload = record::group(cut, sealed_us, batches);
-        let ids = batches.iter().map(|batch| batch.schema).collect::<Vec<_>>();
-        let appended = loop {
-            match self.put(lane, record::GROUP, &payload, &ids, false) {
-                Err(SpoolError::Full(name)) => {
-                    if !self.make_room(lane, now_us)? {
-                        return Err(SpoolError::Full(name));
-                    }
-                }
-                other => break other?,
-            }
-        };
-        self.lanes[lane].log.sync()?;
-        self.lanes[lane].cut = cut;
-        self.admit(lane, appended.position, sealed_us, batches);
-        Ok(())
     }
 
     /// Whether the time that it is given is known to be right; what is appended when it is not has no age.
@@ -471,37 +443,37 @@ impl<L: FileLayer> Spool<L> {
         sequence.numbered.get(index).map(|numbered| (previous, numbered))
     }
 
-    fn admit(&mut self, lane: usize, position: Position, sealed_us: i64, batches: &[CutBatch]) {
-        for (index, batch) in batches.iter().enumerate() {
-            let place = Place { lane, group: position.0, index: index as u32 };
-            let waiting = Waiting::new(place, batch, (place.group, place.index), sealed_us);
-            self.lanes[lane].waiting.entry(batch.stream.clone()).or_default().push_back(waiting);
+    fn forget(&mut self, lane: usize, places: &[Place]) -> Result<(), SpoolError> {
+        for place in places {
+            if self.lanes[lane].take(None, *place)?.is_some() {
+                self.lanes[lane].release(*place);
+            }
         }
-        if !batches.is_empty() {
-            *self.lanes[lane].live.entry(position.0).or_default() += batches.len() as u32;
-        }
-    }
-
-    /// A batch of losses that a drop has written.
-    fn admit_losses(&mut self, lane: usize, position: Position, losses: &CutBatch) {
-        self.admit(lane, position, record::SEALED_UNKNOWN, std::slice::from_ref(losses));
-        let hour = losses.min_ts.div_euclid(losses::JOIN_US);
-        self.lanes[lane].losses = Some((Place { lane, group: position.0, index: 0 }, hour));
-    }
-
-    fn forget(&mut self, lane: usize, places: &[Place]) {
-        let lane = &mut self.lanes[lane];
-        let gone = places.iter().collect::<HashSet<_>>();
-        lane.waiting.values_mut().for_each(|batches| batches.retain(|waiting| !gone.contains(&waiting.place)));
-        places.iter().for_each(|place| release(&mut lane.live, place.group));
+        Ok(())
     }
 }
 
-fn release(live: &mut BTreeMap<u64, u32>, group: u64) {
-    if let Some(left) = live.get_mut(&group) {
-        *left -= 1;
-        if *left == 0 {
-            live.remove(&group);
+impl<L: FileLayer> Lane<L> {
+    /// Takes a batch out of those that wait; its place is still held.
+    fn take(&mut self, stream: Option<&StreamName>, place: Place) -> Result<Option<Waiting>, SpoolError> {
+        self.waiting.take(&self.log, stream, place).map_err(SpoolError::Read)
+    }
+
+    /// The segment of this place is needed once more.
+    fn hold(&mut self, place: Place) {
+        if let Some(segment) = self.log.segment_of(Position(place.group)) {
+            *self.live.entry(segment.0).or_default() += 1;
+        }
+    }
+
+    /// What stood here needs its segment no more.
+    fn release(&mut self, place: Place) {
+        let Some(segment) = self.log.segment_of(Position(place.group)) else { return };
+        if let Some(left) = self.live.get_mut(&segment.0) {
+            *left -= 1;
+            if *left == 0 {
+                self.live.remove(&segment.0);
+            }
         }
     }
 }

@@ -4,3 +4,4 @@
 pub mod http;
 pub mod link;
 pub mod state;
+mod upload;

@@ -233,6 +233,11 @@ impl<L: FileLayer> SegmentLog<L> {
         Some((path, SEGMENT_HEADER + position.0 - first))
     }
 
+    /// Where the segment begins that holds this position; None when it is freed.
+    pub fn segment_of(&self, position: Position) -> Option<Position> {
+        self.shared.segment_of(position.0).0.map(Position)
+    }
+
     /// The first position of the newest segment: what an owner must know about "this segment"
     /// (which schemas are in it) changes when this does.
     pub fn newest_segment(&self) -> Position {

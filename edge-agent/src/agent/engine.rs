@@ -10,13 +10,13 @@ mod change;
 mod clock;
 mod publish;
 mod requests;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -30,7 +30,7 @@ use wire::{Acks, Seq, SpoolId, StreamName};
 
 use super::history::History;
 use super::rate::Rates;
-use super::snapshot_file::{self, SnapshotFileError};
+use super::snapshot_file::SnapshotFileError;
 use super::status::{ConfigurationStatus, Status};
 use crate::config::{CutSettings, Settings};
 use crate::entry::Entry;
@@ -46,13 +46,6 @@ use crate::uplink::state::Uplink;
 const ENTRIES_PER_TURN: usize = 4_096;
 /// Pending rows are cut when they take so much, whatever their number.
 const PENDING_BYTES_MAX: usize = 2 << 20;
-/// A snapshot is due when the journal has grown by so many times its size, and by this much.
-const SNAPSHOT_FACTOR: u64 = 4;
-const SNAPSHOT_BYTES_MIN: u64 = 4 << 20;
-/// Or by this part of its cap: nothing else frees it.
-const SNAPSHOT_JOURNAL_PARTS: u64 = 4;
-/// A snapshot for which the disk had no room is tried again so often.
-const SNAPSHOT_RETRY: Duration = Duration::from_secs(1);
 /// So long after the last cut the spool is idle.
 const IDLE: Duration = Duration::from_secs(5);
 /// How often it is looked for what is too old.
@@ -483,55 +476,6 @@ impl Engine {
         }
         self.held = held;
         Ok(())
-    }
-
-    fn snapshot_is_due(&self) -> bool {
-        let parts = &self.parts;
-        let Snapshot { position: at, bytes, needed } = parts.snapshot;
-        let position = parts.pipeline.position();
-        let grown = position.0.saturating_sub(at.0);
-        let idle = self.held.is_empty() && parts.pipeline.pending_rows() == 0;
-        // Windows may hold so much that four times it never fits into the journal. And a full one brings nothing more.
-        let often =
-            (parts.journal_bytes_max / SNAPSHOT_JOURNAL_PARTS).min(SNAPSHOT_BYTES_MIN.max(SNAPSHOT_FACTOR * bytes));
-        let at_its_end = || parts.journal.is_full() && parts.reader.position() >= *parts.journal.synced().borrow();
-        let waits = self.no_snapshot.as_ref().is_some_and(|(_, until)| Instant::now() < *until);
-        // Behind the entry that tells the next one it would belong to neither.
-        idle && !waits && self.next.is_none() && (needed || grown >= often || (grown > 0 && at_its_end()))
-    }
-
-    /// Only when no row is pending: all lanes have all before the position, or nothing of it. A full disk leaves the old
-    /// one, and the journal that goes with it.
-    fn snapshot(&mut self) -> Result<(), EngineError> {
-        self.count_redelivered();
-        let parts = &mut self.parts;
-        let state = parts.pipeline.snapshot();
-        let configuration = (parts.in_force.version, parts.in_force.text.as_str());
-        match snapshot_file::write(&parts.data_dir, parts.journal_id, configuration, &state) {
-            Ok(()) => {}
-            Err(error) if error.is_full() => {
-                let text = format!("the disk has no room for a snapshot of {} bytes", state.len());
-                if self.no_snapshot.is_none() {
-                    tracing::warn!(%error, "{text}: the journal is kept");
-                }
-                self.no_snapshot = Some((text, Instant::now() + SNAPSHOT_RETRY));
-                return Ok(());
-            }
-            Err(error) => return Err(error.into()),
-        }
-        if self.no_snapshot.take().is_some() {
-            tracing::info!("the disk has room for a snapshot again");
-        }
-        parts.snapshot = Snapshot { position: parts.pipeline.position(), bytes: state.len() as u64, needed: false };
-        parts.journal.free_before(parts.pipeline.position());
-        Ok(())
-    }
-
-    fn count_redelivered(&mut self) {
-        let parts = &mut self.parts;
-        for (name, source) in &parts.sources {
-            parts.pipeline.set_redelivered(name, source.redelivered.load(Ordering::Relaxed));
-        }
     }
 
     fn now_ms(&self) -> u64 {

@@ -32,11 +32,25 @@ impl<L: FileLayer> Spool<L> {
                 let age_us = now_us.saturating_sub(sealed_us).saturating_sub(since.fold(0, i64::saturating_add));
                 (wire::TS_MIN_US..record::SEALED_UNKNOWN).contains(&sealed_us).then_some(age_us)
             };
-            let is_young = |waiting: &&Waiting| age(waiting).is_some_and(|age_us| age_us <= max_age_us);
-            let is_old = |waiting: &&Waiting| age(waiting).is_some_and(|age_us| age_us > max_age_us);
-            let streams = self.lanes[lane].waiting.iter().filter(|(stream, _)| stream.as_str() != own::LOSSES);
-            let old = streams.flat_map(|(_, all)| all.iter().take_while(|one| !is_young(one)).filter(is_old));
-            let victims = old.take(DROPPED_MAX).cloned().collect::<Vec<_>>();
+            let is_young = |waiting: &Waiting| age(waiting).is_some_and(|age_us| age_us <= max_age_us);
+            let is_old = |waiting: &Waiting| age(waiting).is_some_and(|age_us| age_us > max_age_us);
+            // Steps only make younger.
+            let until = now_us.saturating_sub(max_age_us);
+            let super::Lane { waiting, log, .. } = &mut self.lanes[lane];
+            let streams = waiting.streams().filter(|(stream, _)| stream.as_str() != own::LOSSES);
+            let streams = streams.filter(|(_, queue)| queue.oldest_us() < until);
+            let streams = streams.map(|(stream, _)| stream.clone()).collect::<Vec<_>>();
+            let mut victims = Vec::new();
+            for stream in &streams {
+                let visit = |waiting: Waiting| {
+                    let goes_on = !is_young(&waiting) && victims.len() < DROPPED_MAX;
+                    if goes_on && is_old(&waiting) {
+                        victims.push(waiting);
+                    }
+                    goes_on
+                };
+                waiting.walk(log, stream, (u64::MAX, false), visit).map_err(SpoolError::Read)?;
+            }
             if victims.is_empty() {
                 continue;
             }
@@ -59,7 +73,8 @@ impl<L: FileLayer> Spool<L> {
         reason: &str,
         now_us: i64,
     ) -> Result<(), SpoolError> {
-        victims.extend(self.last_losses(lane, now_us).filter(|last| victims.iter().all(|one| one.place != last.place)));
+        victims
+            .extend(self.last_losses(lane, now_us)?.filter(|last| victims.iter().all(|one| one.place != last.place)));
         let schema = losses::schema();
         let (mut carried, mut unreadable) = (Vec::new(), 0);
         for victim in victims.iter().filter(|waiting| waiting.stream.as_str() == own::LOSSES) {
@@ -88,18 +103,21 @@ impl<L: FileLayer> Spool<L> {
         let appended = self.put(lane, record::DROPPED, &payload, &[schema.id()], true)?;
         self.lanes[lane].log.sync()?;
         self.lanes[lane].totals = totals;
-        self.forget(lane, &places);
+        self.forget(lane, &places)?;
         self.admit_losses(lane, appended.position, &losses);
         Ok(())
     }
 
     /// What a drop wrote last, if it waits and is of this hour.
-    fn last_losses(&self, lane: usize, now_us: i64) -> Option<Waiting> {
-        let lane = &self.lanes[lane];
+    fn last_losses(&mut self, lane: usize, now_us: i64) -> Result<Option<Waiting>, SpoolError> {
+        let super::Lane { losses, waiting, log, .. } = &mut self.lanes[lane];
         let now_us = now_us.max(wire::TS_MIN_US);
-        let (place, _) = lane.losses.filter(|(_, hour)| *hour == now_us.div_euclid(losses::JOIN_US))?;
-        let waiting = lane.waiting.iter().find(|(stream, _)| stream.as_str() == own::LOSSES)?.1;
-        waiting.iter().rev().find(|waiting| waiting.place == place).cloned()
+        match *losses {
+            Some((place, hour)) if hour == now_us.div_euclid(losses::JOIN_US) => {
+                waiting.find(log, None, place).map_err(SpoolError::Read)
+            }
+            _ => Ok(None),
+        }
     }
 
     fn earlier_losses(

@@ -11,7 +11,7 @@ impl<L: FileLayer> Spool<L> {
     /// The streams that have something in the spool.
     pub fn streams(&self) -> BTreeSet<StreamName> {
         let numbered = self.sequences.iter().filter(|(_, sequence)| !sequence.numbered.is_empty());
-        let waiting = self.lanes.iter().flat_map(|lane| &lane.waiting).filter(|(_, batches)| !batches.is_empty());
+        let waiting = self.lanes.iter().flat_map(|lane| lane.waiting.streams());
         numbered.map(|(stream, _)| stream).chain(waiting.map(|(stream, _)| stream)).cloned().collect()
     }
 
@@ -27,8 +27,14 @@ impl<L: FileLayer> Spool<L> {
     ) -> Result<u64, E> {
         let numbered = self.sequences.get(stream).into_iter().flat_map(|sequence| &sequence.numbered);
         let numbered = numbered.filter(|numbered| numbered.void.is_none()).map(|numbered| numbered.place);
-        let waiting = self.lanes.iter().filter_map(|lane| lane.waiting.get(stream)).flatten();
-        let places = numbered.chain(waiting.map(|waiting| waiting.place)).collect::<Vec<_>>();
+        let mut places = numbered.collect::<Vec<_>>();
+        for super::Lane { waiting, log, .. } in &mut self.lanes {
+            let visit = |waiting: super::Waiting| {
+                places.push(waiting.place);
+                true
+            };
+            waiting.walk(log, stream, (u64::MAX, false), visit).map_err(SpoolError::Read)?;
+        }
         let mut left_out = 0;
         for place in places {
             left_out += match self.read(place)? {

@@ -24,6 +24,9 @@ const BATCH_OVERHEAD: usize = 512;
 /// What a row's quality becomes when it may be there already.
 const FORKED: &str = "forked";
 
+/// A batch's place and rows, whether the cloud may have it, and when it was sealed if it has no number.
+type Kept = (Place, u32, bool, Option<i64>);
+
 impl<L: FileLayer> Spool<L> {
     /// Moves to a new spool in the same directory. `known` is the highest number that the cloud has of a stream: none when
     /// another directory has the same batches, and may send any of them under its own numbers.
@@ -55,7 +58,7 @@ impl<L: FileLayer> Spool<L> {
             let group_bytes = GROUP_BYTES.min(new.lanes[lane].log.options().payload_bytes_max() / 2);
             let mut group = Vec::new();
             let (mut bytes, mut sealed_us) = (0, None);
-            for (place, rows, doubtful, sealed) in self.kept(lane, known) {
+            for (place, rows, doubtful, sealed) in self.kept(lane, known)? {
                 let Some(mut batch) = self.read(place)? else {
                     // It rotted, which was reported when the lane was opened.
                     totals.lost += u64::from(rows);
@@ -87,9 +90,8 @@ impl<L: FileLayer> Spool<L> {
         Ok(opened)
     }
 
-    /// Places and rows of a lane's batches that are not committed, oldest first, whether the cloud may have them, and when
-    /// those without a number were sealed.
-    fn kept(&self, lane: usize, known: Option<&dyn Fn(&StreamName) -> Seq>) -> Vec<(Place, u32, bool, Option<i64>)> {
+    /// A lane's batches that are not committed, oldest first.
+    fn kept(&mut self, lane: usize, known: Option<&dyn Fn(&StreamName) -> Seq>) -> Result<Vec<Kept>, SpoolError> {
         let mut kept = Vec::new();
         let doubtful = |stream: &StreamName, seq: Seq| known.is_none_or(|known| seq <= known(stream));
         for (stream, sequence) in &self.sequences {
@@ -98,10 +100,16 @@ impl<L: FileLayer> Spool<L> {
             let all = numbered.map(|n| (n.place, n.rows, doubtful(stream, n.mark.seq), None));
             kept.extend(all);
         }
-        let waiting = self.lanes[lane].waiting.values().flatten();
-        kept.extend(waiting.map(|w| (w.place, w.rows, known.is_none(), Some(w.sealed_us))));
+        let super::Lane { waiting, log, .. } = &mut self.lanes[lane];
+        for stream in waiting.streams().map(|(stream, _)| stream.clone()).collect::<Vec<_>>() {
+            let visit = |w: super::Waiting| {
+                kept.push((w.place, w.rows, known.is_none(), Some(w.sealed_us)));
+                true
+            };
+            waiting.walk(log, &stream, (u64::MAX, false), visit).map_err(SpoolError::Read)?;
+        }
         kept.sort_by_key(|(place, ..)| (place.group, place.index));
-        kept
+        Ok(kept)
     }
 
     fn append_copies(

@@ -5,7 +5,7 @@
 use segment_log::{FileLayer, Position};
 use wire::{Mark, StreamName};
 
-use super::{Spool, SpoolError, record, release};
+use super::{Spool, SpoolError, record};
 
 impl<L: FileLayer> Spool<L> {
     /// Whether a mark names a batch of this spool's own history; false also when that cannot be told any more.
@@ -32,7 +32,7 @@ impl<L: FileLayer> Spool<L> {
         while let Some(numbered) = sequence.numbered.pop_front_if(|numbered| numbered.mark.seq <= mark.seq) {
             sequence.freed = numbered.mark;
             self.lanes[numbered.place.lane].totals.freed += u64::from(numbered.rows);
-            release(&mut self.lanes[numbered.place.lane].live, numbered.place.group);
+            self.lanes[numbered.place.lane].release(numbered.place);
             if !touched.contains(&numbered.place.lane) {
                 touched.push(numbered.place.lane);
             }
@@ -52,7 +52,7 @@ impl<L: FileLayer> Spool<L> {
 
     pub(super) fn free_segments(&mut self, lane: usize) -> Result<(), SpoolError> {
         let lane = &mut self.lanes[lane];
-        let until = lane.live.first_key_value().map_or(lane.log.end(), |(group, _)| Position(*group));
+        let until = lane.live.first_key_value().map_or(lane.log.end(), |(segment, _)| Position(*segment));
         if until > lane.log.start() && lane.log.start() != lane.log.newest_segment() {
             // What says that they are not needed must outlive the segments.
             lane.log.sync()?;

@@ -24,7 +24,7 @@ impl<L: FileLayer> Spool<L> {
         stream: &StreamName,
         bytes_max: usize,
     ) -> Result<Vec<SealedBatch>, SpoolError> {
-        let chosen = self.choose(lane, stream, bytes_max);
+        let chosen = self.choose(lane, stream, bytes_max)?;
         let mut sealed = Vec::new();
         for waiting in chosen {
             let before = self.head(stream);
@@ -51,11 +51,7 @@ impl<L: FileLayer> Spool<L> {
                 bytes: waiting.bytes,
                 void: None,
             });
-            if let Some(queue) = self.lanes[lane].waiting.get_mut(stream)
-                && let Ok(at) = queue.binary_search_by_key(&waiting.came, |other| other.came)
-            {
-                queue.remove(at);
-            }
+            self.lanes[lane].take(Some(stream), waiting.place)?;
             if rotted {
                 self.put_void(&batch, false)?;
             }
@@ -67,27 +63,45 @@ impl<L: FileLayer> Spool<L> {
 
     /// What goes next of a stream, in the order of its numbers: what has come since the last choice, at least the newest,
     /// before what is older. So what is live waits for one request, however much waits behind it.
-    fn choose(&mut self, lane: usize, stream: &StreamName, bytes_max: usize) -> Vec<Waiting> {
+    fn choose(&mut self, lane: usize, stream: &StreamName, bytes_max: usize) -> Result<Vec<Waiting>, SpoolError> {
         let lane = &mut self.lanes[lane];
         let end = lane.log.end();
         let until = lane.chosen.insert(stream.clone(), end).unwrap_or(end);
-        let Some(queue) = lane.waiting.get(stream) else { return Vec::new() };
+        let Some(queue) = lane.waiting.of(stream) else { return Ok(Vec::new()) };
+        let (newest, all) = (queue.newest(), queue.batches);
         let mut bytes = 0;
         let mut fits = |waiting: &Waiting| {
             let fits = bytes == 0 || bytes + waiting.bytes <= bytes_max;
             bytes += waiting.bytes;
             fits
         };
-        let newest = queue.back().map_or(0, |newest| newest.came.0);
         let is_live = |waiting: &Waiting| waiting.came.0 >= until.0 || waiting.came.0 == newest;
-        let live = queue.iter().rev().take_while(|waiting| is_live(waiting) && fits(waiting)).count();
-        let older = queue.len() - live;
-        let backlog = queue.iter().take(older).take_while(|waiting| fits(waiting)).count();
-        if backlog == older {
+        let mut live = Vec::new();
+        let visit = |waiting: Waiting| {
+            let goes = is_live(&waiting) && fits(&waiting);
+            if goes {
+                live.push(waiting);
+            }
+            goes
+        };
+        lane.waiting.walk(&lane.log, stream, (u64::MAX, true), visit).map_err(SpoolError::Read)?;
+        live.reverse();
+        let mut backlog = Vec::new();
+        let visit = |waiting: Waiting| {
+            let goes = backlog.len() + live.len() < all && fits(&waiting);
+            if goes {
+                backlog.push(waiting);
+            }
+            goes
+        };
+        lane.waiting.walk(&lane.log, stream, (u64::MAX, false), visit).map_err(SpoolError::Read)?;
+        if backlog.len() + live.len() == all {
             // All of it: in the order in which it came.
-            return queue.iter().cloned().collect();
+            backlog.append(&mut live);
+            return Ok(backlog);
         }
-        queue.iter().skip(older).chain(queue.iter().take(backlog)).cloned().collect()
+        live.append(&mut backlog);
+        Ok(live)
     }
 
     /// The numbered batches of a stream from `from` on, up to `bytes_max` and at least one. The same bytes as at the
@@ -113,7 +127,7 @@ impl<L: FileLayer> Spool<L> {
         let mut sealed = Vec::new();
         for (previous, numbered) in chosen {
             if let Some(void) = numbered.void {
-                sealed.push(void);
+                sealed.push(*void);
                 continue;
             }
             let batch = self
@@ -154,7 +168,7 @@ impl<L: FileLayer> Spool<L> {
     ) -> Result<SealedBatch, SpoolError> {
         let (previous, numbered) = self.find(stream, seq).expect("only a batch that is held is made void");
         if let Some(void) = &numbered.void {
-            return Ok(void.clone());
+            return Ok(SealedBatch::clone(void));
         }
         let lane = numbered.place.lane;
         let void = SealedBatch::void(self.header(stream, (0, 0), previous), reason, numbered.mark.crc);
@@ -217,7 +231,7 @@ impl<L: FileLayer> Spool<L> {
         let payload = Bytes::copy_from_slice(record.payload);
         let (kind, first) = record::kind(record.kind);
         let batches = match kind {
-            record::GROUP => record::read_group(payload).map(|group| group.batches),
+            record::GROUP | record::PART => record::read_group(payload).map(|group| group.batches),
             record::DROPPED => record::read_dropped(place.lane, payload, first).map(|dropped| vec![dropped.losses]),
             record::MOVED => record::read_moved(place.lane, payload)
                 .map(|moved| moved.into_iter().map(|moved| moved.batch).collect()),
@@ -230,12 +244,13 @@ impl<L: FileLayer> Spool<L> {
         Ok(batch)
     }
 
-    pub(super) fn set_void(&mut self, void: SealedBatch) {
+    /// False: no batch has its number.
+    pub(super) fn set_void(&mut self, void: SealedBatch) -> bool {
         let sequence = self.sequences.get_mut(&void.header().stream);
         let numbered = sequence.and_then(|s| s.numbered.iter_mut().find(|n| n.mark.seq == void.header().seq));
-        if let Some(numbered) = numbered {
-            numbered.rows = 0;
-            numbered.void = Some(void);
-        }
+        let Some(numbered) = numbered else { return false };
+        numbered.rows = 0;
+        numbered.void = Some(Box::new(void));
+        true
     }
 }

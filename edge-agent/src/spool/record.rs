@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 1 schema    canonical text; once per segment before the first batch that uses it
-//! 2 group     version u8 = 2 | cut position u64 | sealed i64 (µs) | count u32 | cut batches (wire::CutBatch::write)
+//! 2 group     version u8 = 3 | cut position u64 | sealed i64 (µs) | rows u64 | count u32 | cut batches (wire::CutBatch::write)
 //! 3 numbered  group u64 | index u32 | seq u64 | crc u32 | stream (the rest, UTF-8)
 //! 8 moved     count u32 | (group u64 | index u32 | came u64, u32 | sealed i64 | seq u64 | crc u32 | cut batch)*: batches of
 //!             this lane that stand here from now on, index by index; seq 0: without a number
@@ -10,9 +10,13 @@
 //! 10 dropped  totals | count u32 | (group u64, index u32)* | one cut batch of `losses`, index 0 of this record
 //! 11 void     totals | the sealed void batch that takes the place of a numbered one
 //! 12 state    totals | cut position u64 | JSON of streams: heads and freed marks; first of each segment but the first
+//! 13 part     a group that is not whole; nothing of it counts before its end does
+//! 14 end      a group whose batches are in parts: position of the first of them u64 | the group, which has no batches itself
 //! ```
-//! `totals` are the lane's rows so far: freed u64 | lost u64 | voided u64 | made i64, this record included. Of the first
-//! version are groups of version 1, without `sealed`, and 4 to 7 for 9 to 12, without `made`: they are read.
+//! `totals` are the lane's rows so far: freed u64 | lost u64 | voided u64 | made i64, this record included. `rows` of a group are
+//! all that were ever cut for the lane, with this group: what is missing behind a damaged record. Of the first
+//! versions are groups of version 2, without `rows`, and of version 1, also without `sealed`, and 4 to 7 for 9 to 12, without
+//! `made`: they are read.
 
 use bytes::{Buf, Bytes};
 use segment_log::Position;
@@ -28,10 +32,12 @@ pub(crate) const FREED: u8 = 9;
 pub(crate) const DROPPED: u8 = 10;
 pub(crate) const VOID: u8 = 11;
 pub(crate) const STATE: u8 = 12;
+pub(crate) const PART: u8 = 13;
+pub(crate) const END: u8 = 14;
 /// What `FREED` to `STATE` were in the first version, whose totals had no `made`.
 const FIRST_FREED: u8 = 4;
 const FIRST_STATE: u8 = 7;
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 /// When a group was sealed that does not say so: never too old.
 pub(crate) const SEALED_UNKNOWN: i64 = i64::MAX;
 
@@ -53,13 +59,16 @@ pub(crate) struct Place {
 pub(crate) struct Group {
     pub(crate) cut: Position,
     pub(crate) sealed_us: i64,
+    /// All that were cut for the lane; 0 when it does not say so.
+    pub(crate) rows: u64,
     pub(crate) batches: Vec<CutBatch>,
 }
 
-pub(crate) fn group(cut: Position, sealed_us: i64, batches: &[CutBatch]) -> Vec<u8> {
+pub(crate) fn group(cut: Position, sealed_us: i64, rows: u64, batches: &[CutBatch]) -> Vec<u8> {
     let mut out = vec![VERSION];
     out.extend(cut.0.to_le_bytes());
     out.extend(sealed_us.to_le_bytes());
+    out.extend(rows.to_le_bytes());
     out.extend((batches.len() as u32).to_le_bytes());
     batches.iter().for_each(|batch| batch.write(&mut out));
     out
@@ -70,12 +79,25 @@ pub(crate) fn read_group(mut bytes: Bytes) -> Option<Group> {
     let cut = Position(bytes.try_get_u64_le().ok()?);
     let sealed_us = match version {
         1 => SEALED_UNKNOWN,
-        VERSION => bytes.try_get_i64_le().ok()?,
+        2 | VERSION => bytes.try_get_i64_le().ok()?,
         _ => return None,
     };
+    let rows = if version < VERSION { 0 } else { bytes.try_get_u64_le().ok()? };
     let count = bytes.try_get_u32_le().ok()?;
     let batches = (0..count).map(|_| CutBatch::read(&mut bytes).ok()).collect::<Option<Vec<_>>>()?;
-    bytes.is_empty().then_some(Group { cut, sealed_us, batches })
+    bytes.is_empty().then_some(Group { cut, sealed_us, rows, batches })
+}
+
+/// The end of a group whose parts begin at `first`.
+pub(crate) fn end(first: Position, cut: Position, sealed_us: i64, rows: u64) -> Vec<u8> {
+    let mut out = first.0.to_le_bytes().to_vec();
+    out.extend(group(cut, sealed_us, rows, &[]));
+    out
+}
+
+pub(crate) fn read_end(mut bytes: Bytes) -> Option<(Position, Group)> {
+    let first = Position(bytes.try_get_u64_le().ok()?);
+    read_group(bytes).map(|group| (first, group))
 }
 
 /// A batch that gets another place in its lane.

@@ -5,13 +5,13 @@
 //! the end, into a segment that cuts leave free for it, with their numbers in the same record. When the move finds no room
 //! (the disk itself is full) the lane is full, and nothing is dropped for it.
 
-use segment_log::{FileLayer, Position};
+use segment_log::FileLayer;
 use wire::schema::own;
 use wire::{CutBatch, Mark, StreamName};
 
 use super::drop::DROPPED_MAX;
 use super::record::{self, Moved, Place};
-use super::{OnFull, Spool, SpoolError, Waiting, losses, release};
+use super::{OnFull, Spool, SpoolError, Waiting, losses};
 
 /// Batches that one `moved` record takes, about.
 const MOVED_BYTES: usize = 1 << 20;
@@ -28,15 +28,28 @@ impl<L: FileLayer> Spool<L> {
         let is_first = |place: &Place| place.lane == lane && place.group < end.0;
         let settings = &self.lanes[lane].settings;
         let (mut victims, mut kept, mut droppable_bytes) = (Vec::new(), Vec::new(), 0);
-        for (stream, batches) in &self.lanes[lane].waiting {
+        let streams = self.lanes[lane].waiting.streams().map(|(stream, queue)| {
             let goes = droppable(settings, stream);
-            droppable_bytes += if goes { batches.iter().map(|waiting| waiting.bytes as u64).sum() } else { 0 };
+            droppable_bytes += if goes { queue.bytes } else { 0 };
             let joins = settings.on_full == OnFull::DropOldest && stream.as_str() == own::LOSSES;
-            let first = batches.iter().filter(|waiting| is_first(&waiting.place)).cloned();
-            if goes || joins { victims.extend(first) } else { kept.extend(first) }
-        }
+            (stream.clone(), goes || joins)
+        });
+        let streams = streams.collect::<Vec<_>>();
         // Less is no segment: what is kept would be written again and again for nothing.
-        if droppable_bytes < settings.segment_bytes / 2 || !self.move_kept(lane, &is_first, kept, now_us)? {
+        if droppable_bytes < settings.segment_bytes / 2 {
+            return Ok(false);
+        }
+        let super::Lane { waiting, log, .. } = &mut self.lanes[lane];
+        for (stream, goes) in &streams {
+            let visit = |waiting: Waiting| {
+                if is_first(&waiting.place) {
+                    if *goes { victims.push(waiting) } else { kept.push(waiting) }
+                }
+                true
+            };
+            waiting.walk(log, stream, (end.0, false), visit).map_err(SpoolError::Read)?;
+        }
+        if !self.move_kept(lane, &is_first, kept, now_us)? {
             return Ok(false);
         }
         victims.sort_by_key(|waiting| waiting.came);
@@ -87,7 +100,7 @@ impl<L: FileLayer> Spool<L> {
                 }
                 _ => {
                     // A void batch needs no rows. What has rotted becomes void when it is sent.
-                    voids.extend(void);
+                    voids.extend(void.map(|void| *void));
                     nothing(&stream)
                 }
             };
@@ -131,28 +144,27 @@ impl<L: FileLayer> Spool<L> {
         self.lanes[lane].log.sync()?;
         for (index, moved) in group.into_iter().enumerate() {
             let place = Place { lane, group: appended.position.0, index: index as u32 };
-            self.stands(lane, &moved, place, appended.position);
+            self.stands(lane, &moved, place)?;
         }
         Ok(true)
     }
 
-    fn stands(&mut self, lane: usize, moved: &Moved, place: Place, position: Position) {
+    fn stands(&mut self, lane: usize, moved: &Moved, place: Place) -> Result<(), SpoolError> {
         if let Some(Mark { seq, .. }) = moved.mark {
             let sequence = self.sequences.get_mut(&moved.batch.stream);
             if let Some(numbered) = sequence.and_then(|s| s.numbered.iter_mut().find(|n| n.mark.seq == seq)) {
                 numbered.place = place;
             }
-        } else if let Some(queue) = self.lanes[lane].waiting.get_mut(&moved.batch.stream)
-            && let Ok(at) = queue.binary_search_by_key(&moved.came, |waiting| waiting.came)
-        {
-            queue[at].place = place;
+        } else if let Some(waiting) = self.lanes[lane].take(Some(&moved.batch.stream), moved.from)? {
+            self.lanes[lane].waiting.push_moved(Waiting { place, ..waiting });
         }
         let lane = &mut self.lanes[lane];
         if let Some((losses, _)) = lane.losses.as_mut().filter(|(losses, _)| *losses == moved.from) {
             *losses = place;
         }
-        release(&mut lane.live, moved.from.group);
-        *lane.live.entry(position.0).or_default() += 1;
+        lane.release(moved.from);
+        lane.hold(place);
+        Ok(())
     }
 }
 

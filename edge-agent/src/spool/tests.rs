@@ -3,8 +3,9 @@ use std::sync::Arc;
 use arrow_array::cast::AsArray;
 use arrow_array::types::Int64Type;
 use arrow_array::{Float64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
+use segment_log::LayerFile;
 use segment_log::sim::{Random, SimLayer};
-use wire::{FieldType, StreamField};
+use wire::{FieldType, StreamField, StreamSchema};
 
 use super::*;
 
@@ -60,6 +61,18 @@ fn open(layer: &SimLayer, on_full: OnFull) -> Spool<SimLayer> {
 
 fn traffic() -> StreamName {
     "traffic".parse().unwrap()
+}
+
+/// What waits of a stream in the lane `rest`, in its order.
+fn waiting(spool: &mut Spool<SimLayer>, stream: &StreamName) -> Vec<Waiting> {
+    let Lane { waiting, log, .. } = &mut spool.lanes[1];
+    let mut all = Vec::new();
+    let visit = |waiting| {
+        all.push(waiting);
+        true
+    };
+    waiting.walk(log, stream, (u64::MAX, false), visit).unwrap();
+    all
 }
 
 fn append(spool: &mut Spool<SimLayer>, cut: u64, value: f64) {
@@ -119,7 +132,7 @@ fn a_full_lane_drops_the_oldest_into_losses_or_refuses() {
     (1..=3_000).for_each(|n| append(&mut spool, n, n as f64));
     let counts = spool.rows_counted();
     assert!(counts.lost > 0);
-    let kept = spool.lanes[1].waiting[&traffic()].len() as u64;
+    let kept = waiting(&mut spool, &traffic()).len() as u64;
     let losses = spool.number(1, &"losses".parse().unwrap(), usize::MAX).unwrap();
     let told = losses.iter().map(|batch| {
         let rows = batch.decode(&losses::schema()).unwrap();
@@ -175,6 +188,172 @@ fn after_a_power_cut_no_number_has_two_contents() {
             layer.power_cut(&mut random);
         }
     }
+}
+
+/// Text that no compression makes shorter.
+fn noise(random: &mut Random, bytes: usize) -> String {
+    (0..bytes).map(|_| char::from(b'!' + random.below(94) as u8)).collect()
+}
+
+/// A tick closes the windows of so many devices that what comes out takes more than a segment of 16 MiB.
+#[test]
+fn a_cut_of_more_than_a_segment_goes_to_the_lane_as_one() {
+    let layer = SimLayer::new();
+    let mut wide = settings(OnFull::Refuse);
+    (wide.lanes[1].segment_bytes, wide.lanes[1].max_bytes) = (16 << 20, 128 << 20);
+    let open = || Spool::open(&layer, Path::new(DIRECTORY), wide.clone(), SpoolId([7; 16])).unwrap().0;
+    let (mut random, stream) = (Random::new(1), "traffic_5m".parse::<StreamName>().unwrap());
+    let (batches, rows) = (13_u64, 8_000);
+    let batch = |random: &mut Random| {
+        let devices = (0..rows).map(|_| noise(random, 240)).collect::<Vec<_>>();
+        let columns = RecordBatch::try_new(
+            schema().arrow().clone(),
+            vec![
+                Arc::new(TimestampMicrosecondArray::from(vec![NOW_US; rows]).with_timezone("UTC")),
+                Arc::new(StringArray::from(devices)),
+                Arc::new(Float64Array::from(vec![1.0; rows])),
+                Arc::new(StringArray::from(vec!["good"; rows])),
+            ],
+        );
+        CutBatch::seal(stream.clone(), &schema(), &columns.unwrap(), NOW_US, "test", 1).unwrap()
+    };
+    let all = (0..batches).map(|_| batch(&mut random)).collect::<Vec<_>>();
+    assert!(all.iter().map(|batch| batch.body.len()).sum::<usize>() > 17 << 20);
+    let mut spool = open();
+    spool.append(1, Position(10), &all, &[schema()], NOW_US).unwrap();
+    for _ in 0..2 {
+        assert_eq!((spool.rows(), spool.cut_position(1)), (batches * rows as u64, Position(10)));
+        drop(spool);
+        spool = open();
+    }
+    let sent = spool.number(1, &stream, usize::MAX).unwrap();
+    let rows_sent = sent.iter().map(|batch| batch.decode(&schema()).unwrap().num_rows()).sum::<usize>();
+    assert_eq!(rows_sent as u64, batches * rows as u64);
+}
+
+/// Cuts of several records, over segments, with crashes anywhere in them and in lanes that have no room for them.
+#[test]
+fn a_cut_of_several_records_is_there_as_a_whole_or_not() {
+    const BATCHES: u64 = 14;
+    let mut whole = 0;
+    for seed in 0..60 {
+        let mut random = Random::new(seed);
+        let layer = SimLayer::new();
+        let batches = (0..BATCHES).map(|n| {
+            let stream = if n % 3 == 0 { "other" } else { "traffic" };
+            cut_batch_of(&noise(&mut Random::new(seed * 100 + n), 9_000), stream, n as f64)
+        });
+        let batches = batches.collect::<Vec<_>>();
+        let mut cut = 0;
+        for _ in 0..5 {
+            let mut spool = open(&layer, OnFull::Refuse);
+            let of = format!("seed {seed}, cut {cut}");
+            assert!(spool.cut_position(1).0 >= cut, "{of}: a cut was forgotten");
+            cut = spool.cut_position(1).0;
+            let counts = spool.rows_counted();
+            assert_eq!(counts.freed + counts.spooled, cut * BATCHES, "{of}: {counts:?}");
+            assert_eq!((counts.cut, counts.lost), (cut * BATCHES, 0), "{of}");
+            layer.fail_after(random.below(90));
+            for _ in 0..12 {
+                match spool.append(1, Position(cut + 1), &batches, &[schema()], NOW_US) {
+                    Ok(()) => cut += 1,
+                    Err(error) if error.is_full() => whole += 1,
+                    Err(_) => break,
+                }
+                for stream in ["other", "traffic"].map(|name| name.parse::<StreamName>().unwrap()) {
+                    let bytes_max = random.below(200_000) as usize;
+                    let Ok(sent) = spool.number(1, &stream, bytes_max) else { break };
+                    if let Some(last) = sent.last().filter(|_| random.one_in(2)) {
+                        let mark = Mark { seq: last.header().seq, crc: last.crc() };
+                        let _ = spool.free(&stream, mark);
+                    }
+                }
+            }
+            drop(spool);
+            layer.power_cut(&mut random);
+        }
+    }
+    assert!(whole > 0, "no lane was ever full");
+}
+
+#[test]
+fn groups_of_the_version_before_are_read() {
+    let layer = SimLayer::new();
+    let mut spool = open(&layer, OnFull::Refuse);
+    append(&mut spool, 10, 1.0);
+    let mut payload = record::group(Position(20), NOW_US, 2, &[cut_batch("traffic", 2.0)]);
+    // It did not tell the rows.
+    payload.drain(17..25);
+    payload[0] = 2;
+    let schema = schema().id();
+    spool.put(1, record::GROUP, &payload, &[schema], false).unwrap();
+    spool.mark().unwrap();
+    drop(spool);
+    let mut spool = open(&layer, OnFull::Refuse);
+    assert_eq!((spool.rows(), spool.rows_counted().cut, spool.cut_position(1)), (2, 2, Position(20)));
+    append(&mut spool, 30, 3.0);
+    drop(spool);
+    let counts = open(&layer, OnFull::Refuse).rows_counted();
+    assert_eq!((counts.spooled, counts.cut, counts.lost), (3, 3, 0));
+}
+
+/// Rule 6 after rule 8: what stood in damaged records is lost, and counted.
+#[test]
+fn rows_that_rot_before_they_have_a_number_are_counted_as_lost() {
+    let layer = SimLayer::new();
+    let mut spool = open(&layer, OnFull::Refuse);
+    (1..=30).for_each(|n| append(&mut spool, n, n as f64));
+    let sent = spool.number(1, &traffic(), 2_000).unwrap();
+    spool.free(&traffic(), Mark { seq: Seq(1), crc: sent[0].crc() }).unwrap();
+    let places = waiting(&mut spool, &traffic()).iter().map(|one| one.place).collect::<Vec<_>>();
+    (31..=33).for_each(|n| append(&mut spool, n, n as f64));
+    spool.mark().unwrap();
+    let before = spool.rows_counted();
+    let (path, at) = spool.lanes[1].log.file_of(Position(places[4].group)).unwrap();
+    drop(spool);
+    let file = layer.open(&path).unwrap();
+    file.write_all_at(&[0xff; 4], at + 60).unwrap();
+    file.sync_data().unwrap();
+    let open = || Spool::open(&layer, Path::new(DIRECTORY), settings(OnFull::Refuse), SpoolId([7; 16])).unwrap();
+    let (mut spool, incidents) = open();
+    assert_eq!(incidents.len(), 1);
+    let counts = spool.rows_counted();
+    assert_eq!(counts.freed + counts.spooled + counts.lost, 33, "{counts:?}");
+    assert_eq!((counts.cut, counts.lost, counts.spooled), (33, 1, before.spooled - 1));
+    append(&mut spool, 34, 34.0);
+    spool.put_state(1).unwrap();
+    spool.mark().unwrap();
+    drop(spool);
+    // The next start finds it counted, and not twice.
+    let (mut spool, _) = open();
+    let counts = spool.rows_counted();
+    assert_eq!((counts.cut, counts.lost, counts.spooled), (34, 1, before.spooled));
+    let rest = spool.number(1, &traffic(), usize::MAX).unwrap();
+    assert_eq!(rest.len() as u64, counts.spooled - (sent.len() as u64 - 1));
+}
+
+/// A block of batches that wait is read from the disk again, and a part of it cannot be.
+#[test]
+fn what_rots_while_it_waits_becomes_void_and_keeps_its_neighbours() {
+    let layer = SimLayer::new();
+    let mut spool = open(&layer, OnFull::Refuse);
+    (1..=40).for_each(|n| append(&mut spool, n, n as f64));
+    let place = waiting(&mut spool, &traffic())[8].place;
+    // The blocks at the end are asked for last.
+    let last = waiting(&mut spool, &traffic()).last().cloned().unwrap().place;
+    assert!(place.group < last.group);
+    let (path, at) = spool.lanes[1].log.file_of(Position(place.group)).unwrap();
+    layer.open(&path).unwrap().write_all_at(&[0xff; 4], at + 60).unwrap();
+    let sent = spool.number(1, &traffic(), usize::MAX).unwrap();
+    assert_eq!(sent.len(), 40);
+    assert_eq!(sent.iter().filter(|batch| batch.header().void.is_some()).count(), 1);
+    let counts = spool.rows_counted();
+    assert_eq!((counts.spooled, counts.lost, counts.cut), (39, 1, 40), "{counts:?}");
+    spool.mark().unwrap();
+    drop(spool);
+    let (spool, _) = Spool::open(&layer, Path::new(DIRECTORY), settings(OnFull::Refuse), SpoolId([7; 16])).unwrap();
+    let counts = spool.rows_counted();
+    assert_eq!((counts.spooled, counts.lost, counts.cut), (39, 1, 40), "{counts:?}");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! Connections are kept, until a request gets no answer in time: then the link may have died without a word, and with it
 //! every connection that is kept, and each would cost one more timeout. So all are given up, and the next request makes a
-//! new one. Redirects are not followed; an answer is read up to 4 MiB. Every answer becomes acks or a [`Failure`] with a
+//! new one. A request with batches has time as long as its bytes go on going (`upload.rs`). Redirects are not followed; an answer is read up to 4 MiB. Every answer becomes acks or a [`Failure`] with a
 //! text for people. The token is sent and never shown.
 
 use std::sync::Arc;
@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use chrono::DateTime;
 use parking_lot::Mutex;
-use reqwest::header::{AUTHORIZATION, DATE, HeaderMap, HeaderValue};
+use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, DATE, HeaderMap, HeaderValue};
 use reqwest::{Certificate, Client, RequestBuilder, StatusCode, redirect};
 use url::Url;
 use wire::request::{KIND_BATCH, KIND_SCHEMA, push_frame};
 use wire::{Acks, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId};
 
 use super::state::Failure;
+use super::upload::Upload;
 use crate::clock::Clock;
 use crate::config::CloudSettings;
 
@@ -26,8 +27,8 @@ const ANSWER_BYTES_MAX: usize = 4 << 20;
 /// The longest wait for a connection.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// On the slowest link a request has so much more time for its bytes than `timeout`.
-const LINK_BYTES_PER_S_MIN: u64 = 8 << 10;
+/// No request goes for longer than its bytes need at this rate, even if they never stand still.
+const LINK_BYTES_PER_S_MIN: u64 = 1 << 10;
 /// When a node that pushes back does not say for how long.
 const RETRY_AFTER_MS: u64 = 1_000;
 
@@ -160,8 +161,21 @@ impl CloudClient {
     /// # Errors
     /// When the node does not answer with acks.
     pub async fn send(&self, url: usize, body: Bytes) -> Result<Acks, Failed> {
-        let timeout = self.parts.timeout + Duration::from_secs(body.len() as u64 / LINK_BYTES_PER_S_MIN);
-        self.ask(|client| client.post(self.address(url, "batches")).timeout(timeout).body(body)).await
+        let bytes = body.len() as u64;
+        let longest = self.parts.timeout + Duration::from_secs(bytes / LINK_BYTES_PER_S_MIN);
+        let upload = Upload::new(self.parts.timeout);
+        let given_up = self.connections.lock().given_up;
+        let asked = self.ask(|client| {
+            let request = client.post(self.address(url, "batches")).timeout(longest);
+            request.header(CONTENT_LENGTH, bytes).body(upload.body(body))
+        });
+        tokio::select! {
+            answer = asked => answer,
+            () = upload.stalled() => {
+                self.give_up(given_up);
+                Err(link(format!("no answer, and no byte of {bytes} has gone, within {:?}", self.parts.timeout)))
+            }
+        }
     }
 
     async fn ask(&self, request: impl FnOnce(&Client) -> RequestBuilder) -> Result<Acks, Failed> {
@@ -280,3 +294,6 @@ fn causes(error: &reqwest::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests;

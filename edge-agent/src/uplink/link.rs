@@ -3,8 +3,8 @@
 //! A request carries about what the link takes in [`TARGET_MIN_MS`], or in one round trip when that is longer: it grows
 //! while it is over sooner, and shrinks when it takes more than twice as long. So what is live waits a short time, however
 //! slow the link is and however much backlog goes with it, and on a fast link requests become large. What is under way for
-//! lanes behind one's own does not count: alerts go at once. The streams of a lane share its part, and take turns when that is
-//! little. A lane's `bandwidth` is a bucket of one second, which a batch that is larger may overdraw.
+//! lanes behind one's own does not count: alerts go at once. But however much a lane has to send, one behind it gets one request
+//! for each [`TURN_AFTER`] of those before it. The streams of a lane share its part, and take turns when that is little. A lane's `bandwidth` is a bucket of one second, which a batch that is larger may overdraw.
 
 /// No request is made smaller for a slow link: what a batch has around its rows would become most of it.
 pub const REQUEST_BYTES_MIN: usize = 16 << 10;
@@ -12,6 +12,8 @@ pub const REQUEST_BYTES_MIN: usize = 16 << 10;
 const TARGET_MIN_MS: f64 = 25.0;
 /// A round trip that is longer than this is a node that does not answer well, not distance.
 const TARGET_MAX_MS: f64 = 2_000.0;
+/// After so many requests of lanes before it a lane's own goes, though they fill the link.
+pub const TURN_AFTER: u32 = 8;
 /// The round trip's mean falls at once and rises by this part.
 const RISE: f64 = 1.0 / 8.0;
 
@@ -27,6 +29,8 @@ pub struct Link {
     last_ms: f64,
     /// By lane.
     under_way: Vec<usize>,
+    /// Requests of the lanes before, since the last of this lane.
+    passed: Vec<u32>,
     buckets: Vec<Option<Bucket>>,
 }
 
@@ -49,6 +53,7 @@ impl Link {
             round_ms: None,
             last_ms: 0.0,
             under_way: vec![0; bandwidths.len()],
+            passed: vec![0; bandwidths.len()],
             buckets: bandwidths.iter().map(bucket).collect(),
         }
     }
@@ -68,7 +73,8 @@ impl Link {
     pub fn room(&mut self, lane: usize, streams: usize, now_ms: u64) -> Result<usize, u64> {
         let before = self.under_way.iter().take(lane + 1).sum::<usize>();
         let share = (self.window / streams.max(1)).max(REQUEST_BYTES_MIN).min(self.bytes_max);
-        if before > 0 && before + share > self.window {
+        let has_turn = self.under_way.get(lane) == Some(&0) && self.passed[lane] >= TURN_AFTER;
+        if before > 0 && before + share > self.window && !has_turn {
             return Err(u64::MAX);
         }
         let Some(Some(bucket)) = self.buckets.get_mut(lane) else { return Ok(share) };
@@ -84,6 +90,9 @@ impl Link {
     pub fn sent(&mut self, lane: usize, bytes: usize) {
         if let Some(under_way) = self.under_way.get_mut(lane) {
             *under_way += bytes;
+        }
+        for (index, passed) in self.passed.iter_mut().enumerate().skip(lane) {
+            *passed = if index == lane { 0 } else { passed.saturating_add(1) };
         }
         if let Some(Some(bucket)) = self.buckets.get_mut(lane) {
             bucket.bytes -= bytes as f64;
@@ -173,6 +182,27 @@ mod tests {
         link.landed(0, bytes, 10.0, false);
         assert_eq!(link.room(0, 1, 0), Ok(bytes / 2));
         assert_eq!(link.room(0, 3, 0), Ok(REQUEST_BYTES_MIN));
+    }
+
+    /// The lane before has something under way at every moment.
+    #[test]
+    fn a_lane_behind_a_busy_one_gets_its_share() {
+        let mut link = Link::new(4 << 20, &[None, None, None]);
+        let mut sent = [0, 0, 0];
+        link.sent(0, 1_000);
+        for _ in 0..900 {
+            link.sent(0, 1_000);
+            link.landed(0, 1_000, 5.0, true);
+            sent[0] += 1;
+            for lane in [1, 2] {
+                if let Ok(bytes) = link.room(lane, 1, 0) {
+                    link.sent(lane, bytes);
+                    link.landed(lane, bytes, 5.0, true);
+                    sent[lane] += 1;
+                }
+            }
+        }
+        assert!((100..=120).contains(&sent[1]) && (100..=140).contains(&sent[2]), "{sent:?}");
     }
 
     #[test]

@@ -83,10 +83,11 @@ impl Engine {
         let pending = streams.iter().map(|stream| stream.pending).sum::<u64>();
         let held = self.held.iter().flat_map(|(_, lane)| &lane.batches).map(|batch| u64::from(batch.rows)).sum::<u64>();
         let counted = parts.spool.rows_counted();
+        let out = counters.streams.values().map(|totals| totals.rows).sum::<u64>() - pending - held;
+        // What entries became that the journal has lost since, only the spool knows.
+        let out = if counters.journal_bytes_damaged > 0 { out.max(counted.cut) } else { out };
         let rows = RowsStatus {
-            sealed: counters.streams.values().map(|totals| totals.rows).sum::<u64>().wrapping_add_signed(counted.made)
-                - pending
-                - held,
+            sealed: out.wrapping_add_signed(counted.made),
             committed: counted.freed,
             spooled: counted.spooled,
             lost: counted.lost,

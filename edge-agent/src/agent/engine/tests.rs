@@ -313,3 +313,43 @@ fn a_node_that_nobody_knows_is_asked_for_its_birth_once_also_over_a_restart() {
         driven.stop();
     }
 }
+
+/// All files below a directory but those of the spool.
+fn files(directory: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut all = Vec::new();
+    for path in std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()) {
+        match path.is_dir() {
+            true if path.ends_with("spool") => {}
+            true => all.extend(files(&path)),
+            false => all.push((path.clone(), std::fs::read(&path).unwrap())),
+        }
+    }
+    all
+}
+
+/// Rule 6: the rows of entries that the disk lost are in the spool all the same.
+#[test]
+fn a_lost_tail_of_the_journal_leaves_the_counts_of_rows_in_balance() {
+    let directory = tempfile::tempdir().unwrap();
+    let settings = settings(directory.path(), "");
+    let mut driven = start(&settings);
+    driven.message("{\"v\":1}");
+    driven.settle();
+    driven.stop();
+    let before = files(directory.path());
+    let mut driven = start(&settings);
+    driven.message("{\"v\":2}");
+    driven.settle();
+    driven.stop();
+    for (path, bytes) in before {
+        std::fs::write(path, bytes).unwrap();
+    }
+    let mut driven = start(&settings);
+    driven.message("{\"v\":3}");
+    driven.settle();
+    let status = driven.status();
+    assert!(status.incidents.iter().any(|incident| incident.contains("the disk lost")), "{:?}", status.incidents);
+    let rows = status.rows;
+    assert_eq!((rows.spooled, rows.sealed), (3, 3), "{rows:?}");
+    driven.stop();
+}

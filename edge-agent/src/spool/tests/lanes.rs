@@ -27,17 +27,15 @@ fn value(rows: &RecordBatch) -> f64 {
 
 /// The values of all batches of a stream that wait, in the order in which they wait.
 fn waiting_values(spool: &mut Spool<SimLayer>, stream: &StreamName) -> Vec<f64> {
-    let places = spool.lanes[1].waiting.get(stream).into_iter().flatten().map(|one| one.place).collect::<Vec<_>>();
-    let cuts = places.into_iter().map(|place| spool.read(place).unwrap().expect("it did not rot"));
+    let cuts = waiting(spool, stream).into_iter().map(|one| spool.read(one.place).unwrap().expect("it did not rot"));
     cuts.map(|cut| value(&cut.number(&"e".parse().unwrap(), SpoolId([0; 16]), Seq(1), 0).decode(&schema()).unwrap()))
         .collect()
 }
 
 /// Rows by reason that the losses which wait tell of.
 fn told(spool: &mut Spool<SimLayer>) -> BTreeMap<String, u64> {
-    let places = spool.lanes[1].waiting.get(&losses()).into_iter().flatten().map(|one| one.place).collect::<Vec<_>>();
     let mut told = BTreeMap::new();
-    for place in places {
+    for Waiting { place, .. } in waiting(spool, &losses()) {
         let cut = spool.read(place).unwrap().unwrap();
         let batch = cut.number(&"e".parse().unwrap(), SpoolId([0; 16]), Seq(1), 0);
         let rows = batch.decode(&super::losses::schema()).unwrap();
@@ -135,7 +133,7 @@ fn thin_keeps_windows_and_drops_readings() {
             Err(error) => break error,
         }
     };
-    assert!(full.is_full() && spool.lanes[1].waiting[&traffic()].len() < 150);
+    assert!(full.is_full() && waiting(&mut spool, &traffic()).len() < 150);
     assert_eq!(waiting_values(&mut spool, &windows()).len() as u64, last / 40 + n - 1 - last);
 }
 
@@ -163,7 +161,7 @@ fn what_waits_for_too_long_is_dropped_and_told_once_an_hour() {
     assert_eq!(waiting_values(&mut spool, &windows()), (51..=61).map(|n| n as f64).collect::<Vec<_>>());
     assert_eq!(waiting_values(&mut spool, &traffic())[..2], [1.0, 51.0]);
     // All within one hour: one row a stream.
-    assert_eq!(spool.lanes[1].waiting[&losses()].iter().map(|one| one.rows).collect::<Vec<_>>(), [2]);
+    assert_eq!(waiting(&mut spool, &losses()).iter().map(|one| one.rows).collect::<Vec<_>>(), [2]);
     assert!(told(&mut spool).keys().eq(["too_old"]));
 }
 
@@ -176,7 +174,7 @@ fn what_comes_now_is_sent_before_what_waits() {
         let seqs = batches.iter().map(|batch| batch.header().seq.0).collect::<Vec<_>>();
         (seqs, batches.iter().map(|batch| value(&batch.decode(&schema()).unwrap())).collect::<Vec<_>>())
     };
-    let two = 2 * spool.lanes[1].waiting[&traffic()][0].bytes;
+    let two = 2 * waiting(&mut spool, &traffic())[0].bytes;
     assert!(spool.has_live());
     assert_eq!(values(spool.number(1, &traffic(), two).unwrap()), (vec![1, 2], vec![20.0, 1.0]));
     assert!(!spool.has_live(), "what waits is known to wait");
