@@ -10,12 +10,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
+use reqwest::header::{AUTHORIZATION, CONTENT_ENCODING, HeaderMap, HeaderValue};
 use reqwest::{Certificate, Client, RequestBuilder, StatusCode, redirect};
 use url::Url;
-use wire::request::{KIND_BATCH, KIND_SCHEMA, push_frame};
-use wire::{Acks, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId};
+use wire::request::{ENCODING, KIND_BATCH, KIND_SCHEMA, push_frame};
+use wire::{Acks, EdgeId, RefusedAnswer, RefusedRequest, SchemaId, SealedBatch, SpoolId};
 
+use super::parcel::{Nodes, Parcel};
 use super::state::Failure;
 use crate::config::CloudSettings;
 
@@ -58,6 +59,7 @@ pub struct CloudClient {
     parts: Arc<ClientParts>,
     urls: Vec<Url>,
     edge: EdgeId,
+    nodes: Arc<Mutex<Nodes>>,
 }
 
 /// The connections that are kept.
@@ -114,7 +116,8 @@ impl CloudClient {
         let headers = HeaderMap::from_iter([(AUTHORIZATION, value)]);
         let parts = Arc::new(ClientParts { headers, timeout: settings.timeout.0, certificates });
         let connections = Arc::new(Mutex::new(Connections { client: parts.client()?, given_up: 0 }));
-        Ok(Self { connections, parts, urls: settings.urls.clone(), edge: edge.clone() })
+        let nodes = Arc::default();
+        Ok(Self { connections, parts, urls: settings.urls.clone(), edge: edge.clone(), nodes })
     }
 
     /// The addresses, in order of preference.
@@ -142,25 +145,51 @@ impl CloudClient {
     pub async fn positions(&self, url: usize, spool: SpoolId) -> Result<Acks, Failed> {
         let mut address = self.address(url, "positions");
         address.set_query(Some(&format!("spool={spool}")));
-        self.ask(|client| client.get(address)).await
+        let (status, text) = self.ask(|client| client.get(address)).await?;
+        answer(status, &text)
     }
 
-    /// Sends a body of [`body`].
+    /// Batches and their schemas (canonical texts), as a request to a node.
+    pub fn parcel(&self, url: usize, schemas: &[(SchemaId, &str)], batches: &[SealedBatch]) -> Parcel {
+        self.nodes.lock().parcel(url, schemas, batches)
+    }
+
+    /// Sends a request of [`Self::parcel`] to the node that it is for.
     ///
     /// # Errors
     /// When the node does not answer with acks.
-    pub async fn send(&self, url: usize, body: Bytes) -> Result<Acks, Failed> {
+    pub async fn send(&self, url: usize, parcel: Parcel) -> Result<Acks, Failed> {
+        let body = parcel.body.clone();
         let timeout = self.parts.timeout + Duration::from_secs(body.len() as u64 / LINK_BYTES_PER_S_MIN);
-        self.ask(|client| client.post(self.address(url, "batches")).timeout(timeout).body(body)).await
+        let request = |client: &Client| {
+            let request = client.post(self.address(url, "batches")).timeout(timeout).body(body);
+            if parcel.packed { request.header(CONTENT_ENCODING, ENCODING) } else { request }
+        };
+        let (status, text) = self.ask(request).await?;
+        let mut nodes = self.nodes.lock();
+        let again = match status {
+            StatusCode::OK => {
+                nodes.taken(url, &parcel);
+                false
+            }
+            StatusCode::PRECONDITION_FAILED => nodes.unknown(url, &parcel),
+            StatusCode::UNSUPPORTED_MEDIA_TYPE => nodes.unreadable(url, &parcel),
+            _ => false,
+        };
+        if again {
+            let text = format!("{status}: it is sent again in another form");
+            return Err(Failed { failure: Failure::Form, text, acks: None });
+        }
+        answer(status, &text)
     }
 
-    async fn ask(&self, request: impl FnOnce(&Client) -> RequestBuilder) -> Result<Acks, Failed> {
+    async fn ask(&self, request: impl FnOnce(&Client) -> RequestBuilder) -> Result<(StatusCode, Vec<u8>), Failed> {
         let (request, given_up) = {
             let connections = self.connections.lock();
             (request(&connections.client), connections.given_up)
         };
         match exchange(request).await {
-            Ok((status, text)) => answer(status, &text),
+            Ok(answer) => Ok(answer),
             Err(error) => {
                 if error.is_timeout() {
                     self.give_up(given_up);
@@ -191,7 +220,7 @@ impl CloudClient {
     }
 }
 
-/// Schemas (canonical texts), then batches, as frames.
+/// Schemas (canonical texts), then batches, as frames: a request that any node understands.
 pub fn body(schemas: &[&str], batches: &[SealedBatch]) -> Bytes {
     let mut body = Vec::with_capacity(batches.iter().map(|batch| batch.bytes().len() + 5).sum::<usize>() + 4_096);
     schemas.iter().for_each(|schema| push_frame(&mut body, KIND_SCHEMA, schema.as_bytes()));
@@ -231,7 +260,7 @@ fn answer(status: StatusCode, text: &[u8]) -> Result<Acks, Failed> {
         RefusedRequest::PushedBack { retry_after_ms, .. } => {
             Failure::PushedBack { retry_after_ms: if *retry_after_ms == 0 { RETRY_AFTER_MS } else { *retry_after_ms } }
         }
-        // Schemas are in every request: a node that does not know them is not well.
+        // Also `schema_unknown` of a request that had all: such a node is not well.
         _ => Failure::Link,
     };
     Err(Failed { failure, text: refused.to_string(), acks })
