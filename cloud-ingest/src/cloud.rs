@@ -94,6 +94,7 @@ impl Cloud {
             metrics: Arc::clone(&metrics),
             ready: AtomicBool::new(false),
             schemas: Default::default(),
+            origins: Default::default(),
         });
         Ok(Self { settings, catalogue, metrics, door, thread })
     }

@@ -4,7 +4,8 @@
 //! An edge may write as itself with its token, and nobody else may: an unknown edge and a wrong token get the same
 //! answer. Bodies, rows and decoded bytes have limits. Checksums and Arrow bodies are checked here, on blocking
 //! threads, before the ingest thread sees a batch. A full queue is answered 429, and so is a request for which the
-//! bytes of those that are in here already leave no room. What unpacks to much goes to the ingest thread in parts.
+//! bytes of those that are in here already leave no room. What unpacks to much goes to the ingest thread in parts. A body
+//! may be one Zstandard frame: it says how many bytes it unpacks to, and gets room for them before it is unpacked.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use axum::{Json, Router};
 use parking_lot::RwLock;
 use subtle::ConstantTimeEq;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
-use wire::request::{Frame, frames};
+use wire::request::{self, ENCODING, Frame, Origins, frames};
 use wire::schema::SchemaId;
 use wire::{
     Acks, BATCH_DECODED_BYTES_MAX, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId, StreamAck, StreamSchema,
@@ -58,6 +59,7 @@ pub(crate) struct Door {
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) ready: AtomicBool,
     pub(crate) schemas: RwLock<HashMap<SchemaId, Arc<StreamSchema>>>,
+    pub(crate) origins: RwLock<Origins>,
 }
 
 /// The routes.
@@ -136,8 +138,9 @@ fn authorize(door: &Door, edge: &str, headers: &HeaderMap) -> Result<EdgeId, Ref
 async fn take_batches(door: &Arc<Door>, edge: &str, headers: &HeaderMap, body: Body) -> Result<Acks, RefusedAnswer> {
     let edge = authorize(door, edge, headers)?;
     let bytes_max = door.request_bytes_max;
+    let is_packed = is_packed(headers)?;
     // Held until the answer is known.
-    let _room = room(door, headers)?;
+    let _room = room(door, length(headers).unwrap_or(bytes_max))?;
     let body = tokio::time::timeout(BODY_MAX, to_bytes(body, bytes_max)).await.map_err(|_| {
         let detail = format!("the body did not come within {} s", BODY_MAX.as_secs());
         RefusedRequest::Damaged { detail }
@@ -151,9 +154,16 @@ async fn take_batches(door: &Arc<Door>, edge: &str, headers: &HeaderMap, body: B
             RefusedRequest::Damaged { detail: "the body broke off".to_owned() }
         }
     })?;
+    let unpacked_len = if is_packed { Some(unpacked_len(&body)?) } else { None };
+    let _more_room = unpacked_len.map(|len| room(door, len)).transpose()?;
     let reader = Arc::clone(door);
-    let reading =
-        tokio::task::spawn_blocking(move || read(&reader, &edge, body).map(|batches| parts(batches, PART_BYTES)));
+    let reading = tokio::task::spawn_blocking(move || {
+        let body = match unpacked_len {
+            None => body,
+            Some(len) => request::unpack(&body, len).ok_or_else(not_packed)?,
+        };
+        read(&reader, &edge, body).map(|batches| parts(batches, PART_BYTES))
+    });
     let mut parts = reading.await.map_err(|_| unreadable())??.into_iter();
     let mut all = Acks::default();
     for part in parts.by_ref() {
@@ -243,11 +253,34 @@ pub(crate) fn room_of(bytes: usize) -> Arc<Semaphore> {
     Arc::new(Semaphore::new((bytes / ROOM_UNIT).min(Semaphore::MAX_PERMITS)))
 }
 
-/// Takes room for the body: as much as it says that it has, or as it may have.
-fn room(door: &Door, headers: &HeaderMap) -> Result<OwnedSemaphorePermit, RefusedRequest> {
+/// How many bytes the body says that it has.
+fn length(headers: &HeaderMap) -> Option<usize> {
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// Whether the body is one Zstandard frame.
+fn is_packed(headers: &HeaderMap) -> Result<bool, RefusedRequest> {
+    let Some(encoding) = headers.get(header::CONTENT_ENCODING) else { return Ok(false) };
+    let encoding = String::from_utf8_lossy(encoding.as_bytes());
+    match encoding.trim() {
+        encoding if encoding.eq_ignore_ascii_case(ENCODING) => Ok(true),
+        encoding if encoding.is_empty() || encoding.eq_ignore_ascii_case("identity") => Ok(false),
+        other => Err(RefusedRequest::EncodingUnknown { encoding: other.chars().take(80).collect() }),
+    }
+}
+
+fn unpacked_len(packed: &[u8]) -> Result<usize, RefusedRequest> {
+    let len = request::unpacked_len(packed).ok_or_else(not_packed)?;
+    Ok(usize::try_from(len).unwrap_or(usize::MAX))
+}
+
+fn not_packed() -> RefusedRequest {
+    RefusedRequest::Damaged { detail: "the body is no Zstandard frame that says how long it gets".to_owned() }
+}
+
+/// Takes room for so many bytes of a body.
+fn room(door: &Door, bytes: usize) -> Result<OwnedSemaphorePermit, RefusedRequest> {
     let bytes_max = door.request_bytes_max;
-    let length = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
-    let bytes = length.unwrap_or(bytes_max);
     if bytes > bytes_max {
         return Err(RefusedRequest::TooLarge { bytes_max });
     }
@@ -304,70 +337,45 @@ fn read(door: &Door, edge: &EdgeId, body: Bytes) -> Result<Vec<Checked>, Refused
             }
             Frame::Batch(bytes) => {
                 let batch = SealedBatch::parse(bytes).map_err(|error| damaged(error.to_string()))?;
-                if batch.header().edge != *edge {
-                    return Err(RefusedRequest::Unauthorized { edge: batch.header().edge.to_string() });
-                }
-                let id = batch.header().schema;
-                let schema = own.get(&id).cloned().or_else(|| door.schemas.read().get(&id).cloned());
-                let schema = schema.ok_or_else(|| RefusedRequest::SchemaUnknown { schema: format!("{id:?}") })?;
-                checked.push((batch, schema));
+                check_edge(&batch, edge)?;
+                learn(door, &batch);
+                checked.push(with_schema(door, &own, batch)?);
+            }
+            Frame::Rest(origin, rest) => {
+                let unknown = || RefusedRequest::OriginUnknown { origin: origin.0 };
+                let bytes = door.origins.read().whole(edge, origin, &rest).ok_or_else(unknown)?;
+                // Also when the origin is another of the same name: the checksum covers it.
+                let batch = SealedBatch::parse(bytes).map_err(|_| unknown())?;
+                check_edge(&batch, edge)?;
+                checked.push(with_schema(door, &own, batch)?);
             }
         }
     }
     Ok(checked)
 }
 
-#[cfg(test)]
-mod tests {
-    use arrow_array::{ArrayRef, RecordBatch, StringArray, TimestampMicrosecondArray};
-    use wire::sealed::NO_WATERMARK;
-    use wire::{CutBatch, Mark, Refusal, Seq, TS_MIN_US};
+fn check_edge(batch: &SealedBatch, edge: &EdgeId) -> Result<(), RefusedRequest> {
+    let own = &batch.header().edge;
+    if own == edge { Ok(()) } else { Err(RefusedRequest::Unauthorized { edge: own.to_string() }) }
+}
 
-    use super::*;
-
-    fn checked(seq: u64) -> Checked {
-        let schema = StreamSchema::new(Vec::new()).unwrap();
-        let columns: Vec<ArrayRef> = vec![
-            Arc::new(TimestampMicrosecondArray::from_value(TS_MIN_US, 1_000).with_timezone("UTC")),
-            Arc::new(StringArray::from(vec!["d"; 1_000])),
-            Arc::new(StringArray::from(vec!["good"; 1_000])),
-        ];
-        let rows = RecordBatch::try_new(schema.arrow().clone(), columns).unwrap();
-        let cut = CutBatch::seal("traffic".parse().unwrap(), &schema, &rows, NO_WATERMARK, "test", 1).unwrap();
-        (cut.number(&"gw".parse().unwrap(), SpoolId([1; 16]), Seq(seq), 0), Arc::new(schema))
-    }
-
-    #[test]
-    fn a_request_is_taken_in_parts_by_what_it_unpacks_to() {
-        let one = checked(1).0.decoded_bytes();
-        assert!(one > checked(1).0.bytes().len(), "rows that repeat");
-        let sizes = |bytes_max| {
-            let parts = parts((1..=7).map(checked).collect(), bytes_max);
-            assert!(parts.iter().all(|(bytes, part)| *bytes == one * part.len()));
-            let seqs = parts.iter().flat_map(|(_, part)| part).map(|(batch, _)| batch.header().seq.0);
-            assert!(seqs.eq(1..=7), "in order");
-            parts.into_iter().map(|(_, part)| part.len()).collect::<Vec<_>>()
-        };
-        assert_eq!(sizes(3 * one), [3, 3, 1]);
-        assert_eq!(sizes(7 * one), [7]);
-        assert_eq!(sizes(0), [1; 7], "a batch that is too large for a part is one");
-    }
-
-    #[test]
-    fn the_answer_of_the_last_part_counts_for_each_sequence() {
-        let ack = |stream: &str, seq| {
-            let durable = Mark { seq: Seq(seq), crc: 0 };
-            StreamAck { spool: SpoolId([1; 16]), stream: stream.parse().unwrap(), durable, committed: Mark::default() }
-        };
-        let refusal = |seq| Refusal {
-            spool: SpoolId([1; 16]),
-            stream: "a".parse().unwrap(),
-            seq: Seq(seq),
-            reason: String::new(),
-        };
-        let mut all = Acks { node: "n".into(), acks: vec![ack("a", 1), ack("b", 2)], refused: vec![refusal(1)] };
-        merge(&mut all, Acks { node: "n".into(), acks: vec![ack("a", 3)], refused: vec![refusal(4)] });
-        assert_eq!(all.acks, [ack("b", 2), ack("a", 3)]);
-        assert_eq!(all.refused, [refusal(1), refusal(4)]);
+fn learn(door: &Door, batch: &SealedBatch) {
+    if !door.origins.read().knows(batch) {
+        door.origins.write().learn(batch);
     }
 }
+
+/// `own`: the schemas of the request.
+fn with_schema(
+    door: &Door,
+    own: &HashMap<SchemaId, Arc<StreamSchema>>,
+    batch: SealedBatch,
+) -> Result<Checked, RefusedRequest> {
+    let id = batch.header().schema;
+    let schema = own.get(&id).cloned().or_else(|| door.schemas.read().get(&id).cloned());
+    let schema = schema.ok_or_else(|| RefusedRequest::SchemaUnknown { schema: format!("{id:?}") })?;
+    Ok((batch, schema))
+}
+
+#[cfg(test)]
+mod tests;

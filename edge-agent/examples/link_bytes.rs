@@ -1,21 +1,18 @@
 //! Bytes per reading on the link, by rows in a batch: what Weir sends beside what others would, as a table and as JSON.
 //!
 //! `cargo run --release -p edge-agent --example link_bytes -- traffic.csv.gz [--json]`. The file is that of the city of Aarhus: rows in
-//! order of arrival, of which device, time, speed and count are kept. HTTP and TLS are left out everywhere. The lower part of
-//! the table is what was tried for small batches.
+//! order of arrival, of which device, time, speed and count are kept. HTTP and TLS are left out everywhere. Every
+//! sealed batch is decoded and compared first.
 
 use std::io::{BufRead, BufReader, Write};
 use std::sync::Arc;
 
-use anyhow::{Context, bail};
-use arrow_array::types::Int32Type;
-use arrow_array::{
-    ArrayRef, DictionaryArray, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
-};
+use anyhow::{Context, bail, ensure};
+use arrow_array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
 use arrow_ipc::CompressionType;
 use arrow_ipc::writer::{IpcWriteOptions, StreamWriter};
 use chrono::NaiveDateTime;
-use edge_agent::uplink::http::body;
+use edge_agent::uplink::parcel::{Nodes, Parcel};
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
@@ -41,24 +38,17 @@ type Way = (&'static str, fn(&[&[Reading]]) -> anyhow::Result<usize>, usize);
 fn main() -> anyhow::Result<()> {
     let path = std::env::args().nth(1).context("name the file of readings")?;
     let readings = read(&path)?;
-    let ways: [Way; 17] = [
+    let ways: [Way; 10] = [
         ("weir, a request of one batch", weir, 1),
-        ("weir, a request of 50 batches", weir, BACKLOG),
+        ("weir, 50 batches in a request", weir, BACKLOG),
+        ("weir, the first request to a node", |rows| Ok(parcel(&Nodes::default(), rows)?.body.len()), 1),
         ("JSON", json, 1),
         ("JSON + gzip", |rows| gzip(json_text(rows)), 1),
         ("line protocol + gzip", |rows| gzip(line_text(rows)), 1),
+        ("line protocol + gzip, 50 batches in a request", |rows| gzip(line_text(rows)), BACKLOG),
         ("Arrow IPC stream + zstd", ipc_stream, 1),
-        ("- weir without the schema", |rows| Ok(sealed(rows)?.iter().map(|batch| batch.bytes().len() + 5).sum()), 1),
-        ("- weir's Arrow body alone", |rows| Ok(cuts(rows)?.iter().map(|cut| cut.body.len()).sum()), 1),
-        ("- body as one zstd frame, level 3", |rows| frames(rows, 3, false), 1),
-        ("- body as one zstd frame, level 19", |rows| frames(rows, 19, false), 1),
-        ("- the same, dictionaries whole within", |rows| frames(rows, 3, true), 1),
-        ("- zstd with a dictionary over batches", trained, 1),
-        ("- request of one batch, gzip", |rows| gzip(&request(rows)?), 1),
-        ("- request of one batch, zstd", |rows| Ok(zstd::bulk::compress(&request(rows)?, 3)?.len()), 1),
-        ("- request of 50 batches, gzip", |rows| gzip(&request(rows)?), BACKLOG),
-        ("- request of 50 batches, zstd", |rows| Ok(zstd::bulk::compress(&request(rows)?, 3)?.len()), BACKLOG),
-        ("- plain bodies, 50 batches, zstd", plain_request, BACKLOG),
+        ("- weir's sealed batch", |rows| Ok(sealed(rows)?.iter().map(|batch| batch.bytes().len()).sum()), 1),
+        ("- weir's body alone", |rows| Ok(cuts(rows)?.iter().map(|cut| cut.body.len()).sum()), 1),
     ];
     let mut out = Vec::new();
     for (name, way, batches) in ways {
@@ -137,17 +127,22 @@ fn sealed(batches: &[&[Reading]]) -> anyhow::Result<Vec<SealedBatch>> {
         let spool = SpoolId(0x0123_4567_89ab_cdef_0f1e_2d3c_4b5a_6978_u128.to_be_bytes());
         let batch = cut.number(&edge, spool, Seq(100_000 + n as u64), crc);
         crc = batch.crc();
+        ensure!(batch.decode(&schema()?)? == self::batch(batches[n])?, "what was sealed does not come back");
         sealed.push(batch);
     }
     Ok(sealed)
 }
 
-fn request(batches: &[&[Reading]]) -> anyhow::Result<Vec<u8>> {
-    Ok(body(&[schema()?.canonical()], &sealed(batches)?).to_vec())
+fn parcel(nodes: &Nodes, batches: &[&[Reading]]) -> anyhow::Result<Parcel> {
+    let schema = schema()?;
+    Ok(nodes.parcel(0, &[(schema.id(), schema.canonical())], &sealed(batches)?))
 }
 
+/// To a node that has taken a batch of this stream before.
 fn weir(batches: &[&[Reading]]) -> anyhow::Result<usize> {
-    Ok(request(batches)?.len())
+    let mut nodes = Nodes::default();
+    nodes.taken(0, &parcel(&nodes, batches)?);
+    Ok(parcel(&nodes, batches)?.body.len())
 }
 
 fn json_text(batches: &[&[Reading]]) -> String {
@@ -177,67 +172,13 @@ fn gzip(bytes: impl AsRef<[u8]>) -> anyhow::Result<usize> {
     Ok(encoder.finish()?.len())
 }
 
-fn ipc(batch: &RecordBatch, compression: Option<CompressionType>) -> anyhow::Result<Vec<u8>> {
-    let options = IpcWriteOptions::default().try_with_compression(compression)?;
+fn ipc(batch: &RecordBatch) -> anyhow::Result<Vec<u8>> {
+    let options = IpcWriteOptions::default().try_with_compression(Some(CompressionType::ZSTD))?;
     let mut writer = StreamWriter::try_new_with_options(Vec::new(), &batch.schema(), options)?;
     writer.write(batch)?;
     Ok(writer.into_inner()?)
 }
 
 fn ipc_stream(batches: &[&[Reading]]) -> anyhow::Result<usize> {
-    batches.iter().map(|rows| Ok(ipc(&batch(rows)?, Some(CompressionType::ZSTD))?.len())).sum()
-}
-
-/// A batch's message and data without compression of their own, and without the schema that stands before them.
-fn plain(rows: &[Reading], dictionaries: bool) -> anyhow::Result<Vec<u8>> {
-    let batch = batch(rows)?;
-    let batch = if dictionaries {
-        let coded = |column: usize| -> anyhow::Result<ArrayRef> {
-            let texts = arrow_array::cast::AsArray::as_string::<i32>(batch.column(column));
-            Ok(Arc::new(texts.iter().flatten().collect::<DictionaryArray<Int32Type>>()))
-        };
-        let mut columns = batch.columns().to_vec();
-        (columns[1], columns[4]) = (coded(1)?, coded(4)?);
-        let names = ["ts", "device", "avg_speed", "vehicle_count", "quality"];
-        RecordBatch::try_from_iter(names.into_iter().zip(columns))?
-    } else {
-        batch
-    };
-    let whole = ipc(&batch, None)?;
-    // A stream without batches is its schema and an end of eight bytes.
-    let mut writer = StreamWriter::try_new(Vec::new(), &batch.schema())?;
-    writer.finish()?;
-    let head = writer.into_inner()?.len() - 8;
-    Ok(whole[head..].to_vec())
-}
-
-fn around(batches: &[&[Reading]]) -> anyhow::Result<usize> {
-    Ok(sealed(batches)?.iter().zip(cuts(batches)?).map(|(sealed, cut)| sealed.bytes().len() - cut.body.len() + 5).sum())
-}
-
-fn frames(batches: &[&[Reading]], level: i32, dictionaries: bool) -> anyhow::Result<usize> {
-    let bodies = batches.iter().map(|rows| Ok(zstd::bulk::compress(&plain(rows, dictionaries)?, level)?.len()));
-    Ok(around(batches)? + bodies.sum::<anyhow::Result<usize>>()?)
-}
-
-/// What rule 1 rules out: a dictionary that the other end must have. It is made of batches of the same data.
-fn trained(batches: &[&[Reading]]) -> anyhow::Result<usize> {
-    static DICTIONARY: std::sync::OnceLock<Vec<u8>> = std::sync::OnceLock::new();
-    let rows = batches.first().context("no batch")?;
-    let body = plain(rows, false)?;
-    // The body of a batch that went before it is as good as a trained one, and the simplest to have.
-    let dictionary = DICTIONARY.get_or_init(|| body.clone());
-    let mut compressor = zstd::bulk::Compressor::with_dictionary(3, dictionary)?;
-    Ok(around(batches)? + compressor.compress(&body)?.len())
-}
-
-/// One frame around bodies without compression of their own: what a request could be if the WAL did not store the same bytes.
-fn plain_request(batches: &[&[Reading]]) -> anyhow::Result<usize> {
-    let mut request = schema()?.canonical().as_bytes().to_vec();
-    for (rows, (sealed, cut)) in batches.iter().zip(sealed(batches)?.iter().zip(cuts(batches)?)) {
-        let around = sealed.bytes().len() - cut.body.len();
-        request.extend_from_slice(&sealed.bytes()[..around.min(sealed.bytes().len())]);
-        request.extend(plain(rows, false)?);
-    }
-    Ok(zstd::bulk::compress(&request, 3)?.len())
+    batches.iter().map(|rows| Ok(ipc(&batch(rows)?)?.len())).sum()
 }

@@ -454,6 +454,7 @@ mod tests {
             watermark: 3,
             agent: "0".into(),
             configuration: 7,
+            format: wire::BodyFormat::Arrow,
             body: Bytes::from_static(b"body"),
         };
         vec![

@@ -65,9 +65,15 @@ pub enum RefusedRequest {
     /// 412
     #[error("a schema is not known: {schema}")]
     SchemaUnknown { schema: String },
+    /// 412
+    #[error("an origin is not known: {origin:08x}")]
+    OriginUnknown { origin: u32 },
     /// 413
     #[error("the request has more than {bytes_max} bytes")]
     TooLarge { bytes_max: usize },
+    /// 415
+    #[error("a request is sent as it is or as zstd, not as `{encoding}`")]
+    EncodingUnknown { encoding: String },
     /// 429
     #[error("{stream}: no room for now")]
     PushedBack { stream: StreamName, retry_after_ms: u64 },
@@ -101,7 +107,9 @@ impl RefusedRequest {
             Self::Gap { .. } => "gap",
             Self::Forked { .. } => "forked",
             Self::SchemaUnknown { .. } => "schema_unknown",
+            Self::OriginUnknown { .. } => "origin_unknown",
             Self::TooLarge { .. } => "too_large",
+            Self::EncodingUnknown { .. } => "encoding_unknown",
             Self::PushedBack { .. } => "pushed_back",
             Self::NotReady { .. } => "not_ready",
         }
@@ -113,8 +121,9 @@ impl RefusedRequest {
             Self::Damaged { .. } => 400,
             Self::Unauthorized { .. } => 401,
             Self::Gap { .. } | Self::Forked { .. } => 409,
-            Self::SchemaUnknown { .. } => 412,
+            Self::SchemaUnknown { .. } | Self::OriginUnknown { .. } => 412,
             Self::TooLarge { .. } => 413,
+            Self::EncodingUnknown { .. } => 415,
             Self::PushedBack { .. } => 429,
             Self::NotReady { .. } => 503,
         }

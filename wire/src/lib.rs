@@ -4,17 +4,20 @@
 //! both stand on this crate, so a format that changes here changes its version byte.
 
 pub mod ack;
+mod body;
+mod bytes;
 pub mod hot;
 pub mod ids;
 pub mod request;
 pub mod schema;
 pub mod sealed;
 pub mod written;
+mod zip;
 
 pub use ack::{Acks, Mark, PositionsAnswer, Refusal, RefusedAnswer, RefusedRequest, StreamAck};
 pub use ids::{EdgeId, FieldName, NameError, Seq, SpoolId, StreamName};
 pub use schema::{FieldType, SchemaId, StreamField, StreamSchema};
-pub use sealed::{CutBatch, SealedBatch};
+pub use sealed::{BodyFormat, CutBatch, SealedBatch};
 
 /// Most rows in one sealed batch.
 pub const BATCH_ROWS_MAX: usize = 65_536;

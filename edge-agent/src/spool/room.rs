@@ -194,6 +194,7 @@ fn nothing(stream: &StreamName) -> CutBatch {
         watermark: wire::sealed::NO_WATERMARK,
         agent: String::new(),
         configuration: 0,
+        format: wire::BodyFormat::Columns,
         body: bytes::Bytes::new(),
     }
 }

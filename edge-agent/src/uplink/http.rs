@@ -11,12 +11,13 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use chrono::DateTime;
 use parking_lot::Mutex;
-use reqwest::header::{AUTHORIZATION, CONTENT_LENGTH, DATE, HeaderMap, HeaderValue};
+use reqwest::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, DATE, HeaderMap, HeaderValue};
 use reqwest::{Certificate, Client, RequestBuilder, StatusCode, redirect};
 use url::Url;
-use wire::request::{KIND_BATCH, KIND_SCHEMA, push_frame};
-use wire::{Acks, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId};
+use wire::request::{ENCODING, KIND_BATCH, KIND_SCHEMA, push_frame};
+use wire::{Acks, EdgeId, RefusedAnswer, RefusedRequest, SchemaId, SealedBatch, SpoolId};
 
+use super::parcel::{Nodes, Parcel};
 use super::state::Failure;
 use super::upload::Upload;
 use crate::clock::Clock;
@@ -61,6 +62,7 @@ pub struct CloudClient {
     parts: Arc<ClientParts>,
     urls: Vec<Url>,
     edge: EdgeId,
+    nodes: Arc<Mutex<Nodes>>,
     /// Hears what time it is.
     clock: Option<Arc<Clock>>,
 }
@@ -119,7 +121,8 @@ impl CloudClient {
         let headers = HeaderMap::from_iter([(AUTHORIZATION, value)]);
         let parts = Arc::new(ClientParts { headers, timeout: settings.timeout.0, certificates });
         let connections = Arc::new(Mutex::new(Connections { client: parts.client()?, given_up: 0 }));
-        Ok(Self { connections, parts, urls: settings.urls.clone(), edge: edge.clone(), clock: None })
+        let nodes = Arc::default();
+        Ok(Self { connections, parts, urls: settings.urls.clone(), edge: edge.clone(), nodes, clock: None })
     }
 
     /// The same; the clock hears what time it is from each answer with acks.
@@ -153,47 +156,66 @@ impl CloudClient {
     pub async fn positions(&self, url: usize, spool: SpoolId) -> Result<Acks, Failed> {
         let mut address = self.address(url, "positions");
         address.set_query(Some(&format!("spool={spool}")));
-        self.ask(|client| client.get(address)).await
+        let answered = self.ask(|client| client.get(address)).await?;
+        self.acks(&answered)
     }
 
-    /// Sends a body of [`body`].
+    /// Batches and their schemas (canonical texts), as a request to a node.
+    pub fn parcel(&self, url: usize, schemas: &[(SchemaId, &str)], batches: &[SealedBatch]) -> Parcel {
+        self.nodes.lock().parcel(url, schemas, batches)
+    }
+
+    /// Sends a request of [`Self::parcel`] to the node that it is for.
     ///
     /// # Errors
     /// When the node does not answer with acks.
-    pub async fn send(&self, url: usize, body: Bytes) -> Result<Acks, Failed> {
+    pub async fn send(&self, url: usize, parcel: Parcel) -> Result<Acks, Failed> {
+        let body = parcel.body.clone();
         let bytes = body.len() as u64;
         let longest = self.parts.timeout + Duration::from_secs(bytes / LINK_BYTES_PER_S_MIN);
         let upload = Upload::new(self.parts.timeout);
         let given_up = self.connections.lock().given_up;
         let asked = self.ask(|client| {
             let request = client.post(self.address(url, "batches")).timeout(longest);
-            request.header(CONTENT_LENGTH, bytes).body(upload.body(body))
+            let request = request.header(CONTENT_LENGTH, bytes).body(upload.body(body));
+            if parcel.packed { request.header(CONTENT_ENCODING, ENCODING) } else { request }
         });
-        tokio::select! {
-            answer = asked => answer,
+        let answered = tokio::select! {
+            answered = asked => answered?,
             () = upload.stalled() => {
                 self.give_up(given_up);
-                Err(link(format!("no answer, and no byte of {bytes} has gone, within {:?}", self.parts.timeout)))
+                let text = format!("no answer, and no byte of {bytes} has gone, within {:?}", self.parts.timeout);
+                return Err(link(text));
             }
+        };
+        let status = answered.status;
+        let again = {
+            let mut nodes = self.nodes.lock();
+            match status {
+                StatusCode::OK => {
+                    nodes.taken(url, &parcel);
+                    false
+                }
+                StatusCode::PRECONDITION_FAILED => nodes.unknown(url, &parcel),
+                StatusCode::UNSUPPORTED_MEDIA_TYPE => nodes.unreadable(url, &parcel),
+                _ => false,
+            }
+        };
+        if again {
+            let text = format!("{status}: it is sent again in another form");
+            return Err(Failed { failure: Failure::Form, text, acks: None });
         }
+        self.acks(&answered)
     }
 
-    async fn ask(&self, request: impl FnOnce(&Client) -> RequestBuilder) -> Result<Acks, Failed> {
+    async fn ask(&self, request: impl FnOnce(&Client) -> RequestBuilder) -> Result<Answered, Failed> {
         let (request, given_up) = {
             let connections = self.connections.lock();
             (request(&connections.client), connections.given_up)
         };
         let asked_us = self.clock.as_ref().map(|clock| clock.monotonic_us());
         match exchange(request).await {
-            Ok(Answered { status, date_s, answered_at, text }) => {
-                let answer = answer(status, &text);
-                if let (Some(clock), Some(asked_us), Some(date_s), Ok(_)) = (&self.clock, asked_us, date_s, &answer) {
-                    // The date was written before the body.
-                    let since_us = i64::try_from(answered_at.elapsed().as_micros()).unwrap_or(i64::MAX);
-                    clock.heard(date_s, asked_us, clock.monotonic_us().saturating_sub(since_us));
-                }
-                answer
-            }
+            Ok(answered) => Ok(Answered { asked_us, ..answered }),
             Err(error) => {
                 if error.is_timeout() {
                     self.give_up(given_up);
@@ -201,6 +223,19 @@ impl CloudClient {
                 Err(link(causes(&error)))
             }
         }
+    }
+
+    /// What the node says; the clock hears when it said so.
+    fn acks(&self, answered: &Answered) -> Result<Acks, Failed> {
+        let answer = answer(answered.status, &answered.text);
+        if let (Some(clock), Some(asked_us), Some(date_s), Ok(_)) =
+            (&self.clock, answered.asked_us, answered.date_s, &answer)
+        {
+            // The date was written before the body.
+            let since_us = i64::try_from(answered.answered_at.elapsed().as_micros()).unwrap_or(i64::MAX);
+            clock.heard(date_s, asked_us, clock.monotonic_us().saturating_sub(since_us));
+        }
+        answer
     }
 
     /// Gives up the connections of then; those that a request still waits on live until it ends.
@@ -224,7 +259,7 @@ impl CloudClient {
     }
 }
 
-/// Schemas (canonical texts), then batches, as frames.
+/// Schemas (canonical texts), then batches, as frames: a request that any node understands.
 pub fn body(schemas: &[&str], batches: &[SealedBatch]) -> Bytes {
     let mut body = Vec::with_capacity(batches.iter().map(|batch| batch.bytes().len() + 5).sum::<usize>() + 4_096);
     schemas.iter().for_each(|schema| push_frame(&mut body, KIND_SCHEMA, schema.as_bytes()));
@@ -239,6 +274,8 @@ fn link(text: String) -> Failed {
 /// An answer, whatever it says.
 struct Answered {
     status: StatusCode,
+    /// By the agent's clock, when it has one.
+    asked_us: Option<i64>,
     /// s since 1970 UTC.
     date_s: Option<i64>,
     /// When its head had come.
@@ -258,7 +295,7 @@ async fn exchange(request: RequestBuilder) -> reqwest::Result<Answered> {
     {
         text.extend_from_slice(&part);
     }
-    Ok(Answered { status: response.status(), date_s, answered_at, text })
+    Ok(Answered { status: response.status(), asked_us: None, date_s, answered_at, text })
 }
 
 fn answer(status: StatusCode, text: &[u8]) -> Result<Acks, Failed> {
@@ -277,7 +314,7 @@ fn answer(status: StatusCode, text: &[u8]) -> Result<Acks, Failed> {
         RefusedRequest::PushedBack { retry_after_ms, .. } => {
             Failure::PushedBack { retry_after_ms: if *retry_after_ms == 0 { RETRY_AFTER_MS } else { *retry_after_ms } }
         }
-        // Schemas are in every request: a node that does not know them is not well.
+        // Also `schema_unknown` of a request that had all: such a node is not well.
         _ => Failure::Link,
     };
     Err(Failed { failure, text: refused.to_string(), acks })

@@ -37,6 +37,8 @@ pub enum Failure {
     Gap { expected: Seq },
     /// 429: this stream waits.
     PushedBack { retry_after_ms: u64 },
+    /// 412 or 415: the same goes again at once, in a form that the node can read.
+    Form,
     /// 409 forked: the caller starts a new spool.
     Forked,
 }
@@ -256,7 +258,7 @@ impl Uplink {
             (Failure::PushedBack { retry_after_ms }, Some(chain)) => {
                 chain.not_before_ms = now_ms.saturating_add(*retry_after_ms);
             }
-            (Failure::Forked, _) => {}
+            (Failure::Forked | Failure::Form, _) => {}
             _ => {
                 let wait = (BACKOFF_MIN_MS << self.failures.min(16)).min(BACKOFF_MAX_MS);
                 self.failures = self.failures.saturating_add(1);

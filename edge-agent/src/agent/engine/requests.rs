@@ -7,7 +7,6 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use rand::Rng;
 use segment_log::Disk;
 use wire::{Acks, Refusal, Seq, SpoolId, StreamAck, StreamName};
@@ -15,7 +14,8 @@ use wire::{Acks, Refusal, Seq, SpoolId, StreamAck, StreamName};
 use super::{Answer, Engine, EngineError, FORK_RETRY, Of, RETRY, incident, remove_other_spools, spool_directory};
 use crate::entry::Entry;
 use crate::spool::SpoolError;
-use crate::uplink::http::{Failed, body};
+use crate::uplink::http::Failed;
+use crate::uplink::parcel::Parcel;
 use crate::uplink::state::{Action, Candidate, Failure};
 
 /// A request to an address that was left may still be answered within this.
@@ -51,14 +51,14 @@ impl Engine {
                     self.request(of, async move { cloud.positions(url, spool).await });
                 }
                 Action::Send { url, epoch, stream, from, lane, bytes_max } => {
-                    if let Some(body) = self.gather(lane, &stream, from, bytes_max)? {
+                    if let Some(parcel) = self.gather(url, lane, &stream, from, bytes_max)? {
                         let cloud = self.parts.cloud.clone();
                         let (spool, freed) = (self.parts.spool.id(), self.parts.spool.freed(&stream).seq);
-                        self.bytes_sent += body.len() as u64;
-                        self.parts.uplink.link.sent(lane, body.len());
-                        let bytes = body.len();
+                        let bytes = parcel.body.len();
+                        self.bytes_sent += bytes as u64;
+                        self.parts.uplink.link.sent(lane, bytes);
                         let of = Of { stream: Some(stream), epoch, spool, freed, lane, bytes, probe: false };
-                        self.request(of, async move { cloud.send(url, body).await });
+                        self.request(of, async move { cloud.send(url, parcel).await });
                     } else {
                         let failure = Failure::PushedBack { retry_after_ms: RETRY.as_millis() as u64 };
                         self.parts.uplink.failed(Some(&stream), epoch, &failure, now_ms, 0.0);
@@ -90,15 +90,16 @@ impl Engine {
         });
     }
 
-    /// The batches of a stream from a number on, as a body; None when the spool has no room for new numbers, or for what
+    /// The batches of a stream from a number on, as a request; None when the spool has no room for new numbers, or for what
     /// takes the place of a batch that rotted.
     fn gather(
         &mut self,
+        url: usize,
         lane: usize,
         stream: &StreamName,
         from: Seq,
         bytes_max: usize,
-    ) -> Result<Option<Bytes>, EngineError> {
+    ) -> Result<Option<Parcel>, EngineError> {
         let spool = &mut self.parts.spool;
         let mut batches = match spool.again(stream, from, bytes_max) {
             Err(SpoolError::Full(_)) => return Ok(None),
@@ -112,10 +113,11 @@ impl Engine {
         }
         let mut schemas = Vec::new();
         for batch in &batches {
-            let schema = spool.schema(batch.header().schema);
+            let id = batch.header().schema;
+            let schema = spool.schema(id).map(|text| (id, text));
             schemas.extend(schema.filter(|schema| !schemas.contains(schema)));
         }
-        Ok((!batches.is_empty()).then(|| body(&schemas, &batches)))
+        Ok((!batches.is_empty()).then(|| self.parts.cloud.parcel(url, &schemas, &batches)))
     }
 
     pub(super) fn answered(&mut self, answer: Answer) -> Result<(), EngineError> {
@@ -128,8 +130,10 @@ impl Engine {
             self.note_url();
             return Ok(());
         }
+        // An answer about the form says that the link is well.
+        let arrived = taken || matches!(&result, Err(Failed { failure: Failure::Form, .. }));
         if stream.is_some() {
-            self.parts.uplink.link.landed(lane, bytes, elapsed_ms, taken);
+            self.parts.uplink.link.landed(lane, bytes, elapsed_ms, arrived);
         } else if taken {
             self.parts.uplink.link.answered(elapsed_ms);
         }
@@ -190,6 +194,10 @@ impl Engine {
         text: String,
         freed: Seq,
     ) -> Result<(), EngineError> {
+        if failure == Failure::Form {
+            self.parts.uplink.failed(stream, epoch, &failure, 0, 0.0);
+            return Ok(());
+        }
         if self.last_error.as_ref() != Some(&text) {
             tracing::warn!(error = %text, "the cloud did not take a request; it is tried again");
         }

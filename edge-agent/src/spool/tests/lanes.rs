@@ -14,7 +14,7 @@ fn losses() -> StreamName {
 
 /// One cut: readings whose value is its number, and now and then a window.
 fn cut(spool: &mut Spool<SimLayer>, n: u64, window: bool, now_us: i64) -> Result<(), SpoolError> {
-    let mut batches = vec![cut_batch_of(&"d".repeat(500), "traffic", n as f64)];
+    let mut batches = vec![cut_batch("traffic", n as f64)];
     if window {
         batches.push(cut_batch("traffic_5m", n as f64));
     }
@@ -127,7 +127,7 @@ fn thin_keeps_windows_and_drops_readings() {
     let mut n = last;
     let full = loop {
         n += 1;
-        let window = cut_batch_of(&"w".repeat(500), "traffic_5m", n as f64);
+        let window = cut_batch("traffic_5m", n as f64);
         match spool.append(1, Position(n), &[window], &[schema()], NOW_US) {
             Ok(()) => assert!(n < 10_000, "it never refuses"),
             Err(error) => break error,

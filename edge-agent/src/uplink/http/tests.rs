@@ -69,7 +69,7 @@ async fn an_answer_that_never_comes_is_given_up_soon_after_the_bytes_have_gone()
         std::future::pending::<()>().await;
     })
     .await;
-    let sent = client.send(0, Bytes::from(vec![7; 4 << 20]));
+    let sent = client.send(0, Parcel::plain(vec![7; 4 << 20]));
     let failed = tokio::time::timeout(Duration::from_secs(20), sent).await.expect("it was given up").unwrap_err();
     assert_eq!(failed.failure, Failure::Link);
     assert!(failed.text.contains("no answer"), "{}", failed.text);
@@ -93,7 +93,7 @@ async fn a_slow_link_that_goes_on_is_not_cut() {
     })
     .await;
     let begun = std::time::Instant::now();
-    let acks = client.send(0, Bytes::from(vec![7; 24 << 20])).await.unwrap();
+    let acks = client.send(0, Parcel::plain(vec![7; 24 << 20])).await.unwrap();
     assert_eq!(acks.node, "n");
     assert!(begun.elapsed() > Duration::from_millis(2_500), "it was not slow: {:?}", begun.elapsed());
 }

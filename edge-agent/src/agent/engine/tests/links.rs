@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use wire::request::{Frame, frames};
+use wire::request::{Frame, Origins, frames, unpack, unpacked_len};
 use wire::{RefusedAnswer, RefusedRequest, SealedBatch, StreamAck};
 
 use super::*;
@@ -25,7 +25,16 @@ enum Harm {
     Halting,
     /// The answer comes in small pieces.
     Slow,
+    /// The answer comes late.
+    Late,
+    /// It has nothing of what came before.
+    Forgetful,
+    /// It does not know that a request may be packed.
+    Old,
 }
+
+/// Of an answer.
+const LATE: Duration = Duration::from_millis(150);
 
 /// What all nodes have committed: their tables are the same ones.
 #[derive(Debug, Default)]
@@ -33,6 +42,8 @@ struct Store {
     batches: HashMap<StreamName, Vec<SealedBatch>>,
     /// The values of stream `s`, request by request.
     requests: Vec<Vec<i64>>,
+    /// Of these requests, as they came.
+    bytes: usize,
 }
 
 #[derive(Debug, Clone)]
@@ -41,6 +52,7 @@ struct Node {
     harm: Arc<Mutex<Harm>>,
     asked: Arc<Mutex<u64>>,
     store: Arc<Mutex<Store>>,
+    origins: Arc<Mutex<Origins>>,
 }
 
 impl Node {
@@ -48,7 +60,7 @@ impl Node {
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
         let address = listener.local_addr().unwrap();
         let (harm, asked) = (Arc::new(Mutex::new(harm)), Arc::default());
-        let node = Self { address, harm, asked, store: Arc::clone(store) };
+        let node = Self { address, harm, asked, store: Arc::clone(store), origins: Arc::default() };
         let serving = node.clone();
         runtime.spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
@@ -80,12 +92,16 @@ impl Node {
             };
             let text = String::from_utf8_lossy(&buffer[..head]).to_lowercase();
             let length = text.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok()).unwrap_or(0);
+            // On a small link every header counts.
+            let names = text.lines().skip(1).filter_map(|line| Some(line.split_once(':')?.0));
+            let known = ["host", "authorization", "content-length", "content-encoding", "accept"];
+            assert!(names.clone().all(|name| known.contains(&name)), "{text}");
             while buffer.len() < head + length {
                 if stream.read_buf(&mut buffer).await.ok()? == 0 {
                     return None;
                 }
             }
-            let body = Bytes::copy_from_slice(&buffer[head..head + length]);
+            let mut body = Bytes::copy_from_slice(&buffer[head..head + length]);
             buffer.drain(..head + length);
             *self.asked.lock() += 1;
             let harm = *self.harm.lock();
@@ -95,7 +111,17 @@ impl Node {
             if harm == Harm::Silent {
                 std::future::pending::<()>().await;
             }
-            let (status, answer) = self.take(body);
+            let is_packed = text.contains("content-encoding: zstd\r\n");
+            if is_packed {
+                body = unpack(&body, unpacked_len(&body).unwrap() as usize).unwrap();
+            }
+            if harm == Harm::Forgetful {
+                *self.origins.lock() = Origins::default();
+            }
+            let (status, answer) = match harm {
+                Harm::Old if is_packed => ("415 Unsupported Media Type", String::new()),
+                _ => self.take(body, length),
+            };
             let answer = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n{answer}", answer.len());
             match harm {
                 Harm::AckLost => return None,
@@ -110,17 +136,29 @@ impl Node {
                         tokio::time::sleep(Duration::from_millis(1)).await;
                     }
                 }
+                Harm::Late => {
+                    tokio::time::sleep(LATE).await;
+                    stream.write_all(answer.as_bytes()).await.ok()?;
+                }
                 _ => stream.write_all(answer.as_bytes()).await.ok()?,
             }
         }
     }
 
-    fn take(&self, body: Bytes) -> (&'static str, String) {
+    fn take(&self, body: Bytes, bytes: usize) -> (&'static str, String) {
         let store = &mut *self.store.lock();
         let mut values = Vec::new();
         for frame in frames(body).unwrap() {
-            let Frame::Batch(bytes) = frame else { continue };
+            let bytes = match frame {
+                Frame::Schema(_) => continue,
+                Frame::Batch(bytes) => bytes,
+                Frame::Rest(origin, rest) => match self.origins.lock().whole(&"e".parse().unwrap(), origin, &rest) {
+                    Some(bytes) => bytes,
+                    None => return ("412 Precondition Failed", String::new()),
+                },
+            };
             let batch = SealedBatch::parse(bytes).unwrap();
+            self.origins.lock().learn(&batch);
             let (stream, seq) = (batch.header().stream.clone(), batch.header().seq);
             let taken = store.batches.entry(stream.clone()).or_default();
             let expected = Seq(taken.len() as u64 + 1);
@@ -137,6 +175,7 @@ impl Node {
         }
         if !values.is_empty() {
             store.requests.push(values);
+            store.bytes += bytes;
         }
         let ack = |(stream, batches): (&StreamName, &Vec<SealedBatch>)| {
             let last = batches.last()?;
@@ -160,11 +199,14 @@ impl Node {
 
 /// An engine whose clouds are these nodes; a request may take 300 ms.
 fn linked(directory: &Path, nodes: &[&Node], more: &str) -> Driven {
+    start(&Settings::parse(&linked_text(directory, nodes, more)).unwrap())
+}
+
+fn linked_text(directory: &Path, nodes: &[&Node], more: &str) -> String {
     let urls = nodes.iter().map(|node| format!("\"http://{}\"", node.address)).collect::<Vec<_>>().join(", ");
-    let text = text(directory, more)
+    text(directory, more)
         .replace("\"http://127.0.0.1:9\"", &urls)
-        .replace("token = \"t\"", "token = \"t\"\ntimeout = \"300ms\"\nrequest_bytes = \"16KiB\"");
-    start(&Settings::parse(&text).unwrap())
+        .replace("token = \"t\"", "token = \"t\"\ntimeout = \"300ms\"\nrequest_bytes = \"4KiB\"")
 }
 
 impl Driven {
@@ -310,7 +352,7 @@ fn what_comes_after_an_outage_is_sent_before_the_backlog() {
 fn a_lane_with_a_bandwidth_keeps_to_it_and_the_others_do_not_wait() {
     let (directory, helper, store) = (tempfile::tempdir().unwrap(), Runtime::new().unwrap(), Arc::default());
     let node = Node::start(&helper, &store, Harm::Closed);
-    let lanes = "[[lane]]\nname = \"rest\"\nstreams = []\npriority = 9\nbandwidth = \"4KiB\"\n";
+    let lanes = "[[lane]]\nname = \"rest\"\nstreams = []\npriority = 9\nbandwidth = \"512B\"\n";
     let mut driven = linked(directory.path(), &[&node], lanes);
     driven.values(0..60);
     node.set(Harm::None);
@@ -322,8 +364,57 @@ fn a_lane_with_a_bandwidth_keeps_to_it_and_the_others_do_not_wait() {
     driven.turn_until("it has arrived", |_| store.lock().batches.contains_key(&quarantine));
     assert!(store.lock().requests.concat().len() < 60, "it waited for the lane behind it");
     driven.drain();
-    let bytes = store.lock().batches[&"s".parse().unwrap()].iter().map(|batch| batch.bytes().len()).sum::<usize>();
-    let least = Duration::from_secs_f64((bytes as f64 - 2.0 * 4_096.0) / 4_096.0);
+    let bytes = store.lock().bytes;
+    assert!(bytes > 2 * 512, "{bytes} bytes");
+    let least = Duration::from_secs_f64((bytes as f64 - 2.0 * 512.0) / 512.0);
     assert!(begun.elapsed() >= least, "{bytes} bytes in {:?}", begun.elapsed());
     driven.stop();
+}
+
+#[test]
+fn a_node_without_memory_or_of_another_time_gets_requests_that_it_can_read() {
+    for harm in [Harm::Forgetful, Harm::Old] {
+        let (directory, helper, store) = (tempfile::tempdir().unwrap(), Runtime::new().unwrap(), Arc::default());
+        let node = Node::start(&helper, &store, harm);
+        let mut driven = linked(directory.path(), &[&node], "");
+        // Without an answer they become many in one request, which is then packed.
+        node.set(Harm::Closed);
+        driven.values(0..30);
+        node.set(harm);
+        driven.drain();
+        for value in 30..35 {
+            driven.values(value..value + 1);
+            driven.drain();
+        }
+        expect_once(&store, 35, &format!("{harm:?}"));
+        driven.stop();
+    }
+}
+
+#[test]
+fn a_slow_link_gets_larger_batches() {
+    const VALUES: i64 = 100;
+    const EVERY: Duration = Duration::from_millis(5);
+    let batches = |harm| {
+        let (directory, helper, store) = (tempfile::tempdir().unwrap(), Runtime::new().unwrap(), Arc::default());
+        let node = Node::start(&helper, &store, harm);
+        // As configs/edge.toml has it.
+        let text = linked_text(directory.path(), &[&node], "").replace("seal_away = \"1ms\"", "seal_away = \"10s\"");
+        let mut driven = start(&Settings::parse(&text).unwrap());
+        driven.turn_until("the node is known", |driven| driven.engine.parts.uplink.node().0.is_some());
+        for value in 0..VALUES {
+            let (begun, mut turns) = (Instant::now(), 0);
+            assert!(driven.message(&format!("{{\"v\":{value}}}")));
+            driven.turn_until("the next one is due", |_| {
+                turns += 1;
+                turns > 2 && begun.elapsed() >= EVERY
+            });
+        }
+        driven.drain();
+        expect_once(&store, VALUES, &format!("{harm:?}"));
+        driven.stop();
+        store.lock().batches[&"s".parse().unwrap()].len()
+    };
+    let (fast, slow) = (batches(Harm::None), batches(Harm::Late));
+    assert!(2 * slow < fast, "{fast} batches, {slow} on a slow link");
 }
