@@ -169,7 +169,8 @@ impl Queues {
         let group = waiting.place.group;
         let newest = self.blocks.last_key_value();
         let goes_on = newest.is_some_and(|(_, block)| {
-            block.last == group || (block.segment == segment && block.came < BLOCK_BATCHES && !block.rotted)
+            let is_here = matches!(block.batches, Batches::Here(_));
+            block.last == group || (is_here && block.segment == segment && block.came < BLOCK_BATCHES && !block.rotted)
         });
         if !goes_on {
             let batches = Batches::Here(Vec::new());

@@ -1,5 +1,6 @@
 mod change;
 mod clock;
+mod links;
 
 use std::os::unix::fs::symlink;
 
@@ -7,14 +8,16 @@ use tokio::runtime::Runtime;
 use wire::Mark;
 
 use super::super::Recovered;
-mod links;
-
 use super::*;
 use crate::clock::{Machine, Time};
 use crate::config::Settings;
 use crate::entry::{Message, Payload};
 use crate::uplink::link::Link;
 use crate::uplink::state::Failure;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a full journal is given to have room again.
+const FULL_PATIENCE: Duration = Duration::from_millis(500);
 
 /// An engine that is driven turn by turn; its cloud does not answer.
 struct Driven {
@@ -62,8 +65,17 @@ impl Driven {
         let message = Message { source: "s".to_owned(), topic, payload, arrival_us, delivery: None };
         let Ok(ticket) = self.sender.try_append(&Entry::Message(message)) else { return false };
         let mut durable = self.sender.durable();
-        let durable = async { durable.wait_for(|durable| *durable >= ticket).await.is_ok() };
-        self.runtime.block_on(async { tokio::time::timeout(Duration::from_millis(500), durable).await.is_ok() })
+        let (begun, journal) = (Instant::now(), &self.engine.parts.journal);
+        self.runtime.block_on(async {
+            while *durable.borrow_and_update() < ticket {
+                let patience = if journal.is_full() { FULL_PATIENCE } else { PATIENCE };
+                if begun.elapsed() > patience {
+                    return false;
+                }
+                let _ = tokio::time::timeout(Duration::from_millis(10), durable.changed()).await;
+            }
+            true
+        })
     }
 
     /// Turns until all that is journalled is cut.
