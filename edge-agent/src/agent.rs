@@ -490,7 +490,7 @@ fn spool_settings_with(of: &Settings, sizes: &Settings) -> SpoolSettings {
         let size = sizes.iter().find(|size| size.name == lane.name).unwrap_or(&lane);
         LaneSettings {
             name: lane.name.to_string(),
-            max_bytes: size.max_bytes.0,
+            max_bytes: size.max_bytes(),
             segment_bytes,
             on_full: size.on_full,
             raw: raw.clone(),

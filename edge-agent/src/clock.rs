@@ -34,6 +34,11 @@ use crate::config::ClockSettings;
 use crate::entry::Entry;
 use crate::journal::Journal;
 
+/// A distance of clocks in words: "63.0 s ahead", or "behind".
+pub fn ahead(seconds: f64) -> String {
+    format!("{:.1} s {}", seconds.abs(), if seconds < 0.0 { "behind" } else { "ahead" })
+}
+
 /// No machine that runs this stands before 2024.
 pub const EARLIEST_US: i64 = 1_704_067_200_000_000;
 /// How often the machine's clock is looked at.

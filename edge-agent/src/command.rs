@@ -227,7 +227,7 @@ fn describe(settings: &Settings) -> String {
             OnFull::DropOldest => "then the oldest go, counted in losses",
             OnFull::Thin => "then the oldest readings go, counted in losses",
         };
-        lines.push(format!("lane {}: {streams}; at most {} MiB, {full}", lane.name, lane.max_bytes.0 >> 20));
+        lines.push(format!("lane {}: {streams}; at most {} MiB, {full}", lane.name, lane.max_bytes() >> 20));
     }
     lines.extend(settings.warnings().into_iter().map(|warning| format!("warning: {warning}")));
     lines.join("\n")

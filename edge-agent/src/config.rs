@@ -220,10 +220,8 @@ pub struct LaneSettings {
     pub name: StreamName,
     pub streams: Vec<StreamName>,
     /// 1 goes before 2.
-    #[serde(default = "priority")]
-    pub priority: u32,
-    #[serde(default = "lane_bytes")]
-    pub max_bytes: Size,
+    pub priority: Option<u32>,
+    pub max_bytes: Option<Size>,
     #[serde(default = "on_full")]
     pub on_full: OnFull,
     /// What waits for longer is dropped, and counted in `losses`. Off unless set.
@@ -234,12 +232,16 @@ pub struct LaneSettings {
     pub bandwidth: Option<Size>,
 }
 
-fn priority() -> u32 {
-    1
-}
+impl LaneSettings {
+    /// What is not said: 1, and last for [`REST_LANE`].
+    pub fn priority(&self) -> u32 {
+        self.priority.unwrap_or(if self.name.as_str() == REST_LANE { u32::MAX } else { 1 })
+    }
 
-fn lane_bytes() -> Size {
-    Size(256 << 20)
+    /// What is not said: 256 MiB, and 4 GiB for [`REST_LANE`].
+    pub fn max_bytes(&self) -> u64 {
+        self.max_bytes.map_or(if self.name.as_str() == REST_LANE { 4 << 30 } else { 256 << 20 }, |bytes| bytes.0)
+    }
 }
 
 fn on_full() -> OnFull {
@@ -252,8 +254,6 @@ pub const FIRST_LANE: &str = "first";
 pub const REST_LANE: &str = "rest";
 /// A segment of a lane's log; a lane is at least two.
 pub const LANE_SEGMENT_BYTES: u64 = 16 << 20;
-/// What the rest lane may take on disk, unless a lane named `rest` says otherwise.
-const REST_BYTES: u64 = 4 << 30;
 
 fn first_line(path: &Path) -> Result<String, ConfigError> {
     Ok(read(path)?.lines().next().unwrap_or_default().trim().to_owned())
@@ -322,8 +322,8 @@ impl Settings {
             lanes.push(LaneSettings {
                 name: FIRST_LANE.parse().expect("a name"),
                 streams: first,
-                priority: 0,
-                max_bytes: lane_bytes(),
+                priority: Some(0),
+                max_bytes: None,
                 on_full: OnFull::Refuse,
                 max_age: None,
                 bandwidth: None,
@@ -333,14 +333,14 @@ impl Settings {
             lanes.push(LaneSettings {
                 name: REST_LANE.parse().expect("a name"),
                 streams: Vec::new(),
-                priority: u32::MAX,
-                max_bytes: Size(REST_BYTES),
+                priority: None,
+                max_bytes: None,
                 on_full: OnFull::Refuse,
                 max_age: None,
                 bandwidth: None,
             });
         }
-        lanes.sort_by_key(|lane| lane.priority);
+        lanes.sort_by_key(LaneSettings::priority);
         lanes
     }
 
@@ -370,7 +370,26 @@ impl Settings {
                 self.journal.max_bytes.0 >> 20
             ));
         }
+        let streams = self.streams_all();
+        for (lane, stream) in self.lane.iter().flat_map(|lane| lane.streams.iter().map(move |stream| (lane, stream))) {
+            if !streams.contains(stream.as_str()) {
+                let likeness = |name: &&String| strsim::jaro_winkler(stream.as_str(), name);
+                let nearest = streams.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+                let nearest = nearest.map(|name| format!("; did you mean `{name}`?")).unwrap_or_default();
+                warnings.push(format!("[[lane]] `{}`: nothing fills the stream `{stream}`{nearest}", lane.name));
+            }
+        }
         warnings
+    }
+
+    /// All that the agent fills: its sources' streams, windows, absent devices, and its own.
+    fn streams_all(&self) -> BTreeSet<String> {
+        let windows =
+            self.stream.iter().flat_map(|(name, stream)| stream.windows(name)).map(|(name, _)| name.to_string());
+        let absent = self.stream.iter().filter_map(|(name, stream)| stream.absent_stream(name));
+        let own = [own::QUARANTINE, own::LOSSES, own::ALERTS].map(str::to_owned);
+        let sources = self.source.iter().map(|source| source.stream().to_string());
+        sources.chain(windows).chain(absent.map(|name| name.to_string())).chain(own).collect()
     }
 
     /// The streams of readings, which [`OnFull::Thin`] drops.
@@ -462,7 +481,7 @@ impl Settings {
             }
             // One that drops keeps a segment free for what must stay.
             let segments = if lane.on_full == OnFull::Refuse { 2 } else { 3 };
-            if lane.max_bytes.0 < segments * self.lane_segment_bytes() {
+            if lane.max_bytes() < segments * self.lane_segment_bytes() {
                 let least = segments * (self.lane_segment_bytes() >> 20);
                 return Err(format!("[[lane]] `{}`: max_bytes is less than {least} MiB", lane.name));
             }

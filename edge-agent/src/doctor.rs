@@ -11,7 +11,8 @@ use std::time::{Duration, Instant, SystemTime};
 use reqwest::StatusCode;
 use rustix::process::{Resource, getrlimit};
 
-use crate::config::{MqttSettings, Settings, SourceSettings, TrustSettings};
+use crate::clock;
+use crate::config::{LaneSettings, MqttSettings, Settings, SourceSettings, TrustSettings};
 use crate::source::mqtt::probe::{Heard, hear};
 use crate::trial::matches;
 
@@ -145,7 +146,10 @@ async fn cloud(settings: &Settings) -> Vec<Line> {
             let (skew, most) = (now.timestamp() - date.timestamp(), settings.clock.max_skew.0.as_secs());
             lines.push(match skew.unsigned_abs() <= most {
                 true => ok(format!("clock: within {most} s of the cloud's")),
-                false => bad(format!("clock: {skew} s ahead of the cloud's; start NTP (timedatectl set-ntp true)")),
+                false => bad(format!(
+                    "clock: {} of the cloud's; start NTP (timedatectl set-ntp true)",
+                    clock::ahead(skew as f64)
+                )),
             });
         }
     }
@@ -163,7 +167,7 @@ fn disk(settings: &Settings) -> Vec<Line> {
         Ok((median, longest)) => lines.push(ok(format!("disk {shown}: a sync takes {median:?}, at most {longest:?}"))),
         Err(error) => lines.push(bad(format!("disk {shown}: {error}; make it, and give it to the agent's user"))),
     }
-    let wanted = settings.journal.max_bytes.0 + settings.lanes().iter().map(|lane| lane.max_bytes.0).sum::<u64>();
+    let wanted = settings.journal.max_bytes.0 + settings.lanes().iter().map(LaneSettings::max_bytes).sum::<u64>();
     if let Ok(space) = rustix::fs::statvfs(data_dir) {
         let free = space.f_bavail.saturating_mul(space.f_frsize);
         let (free_mib, wanted_mib) = (free >> 20, wanted >> 20);

@@ -7,7 +7,7 @@
 use segment_log::sim::{Random, SimLayer};
 use segment_log::{AppendError, Opening, Options, Position, SegmentLog};
 
-const SEEDS: u64 = 1500;
+const SEEDS: u64 = 2_000;
 const CYCLES: u64 = 8;
 const STEPS: u64 = 40;
 const SEGMENTS_MAX: u64 = 5;

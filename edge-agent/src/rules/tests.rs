@@ -364,7 +364,7 @@ fn what_is_wrong_in_a_rule_is_refused_with_the_rule() {
         let error = settings(rules).expect_err(rules);
         assert!(error.contains(expected), "{rules}: {error}");
     };
-    check(&rule("when = \"w > 1\""), "[[rule]] `r` when: line 1, column 1: there is no column `w`");
+    check(&rule("when = \"w > 1\""), "[[rule]] `r` when: at its character 1: there is no column `w`");
     check(&rule("when = \"v + 1\""), "this is int64, and a condition belongs here");
     check(&rule("when = \"v > 1\"\nuntil = \"v <\""), "[[rule]] `r` until: ");
     check(&rule(""), "either `when`, a condition, or `absent`");

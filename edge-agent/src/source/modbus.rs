@@ -70,21 +70,21 @@ impl Poll {
                 _ = ticks.tick() => {}
                 () = token.cancelled() => break,
             }
-            let (readings, silent) = tokio::select! {
+            let Polled { readings, silent, refused } = tokio::select! {
                 polled = poll(&settings, &requests, &mut line, marks, &state) => polled,
                 () = token.cancelled() => break,
             };
             state.connected.store(silent.len() < settings.unit.len(), Ordering::Relaxed);
-            if silent.is_empty() {
+            let wrong = [silent, refused].concat().join("; ");
+            if wrong.is_empty() {
                 *state.last_error.lock() = None;
             } else {
-                let text = silent.join("; ");
                 if !told {
-                    tracing::warn!(source = settings.name, silent = text, "devices do not answer");
+                    tracing::warn!(source = settings.name, wrong, "devices do not answer, or refuse registers");
                 }
-                state.error(text);
+                state.error(wrong.clone());
             }
-            told = !silent.is_empty();
+            told = !wrong.is_empty();
             if !readings.is_empty() && giver.give(Value::Array(readings).to_string().into(), &state).is_err() {
                 break;
             }
@@ -94,15 +94,25 @@ impl Poll {
     }
 }
 
-/// Asks every unit once: the readings, and who did not answer and why.
+/// What became of asking every unit once.
+#[derive(Default)]
+struct Polled {
+    readings: Vec<Value>,
+    /// Who did not answer, and why.
+    silent: Vec<String>,
+    /// Who answered, but refused registers, and why.
+    refused: Vec<String>,
+}
+
+/// Asks every unit once.
 async fn poll(
     settings: &ModbusSettings,
     requests: &[Request],
     line: &mut Option<Context>,
     marks: bool,
     state: &SourceState,
-) -> (Vec<Value>, Vec<String>) {
-    let (mut readings, mut silent) = (Vec::new(), Vec::new());
+) -> Polled {
+    let mut polled = Polled::default();
     for unit in &settings.unit {
         let mut reading = Map::new();
         reading.insert("device".to_owned(), Value::from(unit.device.as_str()));
@@ -121,12 +131,15 @@ async fn poll(
                                 reading.insert(register.field.to_string(), value);
                             }
                         }
-                        Err(refusal) => status = refusal,
+                        Err(refusal) => {
+                            polled.refused.push(format!("{}: {refusal}", unit.device));
+                            status = refusal;
+                        }
                     }
                 }
             }
             Err(error) => {
-                silent.push(format!("{}: {error}", unit.device));
+                polled.silent.push(format!("{}: {error}", unit.device));
                 // Half an answer may still be on its way.
                 *line = None;
                 if !marks {
@@ -136,9 +149,9 @@ async fn poll(
             }
         }
         reading.insert(STATUS.to_owned(), Value::from(status));
-        readings.push(Value::Object(reading));
+        polled.readings.push(Value::Object(reading));
     }
-    (readings, silent)
+    polled
 }
 
 /// All requests to one unit.

@@ -153,11 +153,17 @@ fn a_full_lane_drops_the_oldest_into_losses_or_refuses() {
     assert!(matches!(full, Some(SpoolError::Full(lane)) if lane == "rest"));
 }
 
+/// The seeds of a test: `POWER_CUT_SEEDS=2000` tries more.
+fn seeds(usual: u64) -> std::ops::Range<u64> {
+    let wanted = std::env::var("POWER_CUT_SEEDS").ok().map(|text| text.parse().expect("a number"));
+    0..wanted.unwrap_or(usual)
+}
+
 /// Cuts the power at random points. What was handed out for sending must come again with the same bytes, and each cut
 /// that was accepted is there once.
 #[test]
 fn after_a_power_cut_no_number_has_two_contents() {
-    for seed in 0..60 {
+    for seed in seeds(60) {
         let mut random = Random::new(seed);
         let layer = SimLayer::new();
         let mut sent: HashMap<u64, SealedBatch> = HashMap::new();
@@ -240,7 +246,7 @@ fn a_cut_of_more_than_a_segment_goes_to_the_lane_as_one() {
 fn a_cut_of_several_records_is_there_as_a_whole_or_not() {
     const BATCHES: u64 = 14;
     let mut whole = 0;
-    for seed in 0..60 {
+    for seed in seeds(60) {
         let mut random = Random::new(seed);
         let layer = SimLayer::new();
         let batches = (0..BATCHES).map(|n| {
@@ -362,7 +368,7 @@ fn what_rots_while_it_waits_becomes_void_and_keeps_its_neighbours() {
 
 #[test]
 fn counts_survive_restarts_and_a_torn_tail() {
-    for seed in 0..40 {
+    for seed in seeds(40) {
         let mut random = Random::new(seed);
         let layer = SimLayer::new();
         let mut cut = 0;
@@ -498,7 +504,7 @@ fn a_fork_of_a_full_lane_finds_room_and_drops_nothing() {
 
 #[test]
 fn a_crash_in_a_fork_leaves_the_old_spool_or_the_new_one_whole() {
-    for seed in 0..60 {
+    for seed in seeds(60) {
         let mut random = Random::new(seed);
         let layer = SimLayer::new();
         let mut spool = open(&layer, OnFull::Refuse);

@@ -13,7 +13,7 @@ use super::super::status::{
     SourceStatus, Status, StreamStatus, UplinkStatus,
 };
 use super::Engine;
-use crate::clock::ClockStatus;
+use crate::clock::{ClockStatus, ahead};
 use crate::decode::Value;
 use crate::pipeline::{AGENT_VERSION, LaneCut, Pipeline};
 
@@ -142,9 +142,9 @@ impl Engine {
         let max_s = self.parts.settings.clock.max_skew.0.as_secs_f64();
         let time = match (clock.by, clock.waits_s) {
             (Some(_), _) if clock.machine_ahead_s.abs() > max_s => Some(format!(
-                "the machine's clock is {:.1} s ahead of the time that is known: the agent goes by that; start NTP \
+                "the machine's clock is {} of the time that is known: the agent goes by that; start NTP \
                  (timedatectl set-ntp true)",
-                clock.machine_ahead_s
+                ahead(clock.machine_ahead_s)
             )),
             (Some(_), _) => None,
             (None, Some(waits_s)) => Some(format!(
@@ -158,7 +158,7 @@ impl Engine {
             ),
         };
         let skew = clock.skew_s.filter(|_| clock.is_off && time.is_none()).map(|skew_s| {
-            format!("the machine's clock is {skew_s:.1} s ahead of the cloud's, more than max_skew; start NTP")
+            format!("the machine's clock is {} of the cloud's, more than max_skew; start NTP", ahead(skew_s))
         });
         let lanes = self.parts.spool.lanes().enumerate();
         let full = lanes.filter(|(index, _)| self.full_lanes.contains(index));

@@ -9,11 +9,20 @@ use sqlparser::tokenizer::{Location, Token, TokenWithSpan};
 pub const NESTING_MAX: usize = 12;
 /// What is not understood.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{}{message}", place.map(|(line, column)| format!("line {line}, column {column}: ")).unwrap_or_default())]
+#[error("{}{message}", shown(*place))]
 pub struct Refusal {
     /// Line and column, from 1.
     pub place: Option<(u64, u64)>,
     pub message: String,
+}
+
+/// Not as a place in the file, where the expression stands somewhere.
+fn shown(place: Option<(u64, u64)>) -> String {
+    match place {
+        None => String::new(),
+        Some((1, column)) => format!("at its character {column}: "),
+        Some((line, column)) => format!("in its line {line}, at character {column}: "),
+    }
 }
 
 pub(super) fn check_nesting(tokens: &[TokenWithSpan]) -> Result<(), Refusal> {

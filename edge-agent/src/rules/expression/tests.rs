@@ -87,18 +87,18 @@ fn what_is_not_understood_is_refused_with_its_place() {
         let error = Expression::parse(text, &columns()).expect_err(text).to_string();
         assert!(error.contains(expected), "{text}: {error}");
     };
-    check("i > 1 AND z < 2", "line 1, column 11: there is no column `z`; did you mean");
+    check("i > 1 AND z < 2", "at its character 11: there is no column `z`; did you mean");
     check("i >\n  upper(s)", "line 2, column 3: this function is not understood");
-    check("i > 1 and s like 'a%'", "line 1, column 11: this is not understood; understood are columns");
-    check("i = NULL", "line 1, column 5: NULL stands only in IS NULL");
-    check("s > 1", "line 1, column 5: this is int64, and what it goes with is text");
-    check("i + b > 1", "line 1, column 1: `+` goes between numbers, not int64 and bool");
-    check("i AND b", "line 1, column 1: a condition belongs here, and this is int64");
-    check("i > 1 j", "line 1, column 7: `j` does not belong");
+    check("i > 1 and s like 'a%'", "at its character 11: this is not understood; understood are columns");
+    check("i = NULL", "at its character 5: NULL stands only in IS NULL");
+    check("s > 1", "at its character 5: this is int64, and what it goes with is text");
+    check("i + b > 1", "at its character 1: `+` goes between numbers, not int64 and bool");
+    check("i AND b", "at its character 1: a condition belongs here, and this is int64");
+    check("i > 1 j", "at its character 7: `j` does not belong");
     check("i >", "Expected");
     check("'open", "Unterminated string literal at Line: 1, Column: 1");
     check("window_start IS NULL", "a timestamp cannot be looked at");
-    check("i IN (SELECT 1)", "line 1, column 1: this is not understood");
+    check("i IN (SELECT 1)", "at its character 1: this is not understood");
     check("prev(i + 1) > 1", "prev is of a column");
     check("prev(device) = 'x'", "no column `device`");
     check("abs(i, j) > 1", "abs has one argument");
@@ -106,11 +106,11 @@ fn what_is_not_understood_is_refused_with_its_place() {
     check("9223372036854775808 > i", "beyond int64");
     check("1e999 > x", "no number");
     check("-(-9223372036854775808) > i", "no negative");
-    check("i > CAST(s AS INT)", "line 1, column 10: this is not understood");
+    check("i > CAST(s AS INT)", "at its character 10: this is not understood");
     check("CASE WHEN b THEN NULL END", "has no type");
-    check("`i` > 1", "line 1, column 1: a name stands as it is");
+    check("`i` > 1", "at its character 1: a name stands as it is");
     check("i || j", "`||` is not understood");
-    check("i IN (1, CASE WHEN b THEN 2 END)", "line 1, column 1: CASE does not stand within IN");
+    check("i IN (1, CASE WHEN b THEN 2 END)", "at its character 1: CASE does not stand within IN");
     check("i IN ()", "Expected: an expression");
     check("x'ff' = s", "not understood");
 }
@@ -123,7 +123,7 @@ fn depth_and_size_are_bounded() {
     };
     refused(
         &format!("{}i > 1{}", "(".repeat(1_500), ")".repeat(1_500)),
-        "line 1, column 13: parentheses and CASE nest",
+        "at its character 13: parentheses and CASE nest",
     );
     refused(&format!("{}i > 1{}", "NOT (".repeat(13), ")".repeat(13)), "column 65: parentheses and CASE nest");
     refused(&format!("{}i >{}", "NOT (".repeat(12), ")".repeat(12)), "Expected");

@@ -116,13 +116,13 @@ async fn a_device_that_does_not_answer_is_marked_and_the_others_are_read() {
     let one = json!({"device": "one", "status": "input 7: illegal data address", "a": 20.5, "c": true});
     assert_eq!(run.next().await, json!([one, {"device": "two", "status": "no answer"}]));
     assert_eq!(run.next().await, json!([one, {"device": "two", "status": "no answer"}]));
-    assert_eq!(run.state.last_error.lock().as_deref(), Some("two: no answer"));
+    assert_eq!(run.state.last_error.lock().as_deref(), Some("two: no answer; one: input 7: illegal data address"));
     assert!(run.state.connected.load(Ordering::Relaxed));
     all.store(true, Ordering::Relaxed);
     let both = json!([one, {"device": "two", "status": "ok", "a": 20.5, "b": 9, "c": true}]);
     while run.next().await != both {}
     run.next().await;
-    assert_eq!(*run.state.last_error.lock(), None);
+    assert_eq!(run.state.last_error.lock().as_deref(), Some("one: input 7: illegal data address"));
     // The whole line goes: both are marked, and nothing ends.
     server.abort();
     let _ = server.await;

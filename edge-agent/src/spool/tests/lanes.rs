@@ -265,7 +265,7 @@ impl Run {
 
 #[test]
 fn drops_survive_power_cuts_and_are_told_exactly_once() {
-    for seed in 0..80 {
+    for seed in seeds(80) {
         let on_full = if seed % 2 == 0 { OnFull::DropOldest } else { OnFull::Thin };
         let (layer, mut run) = (SimLayer::new(), Run::new(seed));
         let mut lost = 0;
@@ -325,10 +325,9 @@ fn a_disk_that_is_full_at_any_write_is_a_state_with_each_policy() {
 #[test]
 fn a_failed_sync_is_final_with_each_policy() {
     for on_full in [OnFull::Refuse, OnFull::DropOldest, OnFull::Thin] {
-        for seed in 0..25 {
-            let (layer, mut run) = (SimLayer::new(), Run::new(seed));
+        for syncs in 0..150 {
+            let (layer, mut run) = (SimLayer::new(), Run::new(syncs));
             let mut spool = open(&layer, on_full);
-            let syncs = 12 * seed;
             layer.fail_sync_after(syncs);
             let mut failed = false;
             for _ in 0..1_000 {
