@@ -88,7 +88,7 @@ fn what_is_not_understood_is_refused_with_its_place() {
         assert!(error.contains(expected), "{text}: {error}");
     };
     check("i > 1 AND z < 2", "at its character 11: there is no column `z`; did you mean");
-    check("i >\n  upper(s)", "line 2, column 3: this function is not understood");
+    check("i >\n  upper(s)", "in its line 2, at character 3: this function is not understood");
     check("i > 1 and s like 'a%'", "at its character 11: this is not understood; understood are columns");
     check("i = NULL", "at its character 5: NULL stands only in IS NULL");
     check("s > 1", "at its character 5: this is int64, and what it goes with is text");
@@ -125,7 +125,7 @@ fn depth_and_size_are_bounded() {
         &format!("{}i > 1{}", "(".repeat(1_500), ")".repeat(1_500)),
         "at its character 13: parentheses and CASE nest",
     );
-    refused(&format!("{}i > 1{}", "NOT (".repeat(13), ")".repeat(13)), "column 65: parentheses and CASE nest");
+    refused(&format!("{}i > 1{}", "NOT (".repeat(13), ")".repeat(13)), "at its character 65: parentheses and CASE nest");
     refused(&format!("{}i >{}", "NOT (".repeat(12), ")".repeat(12)), "Expected");
     refused(&format!("i{} > 1", "+i".repeat(1_500)), "deeper than");
     refused(&format!("{}b", "NOT ".repeat(1_000)), "does not belong");
