@@ -4,7 +4,7 @@
 //! sends it, [`CutBatch::number`] turns it into a [`SealedBatch`], a pure function of the cut batch, its number and
 //! the CRC of its predecessor, so that a resend after a crash has the same bytes.
 //!
-//! A batch has one of two layouts, which stand in [`header`](self::header): version 1 with a body of format 1, and all void
+//! A batch has one of two layouts, which stand in [`header`]: version 1 with a body of format 1, and all void
 //! batches; version 2 with a body of format 2. Both end in the CRC32C of everything before it; it covers that of the batch
 //! before, so equal CRCs mean equal history. Times are µs since 1970 UTC; `i64::MIN` as watermark means "none yet".
 

@@ -168,7 +168,8 @@ fn what_is_right_and_may_not_be_meant_is_said() {
 
 #[test]
 fn the_lane_for_the_rest_keeps_what_is_not_said_of_it() {
-    let more = "[[lane]]\nname = \"rest\"\nstreams = []\non_full = \"drop_oldest\"\n[[lane]]\nname = \"a\"\nstreams = []\n";
+    let more =
+        "[[lane]]\nname = \"rest\"\nstreams = []\non_full = \"drop_oldest\"\n[[lane]]\nname = \"a\"\nstreams = []\n";
     let lanes = Settings::parse(&format!("{HEAD}{TRAFFIC}{more}")).unwrap().lanes();
     let lanes = lanes.iter().map(|lane| (lane.name.as_str(), lane.max_bytes() >> 20)).collect::<Vec<_>>();
     assert_eq!(lanes, [("first", 256), ("a", 256), ("rest", 4_096)]);

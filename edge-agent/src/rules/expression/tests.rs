@@ -125,7 +125,10 @@ fn depth_and_size_are_bounded() {
         &format!("{}i > 1{}", "(".repeat(1_500), ")".repeat(1_500)),
         "at its character 13: parentheses and CASE nest",
     );
-    refused(&format!("{}i > 1{}", "NOT (".repeat(13), ")".repeat(13)), "at its character 65: parentheses and CASE nest");
+    refused(
+        &format!("{}i > 1{}", "NOT (".repeat(13), ")".repeat(13)),
+        "at its character 65: parentheses and CASE nest",
+    );
     refused(&format!("{}i >{}", "NOT (".repeat(12), ")".repeat(12)), "Expected");
     refused(&format!("i{} > 1", "+i".repeat(1_500)), "deeper than");
     refused(&format!("{}b", "NOT ".repeat(1_000)), "does not belong");
