@@ -67,7 +67,8 @@ impl Drop for Broker {
 
 fn settings(directory: &Path, port: u16, group_wait: &str) -> anyhow::Result<Settings> {
     let text = format!(
-        "[edge]\nid = \"gw\"\ndata_dir = {:?}\n[admin]\nlisten = \"127.0.0.1:0\"\n[cloud]\nurls = [\"http://127.0.0.1:9\"]\n\
+        "[edge]\nid = \"gw\"\ndata_dir = {:?}\n[admin]\nlisten = \"127.0.0.1:0\"\n\
+         [clock]\ntrust = \"always\"\n[cloud]\nurls = [\"http://127.0.0.1:9\"]\n\
          token = \"t\"\n[journal]\ngroup_wait = \"{group_wait}\"\n[[source]]\nkind = \"mqtt\"\nurl = \"mqtt://127.0.0.1:{port}\"\n\
          topics = [\"field/#\"]\nstream = \"field\"\nmap = {{ device = \"topic:1\", ts = {{ at = \"/ts\", format = \
          \"epoch_us\" }}, v = \"/v\" }}\n[stream.field]\nlateness = \"10s\"\nfields = {{ v = {{ type = \"float64\" }} }}\n\
