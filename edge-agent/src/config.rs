@@ -304,20 +304,9 @@ impl Settings {
     /// The lanes in order of priority: those of the configuration, then what it does not name.
     pub fn lanes(&self) -> Vec<LaneSettings> {
         let mut lanes = self.lane.clone();
-        let named = |lanes: &[LaneSettings], stream: &str| {
-            lanes.iter().any(|lane| lane.streams.iter().any(|other| other.as_str() == stream))
-        };
-        let own = [own::QUARANTINE, own::LOSSES, own::ALERTS].map(str::to_owned);
-        let windows =
-            self.stream.iter().flat_map(|(name, stream)| stream.windows(name)).map(|(name, _)| name.to_string());
-        let absent = self.stream.iter().filter_map(|(name, stream)| stream.absent_stream(name));
-        let first = own
-            .into_iter()
-            .chain(windows)
-            .chain(absent.map(|name| name.to_string()))
-            .filter(|stream| !named(&lanes, stream))
-            .map(|stream| stream.parse().expect("checked when the settings were read"))
-            .collect::<Vec<StreamName>>();
+        let named =
+            |lanes: &[LaneSettings], stream: &StreamName| lanes.iter().any(|lane| lane.streams.contains(stream));
+        let first = self.streams_made().filter(|stream| !named(&lanes, stream)).collect::<Vec<_>>();
         if !first.is_empty() {
             lanes.push(LaneSettings {
                 name: FIRST_LANE.parse().expect("a name"),
@@ -370,10 +359,10 @@ impl Settings {
                 self.journal.max_bytes.0 >> 20
             ));
         }
-        let streams = self.streams_all();
+        let streams = self.raw_streams().into_iter().chain(self.streams_made()).collect::<Vec<_>>();
         for (lane, stream) in self.lane.iter().flat_map(|lane| lane.streams.iter().map(move |stream| (lane, stream))) {
-            if !streams.contains(stream.as_str()) {
-                let likeness = |name: &&String| strsim::jaro_winkler(stream.as_str(), name);
+            if !streams.contains(stream) {
+                let likeness = |name: &&StreamName| strsim::jaro_winkler(stream.as_str(), name.as_str());
                 let nearest = streams.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
                 let nearest = nearest.map(|name| format!("; did you mean `{name}`?")).unwrap_or_default();
                 warnings.push(format!("[[lane]] `{}`: nothing fills the stream `{stream}`{nearest}", lane.name));
@@ -382,14 +371,13 @@ impl Settings {
         warnings
     }
 
-    /// All that the agent fills: its sources' streams, windows, absent devices, and its own.
-    fn streams_all(&self) -> BTreeSet<String> {
-        let windows =
-            self.stream.iter().flat_map(|(name, stream)| stream.windows(name)).map(|(name, _)| name.to_string());
+    /// The streams that the agent makes itself: its own, windows, absent devices.
+    fn streams_made(&self) -> impl Iterator<Item = StreamName> {
+        let own = [own::QUARANTINE, own::LOSSES, own::ALERTS];
+        let own = own.into_iter().map(|name| name.parse().expect("an own name is valid"));
+        let windows = self.stream.iter().flat_map(|(name, stream)| stream.windows(name)).map(|(name, _)| name);
         let absent = self.stream.iter().filter_map(|(name, stream)| stream.absent_stream(name));
-        let own = [own::QUARANTINE, own::LOSSES, own::ALERTS].map(str::to_owned);
-        let sources = self.source.iter().map(|source| source.stream().to_string());
-        sources.chain(windows).chain(absent.map(|name| name.to_string())).chain(own).collect()
+        own.chain(windows).chain(absent)
     }
 
     /// The streams of readings, which [`OnFull::Thin`] drops.

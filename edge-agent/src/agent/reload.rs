@@ -6,7 +6,7 @@
 //! (`engine/change.rs`). The journal and the sources that stay the same run through.
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::fs;
 use std::path::PathBuf;

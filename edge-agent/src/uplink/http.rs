@@ -8,13 +8,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use chrono::DateTime;
 use parking_lot::Mutex;
 use reqwest::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, DATE, HeaderMap, HeaderValue};
 use reqwest::{Certificate, Client, RequestBuilder, StatusCode, redirect};
 use url::Url;
-use wire::request::{ENCODING, KIND_BATCH, KIND_SCHEMA, push_frame};
+use wire::request::ENCODING;
 use wire::{Acks, EdgeId, RefusedAnswer, RefusedRequest, SchemaId, SealedBatch, SpoolId};
 
 use super::parcel::{Nodes, Parcel};
@@ -29,7 +28,7 @@ const ANSWER_BYTES_MAX: usize = 4 << 20;
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// No request goes for longer than its bytes need at this rate, even if they never stand still.
-const LINK_BYTES_PER_S_MIN: u64 = 1 << 10;
+const CRAWL_BYTES_PER_S: u64 = 1 << 10;
 /// When a node that pushes back does not say for how long.
 const RETRY_AFTER_MS: u64 = 1_000;
 
@@ -172,7 +171,7 @@ impl CloudClient {
     pub async fn send(&self, url: usize, parcel: Parcel) -> Result<Acks, Failed> {
         let body = parcel.body.clone();
         let bytes = body.len() as u64;
-        let longest = self.parts.timeout + Duration::from_secs(bytes / LINK_BYTES_PER_S_MIN);
+        let longest = self.parts.timeout + Duration::from_secs(bytes / CRAWL_BYTES_PER_S);
         let upload = Upload::new(self.parts.timeout);
         let given_up = self.connections.lock().given_up;
         let asked = self.ask(|client| {
@@ -257,14 +256,6 @@ impl CloudClient {
         address.set_path(&format!("{base}/v1/edges/{}/{what}", self.edge));
         address
     }
-}
-
-/// Schemas (canonical texts), then batches, as frames: a request that any node understands.
-pub fn body(schemas: &[&str], batches: &[SealedBatch]) -> Bytes {
-    let mut body = Vec::with_capacity(batches.iter().map(|batch| batch.bytes().len() + 5).sum::<usize>() + 4_096);
-    schemas.iter().for_each(|schema| push_frame(&mut body, KIND_SCHEMA, schema.as_bytes()));
-    batches.iter().for_each(|batch| push_frame(&mut body, KIND_BATCH, batch.bytes()));
-    body.into()
 }
 
 fn link(text: String) -> Failed {

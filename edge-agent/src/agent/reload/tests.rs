@@ -43,7 +43,7 @@ fn file(directory: &Path, n: usize) -> String {
     )
 }
 
-async fn until(handle: &AgentHandle, what: &str, is: impl Fn(&Status) -> bool) -> Status {
+pub(in crate::agent) async fn until(handle: &AgentHandle, what: &str, is: impl Fn(&Status) -> bool) -> Status {
     let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
     loop {
         let status = handle.status();

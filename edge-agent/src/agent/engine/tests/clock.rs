@@ -8,6 +8,7 @@ use wire::{CutBatch, StreamSchema};
 
 use super::change::{Rows, add, spooled};
 use super::*;
+use crate::agent::reload::tests::until;
 use crate::clock::tests::{Made, S, TRUE_US};
 use crate::clock::{EARLIEST_US, Mark};
 
@@ -378,19 +379,8 @@ async fn an_agent_of_1970_learns_the_time_from_its_cloud_and_tells_how_far_it_is
     .unwrap();
     let (made, token) = (Made::new(12 * S), CancellationToken::new());
     let handle = super::super::super::start_by(settings, Box::new(made.clone()), token.clone()).await.unwrap();
-    let until = async |what: &str, is: &dyn Fn(&Status) -> bool| {
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
-        loop {
-            let status = handle.status();
-            if is(&status) {
-                return status;
-            }
-            assert!(tokio::time::Instant::now() < deadline, "{what}: {status:#?}");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    };
     let of_s = |status: &Status| status.streams.iter().find(|stream| stream.name == "s").cloned().unwrap_or_default();
-    let status = until("a row", &|status| of_s(status).totals.rows == 1 && status.clock.is_off).await;
+    let status = until(&handle, "a row", |status| of_s(status).totals.rows == 1 && status.clock.is_off).await;
     assert_eq!(status.clock.by, Some(crate::clock::Trust::Cloud));
     let ts = chrono::DateTime::parse_from_rfc3339(&of_s(&status).last[1].value).unwrap().timestamp_micros();
     assert!((ts - TRUE_US).abs() < 2 * S, "{ts}");
@@ -400,7 +390,8 @@ async fn an_agent_of_1970_learns_the_time_from_its_cloud_and_tells_how_far_it_is
     assert!(crate::metrics::render(&status).contains("weir_edge_clock_skew_seconds -1795"));
     // Somebody sets it.
     made.set(TRUE_US);
-    let status = until("it is right", &|status| !status.clock.is_off && status.clock.machine_ahead_s == 0.0).await;
+    let status =
+        until(&handle, "it is right", |status| !status.clock.is_off && status.clock.machine_ahead_s == 0.0).await;
     assert_eq!(status.problems, [""; 0]);
     token.cancel();
     handle.stopped().await.unwrap();
