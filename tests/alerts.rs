@@ -8,7 +8,8 @@ use rumqttc::v5::{AsyncClient, Event, EventLoop};
 use serde_json::Value;
 
 use crate::harness::{Cloud, Edge, Mosquitto, mqtt_source, publish};
-use crate::process::PATIENCE;
+use crate::process::{PATIENCE, POLL};
+use crate::proxy::{Link, Proxy, Way};
 
 fn configuration(url: &str) -> String {
     let map = "[source.map]\ndevice = \"topic:1\"\nn = \"/n\"\n[stream.field.fields]\nn = { type = \"int64\" }\n";
@@ -125,4 +126,34 @@ async fn an_alert_is_retained_while_it_fires_and_is_one_episode_over_kill_9() {
     edge.wait().await;
     send(&broker, "d2", 7).await;
     assert_eq!(listener.state("resolved").await["id"], second["id"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cloud_that_takes_and_never_answers_slows_no_acknowledgement_and_no_alert() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some(broker) = Mosquitto::start(directory.path()) else { return };
+    let cloud = Cloud::start(directory.path(), "a", "[commit]\nmax_age = \"1s\"\n").await;
+    let proxy = Proxy::to_cloud(&cloud).await;
+    let url = broker.url();
+    let mut edge = Edge::start_with(directory.path(), &[&proxy.http()], &configuration(&url)).await;
+    let mut listener = Listener::new(&broker, "l").await;
+    proxy.set(Link::Held(Way::Down));
+    // Far more than the agent may leave without an acknowledgement.
+    let numbers = 0..5_000;
+    let messages = numbers.clone().map(|n| (format!("field/e{}", n % 5), b"{\"n\":1}".to_vec())).collect();
+    let begun = Instant::now();
+    publish(broker.client("many"), messages).await;
+    send(&broker, "d1", 200).await;
+    let alert = listener.state("firing").await;
+    println!("{} readings and the alert behind them: {:?}", numbers.len(), begun.elapsed());
+    let started = Instant::now();
+    while edge.status().await["sources"][0]["journalled"] != numbers.len() + 1 {
+        edge.check(started, "not all is acknowledged");
+        tokio::time::sleep(POLL).await;
+    }
+    proxy.set(Link::Whole);
+    edge.drained().await;
+    assert_eq!(cloud.integer("SELECT count(*) FROM field").await, numbers.len() as i64 + 1);
+    let rows = cloud.sql("SELECT alert_id FROM alerts").await.unwrap();
+    assert_eq!(rows, [serde_json::json!({ "alert_id": alert["id"] })]);
 }

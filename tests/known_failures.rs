@@ -225,7 +225,7 @@ async fn telegraf_16314_what_was_full_goes_on_when_the_cloud_is_back() {
 }
 
 /// Where the only source takes messages.
-async fn door(edge: &mut Edge) -> String {
+pub(crate) async fn door(edge: &mut Edge) -> String {
     let status = until(edge, "the door is open", |status| status["sources"][0]["address"].is_string()).await;
     format!("http://{}/ingest/push", status["sources"][0]["address"].as_str().unwrap())
 }
@@ -235,14 +235,14 @@ async fn door(edge: &mut Edge) -> String {
 const PIECE_BYTES: usize = 400 << 10;
 const PIECES: usize = 16;
 
-fn noise(random: &mut StdRng) -> String {
+pub(crate) fn noise(random: &mut StdRng) -> String {
     let mut noise = vec![0; PIECE_BYTES * PIECES];
     random.fill_bytes(&mut noise);
     noise.iter_mut().for_each(|byte| *byte = b'0' + (*byte & 31));
     String::from_utf8(noise).unwrap()
 }
 
-async fn push(client: &reqwest::Client, door: &str, n: u64, noise: &str) -> StatusCode {
+pub(crate) async fn push(client: &reqwest::Client, door: &str, n: u64, noise: &str) -> StatusCode {
     let piece = n as usize % PIECES;
     let text = &noise[piece * PIECE_BYTES..][..PIECE_BYTES];
     client.post(door).body(format!("{{\"n\":{n},\"text\":\"{text}\"}}")).send().await.unwrap().status()

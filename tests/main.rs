@@ -11,6 +11,7 @@ mod bad_input;
 mod demo;
 mod doors;
 mod faults;
+mod field;
 mod forks;
 mod fusion;
 mod harness;

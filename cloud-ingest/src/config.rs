@@ -12,7 +12,7 @@ use std::time::Duration;
 use crate::store::S3Settings;
 use serde::Deserialize;
 pub use wire::written::{ConfigError, Size, Span};
-use wire::written::{load, with_nearest_key};
+use wire::written::{load, with_line, with_nearest_key};
 use wire::{BATCH_BYTES_MAX, BATCH_DATES_MAX, BATCH_DECODED_BYTES_MAX, EdgeId};
 
 /// Everything that can be set.
@@ -196,7 +196,7 @@ impl Settings {
     /// What is wrong, for people.
     pub fn parse(text: &str) -> Result<Self, String> {
         let settings: Self = toml::from_str(text).map_err(|error| with_nearest_key(&error.to_string()))?;
-        settings.check()?;
+        settings.check().map_err(|message| with_line(text, message))?;
         Ok(settings)
     }
 
@@ -219,32 +219,32 @@ impl Settings {
         }
         if self.commit.max_partitions < BATCH_DATES_MAX {
             return Err(format!(
-                "commit.max_partitions is less than {BATCH_DATES_MAX}, the dates that one batch may span"
+                "[commit] max_partitions is less than {BATCH_DATES_MAX}, the dates that one batch may span"
             ));
         }
         if self.wal.segment_bytes.bytes() < BATCH_BYTES_MAX + (1 << 20) {
-            return Err("wal.segment_bytes must be at least 33MiB: a batch may have 32MiB".to_owned());
+            return Err("[wal] segment_bytes must be at least 33MiB: a batch may have 32MiB".to_owned());
         }
         if self.limits.request_bytes.bytes() < BATCH_BYTES_MAX + (1 << 20) {
-            return Err("limits.request_bytes must be at least 33MiB: a batch may have 32MiB".to_owned());
+            return Err("[limits] request_bytes must be at least 33MiB: a batch may have 32MiB".to_owned());
         }
         if self.limits.requests_waiting == 0 {
-            return Err("limits.requests_waiting must be at least 1".to_owned());
+            return Err("[limits] requests_waiting must be at least 1".to_owned());
         }
         if self.limits.decoded_bytes.bytes() < 2 * BATCH_DECODED_BYTES_MAX {
             return Err(
-                "limits.decoded_bytes must be at least 128MiB: a batch may have 64MiB when it is decoded".to_owned()
+                "[limits] decoded_bytes must be at least 128MiB: a batch may have 64MiB when it is decoded".to_owned()
             );
         }
         if self.limits.waiting_bytes.0 < self.limits.request_bytes.0 {
-            return Err("limits.waiting_bytes must be at least limits.request_bytes".to_owned());
+            return Err("[limits] waiting_bytes must be at least request_bytes".to_owned());
         }
         // With less, the largest batch might find no room in an empty log.
         if self.wal.max_bytes.bytes() < self.wal.segment_bytes.bytes().saturating_mul(8) {
-            return Err("wal.max_bytes must be at least eight times wal.segment_bytes".to_owned());
+            return Err("[wal] max_bytes must be at least eight times segment_bytes".to_owned());
         }
         if self.hot.max_bytes.bytes() < 2 * BATCH_DECODED_BYTES_MAX {
-            return Err("hot.max_bytes must be at least 128MiB: a batch may have 64MiB when it is decoded".to_owned());
+            return Err("[hot] max_bytes must be at least 128MiB: a batch may have 64MiB when it is decoded".to_owned());
         }
         Ok(())
     }
@@ -277,7 +277,7 @@ mod tests {
         check("[limits]\nrequest_bytes = \"4MiB\"", "at least 33MiB");
         check("[limits]\nrequests_waiting = 0", "at least 1");
         check("[limits]\ndecoded_bytes = \"64MiB\"", "at least 128MiB");
-        check("[limits]\nwaiting_bytes = \"1MiB\"", "at least limits.request_bytes");
+        check("[limits]\nwaiting_bytes = \"1MiB\"", "at least request_bytes");
         check("[[edge]]\nid = \"a b\"\ntoken = \"x\"", "not an edge id");
         check("[[edge]]\nid = \"a\"\ntoken = \"\"", "empty token");
         check("[[edge]]\nid = \"a\"\ntoken = \"x\"\n[[edge]]\nid = \"a\"\ntoken = \"y\"", "twice");

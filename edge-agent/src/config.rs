@@ -27,7 +27,7 @@ use serde::{Deserialize, Deserializer};
 use url::Url;
 use wire::schema::own;
 pub use wire::written::{ConfigError, Size, Span};
-use wire::written::{load, read, with_nearest_key};
+use wire::written::{load, read, with_line, with_nearest_key};
 use wire::{BATCH_ROWS_MAX, EdgeId, StreamName};
 
 pub use self::checks::{Allowed, Duplicates, FieldCheck, Fill, StreamCheck, Verdict};
@@ -289,7 +289,7 @@ impl Settings {
         settings.version = u64::from(crc32c::crc32c(text.as_bytes()));
         settings.text = kept::without_secrets(text)?;
         settings.source.iter_mut().for_each(SourceSettings::name_by_stream);
-        settings.check()?;
+        settings.check().map_err(|message| with_line(text, message))?;
         Ok(settings)
     }
 
@@ -359,6 +359,14 @@ impl Settings {
                 self.journal.max_bytes.0 >> 20
             ));
         }
+        for source in &self.source {
+            let (Some(decoding), Some(stream)) = (source.decoding(), self.stream.get(source.stream())) else {
+                continue;
+            };
+            let topics = if let SourceSettings::Mqtt(mqtt) = source { mqtt.topics.as_slice() } else { &[] };
+            let told = decoding.warnings(stream, topics);
+            warnings.extend(told.into_iter().map(|text| format!("[[source]] `{}`: {text}", source.name())));
+        }
         let streams = self.raw_streams().into_iter().chain(self.streams_made()).collect::<Vec<_>>();
         for (lane, stream) in self.lane.iter().flat_map(|lane| lane.streams.iter().map(move |stream| (lane, stream))) {
             if !streams.contains(stream) {
@@ -412,10 +420,10 @@ impl Settings {
             _ => {}
         }
         if self.journal.max_bytes.0 < self.journal.segment_bytes.0.saturating_mul(2) {
-            return Err("journal.max_bytes must be at least two times journal.segment_bytes".to_owned());
+            return Err("[journal] max_bytes must be at least two times segment_bytes".to_owned());
         }
         if self.cut.rows == 0 || self.cut.rows > BATCH_ROWS_MAX {
-            return Err(format!("cut.rows must be from 1 to {BATCH_ROWS_MAX}"));
+            return Err(format!("[cut] rows must be from 1 to {BATCH_ROWS_MAX}"));
         }
         if self.source.is_empty() {
             return Err("no [[source]]: nothing would ever come in".to_owned());

@@ -9,11 +9,15 @@ use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use reqwest::StatusCode;
+use rustix::fs::{Access, access};
 use rustix::process::{Resource, getrlimit};
+use tokio::net::TcpStream;
 
 use crate::clock;
-use crate::config::{LaneSettings, MqttSettings, Settings, SourceSettings, TrustSettings};
-use crate::source::mqtt::probe::{Heard, hear};
+use crate::config::{
+    ExecSettings, LaneSettings, ModbusAddress, ModbusSettings, MqttSettings, Settings, SourceSettings, TrustSettings,
+};
+use crate::source::mqtt::probe::{Heard, hear, reach};
 use crate::trial::matches;
 
 /// How long a topic may be silent.
@@ -51,13 +55,17 @@ pub async fn examine(settings: &Settings) -> Vec<Line> {
     });
     lines.extend(futures::future::join_all(brokers).await.into_iter().flatten());
     for source in &settings.source {
-        if let SourceSettings::File(file) = source {
-            lines.push(match File::open(&file.path) {
+        lines.extend(match source {
+            SourceSettings::File(file) => Some(match File::open(&file.path) {
                 Ok(_) => ok(format!("source {}: {} can be read", file.name, file.path.display())),
                 Err(error) => bad(format!("source {}: {}: {error}", file.name, file.path.display())),
-            });
-        }
+            }),
+            SourceSettings::Modbus(modbus) => Some(bus(modbus).await),
+            SourceSettings::Exec(exec) => Some(program(exec)),
+            SourceSettings::Mqtt(_) | SourceSettings::Http(_) | SourceSettings::Host(_) => None,
+        });
     }
+    lines.extend(publisher(settings).await);
     lines.extend(cloud(settings).await);
     lines.extend(clock(settings, kernel_clock::is_synchronised()));
     lines.extend(disk(settings));
@@ -111,6 +119,65 @@ async fn broker(settings: &Settings, mqtt: &MqttSettings) -> Vec<Line> {
         });
     }
     lines
+}
+
+/// Whether something takes connections where the devices should be; no register is read, as the agent may be polling.
+async fn bus(modbus: &ModbusSettings) -> Line {
+    let name = &modbus.name;
+    match &modbus.url {
+        ModbusAddress::Tcp(address) => {
+            let connected = tokio::time::timeout(modbus.timeout.0, TcpStream::connect(address)).await;
+            match connected {
+                Ok(Ok(_)) => ok(format!("source {name}: {address} takes connections")),
+                Ok(Err(error)) => bad(format!("source {name}: {address}: {error}; is the address right, is it on?")),
+                Err(_) => bad(format!("source {name}: {address} does not answer within {:?}", modbus.timeout.0)),
+            }
+        }
+        // To open it would change the lines that the agent may be using.
+        ModbusAddress::Rtu(path) => match access(path, Access::READ_OK | Access::WRITE_OK) {
+            Ok(()) => ok(format!("source {name}: {} can be used", path.display())),
+            Err(error) => bad(format!(
+                "source {name}: {}: {error}; is it plugged in, is the agent's user in its group (dialout)?",
+                path.display()
+            )),
+        },
+    }
+}
+
+/// Whether the program is there and may be started.
+fn program(exec: &ExecSettings) -> Line {
+    let (name, program) = (&exec.name, Path::new(&exec.command[0]));
+    let can_start = |path: &Path| path.is_file() && access(path, Access::EXEC_OK).is_ok();
+    let found = if program.components().count() > 1 {
+        let path = exec.directory.as_deref().map_or_else(|| program.to_owned(), |directory| directory.join(program));
+        can_start(&path).then_some(path)
+    } else {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        std::env::split_paths(&path).map(|directory| directory.join(program)).find(|path| can_start(path))
+    };
+    match found {
+        Some(path) => ok(format!("source {name}: {} can be started", path.display())),
+        None => bad(format!(
+            "source {name}: {} is no program that can be started; is it installed, is the path right?",
+            program.display()
+        )),
+    }
+}
+
+/// The broker that gets alerts, where it is one of its own: that of a source was looked at.
+async fn publisher(settings: &Settings) -> Option<Line> {
+    settings.publish.as_ref()?.url.as_ref()?;
+    let broker = match settings.publisher() {
+        Ok(broker) => broker,
+        Err(error) => return Some(bad(error)),
+    };
+    let client = format!("weir-{}-alerts-doctor", settings.edge.id);
+    Some(match reach(&broker, &client, HEAR).await {
+        Ok(()) => ok(format!("publish: {} takes us", broker.url)),
+        Err(error) => {
+            bad(format!("publish: {}: {error}; is the address right, are username and password?", broker.url))
+        }
+    })
 }
 
 async fn cloud(settings: &Settings) -> Vec<Line> {
@@ -207,6 +274,46 @@ mod tests {
     use axum::routing::get;
 
     use super::*;
+
+    #[tokio::test]
+    async fn devices_programs_and_the_broker_of_alerts_are_looked_at() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let open = listener.local_addr().unwrap();
+        let modbus = |url: &str| {
+            format!(
+                "[[source]]\nkind = \"modbus\"\nname = \"m\"\nurl = \"{url}\"\nstream = \"s\"\n[[source.unit]]\nid = 1\n\
+                 device = \"d\"\n[[source.register]]\nfield = \"v\"\naddress = 1\n"
+            )
+        };
+        let exec = |program: &str| {
+            format!(
+                "[[source]]\nkind = \"exec\"\nname = \"e\"\ncommand = [\"{program}\"]\nstream = \"s\"\n[source.map]\ndevice = \"const:d\"\nv = \"/v\"\n"
+            )
+        };
+        let sources = async |sources: &[String]| {
+            let text = format!(
+                "[edge]\nid = \"e\"\ndata_dir = '/none'\n[cloud]\nurls = [\"http://127.0.0.1:1\"]\ntoken = \"t\"\n{}\
+                 [stream.s.fields]\nv = {{ type = \"int64\" }}\n[publish]\nurl = \"mqtt://127.0.0.1:1\"\n",
+                sources.concat()
+            );
+            rustls::crypto::ring::default_provider().install_default().ok();
+            examine(&Settings::parse(&text).unwrap()).await
+        };
+        let lines = sources(&[modbus(&format!("tcp://{open}")), exec("sh")]).await;
+        let is = |lines: &[Line], good: bool, text: &str| {
+            let found = lines.iter().any(|line| line.good == good && line.text.contains(text));
+            assert!(found, "{text}: {lines:?}");
+        };
+        is(&lines, true, "takes connections");
+        is(&lines, true, "sh can be started");
+        is(&lines, false, "publish: mqtt://127.0.0.1:1");
+        let lines = sources(&[modbus("tcp://127.0.0.1:1"), exec("/none/program")]).await;
+        is(&lines, false, "is it on?");
+        is(&lines, false, "/none/program is no program");
+        let lines = sources(&[modbus("rtu:///dev/none"), exec("no-such-program")]).await;
+        is(&lines, false, "(dialout)");
+        is(&lines, false, "no-such-program is no program");
+    }
 
     #[tokio::test]
     async fn what_is_wrong_is_told_with_what_to_do() {

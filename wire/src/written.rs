@@ -101,6 +101,77 @@ pub fn with_nearest_key(error: &str) -> String {
     with_hint(&without_secrets(error))
 }
 
+/// What is said of a text that reads well and makes no sense, with the line that it is about in front where that can be
+/// told: by the table that the message names, and the first word after it that is a key of that table.
+pub fn with_line(text: &str, message: String) -> String {
+    match line_of(text, &message) {
+        Some(line) => format!("line {line}: {message}"),
+        None => message,
+    }
+}
+
+/// A line of a configuration that begins a table, or sets a key.
+enum Line<'a> {
+    Table(&'a str),
+    Key(&'a str),
+    Other,
+}
+
+impl<'a> Line<'a> {
+    fn read(line: &'a str) -> Self {
+        let line = line.trim();
+        let plain =
+            |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c));
+        let table = line.split('#').next().unwrap_or_default().trim_end();
+        if table.starts_with('[') && table.ends_with(']') && plain(table.trim_matches(['[', ']'])) {
+            return Self::Table(table);
+        }
+        match line.split_once('=') {
+            Some((key, _)) if plain(key.trim_end()) => Self::Key(key.trim_end()),
+            _ => Self::Other,
+        }
+    }
+}
+
+/// The number, from 1, of the line that a message like "[table] key …" or "[[table]] `name`: …" is about.
+fn line_of(text: &str, message: &str) -> Option<usize> {
+    let start = message.find('[')?;
+    let of_table = |c: char| c.is_ascii_alphanumeric() || "_-.[]".contains(c);
+    let end = message[start..].find(|c| !of_table(c)).map_or(message.len(), |at| start + at);
+    let (mut table, mut about) = (message[start..end].to_owned(), message[end..].to_owned());
+    let lines = text.lines().map(Line::read).collect::<Vec<_>>();
+    // Of several tables with one name it is the one that has the name in backquotes, or the only one.
+    let name = about.trim_start().strip_prefix('`').and_then(|rest| rest.split('`').next()).map(str::to_owned);
+    loop {
+        let inner = format!("{}.", table.trim_matches(['[', ']']));
+        let block = |first: usize| {
+            let goes_on =
+                |line: &Line<'_>| !matches!(line, Line::Table(other) if !other.trim_matches('[').starts_with(&inner));
+            first..first + 1 + lines[first + 1..].iter().take_while(|line| goes_on(line)).count()
+        };
+        let is_named = |block: &std::ops::Range<usize>| {
+            let quoted = name.as_ref().map(|name| format!("\"{name}\""));
+            let mut written = text.lines().skip(block.start).take(block.len());
+            quoted.is_none_or(|name| !table.starts_with("[[") || written.any(|line| line.contains(&name)))
+        };
+        let begins = |line: &Line<'_>| matches!(line, Line::Table(other) if *other == table);
+        let mut found = (0..lines.len()).filter(|at| begins(&lines[*at])).map(block).filter(is_named);
+        if let Some(block) = found.next() {
+            if found.next().is_some() {
+                return None;
+            }
+            let is_key = |at: &usize, word: &str| matches!(lines[*at], Line::Key(key) if key == word);
+            let no_key = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
+            let key = about.split(no_key).find_map(|word| block.clone().find(|at| is_key(at, word)));
+            return Some(key.unwrap_or(block.start) + 1);
+        }
+        // What is written as a key of the table above.
+        let (above, last) = table.trim_end_matches(']').rsplit_once('.')?;
+        about = format!("{last} {about}");
+        table = format!("{above}]");
+    }
+}
+
 /// toml shows the line of an error, and serde the value that it did not expect. Both are kept only for a line that is
 /// plainly of another key.
 fn without_secrets(error: &str) -> String {
@@ -195,6 +266,45 @@ mod tests {
         check("4711\\q", "missing escaped value", "missing escaped value");
         let unknown = "unknown field `tokn`, expected `id` or `token`";
         check("tokn = \"`4711\"", unknown, &format!("5 | tokn = (not shown)\n{unknown}\ndid you mean `token`?"));
+    }
+
+    #[test]
+    fn a_message_gets_the_line_that_it_is_about() {
+        let text = "\
+[cloud]
+urls = []
+[[source]]
+kind = \"mqtt\"
+stream = \"a\"
+[source.map]
+speed = \"/v\"
+[[source]]
+stream = \"b\" # another
+topics = [
+]
+[stream.a]
+lateness = \"1m\"
+fields.speed = { min = 2, max = 1 }
+";
+        let check = |message: &str, line: usize| {
+            let said = with_line(text, message.to_owned());
+            let expected = if line == 0 { message.to_owned() } else { format!("line {line}: {message}") };
+            assert_eq!(said, expected);
+        };
+        check("[cloud] urls is empty: name at least one", 2);
+        check("[cloud]: something is missing", 1);
+        check("[[source]] `a`: map has no `device`", 3);
+        check("[[source]] `a`: stream of it", 5);
+        check("[[source]] `b`: topics is empty", 10);
+        check("[[source]] `c`: topics is empty", 0);
+        check("[[source]]: which one", 0);
+        check("[stream.a] lateness: too long", 13);
+        check("[stream.a.fields] speed: min is above max", 12);
+        check("[stream.b]: the name belongs to Weir", 0);
+        check("[journal] max_bytes is too little", 0);
+        check("no table is named", 0);
+        let nested = "[stream.t.window.5-m]: [stream.t.window]: `t_5-m` is not a name";
+        assert_eq!(line_of("[stream.t.window.5-m]\nsize = 1\n", nested), Some(1));
     }
 
     #[test]

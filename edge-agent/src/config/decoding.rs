@@ -153,6 +153,31 @@ impl Decoding {
         places.chain(self.when.0.iter().map(|condition| &condition.at)).try_for_each(|place| self.check_place(place))
     }
 
+    /// What is right and can give no reading that is taken: `topics` are the filters of a broker's source.
+    pub(super) fn warnings(&self, stream: &StreamSettings, topics: &[String]) -> Vec<String> {
+        let map = &self.map;
+        let unmapped = stream
+            .fields
+            .iter()
+            .filter(|(name, field)| field.required && !map.fields.iter().any(|(mapped, _)| mapped == name));
+        let unmapped = unmapped
+            .map(|(name, _)| format!("`{name}` is required and map does not name it: every reading is rejected"));
+        let time = match &map.ts {
+            TimePlace::Arrival => None,
+            TimePlace::At(place, _) => Some(place),
+        };
+        let places = map.device.iter().chain(time).chain(map.fields.iter().map(|(_, place)| place));
+        let levels = places.filter_map(|place| if let Place::Topic(level) = place { Some(*level) } else { None });
+        let beyond = levels.flat_map(|level| {
+            let ends_before = move |topic: &&String| !topic.ends_with('#') && topic.split('/').count() <= level;
+            topics.iter().filter(ends_before).map(move |topic| {
+                let last = topic.split('/').count() - 1;
+                format!("\"topic:{level}\": the levels of `{topic}` are 0 to {last}")
+            })
+        });
+        unmapped.chain(beyond).collect()
+    }
+
     fn check_options(&self) -> Result<(), String> {
         use Format::{Csv, Influx, Senml, SenmlCbor, Sparkplug};
         let options = &self.options;

@@ -211,10 +211,8 @@ impl StreamSettings {
             format!("{name}_{ABSENT}").parse::<StreamName>().map_err(|error| format!("[stream.{name}]: {error}"))?;
         }
         for (window, settings) in &self.window {
-            format!("{name}_{window}")
-                .parse::<StreamName>()
-                .map_err(|error| format!("[stream.{name}.window]: {error}"))?;
             let here = |error: String| format!("[stream.{name}.window.{window}]: {error}");
+            format!("{name}_{window}").parse::<StreamName>().map_err(|error| here(error.to_string()))?;
             settings.check(&self.fields).map_err(here)?;
             crate::window::schema(self, settings).map_err(|error| here(error.to_string()))?;
         }

@@ -60,6 +60,7 @@ fn wrong_configurations_say_what_is_wrong() {
         assert!(text.contains(from), "{from}");
         let error = Settings::parse(&text.replacen(from, to, 1)).unwrap_err();
         assert!(error.contains(expected), "{to}: {error}");
+        assert!(error.contains("line "), "{to}: {error}");
     };
     check("data_dir", "data_dri", "did you mean `data_dir`?");
     check("topics = ", "topic = ", "did you mean `topics`?");
@@ -134,7 +135,7 @@ fn wrong_configurations_say_what_is_wrong() {
     check("size = \"5m\"", "size = \"five\"", "no duration");
     check("[stream.traffic.window.5m]", "[stream.traffic.window.5-m]", "not a name");
     check("[edge]", "[journal]\nsegment_bytes = \"1GiB\"\n[edge]", "two times");
-    check("[edge]", "[cut]\nrows = 0\n[edge]", "cut.rows");
+    check("[edge]", "[cut]\nrows = 0\n[edge]", "[cut] rows");
     check("topics = ", "max_payload = \"8MiB\"\ntopics = ", "a quarter");
     let large = "max_payload = \"17MiB\"\ntopics = ";
     let text = format!("[journal]\nsegment_bytes = \"68MiB\"\n{HEAD}{TRAFFIC}").replace("topics = ", large);
@@ -161,6 +162,9 @@ fn what_is_right_and_may_not_be_meant_is_said() {
     check("[journal]\nmax_bytes = \"511MiB\"\n", "", "", "raise journal.max_bytes");
     check("[journal]\nmax_bytes = \"512MiB\"\n", "", "", "");
     check("[journal]\nmax_bytes = \"64MiB\"\n", "[stream.traffic.window.5m]\nsize = \"5m\"", "", "");
+    check("", "topic:2", "topic:3", "[[source]] `traffic`: \"topic:3\": the levels of `city/traffic/+` are 0 to 2");
+    check("", "type = \"int64\"", "type = \"int64\", required = true", "`count` is required and map does not name it");
+    check("", "city/traffic/+", "city/#", "");
     let lane = "[[lane]]\nname = \"a\"\nstreams = [\"traffic_5m\", \"alerts\", \"trafic\"]\n";
     check(lane, "", "", "[[lane]] `a`: nothing fills the stream `trafic`; did you mean `traffic`?");
     check(lane, "trafic\"", "traffic\"", "");

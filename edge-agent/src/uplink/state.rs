@@ -18,7 +18,7 @@ use super::link::Link;
 /// The first wait after an error, before jitter.
 pub const BACKOFF_MIN_MS: u64 = 100;
 /// The longest wait after errors, before jitter.
-pub const BACKOFF_MAX_MS: u64 = 30_000;
+pub const BACKOFF_MAX_MS: u64 = 10_000;
 /// What is sent and not committed: the node is asked about it after so long without an answer, then after twice as long…
 pub const ASK_MIN_MS: u64 = 1_000;
 /// …and at least this often.

@@ -63,3 +63,24 @@ pub async fn hear(settings: &MqttSettings, client: &str, within: Duration, messa
     }
     heard
 }
+
+/// Connects as `client`, which must be nobody else's id, and goes again.
+///
+/// # Errors
+/// Why the broker does not take it, for people.
+pub async fn reach(settings: &MqttSettings, client: &str, within: Duration) -> Result<(), String> {
+    let (sender, mut events) = client::new(settings, client).map_err(|error| error.to_string())?;
+    let connected = async {
+        loop {
+            match events.next().await {
+                Event::Connected { .. } => return Ok(()),
+                Event::Refused(reason) | Event::Lost(reason) => return Err(reason),
+                _ => {}
+            }
+        }
+    };
+    tokio::time::timeout(within, connected).await.unwrap_or_else(|_| Err("it does not answer".to_owned()))?;
+    sender.disconnect();
+    let _ = tokio::time::timeout(Duration::from_secs(2), client::end_session(settings, client)).await;
+    Ok(())
+}
