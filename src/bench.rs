@@ -7,6 +7,7 @@ mod drain;
 mod ingest;
 mod parts;
 mod path;
+mod queries;
 mod start;
 
 use std::path::PathBuf;
@@ -30,6 +31,8 @@ pub(crate) enum BenchCommand {
     Drain(drain::DrainBench),
     /// From the agent's start to its first reading on disk in the spool
     Start(start::StartBench),
+    /// Statements over half hot and all cold tables, beside DuckDB and chDB
+    Queries(queries::QueriesBench),
 }
 
 /// Options of every measurement.
@@ -51,6 +54,7 @@ pub(crate) async fn bench(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Freshness(bench) => bench.run().await?,
         BenchCommand::Drain(bench) => bench.run().await?,
         BenchCommand::Start(bench) => bench.run()?,
+        BenchCommand::Queries(bench) => bench.run().await?,
     };
     let report = json!({
         "command": std::env::args().skip(1).collect::<Vec<_>>().join(" "),

@@ -5,8 +5,7 @@
 //! one statement see the same rows. A frozen state is exact: the snapshot of version V, and what the hot contract
 //! answers for V; when it answers `Stale(W)` the snapshot is loaded again (rule 4).
 //!
-//! Filters go into the Delta scan, those on `ts` also as bounds of the partition column `_date`; hot rows are
-//! filtered by the plan above.
+//! Filters go into the Parquet scan (`cold`); hot rows are filtered by the plan above.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,25 +17,18 @@ use arrow_schema::{ArrowError, SchemaRef};
 use async_trait::async_trait;
 use datafusion::catalog::{Session, TableProvider};
 use datafusion::common::tree_node::{Transformed, TreeNodeRecursion};
-use datafusion::common::{DataFusionError, Result, ScalarValue, exec_err, internal_err};
+use datafusion::common::{DataFusionError, Result, exec_err, internal_err};
 use datafusion::datasource::memory::MemorySourceConfig;
 use datafusion::datasource::{provider_as_source, source_as_provider};
-use datafusion::execution::object_store::ObjectStoreUrl;
-use datafusion::logical_expr::utils::split_conjunction;
-use datafusion::logical_expr::{BinaryExpr, Expr, LogicalPlan, Operator, TableProviderFilterPushDown, TableType};
-use datafusion::physical_expr::PhysicalExpr;
-use datafusion::physical_expr::expressions::{CastExpr, Column};
+use datafusion::logical_expr::{Expr, LogicalPlan, TableProviderFilterPushDown, TableType};
 use datafusion::physical_plan::ExecutionPlan;
-use datafusion::physical_plan::projection::ProjectionExec;
 use datafusion::physical_plan::union::UnionExec;
-use datafusion::prelude::{col, lit};
-use deltalake_core::delta_datafusion::{DeltaScanConfig, DeltaScanNext};
-use url::Position;
 use wire::hot::HotAnswer;
 use wire::schema::{DATE, TS};
 use wire::{DAY_US, StreamName};
 
 use crate::catalog::{ColdTable, Tables};
+use crate::cold::{ColdFiles, KnownFiles};
 
 /// How often a snapshot is loaded again because commits overtook it, before the statement fails.
 const STALE_TRIES_MAX: usize = 20;
@@ -79,12 +71,13 @@ impl TableProvider for LiveTable {
 #[derive(Debug)]
 pub struct Frozen {
     cold: ColdTable,
+    files: Arc<ColdFiles>,
     hot: Vec<RecordBatch>,
 }
 
 impl Frozen {
     /// Takes a state of `stream` that is whole: nothing missing, nothing twice.
-    pub async fn take(tables: &dyn Tables, stream: &StreamName) -> Result<Self> {
+    pub(crate) async fn take(tables: &dyn Tables, known: &KnownFiles, stream: &StreamName) -> Result<Self> {
         let Some(mut cold) = tables.cold(stream) else {
             return exec_err!("table {stream} is gone");
         };
@@ -93,7 +86,8 @@ impl Frozen {
             match answer.map_err(|error| DataFusionError::External(Box::new(error)))? {
                 HotAnswer::Rows(rows) => {
                     let hot = rows.into_iter().map(|rows| rows.rows).filter(|rows| rows.num_rows() > 0).collect();
-                    return Ok(Self { cold, hot });
+                    let files = known.of(stream, &cold)?;
+                    return Ok(Self { cold, files, hot });
                 }
                 HotAnswer::Stale(at_least) => {
                     let reloaded = tables.reload(stream, at_least).await;
@@ -106,7 +100,7 @@ impl Frozen {
 }
 
 /// Replaces every live table of a plan by one frozen state per stream. Called each time a statement is executed.
-pub async fn pin(plan: LogicalPlan, tables: &dyn Tables) -> Result<LogicalPlan> {
+pub(crate) async fn pin(plan: LogicalPlan, tables: &dyn Tables, known: &KnownFiles) -> Result<LogicalPlan> {
     let mut streams: HashMap<StreamName, Option<Arc<Frozen>>> = HashMap::new();
     plan.apply_with_subqueries(|node| {
         if let Some(live) = live_table(node) {
@@ -115,7 +109,7 @@ pub async fn pin(plan: LogicalPlan, tables: &dyn Tables) -> Result<LogicalPlan> 
         Ok(TreeNodeRecursion::Continue)
     })?;
     for (stream, frozen) in &mut streams {
-        *frozen = Some(Arc::new(Frozen::take(tables, stream).await?));
+        *frozen = Some(Arc::new(Frozen::take(tables, known, stream).await?));
     }
     let pinned = plan.transform_down_with_subqueries(|node| {
         let Some(live) = live_table(&node) else {
@@ -179,9 +173,8 @@ impl TableProvider for PinnedTable {
             None => Arc::clone(&self.schema),
         };
         let mut inputs = Vec::with_capacity(2);
-        if self.frozen.cold.snapshot.log_data().num_files() > 0 {
-            inputs.push(self.cold_plan(session, &wanted, filters, limit).await?);
-        }
+        let frozen = &self.frozen;
+        inputs.extend(frozen.files.scan(session, &frozen.cold, &self.schema, projection, filters, limit)?);
         if !self.frozen.hot.is_empty() || inputs.is_empty() {
             inputs.push(self.hot_plan(&wanted, session.config().target_partitions())?);
         }
@@ -190,32 +183,6 @@ impl TableProvider for PinnedTable {
 }
 
 impl PinnedTable {
-    async fn cold_plan(
-        &self,
-        session: &dyn Session,
-        wanted: &SchemaRef,
-        filters: &[Expr],
-        limit: Option<usize>,
-    ) -> Result<Arc<dyn ExecutionPlan>> {
-        let cold = &self.frozen.cold;
-        register_store(session, cold)?;
-        let mut config = DeltaScanConfig::new();
-        config.wrap_partition_values = false;
-        config.schema_force_view_types = false;
-        let delta = DeltaScanNext::new(cold.snapshot.clone(), config)?;
-        let stored = delta.schema();
-        let present: Vec<usize> =
-            wanted.fields().iter().filter_map(|field| stored.index_of(field.name()).ok()).collect();
-        let mut pushed: Vec<Expr> = filters
-            .iter()
-            .filter(|filter| filter.column_refs().iter().all(|column| stored.index_of(&column.name).is_ok()))
-            .cloned()
-            .collect();
-        pushed.extend(date_bounds(filters));
-        let plan = delta.scan(session, Some(&present), &pushed, limit).await?;
-        as_wanted(plan, wanted)
-    }
-
     fn hot_plan(&self, wanted: &SchemaRef, partitions: usize) -> Result<Arc<dyn ExecutionPlan>> {
         let mut parts = vec![Vec::new(); partitions.clamp(1, self.frozen.hot.len().max(1))];
         let count = parts.len();
@@ -224,39 +191,6 @@ impl PinnedTable {
         }
         Ok(MemorySourceConfig::try_new_exec(&parts, Arc::clone(wanted), None)?)
     }
-}
-
-/// Delta's columns as the plan wants them: by name, missing ones null, other representations cast.
-fn as_wanted(plan: Arc<dyn ExecutionPlan>, wanted: &SchemaRef) -> Result<Arc<dyn ExecutionPlan>> {
-    let stored = plan.schema();
-    let same = stored.fields().len() == wanted.fields().len()
-        && stored
-            .fields()
-            .iter()
-            .zip(wanted.fields())
-            .all(|(a, b)| a.name() == b.name() && a.data_type() == b.data_type());
-    if same {
-        return Ok(plan);
-    }
-    let columns = wanted
-        .fields()
-        .iter()
-        .map(|field| {
-            let expression: Arc<dyn PhysicalExpr> = match stored.index_of(field.name()) {
-                Ok(index) => {
-                    let column: Arc<dyn PhysicalExpr> = Arc::new(Column::new(field.name(), index));
-                    if stored.field(index).data_type() == field.data_type() {
-                        column
-                    } else {
-                        Arc::new(CastExpr::new(column, field.data_type().clone(), None))
-                    }
-                }
-                Err(_) => datafusion::physical_expr::expressions::lit(ScalarValue::try_from(field.data_type())?),
-            };
-            Ok((expression, field.name().clone()))
-        })
-        .collect::<Result<Vec<_>>>()?;
-    Ok(Arc::new(ProjectionExec::try_new(columns, plan)?))
 }
 
 fn hot_columns(rows: &RecordBatch, wanted: &SchemaRef) -> Result<RecordBatch> {
@@ -280,42 +214,4 @@ fn dates(rows: &RecordBatch) -> Result<ArrayRef, ArrowError> {
         .and_then(|ts| ts.as_primitive_opt::<TimestampMicrosecondType>())
         .ok_or_else(|| ArrowError::SchemaError("hot rows have no event time".to_owned()))?;
     Ok(Arc::new(ts.unary::<_, arrow_array::types::Date32Type>(|us| us.div_euclid(DAY_US) as i32) as Date32Array))
-}
-
-/// Bounds of `_date` that follow from comparisons of `ts` with a constant, so that whole partitions are left out.
-fn date_bounds(filters: &[Expr]) -> Vec<Expr> {
-    filters.iter().flat_map(split_conjunction).filter_map(date_bound).collect()
-}
-
-fn date_bound(filter: &Expr) -> Option<Expr> {
-    let Expr::BinaryExpr(BinaryExpr { left, op, right }) = filter else {
-        return None;
-    };
-    let (column, op, value) = match (left.as_ref(), right.as_ref()) {
-        (Expr::Column(column), Expr::Literal(value, _)) => (column, *op, value),
-        (Expr::Literal(value, _), Expr::Column(column)) => (column, op.swap()?, value),
-        _ => return None,
-    };
-    if column.name != TS {
-        return None;
-    }
-    let ScalarValue::TimestampMicrosecond(Some(us), _) = value.cast_to(&wire::schema::timestamp_type()).ok()? else {
-        return None;
-    };
-    let date = lit(ScalarValue::Date32(Some(i32::try_from(us.div_euclid(DAY_US)).ok()?)));
-    match op {
-        Operator::Gt | Operator::GtEq => Some(col(DATE).gt_eq(date)),
-        Operator::Lt | Operator::LtEq => Some(col(DATE).lt_eq(date)),
-        Operator::Eq => Some(col(DATE).eq(date)),
-        _ => None,
-    }
-}
-
-fn register_store(session: &dyn Session, cold: &ColdTable) -> Result<()> {
-    let root = cold.log_store.root_url();
-    let url = ObjectStoreUrl::parse(&root[Position::BeforeScheme..Position::BeforePath])?;
-    if session.runtime_env().object_store(&url).is_err() {
-        session.runtime_env().register_object_store(url.as_ref(), cold.log_store.root_object_store(None));
-    }
-    Ok(())
 }

@@ -6,6 +6,7 @@
 
 mod breadth;
 pub mod catalog;
+mod cold;
 pub mod engine;
 mod execution;
 pub mod fused_table;

@@ -41,6 +41,8 @@ struct Live {
     stop: CancellationToken,
     task: JoinHandle<anyhow::Result<u64>>,
     latencies: Histogram<u64>,
+    /// How long the questions took that look for them: no latency is found to be shorter.
+    questions: Histogram<u64>,
     visible: u64,
 }
 
@@ -66,14 +68,25 @@ impl Live {
             }
             publisher.finish().await
         });
-        Ok(Self { due, stop, task, latencies: Histogram::new_with_bounds(1, 600_000_000, 3)?, visible: 0 })
+        let histogram = || Histogram::new_with_bounds(1, 600_000_000, 3);
+        Ok(Self { due, stop, task, latencies: histogram()?, questions: histogram()?, visible: 0 })
     }
 
-    /// So many were in the answer that came now; they come in their order.
-    async fn seen(&mut self, count: u64, answered: Instant) {
+    /// Asks, and keeps how long that took.
+    async fn asked<T>(&mut self, question: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+        let started = Instant::now();
+        let answer = question.await;
+        self.questions.saturating_record(micros(started.elapsed()));
+        answer
+    }
+
+    /// So many were in the answer that came now; they come in their order. Those due before `since` do not count.
+    async fn seen(&mut self, count: u64, answered: Instant, since: Option<Instant>) {
         while self.visible < count {
             let Some(due) = self.due.recv().await else { return };
-            self.latencies.saturating_record(micros(answered - due));
+            if since.is_some_and(|since| due >= since) {
+                self.latencies.saturating_record(micros(answered - due));
+            }
             self.visible += 1;
         }
     }
@@ -88,6 +101,7 @@ impl Live {
         json!({
             "p50": milliseconds(&self.latencies, 0.5), "p99": milliseconds(&self.latencies, 0.99),
             "max": self.latencies.max() as f64 / 1_000.0, "count": self.latencies.len(),
+            "question_p50": milliseconds(&self.questions, 0.5), "question_p99": milliseconds(&self.questions, 0.99),
         })
     }
 }
@@ -116,8 +130,8 @@ impl DrainBench {
 
         let (mut usual, started) = (Live::start(&address, 0, self.rate)?, Instant::now());
         while started.elapsed() < Duration::from_secs(self.seconds) {
-            let (_, live) = visible(&cloud, 0, 0).await?;
-            usual.seen(live, Instant::now()).await;
+            let live = usual.asked(visible(&cloud, 0, 0)).await?.1;
+            usual.seen(live, Instant::now(), Some(started)).await;
         }
         let first = usual.stop().await?;
         edge.drained().await?;
@@ -142,13 +156,13 @@ impl DrainBench {
         let (mut began, mut rss_mb, cpu_s) = (None, rss_before_mb, edge.part.cpu_seconds()?);
         loop {
             ensure!(back.elapsed() < PATIENCE, "the backlog does not drain: {:#}", edge.status().await?);
-            let (backlog, live_rows) = visible(&cloud, first, self.backlog).await?;
+            let (backlog, live_rows) = live.asked(visible(&cloud, first, self.backlog)).await?;
             let answered = Instant::now();
-            // What went out before the edge had noticed that the cloud is back says nothing of the draining.
-            live.seen(live_rows, answered).await;
+            // What was due before the edge had noticed that the cloud is back says nothing of the draining.
+            live.seen(live_rows, answered, began.map(|(since, _)| since)).await;
             if began.is_none() && backlog + live_rows > 0 {
                 began = Some((answered, backlog));
-                live.latencies.reset();
+                live.questions.reset();
             }
             rss_mb = rss_mb.max(edge.part.memory_mb("VmRSS")?);
             if backlog == self.backlog {

@@ -63,8 +63,14 @@ impl CloudBench {
         let started = Instant::now();
         let mut tasks = tokio::task::JoinSet::new();
         for batches in prepared {
-            let (schema, url) = (Arc::clone(&schema), format!("{}/v1/edges/{EDGE}/batches", cloud.http));
-            tasks.spawn(send(schema, batches, per_connection, self.request_batches, url));
+            let mut sender = Sender::new(Arc::clone(&schema), SpoolId(rand::random()))?;
+            let (http, in_request) = (cloud.http.clone(), self.request_batches);
+            tasks.spawn(async move {
+                for batches in batches.chunks(in_request) {
+                    sender.send(&http, batches).await?;
+                }
+                anyhow::Ok(sender.bytes)
+            });
         }
         let mut bytes = 0;
         while let Some(sent) = tasks.join_next().await {
@@ -92,7 +98,7 @@ impl CloudBench {
 }
 
 /// Waits until everything is in the table; the CPU-seconds until then.
-async fn committed(cloud: &Cloud, rows: u64) -> anyhow::Result<f64> {
+pub(super) async fn committed(cloud: &Cloud, rows: u64) -> anyhow::Result<f64> {
     let (started, client) = (Instant::now(), reqwest::Client::new());
     loop {
         let text = client.get(format!("{}/metrics", cloud.http)).send().await?.text().await?;
@@ -106,29 +112,37 @@ async fn committed(cloud: &Cloud, rows: u64) -> anyhow::Result<f64> {
     }
 }
 
-async fn send(
-    schema: Arc<StreamSchema>,
-    batches: Vec<CutBatch>,
-    count: u64,
-    in_request: usize,
-    url: String,
-) -> anyhow::Result<u64> {
-    let (client, edge, spool) = (reqwest::Client::new(), EDGE.parse::<EdgeId>()?, SpoolId(rand::random()));
-    let mut last = Mark::default();
-    let mut bytes = 0;
-    let mut cuts = batches.iter();
-    while last.seq.0 < count {
-        let before = last;
+/// A spool that sends its batches in order, and waits until they are durable.
+#[derive(Debug)]
+pub(super) struct Sender {
+    pub(super) schema: Arc<StreamSchema>,
+    client: reqwest::Client,
+    edge: EdgeId,
+    spool: SpoolId,
+    last: Mark,
+    pub(super) bytes: u64,
+}
+
+impl Sender {
+    pub(super) fn new(schema: Arc<StreamSchema>, spool: SpoolId) -> anyhow::Result<Self> {
+        let (client, edge) = (reqwest::Client::new(), EDGE.parse::<EdgeId>()?);
+        Ok(Self { schema, client, edge, spool, last: Mark::default(), bytes: 0 })
+    }
+
+    /// One request.
+    pub(super) async fn send(&mut self, cloud: &str, batches: &[CutBatch]) -> anyhow::Result<()> {
+        let before = self.last;
         let mut body = Vec::new();
-        push_frame(&mut body, KIND_SCHEMA, schema.canonical().as_bytes());
-        for cut in cuts.by_ref().take(in_request.min((count - last.seq.0) as usize)) {
-            let batch = cut.number(&edge, spool, last.seq.next(), last.crc);
-            last = Mark { seq: batch.header().seq, crc: batch.crc() };
+        push_frame(&mut body, KIND_SCHEMA, self.schema.canonical().as_bytes());
+        for cut in batches {
+            let batch = cut.number(&self.edge, self.spool, self.last.seq.next(), self.last.crc);
+            self.last = Mark { seq: batch.header().seq, crc: batch.crc() };
             push_frame(&mut body, KIND_BATCH, batch.bytes());
         }
-        bytes += body.len() as u64;
+        self.bytes += body.len() as u64;
+        let url = format!("{cloud}/v1/edges/{EDGE}/batches");
         loop {
-            let response = client.post(&url).bearer_auth(TOKEN).body(body.clone()).send().await?;
+            let response = self.client.post(&url).bearer_auth(TOKEN).body(body.clone()).send().await?;
             let status = response.status();
             if status == reqwest::StatusCode::TOO_MANY_REQUESTS {
                 // What was accepted of it is a duplicate the next time.
@@ -140,11 +154,10 @@ async fn send(
                 bail!("after batch {}: {text}", before.seq);
             }
             let acks: Acks = serde_json::from_str(&text)?;
-            ensure!(acks.acks.iter().any(|ack| ack.durable == last), "not durable: {text}");
-            break;
+            ensure!(acks.acks.iter().any(|ack| ack.durable == self.last), "not durable: {text}");
+            return Ok(());
         }
     }
-    Ok(bytes)
 }
 
 fn schema() -> anyhow::Result<Arc<StreamSchema>> {

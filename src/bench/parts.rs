@@ -131,11 +131,16 @@ impl Cloud {
 
     /// The same at this port; again, when it has been there.
     pub(super) async fn start_at(directory: &Path, port: u16) -> anyhow::Result<Self> {
+        Self::start_with(directory, port, "[commit]\nmax_age = \"10s\"\n").await
+    }
+
+    /// Defaults, but for what is set here.
+    pub(super) async fn start_with(directory: &Path, port: u16, more: &str) -> anyhow::Result<Self> {
         let data = directory.join("cloud");
         let config = directory.join("cloud.toml");
         let text = format!(
             "data_dir = {:?}\n[listen]\nhttp = \"127.0.0.1:{port}\"\npostgres = \"127.0.0.1:0\"\n\
-             [commit]\nmax_age = \"10s\"\n[[edge]]\nid = \"{EDGE}\"\ntoken = \"{TOKEN}\"\n",
+             {more}[[edge]]\nid = \"{EDGE}\"\ntoken = \"{TOKEN}\"\n",
             data.display().to_string()
         );
         std::fs::write(&config, text)?;
@@ -147,10 +152,15 @@ impl Cloud {
         Ok(Self { part, http, tables: data.join("tables") })
     }
 
+    /// Where a table is.
+    pub(super) fn table(&self, stream: &str) -> PathBuf {
+        self.tables.join(stream)
+    }
+
     /// Bytes of a table's Parquet files.
     pub(super) fn table_bytes(&self, stream: &str) -> anyhow::Result<u64> {
         let mut bytes = 0;
-        let mut directories = vec![self.tables.join(stream)];
+        let mut directories = vec![self.table(stream)];
         while let Some(directory) = directories.pop() {
             for entry in std::fs::read_dir(&directory)? {
                 let entry = entry?;

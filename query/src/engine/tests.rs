@@ -240,7 +240,8 @@ async fn filters_and_columns_hold_on_both_halves() {
 /// Delta files that the plan of a statement reads.
 async fn files(engine: &Engine, sql: &str) -> usize {
     let prepared = engine.prepare(sql, engine.deadline()).await.unwrap();
-    let pinned = pin(LogicalPlan::clone(prepared.plan()), engine.tables().as_ref()).await.unwrap();
+    let pinned =
+        pin(LogicalPlan::clone(prepared.plan()), engine.tables().as_ref(), &KnownFiles::default()).await.unwrap();
     let mut plans = vec![engine.session().state().create_physical_plan(&pinned).await.unwrap()];
     let mut files = 0;
     while let Some(plan) = plans.pop() {
