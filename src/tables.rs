@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use cloud_ingest::{Catalogue, TableState};
-use query::{ColdTable, Tables, TablesError};
+use futures::FutureExt;
+use query::{ColdSnapshot, ColdTable, Tables, TablesError};
 use wire::StreamName;
 use wire::hot::HotSource;
 
@@ -12,11 +13,20 @@ use wire::hot::HotSource;
 #[derive(Debug)]
 pub(crate) struct NodeTables(pub(crate) Arc<Catalogue>);
 
-fn cold(state: &TableState) -> ColdTable {
+fn cold(stream: &StreamName, state: &TableState) -> ColdTable {
+    let (stream, snapshot) = (stream.clone(), state.snapshot.clone());
+    let load = move || {
+        let (stream, snapshot) = (stream.clone(), snapshot.clone());
+        let load = async move {
+            let loaded = snapshot.state().await.map(|state| state.snapshot().clone());
+            loaded.map_err(|error| TablesError { stream, detail: error.to_string() })
+        };
+        load.boxed()
+    };
     ColdTable {
         version: state.snapshot.version,
         log_store: Arc::clone(&state.snapshot.log_store),
-        snapshot: state.snapshot.state.snapshot().clone(),
+        snapshot: ColdSnapshot::Later(Arc::new(load)),
         schema: Arc::clone(&state.snapshot.schema),
     }
 }
@@ -28,7 +38,7 @@ impl Tables for NodeTables {
     }
 
     fn cold(&self, stream: &StreamName) -> Option<ColdTable> {
-        self.0.state(stream).map(|state| cold(&state))
+        self.0.state(stream).map(|state| cold(stream, &state))
     }
 
     /// The catalogue's snapshot is as new as its hot rows: whoever was told `Stale` finds it here.
@@ -38,7 +48,7 @@ impl Tables for NodeTables {
         if state.snapshot.version < at_least {
             return Err(failed(format!("version {at_least} is not known here")));
         }
-        Ok(cold(&state))
+        Ok(cold(stream, &state))
     }
 
     fn hot(&self) -> Arc<dyn HotSource> {

@@ -12,6 +12,7 @@ use datafusion::catalog::{CatalogProvider, SchemaProvider, TableProvider};
 use datafusion::error::Result as DataFusionResult;
 use deltalake_core::kernel::EagerSnapshot;
 use deltalake_core::logstore::LogStoreRef;
+use futures::future::BoxFuture;
 use wire::StreamName;
 use wire::hot::HotSource;
 
@@ -27,9 +28,38 @@ pub const SCHEMA: &str = "public";
 pub struct ColdTable {
     pub version: u64,
     pub log_store: LogStoreRef,
-    pub snapshot: EagerSnapshot,
+    pub snapshot: ColdSnapshot,
     /// All columns of the table in the order of `wire::schema::table_schema`.
     pub schema: SchemaRef,
+}
+
+/// delta-rs's state of a table, at hand or loaded when a scan asks for it.
+#[derive(Clone)]
+pub enum ColdSnapshot {
+    Loaded(EagerSnapshot),
+    Later(Arc<dyn Fn() -> BoxFuture<'static, Result<EagerSnapshot, TablesError>> + Send + Sync>),
+}
+
+impl ColdSnapshot {
+    /// The state.
+    ///
+    /// # Errors
+    /// When the table's log cannot be read.
+    pub async fn load(&self) -> Result<EagerSnapshot, TablesError> {
+        match self {
+            Self::Loaded(snapshot) => Ok(snapshot.clone()),
+            Self::Later(load) => load().await,
+        }
+    }
+}
+
+impl fmt::Debug for ColdSnapshot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Loaded(_) => "Loaded",
+            Self::Later(_) => "Later",
+        })
+    }
 }
 
 impl fmt::Debug for ColdTable {

@@ -31,6 +31,7 @@ use datafusion::physical_plan::projection::ProjectionExec;
 use datafusion::physical_plan::union::UnionExec;
 use datafusion::prelude::{col, lit};
 use deltalake_core::delta_datafusion::{DeltaScanConfig, DeltaScanNext};
+use deltalake_core::kernel::EagerSnapshot;
 use url::Position;
 use wire::hot::HotAnswer;
 use wire::schema::{DATE, TS};
@@ -179,8 +180,10 @@ impl TableProvider for PinnedTable {
             None => Arc::clone(&self.schema),
         };
         let mut inputs = Vec::with_capacity(2);
-        if self.frozen.cold.snapshot.log_data().num_files() > 0 {
-            inputs.push(self.cold_plan(session, &wanted, filters, limit).await?);
+        let snapshot = self.frozen.cold.snapshot.load().await;
+        let snapshot = snapshot.map_err(|error| DataFusionError::External(Box::new(error)))?;
+        if snapshot.log_data().num_files() > 0 {
+            inputs.push(self.cold_plan(session, snapshot, &wanted, filters, limit).await?);
         }
         if !self.frozen.hot.is_empty() || inputs.is_empty() {
             inputs.push(self.hot_plan(&wanted, session.config().target_partitions())?);
@@ -193,6 +196,7 @@ impl PinnedTable {
     async fn cold_plan(
         &self,
         session: &dyn Session,
+        snapshot: EagerSnapshot,
         wanted: &SchemaRef,
         filters: &[Expr],
         limit: Option<usize>,
@@ -202,7 +206,7 @@ impl PinnedTable {
         let mut config = DeltaScanConfig::new();
         config.wrap_partition_values = false;
         config.schema_force_view_types = false;
-        let delta = DeltaScanNext::new(cold.snapshot.clone(), config)?;
+        let delta = DeltaScanNext::new(snapshot, config)?;
         let stored = delta.schema();
         let present: Vec<usize> =
             wanted.fields().iter().filter_map(|field| stored.index_of(field.name()).ok()).collect();

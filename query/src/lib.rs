@@ -12,5 +12,5 @@ pub mod fused_table;
 mod names;
 pub mod serve;
 
-pub use catalog::{ColdTable, Tables, TablesError};
+pub use catalog::{ColdSnapshot, ColdTable, Tables, TablesError};
 pub use engine::{Engine, EngineSettings, Prepared, QueryError};

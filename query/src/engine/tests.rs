@@ -15,7 +15,7 @@ use wire::schema::{FieldType, StreamField, table_schema};
 use wire::{DAY_US, Seq, SpoolId, StreamName};
 
 use super::*;
-use crate::catalog::{ColdTable, TablesError};
+use crate::catalog::{ColdSnapshot, ColdTable, TablesError};
 
 const ROWS: usize = 10;
 /// Batches of one Delta commit.
@@ -95,7 +95,7 @@ impl Traffic {
         let cold = |table: &deltalake_core::DeltaTable| ColdTable {
             version: table.version().unwrap(),
             log_store: table.log_store(),
-            snapshot: table.snapshot().unwrap().snapshot().clone(),
+            snapshot: ColdSnapshot::Loaded(table.snapshot().unwrap().snapshot().clone()),
             schema: Arc::clone(&schema),
         };
         let mut versions = vec![cold(&table)];
