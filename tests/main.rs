@@ -16,6 +16,7 @@ mod fusion;
 mod harness;
 mod kills;
 mod known_failures;
+mod lake;
 mod links;
 mod load;
 mod network;
