@@ -3,6 +3,7 @@
 //! CPU-seconds are user and system time of a process from its start (`/proc/<pid>/stat`), peak RSS is `VmHWM`, bytes to
 //! disk are `write_bytes` of `/proc/<pid>/io`. Every report names commit, date, machine and command.
 
+mod commit;
 mod drain;
 mod ingest;
 mod parts;
@@ -23,6 +24,8 @@ const COMMIT: &str = env!("WEIR_COMMIT");
 pub(crate) enum BenchCommand {
     /// The cloud alone: sealed batches from several connections, durable acks
     Cloud(ingest::CloudBench),
+    /// Many small commits to one table: the last against the first, memory, opening, compaction
+    Commit(commit::CommitBench),
     /// The whole path: publisher, Mosquitto, edge agent, cloud; nothing lost
     Path(path::PathBench),
     /// From published to visible in SQL, at a steady rate
@@ -50,6 +53,7 @@ pub(crate) struct Common {
 pub(crate) async fn bench(command: BenchCommand) -> anyhow::Result<()> {
     let result = match command {
         BenchCommand::Cloud(bench) => bench.run().await?,
+        BenchCommand::Commit(bench) => bench.run().await?,
         BenchCommand::Path(bench) => bench.run().await?,
         BenchCommand::Freshness(bench) => bench.run().await?,
         BenchCommand::Drain(bench) => bench.run().await?,

@@ -3,6 +3,7 @@
 mod bench;
 mod cloud;
 mod demo;
+mod lake;
 mod publish;
 mod replay;
 mod sql;
@@ -27,6 +28,14 @@ enum Command {
     Cloud(cloud::CloudArguments),
     /// Ask one SQL statement
     Sql(sql::SqlArguments),
+    /// Show what each table consists of
+    Tables(lake::TablesArguments),
+    /// Merge small files of tables into large ones
+    Compact(lake::CompactArguments),
+    /// Delete files of tables that nothing names any more
+    Vacuum(lake::VacuumArguments),
+    /// Read every entry and every file of tables, and name what is damaged
+    Verify(lake::VerifyArguments),
     /// Measure on this machine, as JSON
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -51,6 +60,10 @@ async fn main() -> anyhow::Result<()> {
         Command::Edge(command) => edge_agent::command::execute(command).await,
         Command::Cloud(arguments) => cloud::cloud(arguments).await,
         Command::Sql(arguments) => sql::sql(arguments).await,
+        Command::Tables(arguments) => lake::tables(arguments).await,
+        Command::Compact(arguments) => lake::compact(arguments).await,
+        Command::Vacuum(arguments) => lake::vacuum(arguments).await,
+        Command::Verify(arguments) => lake::verify_tables(arguments).await,
         Command::Bench(command) => bench::bench(command).await,
         Command::Replay(arguments) => replay::replay(arguments).await,
     }

@@ -16,7 +16,7 @@ fn cold(state: &TableState) -> ColdTable {
     ColdTable {
         version: state.snapshot.version,
         log_store: Arc::clone(&state.snapshot.log_store),
-        snapshot: state.snapshot.state.snapshot().clone(),
+        files: state.snapshot.files.clone(),
         schema: Arc::clone(&state.snapshot.schema),
     }
 }

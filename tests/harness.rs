@@ -65,6 +65,21 @@ impl Cloud {
         self.process.start();
     }
 
+    /// Ends by itself at this place, from the next start on.
+    pub(crate) fn end_at(&mut self, failpoint: Option<&str>) {
+        self.process.set_variable(failpoint.map(|place| ("WEIR_FAILPOINT", place)));
+    }
+
+    /// Whether it has ended by itself.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.process.has_ended()
+    }
+
+    /// Its configuration, for other commands on the same store.
+    pub(crate) fn config(&self) -> &Path {
+        &self.config
+    }
+
     /// Waits until it is ready.
     pub(crate) async fn wait(&mut self) {
         wait_for_success(&self.client, &format!("{}/ready", self.http), &mut self.process).await;

@@ -17,6 +17,7 @@ mod fusion;
 mod harness;
 mod kills;
 mod known_failures;
+mod lake;
 mod links;
 mod load;
 mod network;

@@ -31,6 +31,7 @@ pub(crate) struct Process {
     program: PathBuf,
     arguments: Vec<String>,
     log: PathBuf,
+    environment: Option<(String, String)>,
     child: Option<Child>,
 }
 
@@ -39,12 +40,32 @@ impl Process {
     pub(crate) fn new(name: &str, program: &Path, arguments: &[&str], directory: &Path) -> Self {
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         let log = directory.join(format!("{name}.log"));
-        Self { name: name.to_owned(), program: program.to_owned(), arguments, log, child: None }
+        let program = program.to_owned();
+        Self { name: name.to_owned(), program, arguments, log, environment: None, child: None }
     }
 
     /// `weir` with these arguments.
     pub(crate) fn weir(name: &str, arguments: &[&str], directory: &Path) -> Self {
         Self::new(name, Path::new(env!("CARGO_BIN_EXE_weir")), arguments, directory)
+    }
+
+    /// The one variable that is added to its environment from the next start on.
+    pub(crate) fn set_variable(&mut self, variable: Option<(&str, &str)>) {
+        self.environment = variable.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    }
+
+    /// Whether it has ended by itself; then it may be started again.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        let ended = self.child.as_mut().is_none_or(|child| child.try_wait().unwrap().is_some());
+        if ended {
+            self.child = None;
+        }
+        ended
+    }
+
+    /// Waits for its end, whichever; whether it was a good one.
+    pub(crate) fn succeeds(&mut self) -> bool {
+        self.child.take().expect("it runs").wait().unwrap().success()
     }
 
     /// Starts it; it must not run.
@@ -53,6 +74,7 @@ impl Process {
         let log = std::fs::File::options().create(true).append(true).open(&self.log).unwrap();
         let child = Command::new(&self.program)
             .args(&self.arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)

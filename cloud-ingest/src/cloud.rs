@@ -1,7 +1,7 @@
 //! Puts the rooms together: store, WAL, tables, the ingest thread, and the HTTP server.
 //!
 //! [`Cloud::open`] opens and recovers everything before the port answers ready. Stopping: no more requests are
-//! taken, what is hot is committed, the WAL is marked.
+//! taken, maintenance is given up, what is hot is committed, the WAL is marked.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -13,13 +13,14 @@ use axum::Router;
 use segment_log::Disk;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use url::Url;
 
 use crate::catalog::Catalogue;
 use crate::config::Settings;
 use crate::http::{self, Door};
-use crate::ingest::{Ingest, Job, StartError};
+use crate::ingest::{Done, Ingest, Job, StartError};
+use crate::maintain::Maintenance;
 use crate::metrics::Metrics;
 use crate::store::Store;
 
@@ -47,6 +48,14 @@ pub struct Cloud {
     metrics: Arc<Metrics>,
     door: Arc<Door>,
     thread: JoinHandle<()>,
+    upkeep: Upkeep,
+}
+
+/// The thread that keeps tables in shape, and how it is stopped: also when the node is dropped.
+#[derive(Debug)]
+struct Upkeep {
+    thread: JoinHandle<()>,
+    stop: DropGuard,
 }
 
 /// A node that listens.
@@ -57,6 +66,7 @@ pub struct CloudHandle {
     door: Arc<Door>,
     server: tokio::task::JoinHandle<std::io::Result<()>>,
     thread: JoinHandle<()>,
+    upkeep: Upkeep,
 }
 
 impl Cloud {
@@ -67,11 +77,12 @@ impl Cloud {
     pub async fn open(settings: Settings) -> Result<Self, CloudError> {
         std::fs::create_dir_all(&settings.data_dir)
             .map_err(|source| CloudError::Directory { path: settings.data_dir.display().to_string(), source })?;
-        let store = Store::open_with(&store_url(&settings)?, &settings.store.s3).map_err(StartError::Store)?;
+        let store = open_store(&settings)?;
         let (catalogue, metrics) = (Arc::new(Catalogue::default()), Arc::new(Metrics::default()));
         let runtime = tokio::runtime::Handle::current();
         let opening = {
             let (settings, catalogue, metrics) = (settings.clone(), Arc::clone(&catalogue), Arc::clone(&metrics));
+            let store = store.clone();
             move || Ingest::open(Disk, settings, store, catalogue, metrics, runtime)
         };
         let (ingest, jobs) = tokio::task::spawn_blocking(opening).await??;
@@ -84,6 +95,15 @@ impl Cloud {
                 }
             })
             .map_err(StartError::Thread)?;
+        let upkeep = {
+            let jobs = jobs.clone();
+            let adopt = move |stream, table| {
+                // The thread that is asked has stopped: so does this one.
+                jobs.send(Job::Done(Box::new(Done::Maintained { stream, table }))).ok();
+            };
+            let (settings, catalogue, metrics) = (settings.clone(), Arc::clone(&catalogue), Arc::clone(&metrics));
+            Upkeep::start(Maintenance::new(settings, store, catalogue, metrics, Box::new(adopt)))?
+        };
         let door = Arc::new(Door {
             edges: settings.edge.clone(),
             request_bytes_max: settings.limits.request_bytes.bytes(),
@@ -96,7 +116,7 @@ impl Cloud {
             schemas: Default::default(),
             origins: Default::default(),
         });
-        Ok(Self { settings, catalogue, metrics, door, thread })
+        Ok(Self { settings, catalogue, metrics, door, thread, upkeep })
     }
 
     /// The tables of this node.
@@ -129,7 +149,27 @@ impl Cloud {
             };
             axum::serve(listener, service).with_graceful_shutdown(stop).await
         });
-        Ok(CloudHandle { http, door: self.door, server, thread: self.thread })
+        Ok(CloudHandle { http, door: self.door, server, thread: self.thread, upkeep: self.upkeep })
+    }
+}
+
+impl Upkeep {
+    fn start(maintenance: Maintenance) -> Result<Self, StartError> {
+        let (token, runtime) = (CancellationToken::new(), tokio::runtime::Handle::current());
+        let stop = token.clone().drop_guard();
+        let thread = std::thread::Builder::new()
+            .name("weir-lake".to_owned())
+            .spawn(move || runtime.block_on(maintenance.run(token)))
+            .map_err(StartError::Thread)?;
+        Ok(Self { thread, stop })
+    }
+
+    /// Gives up what it is at, and waits for its end.
+    fn stop(self) {
+        drop(self.stop);
+        if self.thread.join().is_err() {
+            tracing::error!("the maintenance thread died; tables are as they were");
+        }
     }
 }
 
@@ -140,8 +180,9 @@ impl CloudHandle {
         if tokio::time::timeout(REQUESTS_MAX, self.server).await.is_err() {
             tracing::warn!("open requests are broken off");
         }
-        let (door, thread) = (self.door, self.thread);
+        let (door, thread, upkeep) = (self.door, self.thread, self.upkeep);
         let joined = tokio::task::spawn_blocking(move || {
+            upkeep.stop();
             door.jobs.send(Job::Stop).ok();
             thread.join()
         });
@@ -149,6 +190,14 @@ impl CloudHandle {
             tracing::error!("the ingest thread died; the wal has what is not committed");
         }
     }
+}
+
+/// The store of a configuration.
+///
+/// # Errors
+/// When the directory cannot be made, or the address is none.
+pub fn open_store(settings: &Settings) -> Result<Store, CloudError> {
+    Ok(Store::open_with(&store_url(settings)?, &settings.store.s3).map_err(StartError::Store)?)
 }
 
 /// `store.url`, or the directory `tables` beside the WAL.

@@ -3,7 +3,7 @@
 //! Unknown keys are refused, with the nearest right one. Durations are `"60s"`, sizes `"64MiB"`.
 //! `configs/cloud.toml` shows every key; a test parses it.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,10 @@ use serde::Deserialize;
 pub use wire::written::{ConfigError, Size, Span};
 use wire::written::{load, with_line, with_nearest_key};
 use wire::{BATCH_BYTES_MAX, BATCH_DATES_MAX, BATCH_DECODED_BYTES_MAX, EdgeId};
+
+mod lake;
+
+pub use lake::{CompactSettings, Keep, KeepSettings, LakeSettings, StreamSettings};
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Deserialize)]
@@ -35,6 +39,16 @@ pub struct Settings {
     pub limits: LimitSettings,
     #[serde(default)]
     pub query: QuerySettings,
+    #[serde(default)]
+    pub lake: LakeSettings,
+    #[serde(default)]
+    pub compact: CompactSettings,
+    /// How long rows are kept, where no [`Settings::stream`] says otherwise.
+    #[serde(default)]
+    pub retention: KeepSettings,
+    /// By name of a stream, or a pattern with one `*`.
+    #[serde(default)]
+    pub stream: BTreeMap<String, StreamSettings>,
     /// Who may write, and as whom.
     #[serde(default)]
     pub edge: Vec<EdgeSettings>,
@@ -201,6 +215,7 @@ impl Settings {
     }
 
     fn check(&self) -> Result<(), String> {
+        self.check_lake()?;
         let mut ids = HashSet::new();
         for edge in &self.edge {
             if !ids.insert(&edge.id) {
@@ -283,6 +298,18 @@ mod tests {
         check("[[edge]]\nid = \"a\"\ntoken = \"x\"\n[[edge]]\nid = \"a\"\ntoken = \"y\"", "twice");
         check("[[reader]]\nname = \"a\"\npassword = \"\"", "empty password");
         check("[listen]\nhttp = \"nowhere\"", "http");
+        check("[lake]\ngrace = \"5m\"", "at least 1h");
+        check("[lake]\ngrace = \"3d\"\nlog_keep = \"2d\"", "not less than lake.grace");
+        check("[lake]\ncheckpoint_commits = 0", "at least 1");
+        check("[compact]\ncpu_share = 0.0", "above 0");
+        check("[compact]\ncpu_share = 1.5", "at most 1");
+        check("[compact]\nfile_bytes = \"1MiB\"", "more than compact.small_bytes");
+        check("[compact]\nmin_files = 1", "at least 2");
+        check("[compact]\nmemory_bytes = \"1MiB\"", "at least 64MiB");
+        check("[retention]\nkeep = \"long\"", "\"forever\"");
+        check("[stream.\"a*b*c\"]\nkeep = \"1d\"", "one `*`");
+        check("[stream.\"No Name\"]\nkeep = \"1d\"", "is no stream");
+        check("[stream.traffic]\nkeeep = \"1d\"", "did you mean `keep`?");
     }
 
     #[test]

@@ -2,42 +2,62 @@
 //!
 //! Rule 3 lives here. A batch is in the table if and only if its number is at most `txn[spool]`, which is the Delta
 //! application transaction `appId = spool, version = seq`; the CRC of that batch is a second one,
-//! `appId = spool/crc, version = crc`. Rows and transactions stand in one commit, made by compare-and-swap on the
-//! version of the snapshot that was checked: no retry, no hook. A commit that would leave a gap is refused, so is one
-//! that the table already covers. After any other error the outcome is unknown: [`DeltaTable::reload`], then look at
-//! `txn`. Files of a commit that lost stay behind as orphans; they are never deleted here, because a conditional put
-//! that was answered "taken" may have been our own, tried twice by the transport.
-//! Checkpoints are written by [`maintain`], which the owner runs on a task of its own.
+//! `appId = spool/crc, version = crc`. Rows and transactions stand in one entry of the log, made by compare-and-swap: it is
+//! put as the next version of the snapshot that was checked, if there is none. Where there is one, the log is read again
+//! and everything is checked again, `txn` first; only the files that are written already are kept. A commit that would
+//! leave a gap is refused, so is one that the table already covers. Commits that remove files go the same way, and check
+//! that each of them is still part of the table. After any other error the outcome is unknown: [`DeltaTable::reload`], then
+//! look at `txn`. Files of a commit that lost stay behind for vacuum, because a conditional put that was answered "taken"
+//! may have been our own, tried twice by the transport.
+//!
+//! A snapshot holds files, transactions and columns; a commit adds to it what it wrote, and a reload what others did, so
+//! neither costs more with a longer log (decision 0010). Checkpoints are for those who open the table
+//! ([`checkpoint`]); maintenance writes them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use arrow_array::RecordBatch;
 use arrow_schema::{Schema, SchemaRef};
 use buoyant_kernel::engine::arrow_conversion::TryIntoKernel;
 use buoyant_kernel::schema::StructType;
-use deltalake_core::checkpoints::create_checkpoint;
-use deltalake_core::kernel::transaction::{CommitBuilder, CommitProperties, FinalizedCommit, TransactionError};
-use deltalake_core::kernel::{Action, MetadataExt, Transaction};
+use bytes::Bytes;
+use deltalake_core::DeltaTableError;
+use deltalake_core::kernel::transaction::CommitProperties;
+use deltalake_core::kernel::{Action, Metadata, MetadataExt};
 use deltalake_core::logstore::LogStoreRef;
 use deltalake_core::operations::create::CreateBuilder;
-use deltalake_core::protocol::{DeltaOperation, SaveMode};
-use deltalake_core::table::state::DeltaTableState;
-use deltalake_core::{DeltaTable as CoreTable, DeltaTableError};
+use deltalake_core::protocol::SaveMode;
 use object_store::ObjectStoreExt;
-use wire::FIELDS_MAX;
 use wire::ack::Mark;
 use wire::ids::{Seq, SpoolId, StreamName};
 use wire::schema::{DATE, DEVICE, FieldType, StreamField, TS, provenance_fields, table_schema};
+use wire::{DataFile, DataFiles, FIELDS_MAX};
 
+use self::entry::{Lines, shared};
+use self::log::PutError;
 use crate::store::{Store, StoreError};
 
+mod clean;
+mod entry;
+pub(crate) mod file;
+mod log;
 mod order;
 mod txn;
 mod write;
 
-/// Commits between two checkpoints.
-pub const CHECKPOINT_EVERY: u64 = 100;
+pub(crate) use self::clean::{clean, entries_since};
+pub use self::entry::EntryError;
+pub(crate) use self::entry::{Purpose, date_text};
+pub use self::file::FileError;
+pub use self::log::last_compaction;
+pub(crate) use self::log::named_files;
+
+/// How often a commit is tried on a newer version within one call.
+const REBASES_MAX: usize = 20;
+/// So long after a table was last seen at its newest version it is read again before a commit: far less than a log is kept.
+const FRESH: Duration = Duration::from_secs(600);
 
 /// Per spool, the last batch that is in a table.
 pub type Marks = HashMap<SpoolId, Mark>;
@@ -47,8 +67,10 @@ pub type Marks = HashMap<SpoolId, Mark>;
 pub enum TableError {
     #[error("read or make the table of stream {stream}")]
     Delta { stream: StreamName, source: Box<DeltaTableError> },
-    #[error("read the transactions of stream {stream}")]
-    Transactions { stream: StreamName, source: Box<buoyant_kernel::Error> },
+    #[error("read the log of stream {stream}")]
+    Log { stream: StreamName, source: Box<buoyant_kernel::Error> },
+    #[error("entry {version} in the log of stream {stream} is not understood")]
+    Entry { stream: StreamName, version: u64, source: Box<EntryError> },
     #[error("the table of stream {stream} is not one of ours: {detail}")]
     Foreign { stream: StreamName, detail: String },
     #[error(transparent)]
@@ -62,7 +84,7 @@ pub enum TableError {
 }
 
 impl TableError {
-    fn delta(stream: &StreamName, source: DeltaTableError) -> Self {
+    pub(crate) fn delta(stream: &StreamName, source: DeltaTableError) -> Self {
         Self::Delta { stream: stream.clone(), source: Box::new(source) }
     }
 }
@@ -81,35 +103,66 @@ pub enum CommitError {
     Covered { spool: SpoolId, committed: Seq },
     /// Nothing was written to the log: the rows could not be made into files.
     #[error("write the rows of a commit to {stream}")]
-    Rows { stream: StreamName, source: Box<DeltaTableError> },
+    Rows { stream: StreamName, source: Box<RowsError> },
+    /// Nothing was written to the log: a file that was to be replaced or removed is not part of the table any more.
+    #[error("others have replaced or removed files of {stream}")]
+    Gone { stream: StreamName },
     /// The commit may be there or not: reload and look at `txn`. If [`Store::sync_failure`] says something, stop.
     #[error("commit to {stream}: the outcome is not known")]
-    Unknown { stream: StreamName, source: Box<DeltaTableError> },
+    Unknown { stream: StreamName, source: Box<object_store::Error> },
     /// The commit is there or not: reload. The table could not be read.
     #[error(transparent)]
     Store(#[from] TableError),
+}
+
+/// Why rows are not made into files.
+#[derive(Debug, thiserror::Error)]
+pub enum RowsError {
+    #[error("{0}")]
+    Schema(String),
+    #[error(transparent)]
+    File(#[from] FileError),
+    #[error("bring rows into their order")]
+    Order(#[from] arrow_schema::ArrowError),
+    #[error("describe the columns")]
+    Columns(#[from] DeltaTableError),
+    #[error("the thread that wrote them died: {0}")]
+    Thread(String),
 }
 
 /// One immutable state of a table. Clones share everything.
 #[derive(Debug, Clone)]
 pub struct TableSnapshot {
     pub version: u64,
-    pub state: DeltaTableState,
     pub log_store: LogStoreRef,
+    /// The data files.
+    pub files: DataFiles,
     /// The table's columns in order, `_date` last.
     pub schema: SchemaRef,
     /// The user's fields, in order.
     pub fields: Arc<[StreamField]>,
     /// Per spool, the last batch that is in the table.
     pub txn: Arc<Marks>,
+    metadata: Arc<Metadata>,
 }
 
-/// The table of a stream, as its one writer in this process holds it.
+/// The table of a stream, as a writer in this process holds it.
 #[derive(Debug, Clone)]
 pub struct DeltaTable {
     store: Store,
     stream: StreamName,
     snapshot: TableSnapshot,
+    /// When the snapshot was known to be the newest.
+    seen: SystemTime,
+}
+
+/// What a commit changes.
+#[derive(Debug)]
+struct Change<'a> {
+    purpose: Purpose,
+    marks: &'a [(SpoolId, Seq, Mark)],
+    added: Vec<Arc<DataFile>>,
+    removed: &'a [Arc<DataFile>],
 }
 
 impl DeltaTable {
@@ -118,16 +171,15 @@ impl DeltaTable {
     /// # Errors
     /// When the store does not answer, or the table is not one that Weir made.
     pub async fn open(store: &Store, stream: &StreamName) -> Result<Option<Self>, TableError> {
-        let delta = |source| TableError::delta(stream, source);
         let log_store = store.log_store(stream);
-        if !log_store.is_delta_table_location().await.map_err(delta)? {
+        let there = log_store.is_delta_table_location().await;
+        if !there.map_err(|source| TableError::delta(stream, source))? {
             return Ok(None);
         }
-        let state = DeltaTableState::try_new(&log_store, None).await.map_err(delta)?;
+        let seen = SystemTime::now();
+        let snapshot = TableSnapshot::load(stream, &log_store).await?;
         store.settle(stream).await?;
-        let txn = txn::load(stream, &log_store, state.version()).await?;
-        let snapshot = TableSnapshot::new(stream, state, log_store, Arc::new(txn))?;
-        Ok(Some(Self { store: store.clone(), stream: stream.clone(), snapshot }))
+        Ok(Some(Self { store: store.clone(), stream: stream.clone(), snapshot, seen }))
     }
 
     /// Makes the table of a stream. If another node was faster, its table is opened, which may have other fields.
@@ -143,13 +195,23 @@ impl DeltaTable {
             .with_columns(columns.fields().cloned())
             .with_partition_columns([DATE])
             .with_save_mode(SaveMode::ErrorIfExists)
-            .with_commit_properties(plain_commit(Vec::new()))
+            .with_commit_properties(plain_commit())
             .await;
         match (Self::open(store, stream).await?, created) {
             (Some(table), _) => Ok(table),
             (None, Err(source)) => Err(delta(source)),
             (None, Ok(_)) => Err(delta(DeltaTableError::NotATable(stream.to_string()))),
         }
+    }
+
+    /// A writer at a state that somebody else has read.
+    pub(crate) fn at(store: &Store, stream: &StreamName, snapshot: TableSnapshot) -> Self {
+        Self { store: store.clone(), stream: stream.clone(), snapshot, seen: SystemTime::UNIX_EPOCH }
+    }
+
+    /// The stream.
+    pub fn stream(&self) -> &StreamName {
+        &self.stream
     }
 
     /// The state that this handle saw last.
@@ -162,25 +224,16 @@ impl DeltaTable {
     /// # Errors
     /// When the store does not answer; the snapshot stays as it was.
     pub async fn reload(&mut self) -> Result<TableSnapshot, TableError> {
-        let before = self.snapshot.version;
-        let log_store = self.snapshot.log_store.clone();
-        let mut state = self.snapshot.state.clone();
-        if state.update(&log_store, None).await.is_err() {
-            // The log below us may have been cleaned away: read the table from its checkpoint.
-            let read = DeltaTableState::try_new(&log_store, None).await;
-            state = read.map_err(|source| TableError::delta(&self.stream, source))?;
-        }
-        // Only now: what was listed before is durable after this.
-        self.store.settle(&self.stream).await?;
-        if state.version() == before {
-            return Ok(self.snapshot());
-        }
-        let followed = txn::follow(&self.stream, &log_store, &self.snapshot.txn, before, state.version()).await?;
-        let txn = match followed {
-            Some(txn) => txn,
-            None => txn::load(&self.stream, &log_store, state.version()).await?,
+        let (seen, old) = (SystemTime::now(), &self.snapshot);
+        let followed = log::follow(&self.stream, &old.log_store, old.version, &old.files, &old.txn).await?;
+        let next = match followed {
+            Some((version, ..)) if version == old.version => old.clone(),
+            Some((version, files, txn)) => old.after(version, files, Arc::new(txn)),
+            None => TableSnapshot::load(&self.stream, &old.log_store).await?,
         };
-        self.snapshot = TableSnapshot::new(&self.stream, state, log_store, Arc::new(txn))?;
+        // Only now: what was seen before is durable after this.
+        self.store.settle(&self.stream).await?;
+        (self.snapshot, self.seen) = (next, seen);
         Ok(self.snapshot())
     }
 
@@ -197,18 +250,27 @@ impl DeltaTable {
                 all.push(field.clone());
             }
         }
-        let added = &all[self.snapshot.fields.len()..];
-        if added.is_empty() {
+        if all.len() == self.snapshot.fields.len() {
             return Ok(self.snapshot());
         }
-        let rows = |source| CommitError::Rows { stream: self.stream.clone(), source: Box::new(source) };
-        let schema = kernel_schema(&table_schema(&all)).map_err(rows)?;
-        let new_columns = schema.fields().filter(|column| added.iter().any(|new| new.name.as_str() == column.name()));
-        let operation = DeltaOperation::AddColumn { fields: new_columns.cloned().collect() };
-        let metadata =
-            self.snapshot.state.metadata().clone().with_schema(&schema).map_err(|error| rows(error.into()))?;
-        let finalized = self.commit_actions(vec![Action::Metadata(metadata)], Vec::new(), operation).await?;
-        self.advance(finalized, Arc::clone(&self.snapshot.txn))
+        let bytes = self.new_columns(&all).map_err(|source| self.rows(source.into()))?;
+        match self.put_next(bytes).await? {
+            Ok(()) => {}
+            Err(PutError::Taken) => return Err(self.moved()),
+            Err(PutError::Unknown(source)) => return Err(self.unknown(source)),
+        }
+        let old = &self.snapshot;
+        self.snapshot = TableSnapshot::load(&self.stream, &old.log_store).await?;
+        Ok(self.snapshot())
+    }
+
+    fn new_columns(&self, fields: &[StreamField]) -> Result<Bytes, DeltaTableError> {
+        let schema = kernel_schema(&table_schema(fields))?;
+        let metadata = self.snapshot.metadata.as_ref().clone().with_schema(&schema)?;
+        let now_ms = chrono::Utc::now().timestamp_millis();
+        let mut lines = Lines::of("ADD COLUMNS", serde_json::json!({}), false, now_ms, self.snapshot.version);
+        lines.push(&serde_json::to_value(Action::Metadata(metadata))?);
+        Ok(lines.into_bytes())
     }
 
     /// Commits the batches `marks` = (spool, first, last) with their rows, in the table's columns but `_date`.
@@ -221,109 +283,170 @@ impl DeltaTable {
         rows: &[RecordBatch],
         marks: &[(SpoolId, Seq, Mark)],
     ) -> Result<TableSnapshot, CommitError> {
-        let txn = next_marks(&self.snapshot.txn, marks)?;
-        let adds = write::write_rows(&self.snapshot, rows).await;
-        let adds =
-            adds.map_err(|source| CommitError::Rows { stream: self.stream.clone(), source: Box::new(source) })?;
-        let operation = DeltaOperation::Write {
-            mode: SaveMode::Append,
-            partition_by: Some(vec![DATE.to_owned()]),
-            predicate: None,
-        };
-        let actions = adds.into_iter().map(Action::Add).collect();
-        let finalized = self.commit_actions(actions, txn::actions(marks), operation).await?;
-        self.advance(finalized, Arc::new(txn))
+        // Before anything is written for nothing.
+        txn::next_marks(&self.snapshot.txn, marks)?;
+        let added = write::write_rows(&self.snapshot, rows).await.map_err(|source| self.rows(source))?;
+        self.put(Change { purpose: Purpose::Append, marks, added: shared(added), removed: &[] }).await
     }
 
-    async fn commit_actions(
-        &self,
-        actions: Vec<Action>,
-        transactions: Vec<Transaction>,
-        operation: DeltaOperation,
-    ) -> Result<FinalizedCommit, CommitError> {
-        let commit = CommitBuilder::from(plain_commit(transactions)).with_actions(actions).build(
-            Some(&self.snapshot.state),
-            self.snapshot.log_store.clone(),
-            operation,
-        );
-        match commit.await {
-            Ok(finalized) => Ok(finalized),
-            Err(DeltaTableError::Transaction { source: TransactionError::MaxCommitAttempts(_) }) => {
-                Err(CommitError::Moved { stream: self.stream.clone(), version: self.snapshot.version })
+    /// Puts `added` into the place of `removed`; transactions stay as they are. With [`Purpose::Compact`] the rows have to
+    /// be the same, which nobody checks.
+    ///
+    /// # Errors
+    /// See [`CommitError`]; only after `Unknown` and `Store` may the commit be there.
+    pub(crate) async fn replace(
+        &mut self,
+        purpose: Purpose,
+        removed: &[Arc<DataFile>],
+        added: Vec<DataFile>,
+    ) -> Result<TableSnapshot, CommitError> {
+        self.put(Change { purpose, marks: &[], added: shared(added), removed }).await
+    }
+
+    async fn put(&mut self, change: Change<'_>) -> Result<TableSnapshot, CommitError> {
+        let fields = Arc::clone(&self.snapshot.fields);
+        for _ in 0..REBASES_MAX {
+            let txn = txn::next_marks(&self.snapshot.txn, change.marks)?;
+            if !self.snapshot.files.hold(change.removed) {
+                return Err(CommitError::Gone { stream: self.stream.clone() });
             }
-            Err(source) => Err(CommitError::Unknown { stream: self.stream.clone(), source: Box::new(source) }),
+            let bytes = change.lines(self.snapshot.version);
+            match self.put_next(bytes).await? {
+                Ok(()) => {
+                    let files = self.snapshot.files.with(change.added, change.removed);
+                    self.snapshot = self.snapshot.after(self.snapshot.version + 1, files, Arc::new(txn));
+                    return Ok(self.snapshot());
+                }
+                Err(PutError::Unknown(source)) => return Err(self.unknown(source)),
+                Err(PutError::Taken) => {}
+            }
+            self.reload().await?;
+            if !change.added.is_empty() && self.snapshot.files.hold(&change.added) {
+                // The transport had tried twice.
+                return Ok(self.snapshot());
+            }
+            // What is rescued depends on the columns: rows for others have to be made again.
+            if change.purpose == Purpose::Append && self.snapshot.fields != fields {
+                break;
+            }
         }
+        Err(self.moved())
     }
 
-    fn advance(&mut self, finalized: FinalizedCommit, txn: Arc<Marks>) -> Result<TableSnapshot, CommitError> {
-        let log_store = self.snapshot.log_store.clone();
-        self.snapshot = TableSnapshot::new(&self.stream, finalized.snapshot(), log_store, txn)?;
-        Ok(self.snapshot())
+    /// Puts the entry behind the snapshot, if nobody else has. A snapshot that may be older than the log is long is read
+    /// anew before and looked at again afterwards: a name that was cleaned away is no free one.
+    async fn put_next(&mut self, bytes: Bytes) -> Result<Result<(), PutError>, CommitError> {
+        if self.aged() {
+            let before = self.snapshot.version;
+            if self.reload().await?.version != before {
+                return Ok(Err(PutError::Taken));
+            }
+        }
+        let (log_store, version) = (self.snapshot.log_store.clone(), self.snapshot.version);
+        let put = log::put_entry(&log_store, version + 1, bytes).await;
+        if put.is_ok() {
+            if self.aged() && !log::has_base(&self.stream, &log_store, version).await? {
+                self.snapshot = TableSnapshot::load(&self.stream, &log_store).await?;
+                return Ok(Err(PutError::Taken));
+            }
+            self.seen = SystemTime::now();
+        }
+        Ok(put)
+    }
+
+    fn aged(&self) -> bool {
+        self.seen.elapsed().map_or(true, |age| age > FRESH)
+    }
+
+    fn moved(&self) -> CommitError {
+        CommitError::Moved { stream: self.stream.clone(), version: self.snapshot.version }
+    }
+
+    fn unknown(&self, source: object_store::Error) -> CommitError {
+        CommitError::Unknown { stream: self.stream.clone(), source: Box::new(source) }
+    }
+
+    fn rows(&self, source: RowsError) -> CommitError {
+        CommitError::Rows { stream: self.stream.clone(), source: Box::new(source) }
+    }
+}
+
+impl Change<'_> {
+    fn lines(&self, base: u64) -> Bytes {
+        let now_ms = chrono::Utc::now().timestamp_millis();
+        // Compaction changes no row: whoever follows the table need not look.
+        let data_change = self.purpose != Purpose::Compact;
+        let mut lines = Lines::new(self.purpose, now_ms, base);
+        for (app_id, version) in txn::transactions(self.marks) {
+            lines.transaction(&app_id, version, now_ms);
+        }
+        self.removed.iter().for_each(|file| lines.remove(file, data_change, now_ms));
+        self.added.iter().for_each(|file| lines.add(file, data_change));
+        lines.into_bytes()
     }
 }
 
 impl TableSnapshot {
-    fn new(
-        stream: &StreamName,
-        state: DeltaTableState,
-        log_store: LogStoreRef,
-        txn: Arc<Marks>,
-    ) -> Result<Self, TableError> {
-        let fields: Arc<[StreamField]> = table_fields(stream, &state.snapshot().arrow_schema())?.into();
-        let schema = Arc::new(table_schema(&fields));
-        Ok(Self { version: state.version(), state, log_store, schema, fields, txn })
+    async fn load(stream: &StreamName, log_store: &LogStoreRef) -> Result<Self, TableError> {
+        let loaded = log::load(stream, log_store).await?;
+        let fields: Arc<[StreamField]> = table_fields(stream, &loaded.columns)?.into();
+        Ok(Self {
+            version: loaded.version,
+            log_store: log_store.clone(),
+            files: loaded.files,
+            schema: Arc::new(table_schema(&fields)),
+            fields,
+            txn: Arc::new(loaded.txn),
+            metadata: Arc::new(loaded.metadata),
+        })
+    }
+
+    /// The same table at a later version.
+    fn after(&self, version: u64, files: DataFiles, txn: Arc<Marks>) -> Self {
+        Self { version, files, txn, ..self.clone() }
     }
 }
 
-/// Writes a checkpoint of the table when the last one is [`CHECKPOINT_EVERY`] commits back. It reads all of the
-/// table's log state: run it on a task of its own, not in the way of commits. Says whether it wrote one.
+/// Writes a checkpoint of the table at this version: who opens it from then on reads nothing older. It reads all of the
+/// table's log state: not in the way of commits.
 ///
 /// # Errors
 /// When the store does not answer; nothing is lost by that.
-pub async fn maintain(stream: &StreamName, snapshot: &TableSnapshot) -> Result<bool, TableError> {
-    let delta = |source| TableError::delta(stream, source);
-    let hint = object_store::path::Path::from("_delta_log/_last_checkpoint");
-    let last = match snapshot.log_store.object_store(None).get(&hint).await {
-        Ok(found) => {
-            let bytes = found.bytes().await.map_err(|error| delta(error.into()))?;
-            let hint: serde_json::Value = serde_json::from_slice(&bytes).unwrap_or_default();
-            hint["version"].as_u64().unwrap_or(0)
-        }
-        Err(object_store::Error::NotFound { .. }) => 0,
-        Err(error) => return Err(delta(error.into())),
+pub async fn checkpoint(stream: &StreamName, snapshot: &TableSnapshot) -> Result<(), TableError> {
+    let engine = snapshot.log_store.engine(None);
+    let (url, version) = (snapshot.log_store.root_url().clone(), snapshot.version);
+    let write = move || {
+        let at = buoyant_kernel::Snapshot::builder_for(url).at_version(version).build(engine.as_ref())?;
+        at.checkpoint(engine.as_ref(), None).map(drop)
     };
-    if snapshot.version < last + CHECKPOINT_EVERY {
-        return Ok(false);
-    }
-    let mut table = CoreTable::new(snapshot.log_store.clone());
-    table.state = Some(snapshot.state.clone());
-    create_checkpoint(&table, None).await.map_err(delta)?;
-    Ok(true)
+    crate::failpoint::reach("checkpoint.before");
+    let written =
+        tokio::task::spawn_blocking(write).await.map_err(|_| TableError::Thread { stream: stream.clone() })?;
+    crate::failpoint::reach("checkpoint.after");
+    written.map_err(|source| TableError::Log { stream: stream.clone(), source: Box::new(source) })
 }
 
-/// Compare-and-swap on the version that was read, and nothing else: no retry, no checkpoint, no clean-up.
-fn plain_commit(transactions: Vec<Transaction>) -> CommitProperties {
-    CommitProperties::default()
-        .with_application_transactions(transactions)
-        .with_max_retries(0)
-        .with_create_checkpoint(false)
-        .with_cleanup_expired_logs(Some(false))
+/// The version of the newest checkpoint, 0 when there is none.
+///
+/// # Errors
+/// When the store does not answer.
+pub(crate) async fn last_checkpoint(stream: &StreamName, log_store: &LogStoreRef) -> Result<u64, TableError> {
+    let delta = |error: object_store::Error| TableError::delta(stream, error.into());
+    let hint = object_store::path::Path::from("_delta_log/_last_checkpoint");
+    match log_store.object_store(None).get(&hint).await {
+        Ok(found) => {
+            let bytes = found.bytes().await.map_err(delta)?;
+            let hint: serde_json::Value = serde_json::from_slice(&bytes).unwrap_or_default();
+            Ok(hint["version"].as_u64().unwrap_or(0))
+        }
+        Err(object_store::Error::NotFound { .. }) => Ok(0),
+        Err(error) => Err(delta(error)),
+    }
 }
 
-/// `txn` after a commit of these batches: each must follow what is committed.
-fn next_marks(txn: &Marks, marks: &[(SpoolId, Seq, Mark)]) -> Result<Marks, CommitError> {
-    let mut next = txn.clone();
-    for (spool, first, last) in marks {
-        let committed = next.get(spool).map_or(Seq(0), |mark| mark.seq);
-        if *first <= committed {
-            return Err(CommitError::Covered { spool: *spool, committed });
-        }
-        if *first != committed.next() || last.seq < *first {
-            return Err(CommitError::Gap { spool: *spool, committed, got: *first });
-        }
-        next.insert(*spool, *last);
-    }
-    Ok(next)
+/// No retry, no checkpoint, no clean-up.
+fn plain_commit() -> CommitProperties {
+    CommitProperties::default().with_max_retries(0).with_create_checkpoint(false).with_cleanup_expired_logs(Some(false))
 }
 
 fn kernel_schema(schema: &Schema) -> Result<StructType, DeltaTableError> {
@@ -350,4 +473,4 @@ fn table_fields(stream: &StreamName, columns: &Schema) -> Result<Vec<StreamField
 #[cfg(test)]
 pub(crate) mod power_cut;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

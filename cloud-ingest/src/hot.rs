@@ -264,6 +264,7 @@ impl HotSet {
     /// The table is at `version` now, with `committed` per spool: what that covers goes into its grace time.
     pub fn committed(&mut self, version: u64, committed: impl Fn(&SpoolId) -> Seq, until: Instant) {
         let (mut kept, mut covered) = (Vec::new(), Vec::new());
+        let before = self.chunks.len();
         for chunk in self.chunks.drain(..) {
             match chunk.above(&committed) {
                 Some(rest) if rest.rows.runs.len() == chunk.rows.runs.len() => kept.push(chunk),
@@ -279,7 +280,10 @@ impl HotSet {
             // Which of it the versions in between have is not known here.
             self.answers_from = version;
         }
-        (self.chunks, self.frozen, self.version) = (kept, 0, version);
+        // When nothing was covered (another node's rows, or files that were compacted), a commit under way still has the
+        // chunks that it took.
+        let frozen = if covered.is_empty() && kept.len() == before { self.frozen } else { 0 };
+        (self.chunks, self.frozen, self.version) = (kept, frozen, version);
         self.grace.push(Grace { version, until, chunks: covered });
     }
 

@@ -21,7 +21,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use wire::{Acks, RefusedAnswer, RefusedRequest, SpoolId, StreamAck, StreamName};
 
 use self::carry::Carry;
-use self::errand::{Done, LookBook, Subject, Ticket};
+pub(crate) use self::errand::Done;
+use self::errand::{LookBook, Subject, Ticket};
 use self::request::{Arrived, Request};
 use self::stream::Stream;
 use crate::catalog::Catalogue;

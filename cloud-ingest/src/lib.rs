@@ -2,17 +2,24 @@
 
 pub mod catalog;
 pub mod cloud;
+pub mod compact;
 pub mod config;
 pub mod delta;
+mod errors;
+pub mod failpoint;
 pub mod hot;
 mod http;
 mod ingest;
+mod maintain;
 pub mod metrics;
 pub mod rescue;
+pub mod retain;
 pub mod sequencer;
 pub mod store;
+pub mod vacuum;
+pub mod verify;
 pub mod wal;
 
 pub use catalog::{Catalogue, TableState};
-pub use cloud::{Cloud, CloudHandle};
+pub use cloud::{Cloud, CloudHandle, open_store};
 pub use config::Settings;

@@ -41,6 +41,24 @@ pub struct Metrics {
     /// Times that a stream which cannot commit was carried to the head of the WAL.
     pub wal_carried: Counter,
     pub hot_bytes: Counter,
+    /// Of the newest commit, from the taking of its rows to its answer.
+    pub commit_ms: Counter,
+    pub commit_ms_total: Counter,
+    pub checkpoints: Counter,
+    pub log_objects_deleted: Counter,
+    pub compactions: Counter,
+    /// Merges whose files others replaced first.
+    pub compactions_overtaken: Counter,
+    pub compacted_files: Counter,
+    pub compacted_bytes_in: Counter,
+    pub compacted_bytes_out: Counter,
+    /// Files that a merge would like to have, of all tables.
+    pub small_files: Counter,
+    /// Rows of files that retention took from their tables.
+    pub rows_retired: Counter,
+    pub files_vacuumed: Counter,
+    pub bytes_vacuumed: Counter,
+    pub maintenance_failed: Counter,
     /// Requests that were answered with an error, by its kind; rows of those that could not be read count nowhere.
     requests_refused: Mutex<BTreeMap<&'static str, u64>>,
 }
@@ -65,6 +83,20 @@ impl Metrics {
             ("weir_cloud_wal_bytes", "gauge", &self.wal_bytes),
             ("weir_cloud_wal_carried_total", "counter", &self.wal_carried),
             ("weir_cloud_hot_bytes", "gauge", &self.hot_bytes),
+            ("weir_cloud_commit_last_milliseconds", "gauge", &self.commit_ms),
+            ("weir_cloud_commit_milliseconds_total", "counter", &self.commit_ms_total),
+            ("weir_cloud_checkpoints_total", "counter", &self.checkpoints),
+            ("weir_cloud_log_objects_deleted_total", "counter", &self.log_objects_deleted),
+            ("weir_cloud_compactions_total", "counter", &self.compactions),
+            ("weir_cloud_compactions_overtaken_total", "counter", &self.compactions_overtaken),
+            ("weir_cloud_compacted_files_total", "counter", &self.compacted_files),
+            ("weir_cloud_compacted_bytes_in_total", "counter", &self.compacted_bytes_in),
+            ("weir_cloud_compacted_bytes_out_total", "counter", &self.compacted_bytes_out),
+            ("weir_cloud_small_files", "gauge", &self.small_files),
+            ("weir_cloud_rows_retired_total", "counter", &self.rows_retired),
+            ("weir_cloud_files_vacuumed_total", "counter", &self.files_vacuumed),
+            ("weir_cloud_bytes_vacuumed_total", "counter", &self.bytes_vacuumed),
+            ("weir_cloud_maintenance_failed_total", "counter", &self.maintenance_failed),
         ];
         let mut text = String::new();
         for (name, kind, counter) in rows {

@@ -8,6 +8,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 
 use deltalake_core::logstore::{LogStoreRef, StorageConfig, default_logstore};
 use object_store::ObjectStore;
@@ -158,6 +159,25 @@ impl Store {
         settled.map_err(|source| StoreError::Open { url: self.table_url(stream).to_string(), source })
     }
 
+    /// Files of a table on this machine that are staged since before, with their bytes: their process has died.
+    pub(crate) fn staged(&self, stream: &StreamName, before: SystemTime) -> Vec<(PathBuf, u64)> {
+        let Some((directory, _)) = &self.local else { return Vec::new() };
+        let table = directory.join(stream.as_str());
+        let mut directories = vec![table];
+        let mut found = Vec::new();
+        while let Some(directory) = directories.pop() {
+            for entry in std::fs::read_dir(&directory).into_iter().flatten().flatten() {
+                let Ok(meta) = entry.metadata() else { continue };
+                if meta.is_dir() {
+                    directories.push(entry.path());
+                } else if is_staged(&entry.file_name()) && meta.modified().is_ok_and(|modified| modified < before) {
+                    found.push((entry.path(), meta.len()));
+                }
+            }
+        }
+        found
+    }
+
     async fn table_names(&self) -> Result<Vec<String>, StoreError> {
         let prefix = object_path(&self.url);
         let listed = self.root.list_with_delimiter(Some(&prefix)).await;
@@ -166,6 +186,12 @@ impl Store {
         let names = listed.common_prefixes.iter().filter_map(|path| path.filename().map(str::to_owned));
         Ok(names.collect())
     }
+}
+
+/// Whether a name is one that [`SyncedFiles`] gives to what it has not completed: `name#number`.
+fn is_staged(name: &std::ffi::OsStr) -> bool {
+    let number = name.to_str().and_then(|name| name.rsplit_once('#')).map(|(_, number)| number);
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 /// The path of an address below the root of its object store. Names in it are used as they stand, as by delta-rs.

@@ -10,10 +10,9 @@ use arrow_schema::SchemaRef;
 use async_trait::async_trait;
 use datafusion::catalog::{CatalogProvider, SchemaProvider, TableProvider};
 use datafusion::error::Result as DataFusionResult;
-use deltalake_core::kernel::EagerSnapshot;
 use deltalake_core::logstore::LogStoreRef;
-use wire::StreamName;
 use wire::hot::HotSource;
+use wire::{DataFiles, StreamName};
 
 use crate::fused_table::LiveTable;
 
@@ -27,7 +26,7 @@ pub const SCHEMA: &str = "public";
 pub struct ColdTable {
     pub version: u64,
     pub log_store: LogStoreRef,
-    pub snapshot: EagerSnapshot,
+    pub files: DataFiles,
     /// All columns of the table in the order of `wire::schema::table_schema`.
     pub schema: SchemaRef,
 }

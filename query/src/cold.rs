@@ -4,19 +4,18 @@
 //! Files are dealt out to the partitions by size. Their footers are kept in the runtime's metadata cache; files never
 //! change, so what is kept stays right. A column that a file does not have is null, and one of another type is cast.
 //!
-//! Row counts are those of the log and exact, so that a bare `count(*)` reads no file. The log cuts times to
-//! milliseconds, so its bounds of `ts` are wider by one and serve to leave out files, never as an answer.
+//! Row counts are those of the log and exact, so that a bare `count(*)` reads no file. Bounds of `ts` and `device` may be
+//! wider than a file's rows (the log cuts times to milliseconds): they serve to leave out files, never as an answer.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use arrow_schema::{DataType, Schema, SchemaRef};
-use chrono::{DateTime, NaiveDate};
+use chrono::DateTime;
 use datafusion::catalog::Session;
 use datafusion::catalog::memory::DataSourceExec;
 use datafusion::common::config::TableParquetOptions;
 use datafusion::common::stats::Precision;
-use datafusion::common::{ColumnStatistics, DataFusionError, Result, ScalarValue, Statistics, exec_datafusion_err};
+use datafusion::common::{ColumnStatistics, DataFusionError, Result, ScalarValue, Statistics};
 use datafusion::datasource::listing::PartitionedFile;
 use datafusion::datasource::object_store::ObjectStoreUrl;
 use datafusion::datasource::physical_plan::parquet::CachedParquetFileReaderFactory;
@@ -27,171 +26,98 @@ use datafusion::logical_expr::{BinaryExpr, Expr, Operator};
 use datafusion::object_store::ObjectMeta;
 use datafusion::object_store::path::Path;
 use datafusion::physical_plan::ExecutionPlan;
-use parking_lot::Mutex;
 use url::Position;
 use wire::schema::{DATE, DEVICE, TS, timestamp_type};
-use wire::{DAY_US, StreamName};
+use wire::{DAY_US, DataFile};
 
 use crate::catalog::ColdTable;
 
-/// A file of a snapshot, as the log describes it.
-#[derive(Debug)]
-struct ColdFile {
-    /// In the store that is rooted above the table.
-    meta: ObjectMeta,
-    /// Days since 1970.
-    date: i32,
-    rows: Option<usize>,
-    /// Bounds of the event time, microseconds.
-    ts: Option<(i64, i64)>,
-    /// The first and the last device in it, as text is compared.
-    devices: Option<(String, String)>,
+/// A scan of the files that may have rows for these filters; `None` when there are none. `schema` is the table's, its last
+/// column `_date`; `projection` are columns of it.
+///
+/// # Errors
+/// When the log names a file that no store can have.
+pub(crate) fn scan(
+    cold: &ColdTable,
+    session: &dyn Session,
+    schema: &SchemaRef,
+    projection: Option<&Vec<usize>>,
+    filters: &[Expr],
+    limit: Option<usize>,
+) -> Result<Option<Arc<dyn ExecutionPlan>>> {
+    let bounds = Bounds::of(filters);
+    let dates = cold.files.dates().filter(|(date, _)| bounds.may_have_date(*date));
+    let files = dates.flat_map(|(_, files)| files).filter(|file| bounds.may_have(file));
+    let mut files = files.collect::<Vec<_>>();
+    if files.is_empty() {
+        return Ok(None);
+    }
+    // Large ones first, each to the group that has the least: and in the same order whenever it is asked.
+    files.sort_unstable_by(|a, b| (b.bytes, &b.path).cmp(&(a.bytes, &a.path)));
+    let partitions = session.config().target_partitions().clamp(1, files.len());
+    let mut groups = vec![(0, FileGroup::default()); partitions];
+    let stored =
+        Arc::new(Schema::new(schema.fields().iter().filter(|field| field.name() != DATE).cloned().collect::<Vec<_>>()));
+    let ts_at = stored.index_of(TS)?;
+    let root = Path::from_url_path(cold.log_store.root_url().path()).map_err(external)?;
+    for file in &files {
+        let (bytes, group) = groups.iter_mut().min_by_key(|(bytes, _)| *bytes).expect("there is one at least");
+        *bytes += file.bytes;
+        group.push(partitioned(file, &root, &stored, ts_at)?);
+    }
+    let date = schema.field_with_name(DATE)?.clone();
+    let url = store_of(session, cold)?;
+    let store = session.runtime_env().object_store(&url)?;
+    let footers = session.runtime_env().cache_manager.get_file_metadata_cache();
+    let options = session.config_options().execution.parquet.clone();
+    let mut source = ParquetSource::new(
+        TableSchema::builder(Arc::clone(&stored)).with_table_partition_cols(vec![Arc::new(date)]).build(),
+    )
+    .with_parquet_file_reader_factory(Arc::new(CachedParquetFileReaderFactory::new(store, footers)));
+    source =
+        source.with_table_parquet_options(TableParquetOptions { global: options, ..TableParquetOptions::default() });
+    let mut statistics = Statistics::new_unknown(schema);
+    let rows = files.iter().map(|file| file.rows).sum::<Option<u64>>();
+    statistics.num_rows = count(rows);
+    let config = FileScanConfigBuilder::new(url, Arc::new(source))
+        .with_file_groups(groups.into_iter().map(|(_, group)| group).collect())
+        .with_statistics(statistics)
+        .with_projection_indices(projection.cloned())?
+        .with_limit(limit)
+        .build();
+    Ok(Some(DataSourceExec::from_data_source(config)))
 }
 
-/// The files of one version of a table.
-#[derive(Debug)]
-pub(crate) struct ColdFiles {
-    version: u64,
-    files: HashMap<Path, Arc<ColdFile>>,
+/// A file as DataFusion takes it, with what is known of its columns but `_date`. `root` is the table's place in its store.
+fn partitioned(file: &DataFile, root: &Path, stored: &Schema, ts_at: usize) -> Result<PartitionedFile> {
+    let mut statistics = Statistics::new_unknown(stored);
+    statistics.num_rows = count(file.rows);
+    if let Some((first, last)) = file.ts {
+        let time = |us: i64| {
+            ScalarValue::Int64(Some(us)).cast_to(&timestamp_type()).map_or(Precision::Absent, Precision::Inexact)
+        };
+        statistics.column_statistics[ts_at] = ColumnStatistics {
+            null_count: Precision::Exact(0),
+            min_value: time(first),
+            max_value: time(last),
+            ..ColumnStatistics::new_unknown()
+        };
+    }
+    let within = Path::from_url_path(&file.path).map_err(external)?;
+    let meta = ObjectMeta {
+        location: root.parts().chain(within.parts()).collect(),
+        last_modified: DateTime::from_timestamp_millis(file.modified_ms).unwrap_or_default(),
+        size: file.bytes,
+        e_tag: None,
+        version: None,
+    };
+    Ok(PartitionedFile::new_from_meta(meta)
+        .with_partition_values(vec![ScalarValue::Date32(Some(file.date))])
+        .with_statistics(Arc::new(statistics)))
 }
 
-/// The files of each table at the version that was read last: a newer version shares those that it keeps.
-#[derive(Debug, Default)]
-pub(crate) struct KnownFiles(Mutex<HashMap<StreamName, Arc<ColdFiles>>>);
-
-impl KnownFiles {
-    /// The files of a snapshot.
-    ///
-    /// # Errors
-    /// When the log describes a file as Weir does not write them.
-    pub(crate) fn of(&self, stream: &StreamName, cold: &ColdTable) -> Result<Arc<ColdFiles>> {
-        let known = self.0.lock().get(stream).cloned();
-        if let Some(files) = known.as_ref().filter(|known| known.version == cold.version) {
-            return Ok(Arc::clone(files));
-        }
-        let files = Arc::new(ColdFiles::read(cold, known.as_deref())?);
-        let mut all = self.0.lock();
-        // A statement over an older snapshot does not push a newer one out.
-        if all.get(stream).is_none_or(|known| known.version < files.version) {
-            all.insert(stream.clone(), Arc::clone(&files));
-        }
-        Ok(files)
-    }
-}
-
-impl ColdFiles {
-    fn read(cold: &ColdTable, known: Option<&Self>) -> Result<Self> {
-        let root = Path::from_url_path(cold.log_store.root_url().path()).map_err(external)?;
-        let mut files = HashMap::with_capacity(cold.snapshot.log_data().num_files());
-        for view in cold.snapshot.log_data().iter() {
-            let path: Path = root.parts().chain(view.object_store_path().parts()).collect();
-            if let Some(file) = known.and_then(|known| known.files.get(&path)) {
-                files.insert(path, Arc::clone(file));
-                continue;
-            }
-            let wrong = |what: &str| exec_datafusion_err!("the log says no {what} of the file {path}");
-            if view.deletion_vector_descriptor().is_some() {
-                return Err(exec_datafusion_err!("the file {path} has a deletion vector, which Weir does not write"));
-            }
-            let mut meta = ObjectMeta::try_from(&view).map_err(external)?;
-            meta.location = path.clone();
-            let date = view.partition_values_map().remove(DATE).flatten();
-            let date = date.and_then(|date| date.parse::<NaiveDate>().ok()).ok_or_else(|| wrong("date"))?;
-            let stats = view.stats().and_then(|text| serde_json::from_str::<serde_json::Value>(&text).ok());
-            let text = |which: &str, column: &str| stats.as_ref()?.get(which)?.get(column)?.as_str();
-            let time = |which: &str| Some(DateTime::parse_from_rfc3339(text(which, TS)?).ok()?.timestamp_micros());
-            // A longer one may have been cut, and what was cut is less than the whole.
-            let last_device = text("maxValues", DEVICE).filter(|device| device.len() < WHOLE_BYTES);
-            let file = ColdFile {
-                meta,
-                date: i32::try_from((date - NaiveDate::default()).num_days()).map_err(|_| wrong("sensible date"))?,
-                rows: view.num_records(),
-                ts: time("minValues").zip(time("maxValues").map(|last| last + MILLISECOND_US)),
-                devices: text("minValues", DEVICE).zip(last_device).map(|(a, b)| (a.to_owned(), b.to_owned())),
-            };
-            files.insert(path, Arc::new(file));
-        }
-        Ok(Self { version: cold.version, files })
-    }
-
-    /// A scan of the files that may have rows for these filters; `None` when there are none. `schema` is the table's, its last
-    /// column `_date`; `projection` are columns of it.
-    pub(crate) fn scan(
-        &self,
-        session: &dyn Session,
-        cold: &ColdTable,
-        schema: &SchemaRef,
-        projection: Option<&Vec<usize>>,
-        filters: &[Expr],
-        limit: Option<usize>,
-    ) -> Result<Option<Arc<dyn ExecutionPlan>>> {
-        let bounds = Bounds::of(filters);
-        let mut files = self.files.values().filter(|file| bounds.may_have(file)).collect::<Vec<_>>();
-        if files.is_empty() {
-            return Ok(None);
-        }
-        // Large ones first, each to the group that has the least: and in the same order whenever it is asked.
-        files.sort_unstable_by(|a, b| (b.meta.size, &b.meta.location).cmp(&(a.meta.size, &a.meta.location)));
-        let partitions = session.config().target_partitions().clamp(1, files.len());
-        let mut groups = vec![(0, FileGroup::default()); partitions];
-        let stored = Arc::new(Schema::new(
-            schema.fields().iter().filter(|field| field.name() != DATE).cloned().collect::<Vec<_>>(),
-        ));
-        let ts_at = stored.index_of(TS)?;
-        for file in &files {
-            let (bytes, group) = groups.iter_mut().min_by_key(|(bytes, _)| *bytes).expect("there is one at least");
-            *bytes += file.meta.size;
-            group.push(file.partitioned(&stored, ts_at));
-        }
-        let date = schema.field_with_name(DATE)?.clone();
-        let url = store_of(session, cold)?;
-        let store = session.runtime_env().object_store(&url)?;
-        let footers = session.runtime_env().cache_manager.get_file_metadata_cache();
-        let options = session.config_options().execution.parquet.clone();
-        let mut source = ParquetSource::new(
-            TableSchema::builder(Arc::clone(&stored)).with_table_partition_cols(vec![Arc::new(date)]).build(),
-        )
-        .with_parquet_file_reader_factory(Arc::new(CachedParquetFileReaderFactory::new(store, footers)));
-        source = source
-            .with_table_parquet_options(TableParquetOptions { global: options, ..TableParquetOptions::default() });
-        let mut statistics = Statistics::new_unknown(schema);
-        let rows = files.iter().map(|file| file.rows).sum::<Option<usize>>();
-        statistics.num_rows = rows.map_or(Precision::Absent, Precision::Exact);
-        let config = FileScanConfigBuilder::new(url, Arc::new(source))
-            .with_file_groups(groups.into_iter().map(|(_, group)| group).collect())
-            .with_statistics(statistics)
-            .with_projection_indices(projection.cloned())?
-            .with_limit(limit)
-            .build();
-        Ok(Some(DataSourceExec::from_data_source(config)))
-    }
-}
-
-/// Shorter text is whole in the log.
-const WHOLE_BYTES: usize = 32;
-/// What the log cuts off the end of a time.
-const MILLISECOND_US: i64 = 1_000;
-
-impl ColdFile {
-    /// As DataFusion takes it, with what is known of its columns but `_date`.
-    fn partitioned(&self, stored: &Schema, ts_at: usize) -> PartitionedFile {
-        let mut statistics = Statistics::new_unknown(stored);
-        statistics.num_rows = self.rows.map_or(Precision::Absent, Precision::Exact);
-        if let Some((first, last)) = self.ts {
-            let time = |us: i64| {
-                ScalarValue::Int64(Some(us)).cast_to(&timestamp_type()).map_or(Precision::Absent, Precision::Inexact)
-            };
-            statistics.column_statistics[ts_at] = ColumnStatistics {
-                null_count: Precision::Exact(0),
-                min_value: time(first),
-                max_value: time(last),
-                ..ColumnStatistics::new_unknown()
-            };
-        }
-        PartitionedFile::new_from_meta(self.meta.clone())
-            .with_partition_values(vec![ScalarValue::Date32(Some(self.date))])
-            .with_statistics(Arc::new(statistics))
-    }
+fn count(rows: Option<u64>) -> Precision<usize> {
+    rows.and_then(|rows| usize::try_from(rows).ok()).map_or(Precision::Absent, Precision::Exact)
 }
 
 /// What comparisons with constants leave of event times and devices.
@@ -245,15 +171,16 @@ impl Bounds {
         self.last = self.last.min(last);
     }
 
-    fn may_have(&self, file: &ColdFile) -> bool {
-        let day = i64::from(file.date) * DAY_US;
-        let (first, last) = file.ts.unwrap_or((day, day + DAY_US - 1));
-        // The log's word for the date is the one that holds where they differ.
-        let (first, last) = (first.max(day), last.min(day + DAY_US - 1));
+    fn may_have_date(&self, date: i32) -> bool {
+        let day = i64::from(date) * DAY_US;
+        day <= self.last && day + DAY_US > self.first
+    }
+
+    fn may_have(&self, file: &DataFile) -> bool {
         let has_device = |(from, to): &(String, String)| {
             self.devices.as_ref().is_none_or(|devices| devices.iter().any(|device| (from..=to).contains(&device)))
         };
-        first <= self.last && last >= self.first && file.devices.as_ref().is_none_or(has_device)
+        file.earliest_us() <= self.last && file.latest_us() >= self.first && file.device.as_ref().is_none_or(has_device)
     }
 }
 
@@ -367,26 +294,33 @@ mod tests {
         check(&[col("ts").gt(finer())], 9, i64::MAX);
     }
 
+    fn file(ts: Option<(i64, i64)>, device: Option<(String, String)>) -> DataFile {
+        let path = "x".to_owned();
+        DataFile { path, date: 1, bytes: 1, rows: None, modified_ms: 0, ts, device, device_nulls: None }
+    }
+
     #[test]
     fn a_file_is_left_out_by_its_times_and_its_date() {
-        let file = |ts| ColdFile { meta: meta(), date: 1, rows: None, ts, devices: None };
         let bounds = |first, last| Bounds { first, last, devices: None };
         let noon = DAY_US + DAY_US / 2;
-        let of_noon = file(Some((noon, noon + 10)));
+        let of_noon = file(Some((noon, noon + 10)), None);
         assert!(bounds(noon + 10, i64::MAX).may_have(&of_noon));
         assert!(!bounds(noon + 11, i64::MAX).may_have(&of_noon));
         assert!(bounds(i64::MIN, noon).may_have(&of_noon));
         assert!(!bounds(i64::MIN, noon - 1).may_have(&of_noon));
-        let unknown = file(None);
-        assert!(bounds(2 * DAY_US - 1, i64::MAX).may_have(&unknown));
-        assert!(!bounds(2 * DAY_US, i64::MAX).may_have(&unknown));
-        assert!(!bounds(i64::MIN, DAY_US - 1).may_have(&unknown));
+        let may_have = |bounds: Bounds| {
+            assert_eq!(bounds.may_have(&file(None, None)), bounds.may_have_date(1));
+            bounds.may_have_date(1)
+        };
+        assert!(may_have(bounds(2 * DAY_US - 1, i64::MAX)));
+        assert!(!may_have(bounds(2 * DAY_US, i64::MAX)));
+        assert!(may_have(bounds(i64::MIN, DAY_US)));
+        assert!(!may_have(bounds(i64::MIN, DAY_US - 1)));
     }
 
     #[test]
     fn a_file_is_left_out_by_its_devices() {
-        let devices = Some(("b".to_owned(), "d".to_owned()));
-        let file = ColdFile { meta: meta(), date: 1, rows: None, ts: None, devices };
+        let file = file(None, Some(("b".to_owned(), "d".to_owned())));
         let check = |filter: Expr, expected: bool| assert_eq!(Bounds::of(&[filter]).may_have(&file), expected);
         check(col("device").eq(lit("a")), false);
         check(lit("b").eq(col("device")), true);
@@ -398,15 +332,5 @@ mod tests {
         check(col("device").eq(lit("a")).or(col("speed").eq(lit(1))), true);
         check(col("device").eq(lit("a")).and(col("speed").eq(lit(1))), false);
         check(col("device").not_eq(lit("a")), true);
-    }
-
-    fn meta() -> ObjectMeta {
-        ObjectMeta {
-            location: Path::from("x"),
-            last_modified: DateTime::default(),
-            size: 1,
-            e_tag: None,
-            version: None,
-        }
     }
 }

@@ -26,10 +26,10 @@ use tokio::time::Instant;
 
 use crate::breadth;
 use crate::catalog::{CATALOG, PublicSchema, SCHEMA, Tables, WeirCatalog};
-use crate::cold::KnownFiles;
 use crate::execution::Execution;
 use crate::fused_table::pin;
 use crate::names;
+use crate::utc;
 
 /// Longest statement in bytes.
 pub const SQL_BYTES_MAX: usize = 1 << 20;
@@ -111,7 +111,6 @@ impl Prepared {
 pub struct Engine {
     session: SessionContextDebug,
     tables: Arc<dyn Tables>,
-    files: Arc<KnownFiles>,
     settings: EngineSettings,
     execution: Execution,
 }
@@ -145,10 +144,10 @@ impl Engine {
         let session = SessionContext::new_with_config_rt(config, runtime);
         let public = Arc::new(PublicSchema { tables: Arc::clone(&tables) });
         session.register_catalog(CATALOG, Arc::new(WeirCatalog { public }) as Arc<dyn CatalogProvider>);
+        session.register_udf(utc::date_trunc());
         let execution = Execution::new(settings.threads)
             .map_err(|error| QueryError::Failed { message: format!("start threads for statements: {error}") })?;
-        let files = Arc::default();
-        Ok(Self { session: SessionContextDebug(session), tables, files, settings, execution })
+        Ok(Self { session: SessionContextDebug(session), tables, settings, execution })
     }
 
     /// The session that statements are planned in.
@@ -239,8 +238,7 @@ impl Engine {
         parameters: Option<ParamValues>,
         deadline: Instant,
     ) -> Result<SendableRecordBatchStream, QueryError> {
-        let (session, tables, files) = (self.session().clone(), Arc::clone(&self.tables), Arc::clone(&self.files));
-        let start = start(session, tables, files, prepared.clone(), parameters);
+        let start = start(self.session().clone(), Arc::clone(&self.tables), prepared.clone(), parameters);
         let rows = tokio::time::timeout_at(deadline, self.execution.run(Box::pin(start), deadline))
             .await
             .map_err(|_| QueryError::Timeout { limit: self.settings.timeout })?
@@ -326,7 +324,6 @@ impl Engine {
 async fn start(
     session: SessionContext,
     tables: Arc<dyn Tables>,
-    files: Arc<KnownFiles>,
     prepared: Prepared,
     parameters: Option<ParamValues>,
 ) -> Result<SendableRecordBatchStream, DataFusionError> {
@@ -336,7 +333,7 @@ async fn start(
     }
     // Checked again: parameters made another plan of it.
     read_only(&plan)?;
-    let pinned = pin(plan, tables.as_ref(), &files).await?;
+    let pinned = pin(plan, tables.as_ref()).await?;
     let state = session.state();
     let physical = state.create_physical_plan(&pinned).await?;
     execute_stream(physical, state.task_ctx())

@@ -28,7 +28,7 @@ use wire::schema::{DATE, TS};
 use wire::{DAY_US, StreamName};
 
 use crate::catalog::{ColdTable, Tables};
-use crate::cold::{ColdFiles, KnownFiles};
+use crate::cold;
 
 /// How often a snapshot is loaded again because commits overtook it, before the statement fails.
 const STALE_TRIES_MAX: usize = 20;
@@ -71,13 +71,12 @@ impl TableProvider for LiveTable {
 #[derive(Debug)]
 pub struct Frozen {
     cold: ColdTable,
-    files: Arc<ColdFiles>,
     hot: Vec<RecordBatch>,
 }
 
 impl Frozen {
     /// Takes a state of `stream` that is whole: nothing missing, nothing twice.
-    pub(crate) async fn take(tables: &dyn Tables, known: &KnownFiles, stream: &StreamName) -> Result<Self> {
+    pub(crate) async fn take(tables: &dyn Tables, stream: &StreamName) -> Result<Self> {
         let Some(mut cold) = tables.cold(stream) else {
             return exec_err!("table {stream} is gone");
         };
@@ -86,8 +85,7 @@ impl Frozen {
             match answer.map_err(|error| DataFusionError::External(Box::new(error)))? {
                 HotAnswer::Rows(rows) => {
                     let hot = rows.into_iter().map(|rows| rows.rows).filter(|rows| rows.num_rows() > 0).collect();
-                    let files = known.of(stream, &cold)?;
-                    return Ok(Self { cold, files, hot });
+                    return Ok(Self { cold, hot });
                 }
                 HotAnswer::Stale(at_least) => {
                     let reloaded = tables.reload(stream, at_least).await;
@@ -100,7 +98,7 @@ impl Frozen {
 }
 
 /// Replaces every live table of a plan by one frozen state per stream. Called each time a statement is executed.
-pub(crate) async fn pin(plan: LogicalPlan, tables: &dyn Tables, known: &KnownFiles) -> Result<LogicalPlan> {
+pub(crate) async fn pin(plan: LogicalPlan, tables: &dyn Tables) -> Result<LogicalPlan> {
     let mut streams: HashMap<StreamName, Option<Arc<Frozen>>> = HashMap::new();
     plan.apply_with_subqueries(|node| {
         if let Some(live) = live_table(node) {
@@ -109,7 +107,7 @@ pub(crate) async fn pin(plan: LogicalPlan, tables: &dyn Tables, known: &KnownFil
         Ok(TreeNodeRecursion::Continue)
     })?;
     for (stream, frozen) in &mut streams {
-        *frozen = Some(Arc::new(Frozen::take(tables, known, stream).await?));
+        *frozen = Some(Arc::new(Frozen::take(tables, stream).await?));
     }
     let pinned = plan.transform_down_with_subqueries(|node| {
         let Some(live) = live_table(&node) else {
@@ -173,8 +171,7 @@ impl TableProvider for PinnedTable {
             None => Arc::clone(&self.schema),
         };
         let mut inputs = Vec::with_capacity(2);
-        let frozen = &self.frozen;
-        inputs.extend(frozen.files.scan(session, &frozen.cold, &self.schema, projection, filters, limit)?);
+        inputs.extend(cold::scan(&self.frozen.cold, session, &self.schema, projection, filters, limit)?);
         if !self.frozen.hot.is_empty() || inputs.is_empty() {
             inputs.push(self.hot_plan(&wanted, session.config().target_partitions())?);
         }

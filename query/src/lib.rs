@@ -12,6 +12,7 @@ mod execution;
 pub mod fused_table;
 mod names;
 pub mod serve;
+mod utc;
 
 pub use catalog::{ColdTable, Tables, TablesError};
 pub use engine::{Engine, EngineSettings, Prepared, QueryError};

@@ -6,6 +6,7 @@
 pub mod ack;
 mod body;
 mod bytes;
+pub mod cold;
 pub mod hot;
 pub mod ids;
 pub mod request;
@@ -15,6 +16,7 @@ pub mod written;
 mod zip;
 
 pub use ack::{Acks, Mark, PositionsAnswer, Refusal, RefusedAnswer, RefusedRequest, StreamAck};
+pub use cold::{DataFile, DataFiles};
 pub use ids::{EdgeId, FieldName, NameError, Seq, SpoolId, StreamName};
 pub use schema::{FieldType, SchemaId, StreamField, StreamSchema};
 pub use sealed::{BodyFormat, CutBatch, SealedBatch};

@@ -19,8 +19,8 @@ const COMMITS: u64 = 4;
 /// Rows of a table's files, read from the simulated disk; none when the power goes meanwhile.
 pub(crate) fn rows_on_disk(layer: &SimLayer, stream: &StreamName, snapshot: &TableSnapshot) -> Option<u64> {
     let mut rows = 0;
-    for file in snapshot.state.log_data().iter() {
-        let path = Path::new("/tables").join(stream.as_str()).join(file.path().as_ref());
+    for file in snapshot.files.iter() {
+        let path = Path::new("/tables").join(stream.as_str()).join(&file.path);
         let read = || {
             let file = layer.open(&path)?;
             let mut bytes = vec![0; file.size()? as usize];

@@ -5,23 +5,31 @@ use arrow_array::types::{Float64Type, Int64Type};
 use arrow_array::{ArrayRef, Float64Array, StringArray, TimestampMicrosecondArray};
 use datafusion::prelude::SessionContext;
 use deltalake_core::delta_datafusion::TableProviderBuilder;
+use deltalake_core::table::state::DeltaTableState;
 use wire::schema::StreamSchema;
 
 use super::*;
 use crate::rescue::{Provenance, rescue};
 use crate::store::list_streams;
-use crate::store::tests::{sim_machine, sim_store, sim_store_whose_lists_fail};
+use crate::store::tests::{sim_machine, sim_store};
 
 const DAY_US: i64 = 86_400_000_000;
 /// 2024-06-01T00:00:00Z
 const START_US: i64 = 1_717_200_000_000_000;
 
-struct Place {
-    store: Store,
+pub(crate) struct Place {
+    pub(crate) store: Store,
     directory: tempfile::TempDir,
 }
 
-fn place() -> Place {
+impl Place {
+    /// The directory of the table.
+    pub(crate) fn table(&self) -> std::path::PathBuf {
+        self.directory.path().join("tables with a space/traffic")
+    }
+}
+
+pub(crate) fn place() -> Place {
     let directory = tempfile::tempdir().unwrap();
     Place { store: reopen(&directory), directory }
 }
@@ -31,7 +39,7 @@ fn reopen(directory: &tempfile::TempDir) -> Store {
     Store::open(url::Url::from_directory_path(path).unwrap().as_str()).unwrap()
 }
 
-pub(super) fn stream() -> StreamName {
+pub(crate) fn stream() -> StreamName {
     "traffic".parse().unwrap()
 }
 
@@ -39,24 +47,24 @@ fn field(name: &str, kind: FieldType) -> StreamField {
     StreamField { name: name.parse().unwrap(), kind }
 }
 
-pub(super) fn speed() -> Vec<StreamField> {
+pub(crate) fn speed() -> Vec<StreamField> {
     vec![field("speed", FieldType::Float64)]
 }
 
-pub(super) fn spool(id: u8) -> SpoolId {
+pub(crate) fn spool(id: u8) -> SpoolId {
     SpoolId([id; 16])
 }
 
-pub(super) fn mark(seq: u64) -> Mark {
+pub(crate) fn mark(seq: u64) -> Mark {
     Mark { seq: Seq(seq), crc: 0xffff_0000 + seq as u32 }
 }
 
-pub(super) fn span(id: u8, first: u64, last: u64) -> (SpoolId, Seq, Mark) {
+pub(crate) fn span(id: u8, first: u64, last: u64) -> (SpoolId, Seq, Mark) {
     (spool(id), Seq(first), mark(last))
 }
 
 /// Batch `seq` of a spool: ten rows over three dates, speeds 10·seq … 10·seq + 9.
-pub(super) fn rows(id: u8, seq: u64, fields: &[StreamField]) -> RecordBatch {
+pub(crate) fn rows(id: u8, seq: u64, fields: &[StreamField]) -> RecordBatch {
     let schema = StreamSchema::new(speed()).unwrap();
     let ts = (0..10).map(|row: i64| START_US + (row % 3) * DAY_US + seq as i64);
     let devices: StringArray = (0..10).map(|row| Some(format!("d{}", (row * 7) % 4))).collect();
@@ -74,9 +82,10 @@ pub(super) fn rows(id: u8, seq: u64, fields: &[StreamField]) -> RecordBatch {
 }
 
 async fn ask(snapshot: &TableSnapshot, sql: &str) -> Vec<RecordBatch> {
+    let state = DeltaTableState::try_new(&snapshot.log_store, Some(snapshot.version)).await.unwrap();
     let provider = TableProviderBuilder::default()
         .with_log_store(snapshot.log_store.clone())
-        .with_eager_snapshot(snapshot.state.snapshot().clone())
+        .with_eager_snapshot(state.snapshot().clone())
         .build()
         .await
         .unwrap();
@@ -128,7 +137,7 @@ async fn rows_read_back_as_they_were_and_sorted_in_their_files() {
     assert_eq!(number(&snapshot, "SELECT count(*) FROM t WHERE CAST(ts AS DATE) <> CAST(_date AS DATE)").await, 0);
     assert_eq!(number(&snapshot, "SELECT count(*) FROM t WHERE _seq = 5 AND _edge = 'gw-1'").await, 10);
 
-    let files: Vec<String> = snapshot.state.log_data().iter().map(|file| file.path().into_owned()).collect();
+    let files: Vec<String> = snapshot.files.iter().map(|file| file.path.clone()).collect();
     assert_eq!(files.len(), 3, "one file a date");
     for file in files {
         let bytes = std::fs::read(place.directory.path().join("tables with a space/traffic").join(&file)).unwrap();
@@ -166,8 +175,8 @@ async fn of_two_writers_with_one_snapshot_one_has_to_start_again() {
     let mut second = DeltaTable::open(&reopen(&place.directory), &stream()).await.unwrap().unwrap();
     let (batch, marks) = ([rows(1, 1, &speed())], [span(1, 1, 1)]);
     let (one, two) = tokio::join!(first.commit(&batch, &marks), second.commit(&batch, &marks));
-    let moved = [&one, &two].iter().filter(|result| matches!(result, Err(CommitError::Moved { .. }))).count();
-    assert_eq!(moved, 1, "{one:?} {two:?}");
+    let lost = [&one, &two].iter().filter(|result| matches!(result, Err(CommitError::Covered { .. }))).count();
+    assert_eq!(lost, 1, "{one:?} {two:?}");
     for table in [&mut first, &mut second] {
         let now = table.reload().await.unwrap();
         assert_eq!((now.version, now.txn[&spool(1)]), (1, mark(1)));
@@ -179,20 +188,64 @@ async fn of_two_writers_with_one_snapshot_one_has_to_start_again() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_error_that_hides_a_success_does_not_make_a_second_commit() {
-    let layer = sim_machine();
-    let gone_at = std::path::Path::new("/tables/traffic/_delta_log/00000000000000000001.json");
-    let cut_off = sim_store_whose_lists_fail(&layer, Some(gone_at)).unwrap();
-    let mut table = DeltaTable::create(&cut_off, &stream(), &speed()).await.unwrap();
     let (batch, marks) = ([rows(1, 1, &speed())], [span(1, 1, 1)]);
-    let unknown = table.commit(&batch, &marks).await;
-    assert!(matches!(unknown, Err(CommitError::Unknown { .. })), "{unknown:?}");
-    table.reload().await.unwrap_err();
-    assert_eq!(table.snapshot().version, 0);
+    let mut hidden = 0;
+    // A sync fails after each number of them; only the last of a commit's syncs is behind the entry's name.
+    for syncs in 0..30 {
+        let layer = sim_machine();
+        let mut table = DeltaTable::create(&sim_store(&layer).unwrap(), &stream(), &speed()).await.unwrap();
+        layer.fail_sync_after(syncs);
+        let Err(error) = table.commit(&batch, &marks).await else { break };
+        assert!(matches!(error, CommitError::Unknown { .. } | CommitError::Rows { .. }), "{error:?}");
+        assert_eq!(table.snapshot().version, 0);
+        layer.fail_sync_after(u64::MAX);
 
-    let mut table = DeltaTable::open(&sim_store(&layer).unwrap(), &stream()).await.unwrap().unwrap();
-    assert_eq!((table.snapshot().version, table.snapshot().txn[&spool(1)]), (1, mark(1)));
-    let again = table.commit(&batch, &marks).await;
-    assert!(matches!(again, Err(CommitError::Covered { .. })), "{again:?}");
+        let mut table = DeltaTable::open(&sim_store(&layer).unwrap(), &stream()).await.unwrap().unwrap();
+        if table.snapshot().version == 0 {
+            continue;
+        }
+        hidden += 1;
+        assert_eq!((table.snapshot().version, table.snapshot().txn[&spool(1)]), (1, mark(1)));
+        let again = table.commit(&batch, &marks).await;
+        assert!(matches!(again, Err(CommitError::Covered { .. })), "{again:?}");
+    }
+    assert!(hidden > 0, "no sync failed behind the entry's name: nothing was tried");
+}
+
+/// Of writers that lose, each goes on with the files that it has; the entry says nothing else than it would have.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_loses_to_others_writes_its_rows_once() {
+    let place = place();
+    let mut first = DeltaTable::create(&place.store, &stream(), &speed()).await.unwrap();
+    let mut second = DeltaTable::open(&reopen(&place.directory), &stream()).await.unwrap().unwrap();
+    drop(first.commit(&[rows(1, 1, &speed())], &[span(1, 1, 1)]).await.unwrap());
+    let after = second.commit(&[rows(2, 1, &speed())], &[span(2, 1, 1)]).await.unwrap();
+    assert_eq!((after.version, after.files.len(), after.files.rows()), (2, 6, 20));
+    assert_eq!(*after.txn, HashMap::from([(spool(1), mark(1)), (spool(2), mark(1))]));
+    assert_eq!(count(&after).await, 20);
+    let opened = DeltaTable::open(&place.store, &stream()).await.unwrap().unwrap().snapshot();
+    assert_eq!((opened.files, opened.txn), (after.files, after.txn));
+    let written = std::fs::read_dir(place.directory.path().join("tables with a space/traffic/_date=2024-06-01"));
+    assert_eq!(written.unwrap().count(), 2);
+}
+
+/// A name that was cleaned away from the log is free, and no next version.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_writer_that_slept_longer_than_the_log_is_kept_makes_no_entry_in_the_past() {
+    let place = place();
+    let mut table = DeltaTable::create(&place.store, &stream(), &speed()).await.unwrap();
+    let mut asleep = DeltaTable::open(&reopen(&place.directory), &stream()).await.unwrap().unwrap();
+    for seq in 1..=5 {
+        drop(table.commit(&[rows(1, seq, &speed())], &[span(1, seq, seq)]).await.unwrap());
+    }
+    checkpoint(&stream(), &table.snapshot()).await.unwrap();
+    assert_eq!(clean(&stream(), &table.snapshot(), Duration::ZERO).await.unwrap(), 5);
+    asleep.seen = SystemTime::UNIX_EPOCH;
+    let covered = asleep.commit(&[rows(1, 1, &speed())], &[span(1, 1, 1)]).await;
+    assert!(matches!(covered, Err(CommitError::Covered { committed: Seq(5), .. })), "{covered:?}");
+    let next = asleep.commit(&[rows(1, 6, &speed())], &[span(1, 6, 6)]).await.unwrap();
+    assert_eq!((next.version, next.files.rows()), (6, 60));
+    assert_eq!(count(&DeltaTable::open(&place.store, &stream()).await.unwrap().unwrap().snapshot()).await, 60);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -222,7 +275,7 @@ async fn writers_that_race_without_pause_store_each_batch_once() {
                 }
                 match table.commit(&[rows(1, next, &speed())], &[span(1, next, next)]).await {
                     Ok(_) => {}
-                    Err(CommitError::Moved { .. }) => drop(table.reload().await.unwrap()),
+                    Err(CommitError::Covered { .. }) => {}
                     Err(other) => panic!("{other:?}"),
                 }
             }
@@ -310,26 +363,35 @@ async fn rows_of_another_schema_are_not_written() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn transactions_survive_checkpoints_and_a_log_that_was_cleaned() {
+async fn files_and_transactions_survive_checkpoints_and_a_log_that_was_cleaned() {
+    const COMMITS: u64 = 33;
     let place = place();
     let mut table = DeltaTable::create(&place.store, &stream(), &speed()).await.unwrap();
     let mut stale = DeltaTable::open(&reopen(&place.directory), &stream()).await.unwrap().unwrap();
-    let mut written = 0;
-    for seq in 1..=2 * CHECKPOINT_EVERY + 3 {
+    for seq in 1..=COMMITS {
         let id = (seq % 2) as u8;
         let number = seq.div_ceil(2);
-        let snapshot = table.commit(&[], &[span(id, number, number)]).await.unwrap();
-        written += u32::from(maintain(&stream(), &snapshot).await.unwrap());
+        let snapshot = table.commit(&[rows(id, number, &speed())], &[span(id, number, number)]).await.unwrap();
+        if seq % 10 == 0 {
+            checkpoint(&stream(), &snapshot).await.unwrap();
+            assert_eq!(last_checkpoint(&stream(), &snapshot.log_store).await.unwrap(), seq);
+        }
     }
-    assert_eq!(written, 2);
-    let log = place.directory.path().join("tables with a space/traffic/_delta_log");
-    for version in 0..CHECKPOINT_EVERY {
-        std::fs::remove_file(log.join(format!("{version:020}.json"))).unwrap();
+    let expected = table.snapshot();
+    assert_eq!((expected.version, expected.txn.len(), expected.files.len()), (COMMITS, 2, 3 * COMMITS as usize));
+    // Entries 0 to 29 and the checkpoints of 10 and 20.
+    assert_eq!(clean(&stream(), &expected, Duration::ZERO).await.unwrap(), 32);
+    assert_eq!(clean(&stream(), &expected, Duration::ZERO).await.unwrap(), 0);
+    let by_path = |snapshot: &TableSnapshot| {
+        let mut files: Vec<DataFile> = snapshot.files.iter().map(|file| file.as_ref().clone()).collect();
+        files.sort_by(|a, b| a.path.cmp(&b.path));
+        files
+    };
+    for seen in
+        [DeltaTable::open(&place.store, &stream()).await.unwrap().unwrap().snapshot(), stale.reload().await.unwrap()]
+    {
+        assert_eq!((seen.version, &seen.txn), (COMMITS, &expected.txn));
+        assert_eq!(by_path(&seen), by_path(&expected));
+        assert_eq!(count(&seen).await, 10 * COMMITS as i64);
     }
-    let expected = table.snapshot().txn;
-    assert_eq!(expected.len(), 2);
-    let opened = DeltaTable::open(&place.store, &stream()).await.unwrap().unwrap().snapshot();
-    assert_eq!((opened.version, opened.txn), (table.snapshot().version, expected.clone()));
-    let reloaded = stale.reload().await.unwrap();
-    assert_eq!((reloaded.version, reloaded.txn), (table.snapshot().version, expected));
 }

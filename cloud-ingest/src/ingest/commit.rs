@@ -3,13 +3,12 @@
 use std::time::Instant;
 
 use segment_log::FileLayer;
-use tokio::runtime::Handle;
 use wire::StreamName;
 
 use super::Ingest;
 use super::errand::{self, CommitEnd, Done};
 use crate::config::Settings;
-use crate::delta::{self, DeltaTable, TableError, TableSnapshot};
+use crate::delta::{DeltaTable, TableError};
 
 /// A commit takes at most so many times the bytes that make one due: it sorts a copy of them.
 const COMMIT_TIMES: usize = 4;
@@ -54,13 +53,15 @@ impl<L: FileLayer> Ingest<L> {
 
     pub(super) fn committed(&mut self, name: &StreamName, table: DeltaTable, end: CommitEnd) {
         let Some(stream) = self.streams.get_mut(name) else { return };
+        let took_ms = stream.commits.running.map_or(0, |since| since.elapsed().as_millis() as u64);
         stream.commits.ended(&end);
         stream.apply(table, self.settings.hot.grace.0);
         match end {
             CommitEnd::Made { rows } => {
                 self.metrics.commits.add(1);
+                self.metrics.commit_ms.set(took_ms);
+                self.metrics.commit_ms_total.add(took_ms);
                 self.metrics.rows_committed.add(rows);
-                maintain(name, &stream.snapshot, &self.runtime);
             }
             CommitEnd::Moved => tracing::debug!(stream = %name, "another commit was faster"),
             CommitEnd::Failed { reason } => {
@@ -74,16 +75,4 @@ impl<L: FileLayer> Ingest<L> {
 
 pub(super) fn commit_bytes_max(settings: &Settings) -> usize {
     settings.commit.max_bytes.bytes().saturating_mul(COMMIT_TIMES)
-}
-
-fn maintain(name: &StreamName, snapshot: &TableSnapshot, runtime: &Handle) {
-    if !snapshot.version.is_multiple_of(delta::CHECKPOINT_EVERY) {
-        return;
-    }
-    let (name, snapshot) = (name.clone(), snapshot.clone());
-    runtime.spawn(async move {
-        if let Err(error) = delta::maintain(&name, &snapshot).await {
-            tracing::warn!(stream = %name, %error, "checkpoint not written; the next one is");
-        }
-    });
 }

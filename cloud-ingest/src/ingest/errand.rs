@@ -20,6 +20,7 @@ use wire::schema::StreamField;
 use super::stream::Stream;
 use super::{Fault, Ingest, Job};
 use crate::delta::{CommitError, DeltaTable, TableError};
+use crate::errors::chain;
 use crate::hot::Taking;
 use crate::rescue::row_schema;
 use crate::store::{Store, list_streams};
@@ -119,6 +120,11 @@ pub(crate) enum Done {
         table: DeltaTable,
         end: CommitEnd,
     },
+    /// Maintenance has changed files of it.
+    Maintained {
+        stream: StreamName,
+        table: DeltaTable,
+    },
 }
 
 /// One bad table is no reason to leave out the others.
@@ -191,6 +197,10 @@ impl<L: FileLayer> Ingest<L> {
             }
             Done::Committed { stream, table, end } => {
                 self.committed(&stream, table, end);
+                None
+            }
+            Done::Maintained { stream, table } => {
+                self.adopt(&stream, table);
                 None
             }
         };
@@ -312,17 +322,6 @@ fn widened(rows: &RecordBatch, schema: &SchemaRef) -> RecordBatch {
     let options = RecordBatchOptions::new().with_row_count(Some(rows.num_rows()));
     RecordBatch::try_new_with_options(Arc::clone(schema), columns, &options)
         .expect("rows have the types of the table that they were rescued for; types never change")
-}
-
-/// An error with what lies under it.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -11,9 +11,10 @@ use segment_log::FileLayer;
 
 use super::admit::lacks;
 use super::commit::commit_bytes_max;
-use super::errand::{self, CommitEnd, chain};
+use super::errand::{self, CommitEnd};
 use super::stream::Accepted;
 use super::{Ingest, StartError};
+use crate::errors::chain;
 use crate::sequencer::Verdict;
 use crate::wal::{Found, Replayed};
 

@@ -27,6 +27,7 @@ use parking_lot::Mutex;
 use segment_log::{FileLayer, LayerFile};
 
 use super::Settle;
+use crate::failpoint;
 
 const STORE: &str = "synced files";
 
@@ -161,6 +162,7 @@ impl<L: FileLayer> Names<L> {
 
     /// Puts a staged file into its place, durably. Whatever the error, the object may be there.
     fn publish(&self, staged: &Staged<L>, create: bool) -> io::Result<()> {
+        failpoint::reach("store.staged");
         self.sync_file(&staged.file, &staged.at)?;
         if create {
             let linked = self.layer.link(&staged.at, &staged.place);
@@ -169,6 +171,7 @@ impl<L: FileLayer> Names<L> {
         } else {
             self.layer.rename(&staged.at, &staged.place)?;
         }
+        failpoint::reach("store.named");
         self.sync_directory(staged.place.parent().ok_or(io::ErrorKind::NotFound)?)
     }
 

@@ -18,9 +18,9 @@ const SEEDS: u64 = 600;
 const CYCLES: u64 = 4;
 const STEPS: u64 = 12;
 
-/// Reads the simulated disk. Lists fail once there is the file that the second names.
+/// Reads the simulated disk.
 #[derive(Debug, Clone)]
-pub(crate) struct SimReads(SimLayer, Option<PathBuf>);
+pub(crate) struct SimReads(SimLayer);
 
 impl fmt::Display for SimReads {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -71,7 +71,7 @@ impl ObjectStore for SimReads {
         Ok(ListResult { common_prefixes, objects })
     }
     fn list(&self, prefix: Option<&ObjectPath>) -> BoxStream<'static, Result<ObjectMeta>> {
-        if !self.0.powered() || self.1.as_ref().is_some_and(|path| self.0.exists(path).unwrap()) {
+        if !self.0.powered() {
             let error = object_store::Error::Generic { store: "simulated", source: "the network is gone".into() };
             return futures::stream::iter([Err(error)]).boxed();
         }
@@ -112,17 +112,12 @@ pub(crate) fn sim_machine() -> SimLayer {
 
 /// The store on a simulated machine, as a process that has just started opens it.
 pub(crate) fn sim_store(layer: &SimLayer) -> Result<Store, StoreError> {
-    sim_store_whose_lists_fail(layer, None)
-}
-
-/// A store that lists nothing any more once there is this file.
-pub(crate) fn sim_store_whose_lists_fail(layer: &SimLayer, at: Option<&Path>) -> Result<Store, StoreError> {
-    store_on(layer.clone(), SimReads(layer.clone(), at.map(Path::to_owned)))
+    store_on(layer.clone(), SimReads(layer.clone()))
 }
 
 /// A store that writes through a layer of its own over the simulated machine.
 pub(crate) fn sim_store_through(layer: impl FileLayer, machine: &SimLayer) -> Result<Store, StoreError> {
-    store_on(layer, SimReads(machine.clone(), None))
+    store_on(layer, SimReads(machine.clone()))
 }
 
 fn store_on(layer: impl FileLayer, reads: SimReads) -> Result<Store, StoreError> {
@@ -181,7 +176,7 @@ impl Machine {
     }
 
     async fn check(&mut self) {
-        let reads = SimReads(self.layer.clone(), None);
+        let reads = SimReads(self.layer.clone());
         let found: Vec<ObjectMeta> = reads.list(None).try_collect().await.unwrap();
         for object in &found {
             let seen = reads.get(&object.location).await.unwrap().bytes().await.unwrap().to_vec();
@@ -254,7 +249,7 @@ async fn a_failed_sync_stops_all_writing() {
     assert!(store.sync_failure().unwrap().contains("/tables/t/x"), "{:?}", store.sync_failure());
     store.root.put(&ObjectPath::from("tables/t/y"), "three".into()).await.unwrap_err();
     assert_eq!(layer.syncs_failed(), 1);
-    let seen = SimReads(layer, None).get(&location).await.unwrap().bytes().await.unwrap();
+    let seen = SimReads(layer).get(&location).await.unwrap().bytes().await.unwrap();
     assert_eq!(seen, "one");
 }
 

@@ -6,13 +6,14 @@ use arrow_array::types::Int64Type;
 use arrow_array::{ArrayRef, Date32Array, Int64Array, StringArray, TimestampMicrosecondArray, new_null_array};
 use arrow_schema::SchemaRef;
 use async_trait::async_trait;
+use chrono::{DateTime, NaiveDate};
 use datafusion::datasource::physical_plan::FileScanConfig;
 use datafusion::datasource::source::DataSourceExec;
 use deltalake_core::kernel::{DataType as DeltaType, PrimitiveType};
 use deltalake_core::operations::create::CreateBuilder;
 use wire::hot::{HotAnswer, HotError, HotRows, HotRun, HotSource};
 use wire::schema::{FieldType, StreamField, table_schema};
-use wire::{DAY_US, Seq, SpoolId, StreamName};
+use wire::{DAY_US, DataFile, DataFiles, Seq, SpoolId, StreamName};
 
 use super::*;
 use crate::catalog::{ColdTable, TablesError};
@@ -79,6 +80,29 @@ fn delta_type(kind: &arrow_schema::DataType) -> DeltaType {
     })
 }
 
+/// The files of a table that delta-rs has written, as its log describes them.
+fn data_files(table: &deltalake_core::DeltaTable) -> DataFiles {
+    let snapshot = table.snapshot().unwrap().snapshot().clone();
+    let log = snapshot.log_data();
+    let files = log.iter().map(|file| {
+        let stats: serde_json::Value = serde_json::from_str(&file.stats().unwrap()).unwrap();
+        let text = |which: &str, column: &str| stats[which][column].as_str().unwrap().to_owned();
+        let us = |which: &str| DateTime::parse_from_rfc3339(&text(which, "ts")).unwrap().timestamp_micros();
+        let date = file.partition_values_map()["_date"].clone().unwrap().parse::<NaiveDate>().unwrap();
+        Arc::new(DataFile {
+            path: file.path().into_owned(),
+            date: (date - NaiveDate::default()).num_days() as i32,
+            bytes: file.size() as u64,
+            rows: stats["numRecords"].as_u64(),
+            modified_ms: file.modification_time(),
+            ts: Some((us("minValues"), us("maxValues") + 1_000)),
+            device: Some((text("minValues", "device"), text("maxValues", "device"))),
+            device_nulls: None,
+        })
+    });
+    DataFiles::default().with(files.collect::<Vec<_>>(), &[])
+}
+
 impl Traffic {
     /// With `arrived` batches, and `step` more at every question.
     pub(crate) async fn new(arrived: usize, step: usize) -> Arc<Self> {
@@ -95,7 +119,7 @@ impl Traffic {
         let cold = |table: &deltalake_core::DeltaTable| ColdTable {
             version: table.version().unwrap(),
             log_store: table.log_store(),
-            snapshot: table.snapshot().unwrap().snapshot().clone(),
+            files: data_files(table),
             schema: Arc::clone(&schema),
         };
         let mut versions = vec![cold(&table)];
@@ -240,8 +264,7 @@ async fn filters_and_columns_hold_on_both_halves() {
 /// Delta files that the plan of a statement reads.
 async fn files(engine: &Engine, sql: &str) -> usize {
     let prepared = engine.prepare(sql, engine.deadline()).await.unwrap();
-    let pinned =
-        pin(LogicalPlan::clone(prepared.plan()), engine.tables().as_ref(), &KnownFiles::default()).await.unwrap();
+    let pinned = pin(LogicalPlan::clone(prepared.plan()), engine.tables().as_ref()).await.unwrap();
     let mut plans = vec![engine.session().state().create_physical_plan(&pinned).await.unwrap()];
     let mut files = 0;
     while let Some(plan) = plans.pop() {

@@ -1,0 +1,161 @@
+//! `weir verify`: reads every entry of a table's log and every row of its files, and names what is damaged.
+//!
+//! An entry is damaged when it is not understood, or missing between others. A file is damaged when it is not there, has
+//! another size than the log says, cannot be decoded, has other columns than its table, other rows or bounds than the log
+//! says, rows that are not in order of device and time, or rows of another date. Nothing is written.
+
+use arrow_array::cast::AsArray;
+use arrow_array::types::TimestampMicrosecondType;
+use chrono::DateTime;
+use object_store::ObjectStoreExt;
+use object_store::path::Path;
+use wire::schema::TS;
+use wire::{DAY_US, DataFile, StreamName};
+
+use crate::compact::scan;
+use crate::delta::{DeltaTable, TableError, TableSnapshot, entries_since, named_files};
+use crate::errors::chain;
+use crate::rescue::row_schema;
+use crate::store::Store;
+
+/// Something that is not as it was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    /// The file or entry, relative to the table.
+    pub what: String,
+    pub detail: String,
+}
+
+/// What was read of a table.
+#[derive(Debug, Default)]
+pub struct Report {
+    pub entries: usize,
+    pub files: usize,
+    pub rows: u64,
+    pub bytes: u64,
+    pub damage: Vec<Damage>,
+}
+
+/// Reads all of a table. `progress` is told the bytes of each file that is done, after it was told of all with `begin`.
+///
+/// # Errors
+/// When the store does not answer, or the table cannot be opened at all: the error names what is wrong in its log.
+pub async fn verify(
+    store: &Store,
+    stream: &StreamName,
+    begin: &(dyn Fn(u64) + Send + Sync),
+    progress: &(dyn Fn(u64) + Send + Sync),
+) -> Result<Report, TableError> {
+    let mut report = Report::default();
+    let Some(table) = DeltaTable::open(store, stream).await? else {
+        report.damage.push(Damage { what: "_delta_log".to_owned(), detail: "there is no table".to_owned() });
+        return Ok(report);
+    };
+    let snapshot = table.snapshot();
+    begin(snapshot.files.bytes());
+    verify_log(stream, &snapshot, &mut report).await?;
+    for file in snapshot.files.iter() {
+        if let Err(detail) = verify_file(&snapshot, file, &mut report.rows).await {
+            report.damage.push(Damage { what: file.path.clone(), detail });
+        }
+        report.files += 1;
+        report.bytes += file.bytes;
+        progress(file.bytes);
+    }
+    Ok(report)
+}
+
+async fn verify_log(stream: &StreamName, snapshot: &TableSnapshot, report: &mut Report) -> Result<(), TableError> {
+    let mut before = None;
+    for version in entries_since(stream, snapshot, DateTime::UNIX_EPOCH).await? {
+        let what = || format!("_delta_log/{version:020}.json");
+        if before.is_some_and(|before: u64| before + 1 != version) {
+            report.damage.push(Damage { what: what(), detail: "the entry before it is missing".to_owned() });
+        }
+        before = Some(version);
+        report.entries += 1;
+        match named_files(stream, &snapshot.log_store, version).await {
+            Ok(_) => {}
+            Err(error @ TableError::Entry { .. }) => {
+                report.damage.push(Damage { what: what(), detail: chain(&error) });
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// What is wrong with a file.
+async fn verify_file(snapshot: &TableSnapshot, file: &DataFile, rows: &mut u64) -> Result<(), String> {
+    let store = snapshot.log_store.object_store(None);
+    let place = Path::from_url_path(&file.path).map_err(|error| error.to_string())?;
+    let there = store.head(&place).await.map_err(|error| match error {
+        object_store::Error::NotFound { .. } => "it is not there".to_owned(),
+        other => chain(&other),
+    })?;
+    if there.size != file.bytes {
+        return Err(format!("it has {} bytes, the log says {}", there.size, file.bytes));
+    }
+    let (mut count, mut wrong) = (0, None);
+    let (first, last) = (file.earliest_us(), file.latest_us());
+    let mut look = |batch: &arrow_array::RecordBatch| {
+        count += batch.num_rows() as u64;
+        let ts = batch.column_by_name(TS).expect("the table has it").as_primitive::<TimestampMicrosecondType>();
+        let outside =
+            ts.values().iter().find(|us| us.div_euclid(DAY_US) != i64::from(file.date) || **us < first || **us > last);
+        if let Some(us) = outside {
+            wrong.get_or_insert_with(|| {
+                let time =
+                    DateTime::from_timestamp_micros(*us).map_or_else(|| us.to_string(), |time| time.to_rfc3339());
+                format!("a row of {time} is outside of the file's date, or of what the log says of it")
+            });
+        }
+    };
+    let schema = row_schema(&snapshot.fields);
+    scan(&store, &schema, file, &mut look).await.map_err(|error| chain(&error))?;
+    *rows += count;
+    if let Some(expected) = file.rows.filter(|expected| *expected != count) {
+        return Err(format!("it has {count} rows, the log says {expected}"));
+    }
+    wrong.map_or(Ok(()), Err)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::delta::tests::{place, rows, span, speed, stream};
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_damaged_is_named_and_nothing_else() {
+        let place = place();
+        let mut table = DeltaTable::create(&place.store, &stream(), &speed()).await.unwrap();
+        for seq in 1..=3 {
+            table.commit(&[rows(1, seq, &speed())], &[span(1, seq, seq)]).await.unwrap();
+        }
+        let files: Vec<DataFile> = table.snapshot().files.iter().map(|file| file.as_ref().clone()).collect();
+        let check = async |expected: &[(&str, &str)]| {
+            let report = verify(&place.store, &stream(), &|_| {}, &|_| {}).await.unwrap();
+            assert_eq!(report.damage.len(), expected.len(), "{:?}", report.damage);
+            for (damage, (what, detail)) in report.damage.iter().zip(expected) {
+                assert!(damage.what == *what && damage.detail.contains(detail), "{damage:?}: {what} {detail}");
+            }
+            report
+        };
+        let report = check(&[]).await;
+        assert_eq!((report.entries, report.files, report.rows), (4, 9, 30));
+
+        let at = |file: &DataFile| place.table().join(&file.path);
+        std::fs::remove_file(at(&files[0])).unwrap();
+        let whole = std::fs::read(at(&files[1])).unwrap();
+        std::fs::write(at(&files[1]), &whole[..whole.len() - 1]).unwrap();
+        let mut flipped = std::fs::read(at(&files[4])).unwrap();
+        flipped[40..60].fill(0xff);
+        std::fs::write(at(&files[4]), flipped).unwrap();
+        // The file of another batch, of the same size or not: its rows are not those that the log says.
+        std::fs::copy(at(&files[8]), at(&files[5])).unwrap();
+        let report = verify(&place.store, &stream(), &|_| {}, &|_| {}).await.unwrap();
+        let named: Vec<&str> = report.damage.iter().map(|damage| damage.what.as_str()).collect();
+        assert_eq!(named, [0, 1, 4, 5].map(|index: usize| files[index].path.as_str()), "{:?}", report.damage);
+        assert!(report.damage[0].detail.contains("not there") && report.damage[1].detail.contains("bytes"));
+    }
+}
