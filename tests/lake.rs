@@ -298,7 +298,7 @@ for _ in range(int(sys.argv[2])):
     assert sorted(read) == list(range(len(read))), (table.version(), len(read), len(set(read)))
     assert len(read) >= seen, (seen, len(read))
     files = table.file_uris()
-    counted = duckdb.sql(f"SELECT count(*), count(distinct n) FROM read_parquet({files!r})").fetchone() if files else (0, 0)
+    counted = duckdb.sql(f"SELECT count(*), count(distinct n) FROM read_parquet({files!r})").fetchall()[0] if files else (0, 0)
     assert counted == (len(read), len(read)), counted
     seen = len(read)
     versions.add(table.version())
