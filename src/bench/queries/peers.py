@@ -1,4 +1,4 @@
-"""DuckDB and chDB over the Parquet files of a table, two threads each: answers and times as JSON.
+"""DuckDB (with pytz) and chDB over the Parquet files of a table, two threads each: answers and times as JSON.
 
 Arguments: the table's directory, the file of statements, how often each is asked; the first time does not count.
 """
@@ -29,12 +29,14 @@ def measure(ask, dialect):
         times = []
         for turn in range(repeat + 1):
             started = time.perf_counter()
-            rows = ask(statement)
+            names, rows = ask(statement)
             if turn:
                 times.append((time.perf_counter() - started) * 1e3)
         times.sort()
+        # By name, as in an object of JSON.
+        order = sorted(range(len(names)), key=lambda column: names[column])
         answers[name] = {
-            "rows": [[plain(value) for value in row] for row in rows],
+            "rows": [[plain(row[column]) for column in order] for row in rows],
             "ms": {"min": times[0], "p50": times[len(times) // 2], "max": times[-1]},
         }
     return answers
@@ -48,7 +50,12 @@ def duckdb_peer():
     db.execute("SET enable_object_cache = true")
     db.execute(f"CREATE VIEW traffic AS SELECT * FROM read_parquet('{files}', hive_partitioning = true)")
     sketch = re.compile(r"approx_percentile_cont\(0.95\) WITHIN GROUP \(ORDER BY (\w+)\)")
-    return measure(lambda s: db.execute(s).fetchall(), lambda s: sketch.sub(r"approx_quantile(\1, 0.95)", s))
+
+    def ask(statement):
+        answer = db.execute(statement)
+        return [column[0] for column in answer.description], answer.fetchall()
+
+    return measure(ask, lambda s: sketch.sub(r"approx_quantile(\1, 0.95)", s))
 
 
 def chdb_peer():
@@ -62,8 +69,8 @@ def chdb_peer():
     sketch = re.compile(r"approx_percentile_cont\(0.95\) WITHIN GROUP \(ORDER BY (\w+)\)")
 
     def ask(statement):
-        text = str(db.query(statement, "JSONCompact"))
-        return json.loads(text)["data"]
+        answer = json.loads(str(db.query(statement, "JSONCompact")))
+        return [column["name"] for column in answer["meta"]], answer["data"]
 
     settings = " SETTINGS max_threads = 2, output_format_json_quote_64bit_integers = 0"
     return measure(ask, lambda s: sketch.sub(r"quantileTDigest(0.95)(\1)", s) + settings)
