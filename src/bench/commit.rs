@@ -86,8 +86,7 @@ impl CommitBench {
             "last": quantiles(&times[times.len() - thousand..]),
             "merges": merges,
             "files": files,
-            "rss_mb_after_100": memory.first(),
-            "rss_mb_at_end": memory.last(),
+            "rss_mb": memory.iter().step_by(memory.len().div_ceil(10).max(1)).chain(memory.last()).collect::<Vec<_>>(),
             "open_ms": open_ms,
             "compaction_at_end": compaction,
         }))

@@ -3,7 +3,7 @@
 //! Files are taken smallest first, as long as the next is not much larger than all before it together, so that a byte is
 //! written again only when it comes into a file at least half as large again: a day of 1,440 small commits is written
 //! about five times, and a late row does not rewrite its day. While a date is still filled, [`Rules::min_files`] have to
-//! come together; when it is over, two will do.
+//! come together; when it is over and quiet, two will do.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -12,8 +12,9 @@ use wire::{DAY_US, DataFile, DataFiles};
 
 /// A file is taken if it is at most so many times as large as those before it together.
 const GROWTH: u64 = 2;
-/// A date is over so long after its end.
+/// A date is over so long after its end, when nothing has come for it for so long either.
 const OVER_AFTER_US: i64 = DAY_US;
+const QUIET_MS: i64 = 3_600_000;
 /// Most files of one merge.
 pub(crate) const INPUTS_MAX: usize = 128;
 
@@ -33,8 +34,10 @@ pub(crate) fn next_merge(
     now_us: i64,
 ) -> Option<Vec<Arc<DataFile>>> {
     let merges = files.dates().filter_map(|(date, files)| {
-        let over = (i64::from(date) + 1) * DAY_US + OVER_AFTER_US < now_us;
-        merge_of(files, over, rules, left_out)
+        let past = (i64::from(date) + 1) * DAY_US + OVER_AFTER_US < now_us;
+        // A backlog fills old dates, too.
+        let quiet = files.iter().all(|file| file.modified_ms + QUIET_MS < now_us / 1_000);
+        merge_of(files, past && quiet, rules, left_out)
     });
     merges.max_by_key(Vec::len)
 }
@@ -148,6 +151,13 @@ mod tests {
         assert_eq!((merge.len(), merge[0].date), (5, 2));
         let bad = (0..4).map(|index| format!("2-{index}")).collect();
         assert_eq!(next_merge(&all, RULES, &bad, now).unwrap()[0].date, 1);
+        // A backlog comes for the first day.
+        let late =
+            |at_ms| DataFile { path: "1-2".to_owned(), modified_ms: at_ms, ..files(1, &[10])[0].as_ref().clone() };
+        let filled = all.with([Arc::new(late(now / 1_000))], &[]);
+        assert_eq!(next_merge(&filled, RULES, &bad, now), None);
+        let quiet = all.with([Arc::new(late(now / 1_000 - QUIET_MS - 1))], &[]);
+        assert_eq!(next_merge(&quiet, RULES, &bad, now).map(|merge| merge.len()), Some(3));
         // Days that are still filled wait for more.
         assert_eq!(next_merge(&all, RULES, &bad, 2 * DAY_US), None);
         assert_eq!(small_files(&all, 11), 7);

@@ -243,6 +243,7 @@ async fn a_writer_that_slept_longer_than_the_log_is_kept_makes_no_entry_in_the_p
     asleep.seen = SystemTime::UNIX_EPOCH;
     let covered = asleep.commit(&[rows(1, 1, &speed())], &[span(1, 1, 1)]).await;
     assert!(matches!(covered, Err(CommitError::Covered { committed: Seq(5), .. })), "{covered:?}");
+    assert!(!place.table().join("_delta_log/00000000000000000001.json").exists(), "an entry in the past");
     let next = asleep.commit(&[rows(1, 6, &speed())], &[span(1, 6, 6)]).await.unwrap();
     assert_eq!((next.version, next.files.rows()), (6, 60));
     assert_eq!(count(&DeltaTable::open(&place.store, &stream()).await.unwrap().unwrap().snapshot()).await, 60);

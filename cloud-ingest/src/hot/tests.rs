@@ -144,3 +144,26 @@ fn every_answered_version_is_whole() {
         }
     }
 }
+
+/// Files were compacted while a commit is under way: nothing is hot that was not, and what the commit took stays apart.
+#[test]
+fn a_version_without_new_rows_leaves_hot_rows_and_a_commit_under_way_alone() {
+    let mut hot = HotSet::new(0);
+    for seq in 1..=4 {
+        hot.push(chunk(0, seq, 10, 0));
+    }
+    let taken = hot.take(64, usize::MAX);
+    assert_eq!(taken.rows.len(), 4);
+    hot.committed(1, |_| Seq(0), Instant::now() + Duration::from_secs(60));
+    for seq in 5..=12 {
+        hot.push(chunk(0, seq, 10, 0));
+    }
+    for at in [0, 1] {
+        assert_eq!(numbers(hot.answer(at, 1)).len(), 120);
+    }
+    hot.committed(2, |_| Seq(4), Instant::now() + Duration::from_secs(60));
+    // A chunk that was merged over the end of what was committed would be cut, and older versions not be answered.
+    for (at, rows) in [(0, 120), (1, 120), (2, 80)] {
+        assert_eq!(numbers(hot.answer(at, 2)).len(), rows, "version {at}");
+    }
+}
