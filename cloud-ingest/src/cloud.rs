@@ -86,6 +86,7 @@ impl Cloud {
             .map_err(StartError::Thread)?;
         let door = Arc::new(Door {
             edges: settings.edge.clone(),
+            write: settings.write.clone(),
             request_bytes_max: settings.limits.request_bytes.bytes(),
             room: http::room_of(settings.limits.waiting_bytes.bytes()),
             decoded: http::room_of(settings.limits.decoded_bytes.bytes()),

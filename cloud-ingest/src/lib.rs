@@ -1,13 +1,16 @@
 //! The cloud side of Weir: takes sealed batches from edges, keeps them in a WAL, and commits them to Delta tables.
 
+pub mod alias;
 pub mod catalog;
 pub mod cloud;
 pub mod config;
 pub mod delta;
+pub mod doors;
 pub mod hot;
 mod http;
 mod ingest;
 pub mod metrics;
+pub mod repeats;
 pub mod rescue;
 pub mod sequencer;
 pub mod store;
