@@ -10,6 +10,7 @@ pub mod engine;
 mod execution;
 pub mod fused_table;
 mod names;
+mod references;
 pub mod serve;
 
 pub use catalog::{ColdTable, Tables, TablesError};
