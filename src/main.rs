@@ -3,6 +3,8 @@
 mod bench;
 mod cloud;
 mod demo;
+mod embedded;
+mod load;
 mod publish;
 mod replay;
 mod sql;
@@ -30,6 +32,8 @@ enum Command {
     /// Measure on this machine, as JSON
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    /// Load files of history into a stream, each exactly once
+    Load(Box<load::LoadArguments>),
     /// Publish a file of history as live MQTT messages
     Replay(replay::ReplayArguments),
 }
@@ -52,6 +56,7 @@ async fn main() -> anyhow::Result<()> {
         Command::Cloud(arguments) => cloud::cloud(arguments).await,
         Command::Sql(arguments) => sql::sql(arguments).await,
         Command::Bench(command) => bench::bench(command).await,
+        Command::Load(arguments) => load::load(*arguments).await,
         Command::Replay(arguments) => replay::replay(arguments).await,
     }
 }
