@@ -30,6 +30,7 @@ pub(crate) struct Process {
     name: String,
     program: PathBuf,
     arguments: Vec<String>,
+    environment: Vec<(&'static str, String)>,
     log: PathBuf,
     child: Option<Child>,
 }
@@ -39,12 +40,25 @@ impl Process {
     pub(crate) fn new(name: &str, program: &Path, arguments: &[&str], directory: &Path) -> Self {
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         let log = directory.join(format!("{name}.log"));
-        Self { name: name.to_owned(), program: program.to_owned(), arguments, log, child: None }
+        Self {
+            name: name.to_owned(),
+            program: program.to_owned(),
+            arguments,
+            environment: Vec::new(),
+            log,
+            child: None,
+        }
     }
 
     /// `weir` with these arguments.
     pub(crate) fn weir(name: &str, arguments: &[&str], directory: &Path) -> Self {
         Self::new(name, Path::new(env!("CARGO_BIN_EXE_weir")), arguments, directory)
+    }
+
+    /// With these variables.
+    pub(crate) fn with(mut self, environment: &[(&'static str, &str)]) -> Self {
+        self.environment.extend(environment.iter().map(|(name, value)| (*name, (*value).to_owned())));
+        self
     }
 
     /// Starts it; it must not run.
@@ -53,6 +67,7 @@ impl Process {
         let log = std::fs::File::options().create(true).append(true).open(&self.log).unwrap();
         let child = Command::new(&self.program)
             .args(&self.arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)
