@@ -11,6 +11,7 @@ use query::{Engine, EngineSettings};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::embedded::{Embedded, Running};
 use crate::tables::NodeTables;
 
 /// Arguments of `weir cloud`.
@@ -38,14 +39,35 @@ impl Node {
 
 /// Runs until SIGINT or SIGTERM.
 pub(crate) async fn cloud(arguments: CloudArguments) -> anyhow::Result<()> {
-    let settings = Settings::load(&arguments.config)?;
+    let mut settings = Settings::load(&arguments.config)?;
+    let agent = Embedded::prepare(&arguments.config, &mut settings)?;
     let token = CancellationToken::new();
     let node = start(settings, token.clone()).await?;
-    stop_signal().await?;
+    // Whatever happens to the agent, what is hot is committed.
+    let mut agent = match agent {
+        None => None,
+        Some(agent) => match agent.start(node.http).await {
+            Ok(agent) => Some(agent),
+            Err(error) => {
+                token.cancel();
+                node.stopped().await;
+                return Err(error);
+            }
+        },
+    };
+    let ended = tokio::select! {
+        signal = stop_signal() => {
+            if let Some(agent) = agent {
+                agent.stop().await;
+            }
+            signal
+        }
+        error = Running::ended(&mut agent) => Err(error),
+    };
     tracing::info!("stopping: what is hot is committed");
     token.cancel();
     node.stopped().await;
-    Ok(())
+    ended
 }
 
 /// Starts ingest and the doors of SQL.

@@ -3,7 +3,9 @@
 mod bench;
 mod cloud;
 mod demo;
+mod embedded;
 mod lake;
+mod load;
 mod publish;
 mod replay;
 mod sql;
@@ -39,6 +41,8 @@ enum Command {
     /// Measure on this machine, as JSON
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    /// Load files of history into a stream, each exactly once
+    Load(Box<load::LoadArguments>),
     /// Publish a file of history as live MQTT messages
     Replay(replay::ReplayArguments),
 }
@@ -65,6 +69,7 @@ async fn main() -> anyhow::Result<()> {
         Command::Vacuum(arguments) => lake::vacuum(arguments).await,
         Command::Verify(arguments) => lake::verify_tables(arguments).await,
         Command::Bench(command) => bench::bench(command).await,
+        Command::Load(arguments) => load::load(*arguments).await,
         Command::Replay(arguments) => replay::replay(arguments).await,
     }
 }

@@ -36,18 +36,30 @@ impl Cloud {
     /// A node with its WAL in `directory/name` and its tables in `directory/tables`. `more` is added to its
     /// configuration.
     pub(crate) async fn start(directory: &Path, name: &str, more: &str) -> Self {
-        let (port, postgres) = (free_port(), free_port());
         let tables = directory.join("tables");
         std::fs::create_dir_all(&tables).unwrap();
+        let store = format!("url = \"file://{}\"", tables.canonicalize().unwrap().display());
+        Self::start_on(directory, name, &store, &[], more).await
+    }
+
+    /// One whose tables are in this store.
+    pub(crate) async fn start_on(
+        directory: &Path,
+        name: &str,
+        store: &str,
+        environment: &[(&'static str, &str)],
+        more: &str,
+    ) -> Self {
+        let (port, postgres) = (free_port(), free_port());
         let config = directory.join(format!("{name}.toml"));
         let text = format!(
-            "data_dir = \"{}\"\n[store]\nurl = \"file://{}\"\n[listen]\nhttp = \"127.0.0.1:{port}\"\n\
+            "data_dir = \"{}\"\n[store]\n{store}\n[listen]\nhttp = \"127.0.0.1:{port}\"\n\
              postgres = \"127.0.0.1:{postgres}\"\n[[edge]]\nid = \"{EDGE}\"\ntoken = \"{TOKEN}\"\n{more}",
             directory.join(name).display(),
-            tables.canonicalize().unwrap().display(),
         );
         std::fs::write(&config, &text).unwrap();
-        let process = Process::weir(name, &["cloud", "--config", config.to_str().unwrap()], directory);
+        let process =
+            Process::weir(name, &["cloud", "--config", config.to_str().unwrap()], directory).with(environment);
         let http = format!("http://127.0.0.1:{port}");
         let mut cloud = Self { process, http, postgres, config, text, client: reqwest::Client::new() };
         cloud.run();
@@ -67,7 +79,8 @@ impl Cloud {
 
     /// Ends by itself at this place, from the next start on.
     pub(crate) fn end_at(&mut self, failpoint: Option<&str>) {
-        self.process.set_variable(failpoint.map(|place| ("WEIR_FAILPOINT", place)));
+        let place = failpoint.map(|place| ("WEIR_FAILPOINT", place));
+        self.process.set_variables(place.as_slice());
     }
 
     /// Whether it has ended by itself.

@@ -120,7 +120,7 @@ async fn a_compaction_and_a_vacuum_that_are_killed_anywhere_lose_and_double_noth
         lake.commit(9).await;
         let before = lake.check().await;
         let mut compact = lake.weir("compact", &["compact"]);
-        compact.set_variable(Some(("WEIR_FAILPOINT", &place)));
+        compact.set_variables(&[("WEIR_FAILPOINT", &place)]);
         compact.start();
         killed += u32::from(!compact.succeeds());
         lake.check().await;
@@ -128,7 +128,7 @@ async fn a_compaction_and_a_vacuum_that_are_killed_anywhere_lose_and_double_noth
         let held = numbers(&lake.directory.path().join("tables/load"), &before);
         assert_eq!(held, lake.expected(), "{place}");
         // It goes on: the commits of the next round, and a compaction that is not killed.
-        compact.set_variable(None);
+        compact.set_variables(&[]);
         compact.start();
         assert!(compact.succeeds(), "{}", compact.log_tail());
         assert_eq!(lake.check().await.files.len(), 1, "{place}");
@@ -140,7 +140,7 @@ async fn a_compaction_and_a_vacuum_that_are_killed_anywhere_lose_and_double_noth
         age(&lake.directory.path().join("tables"));
         let mut vacuum = lake.weir("vacuum", &["vacuum", "load"]);
         let place = format!("delete.between@{pass}");
-        vacuum.set_variable(Some(("WEIR_FAILPOINT", &place)));
+        vacuum.set_variables(&[("WEIR_FAILPOINT", &place)]);
         vacuum.start();
         assert!(!vacuum.succeeds(), "{place}: {}", vacuum.log_tail());
         lake.check().await;

@@ -30,8 +30,8 @@ pub(crate) struct Process {
     name: String,
     program: PathBuf,
     arguments: Vec<String>,
+    environment: Vec<(&'static str, String)>,
     log: PathBuf,
-    environment: Option<(String, String)>,
     child: Option<Child>,
 }
 
@@ -40,8 +40,8 @@ impl Process {
     pub(crate) fn new(name: &str, program: &Path, arguments: &[&str], directory: &Path) -> Self {
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         let log = directory.join(format!("{name}.log"));
-        let program = program.to_owned();
-        Self { name: name.to_owned(), program, arguments, log, environment: None, child: None }
+        let (name, program) = (name.to_owned(), program.to_owned());
+        Self { name, program, arguments, environment: Vec::new(), log, child: None }
     }
 
     /// `weir` with these arguments.
@@ -49,9 +49,9 @@ impl Process {
         Self::new(name, Path::new(env!("CARGO_BIN_EXE_weir")), arguments, directory)
     }
 
-    /// The one variable that is added to its environment from the next start on.
-    pub(crate) fn set_variable(&mut self, variable: Option<(&str, &str)>) {
-        self.environment = variable.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    /// The variables that are added to its environment from the next start on.
+    pub(crate) fn set_variables(&mut self, variables: &[(&'static str, &str)]) {
+        self.environment = variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
     }
 
     /// Whether it has ended by itself; then it may be started again.
@@ -66,6 +66,12 @@ impl Process {
     /// Waits for its end, whichever; whether it was a good one.
     pub(crate) fn succeeds(&mut self) -> bool {
         self.child.take().expect("it runs").wait().unwrap().success()
+    }
+
+    /// With these variables.
+    pub(crate) fn with(mut self, environment: &[(&'static str, &str)]) -> Self {
+        self.set_variables(environment);
+        self
     }
 
     /// Starts it; it must not run.

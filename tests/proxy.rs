@@ -24,6 +24,8 @@ pub(crate) enum Harm {
     FlipRequests,
     /// The connection ends in the middle of an answer.
     CutAnswers,
+    /// What was done is answered 503, and the connection ends.
+    FailAnswers,
 }
 
 /// The directions of a link; up is from those who connect.
@@ -177,6 +179,19 @@ impl Faults {
         Ok(())
     }
 
+    /// Whether an answer that begins here is replaced by [`FAILED`].
+    fn fails(&self, piece: &[u8]) -> bool {
+        let mut harm = self.harm.lock().unwrap();
+        let fails = match &mut *harm {
+            Some((Harm::FailAnswers, random)) => {
+                piece.starts_with(b"HTTP/1.1 2") && random.random_ratio(1, HARM_ONE_IN)
+            }
+            _ => false,
+        };
+        self.harmed.fetch_add(u64::from(fails), Ordering::Relaxed);
+        fails
+    }
+
     /// How much of a piece of an answer passes before its connection ends; None: all.
     fn cut(&self, length: usize) -> Option<usize> {
         let mut harm = self.harm.lock().unwrap();
@@ -189,6 +204,9 @@ impl Faults {
         None
     }
 }
+
+/// What is answered in place of the truth.
+const FAILED: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
 
 async fn forward(mut client: TcpStream, mut server: TcpStream, faults: Arc<Faults>, mut link: watch::Receiver<Link>) {
     let (mut up, mut down) = (vec![0; BUFFER_BYTES], vec![0; BUFFER_BYTES]);
@@ -222,6 +240,10 @@ async fn forward(mut client: TcpStream, mut server: TcpStream, faults: Arc<Fault
                     server_open = false;
                     continue;
                 };
+                if !lost_down && faults.fails(&down[..length]) {
+                    client.write_all(FAILED).await.ok();
+                    return;
+                }
                 let cut = faults.cut(length);
                 let passed = if lost_down { faults.throw_away() } else { client.write_all(&down[..cut.unwrap_or(length)]).await };
                 if passed.is_err() || cut.is_some() {

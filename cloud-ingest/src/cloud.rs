@@ -106,6 +106,7 @@ impl Cloud {
         };
         let door = Arc::new(Door {
             edges: settings.edge.clone(),
+            write: settings.write.clone(),
             request_bytes_max: settings.limits.request_bytes.bytes(),
             room: http::room_of(settings.limits.waiting_bytes.bytes()),
             decoded: http::room_of(settings.limits.decoded_bytes.bytes()),

@@ -9,15 +9,19 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::store::S3Settings;
 use serde::Deserialize;
 pub use wire::written::{ConfigError, Size, Span};
 use wire::written::{load, with_line, with_nearest_key};
 use wire::{BATCH_BYTES_MAX, BATCH_DATES_MAX, BATCH_DECODED_BYTES_MAX, EdgeId};
 
+use crate::store::S3Settings;
+
 mod lake;
 
 pub use lake::{CompactSettings, Keep, KeepSettings, LakeSettings, StreamSettings};
+
+/// Batches of doors that can be remembered: some 150 bytes each, in memory and on disk.
+const REPEATS_MAX: usize = 10_000_000;
 
 /// Everything that can be set.
 #[derive(Debug, Clone, Deserialize)]
@@ -38,6 +42,8 @@ pub struct Settings {
     #[serde(default)]
     pub limits: LimitSettings,
     #[serde(default)]
+    pub write: WriteSettings,
+    #[serde(default)]
     pub query: QuerySettings,
     #[serde(default)]
     pub lake: LakeSettings,
@@ -49,6 +55,9 @@ pub struct Settings {
     /// By name of a stream, or a pattern with one `*`.
     #[serde(default)]
     pub stream: BTreeMap<String, StreamSettings>,
+    /// An edge agent in the same process.
+    #[serde(default)]
+    pub agent: Option<AgentSettings>,
     /// Who may write, and as whom.
     #[serde(default)]
     pub edge: Vec<EdgeSettings>,
@@ -149,6 +158,31 @@ impl Default for LimitSettings {
     }
 }
 
+/// The doors for senders without an agent: Influx line protocol and OTLP metrics.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WriteSettings {
+    /// Bytes of one request, unpacked.
+    pub max_bytes: Size,
+    /// The first of these tags that a line has names its device.
+    pub device: Vec<String>,
+    /// The same request again within this time is not stored twice.
+    pub repeats_within: Span,
+    /// Batches that are remembered for that; of more the oldest are forgotten.
+    pub repeats_max: usize,
+}
+
+impl Default for WriteSettings {
+    fn default() -> Self {
+        Self {
+            max_bytes: Size(16 << 20),
+            device: vec!["device".to_owned(), "host".to_owned()],
+            repeats_within: Span(Duration::from_secs(600)),
+            repeats_max: 100_000,
+        }
+    }
+}
+
 /// Limits of questions.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -165,6 +199,14 @@ impl Default for QuerySettings {
     fn default() -> Self {
         Self { timeout: Span(Duration::from_secs(300)), max_bytes: Size(1 << 30), json_rows: 1_000_000 }
     }
+}
+
+/// An edge agent in the same process, for sources that are reached from here.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AgentSettings {
+    /// Its configuration, as an edge's; without `[cloud]` and `data_dir`.
+    pub config: PathBuf,
 }
 
 /// One edge that may write.
@@ -254,6 +296,18 @@ impl Settings {
         if self.limits.waiting_bytes.0 < self.limits.request_bytes.0 {
             return Err("[limits] waiting_bytes must be at least request_bytes".to_owned());
         }
+        for (name, stream) in &self.stream {
+            let twice = stream.alias.iter().find(|(_, alias)| stream.alias.contains_key(*alias));
+            if let Some((from, alias)) = twice {
+                return Err(format!("[stream.{name}.alias] {from} = \"{alias}\": {alias} has an alias itself"));
+            }
+        }
+        if self.write.max_bytes.bytes() > self.limits.request_bytes.bytes() {
+            return Err("[write] max_bytes must be at most limits.request_bytes".to_owned());
+        }
+        if self.write.repeats_max > REPEATS_MAX {
+            return Err(format!("[write] repeats_max must be at most {REPEATS_MAX}"));
+        }
         // With less, the largest batch might find no room in an empty log.
         if self.wal.max_bytes.bytes() < self.wal.segment_bytes.bytes().saturating_mul(8) {
             return Err("[wal] max_bytes must be at least eight times segment_bytes".to_owned());
@@ -292,6 +346,10 @@ mod tests {
         check("[limits]\nrequest_bytes = \"4MiB\"", "at least 33MiB");
         check("[limits]\nrequests_waiting = 0", "at least 1");
         check("[limits]\ndecoded_bytes = \"64MiB\"", "at least 128MiB");
+        check("[write]\nmax_bytes = \"1GiB\"", "at most limits.request_bytes");
+        check("[stream.s.alias]\na = \"b\"\nb = \"c\"", "has an alias itself");
+        check("[stream.s.alias]\na = \"B\"", "is not a name");
+        check("[write]\ndevise = []", "did you mean `device`?");
         check("[limits]\nwaiting_bytes = \"1MiB\"", "at least request_bytes");
         check("[[edge]]\nid = \"a b\"\ntoken = \"x\"", "not an edge id");
         check("[[edge]]\nid = \"a\"\ntoken = \"\"", "empty token");

@@ -1,5 +1,5 @@
 //! The door for edges: `POST /v1/edges/{edge}/batches`, `GET /v1/edges/{edge}/positions`, and `/health`, `/ready`,
-//! `/metrics`.
+//! `/metrics`. The doors for other senders are in [`write`].
 //!
 //! An edge may write as itself with its token, and nobody else may: an unknown edge and a wrong token get the same
 //! answer. Bodies, rows and decoded bytes have limits. Checksums and Arrow bodies are checked here, on blocking
@@ -28,10 +28,12 @@ use wire::{
     Acks, BATCH_DECODED_BYTES_MAX, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId, StreamAck, StreamSchema,
 };
 
-use crate::config::EdgeSettings;
+use crate::config::{EdgeSettings, WriteSettings};
 use crate::ingest::request::Arrived;
 use crate::ingest::{Job, RETRY_AFTER_MS, Reply};
 use crate::metrics::Metrics;
+
+mod write;
 
 /// Schemas that are remembered between requests; above it the oldest way is open: send them again.
 const SCHEMAS_MAX: usize = 10_000;
@@ -48,6 +50,7 @@ const PART_BYTES: usize = BATCH_DECODED_BYTES_MAX;
 #[derive(Debug)]
 pub(crate) struct Door {
     pub(crate) edges: Vec<EdgeSettings>,
+    pub(crate) write: WriteSettings,
     pub(crate) request_bytes_max: usize,
     /// Room for the bodies of requests that are in here, in units of [`ROOM_UNIT`].
     pub(crate) room: Arc<Semaphore>,
@@ -67,10 +70,22 @@ pub(crate) fn router(door: Arc<Door>) -> Router {
     Router::new()
         .route("/v1/edges/{edge}/batches", post(batches))
         .route("/v1/edges/{edge}/positions", get(positions))
-        .route("/health", get(|| async { "ok\n" }))
+        .route("/health", get(health))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
+        .merge(write::routes())
         .with_state(door)
+}
+
+/// In InfluxDB's words for its clients, which ask for JSON.
+async fn health(headers: HeaderMap) -> Response {
+    let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    if accept.contains("application/json") {
+        let words =
+            serde_json::json!({ "name": "influxdb", "message": "ready for queries and writes", "status": "pass" });
+        return Json(words).into_response();
+    }
+    "ok\n".into_response()
 }
 
 async fn ready(State(door): State<Arc<Door>>) -> Response {
@@ -141,19 +156,7 @@ async fn take_batches(door: &Arc<Door>, edge: &str, headers: &HeaderMap, body: B
     let is_packed = is_packed(headers)?;
     // Held until the answer is known.
     let _room = room(door, length(headers).unwrap_or(bytes_max))?;
-    let body = tokio::time::timeout(BODY_MAX, to_bytes(body, bytes_max)).await.map_err(|_| {
-        let detail = format!("the body did not come within {} s", BODY_MAX.as_secs());
-        RefusedRequest::Damaged { detail }
-    })?;
-    let body = body.map_err(|error| {
-        let too_large =
-            std::error::Error::source(&error).is_some_and(|cause| cause.to_string().contains("length limit"));
-        if too_large {
-            RefusedRequest::TooLarge { bytes_max }
-        } else {
-            RefusedRequest::Damaged { detail: "the body broke off".to_owned() }
-        }
-    })?;
+    let body = whole(body, bytes_max).await?;
     let unpacked_len = if is_packed { Some(unpacked_len(&body)?) } else { None };
     let _more_room = unpacked_len.map(|len| room(door, len)).transpose()?;
     let reader = Arc::clone(door);
@@ -182,6 +185,23 @@ async fn take_batches(door: &Arc<Door>, edge: &str, headers: &HeaderMap, body: B
     }
     push_back(door, parts);
     Ok(all)
+}
+
+/// All of a body, if it comes in time and is not too large.
+async fn whole(body: Body, bytes_max: usize) -> Result<Bytes, RefusedRequest> {
+    let body = tokio::time::timeout(BODY_MAX, to_bytes(body, bytes_max)).await.map_err(|_| {
+        let detail = format!("the body did not come within {} s", BODY_MAX.as_secs());
+        RefusedRequest::Damaged { detail }
+    })?;
+    body.map_err(|error| {
+        let too_large =
+            std::error::Error::source(&error).is_some_and(|cause| cause.to_string().contains("length limit"));
+        if too_large {
+            RefusedRequest::TooLarge { bytes_max }
+        } else {
+            RefusedRequest::Damaged { detail: "the body broke off".to_owned() }
+        }
+    })
 }
 
 /// The later answer of a sequence counts.

@@ -2,7 +2,8 @@
 //!
 //! What wakes it: a request, an errand that is back from the store, the tick. What it owns: the WAL, all sequences, the
 //! hot rows, and the right to replace a [`TableState`](crate::TableState). The order for a batch is: admit, append, sync,
-//! show in hot, ack; so that acknowledged <= visible <= sent (rule 2). Requests that wait together share one sync.
+//! show in hot, ack; so that acknowledged <= visible <= sent (rule 2). Requests that wait together share one sync. What this
+//! node's own doors were sent goes the same way, and gets its number here (`ingest/write.rs`).
 //!
 //! It never waits for the store: what a request wants to know of it (a table to be made, a gap to be looked into) is an
 //! errand, and the request is parked meanwhile, for [`PARKED_MAX`] at most. A stream that cannot commit is pushed back
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use segment_log::{AppendError, FileLayer, FreeError, Options, ReadError, SyncError};
+use segment_log::{AppendError, FileLayer, FreeError, Options, Position, ReadError, SyncError};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use wire::{Acks, RefusedAnswer, RefusedRequest, SpoolId, StreamAck, StreamName};
@@ -25,10 +26,13 @@ pub(crate) use self::errand::Done;
 use self::errand::{LookBook, Subject, Ticket};
 use self::request::{Arrived, Request};
 use self::stream::Stream;
+use self::write::Writing;
+use crate::alias::Aliases;
 use crate::catalog::Catalogue;
 use crate::config::Settings;
 use crate::delta::TableError;
 use crate::metrics::Metrics;
+use crate::repeats::{Repeats, RepeatsError};
 use crate::store::{Store, StoreError};
 use crate::wal::Wal;
 
@@ -39,6 +43,7 @@ mod errand;
 mod recover;
 pub(crate) mod request;
 mod stream;
+pub(crate) mod write;
 
 /// Committed rows that wait for older queries may take so large a part of hot's memory: one in four.
 const GRACE_SHARE: usize = 4;
@@ -62,6 +67,7 @@ pub(crate) type Reply = oneshot::Sender<Result<Acks, RefusedAnswer>>;
 #[derive(Debug)]
 pub(crate) enum Job {
     Batches { batches: Vec<Arrived>, reply: Reply, _place: OwnedSemaphorePermit },
+    Write { writing: Box<Writing>, _place: OwnedSemaphorePermit },
     Positions { spools: Vec<SpoolId>, reply: Reply, _place: OwnedSemaphorePermit },
     Done(Box<Done>),
     Stop,
@@ -74,6 +80,10 @@ pub enum StartError {
     Wal(#[from] segment_log::OpenError),
     #[error("read the write-ahead log")]
     Replay(#[from] ReadError),
+    #[error(transparent)]
+    Repeats(#[from] RepeatsError),
+    #[error("write to the write-ahead log")]
+    Append(#[from] AppendError),
     #[error("open the store")]
     Store(#[from] StoreError),
     #[error("open a table")]
@@ -108,6 +118,7 @@ struct Parked {
 #[derive(Debug)]
 enum Waiting {
     Batches(Box<Request>),
+    Write(Box<Writing>),
     Positions { spools: Vec<SpoolId>, reply: Reply },
 }
 
@@ -119,6 +130,10 @@ pub(crate) struct Ingest<L: FileLayer> {
     store: Store,
     runtime: Handle,
     wal: Wal<L>,
+    /// What the doors took lately, and their spool.
+    repeats: Repeats<L>,
+    /// Streams of which the WAL has batches that a door took and that could not be put back, and from where on.
+    held: BTreeMap<StreamName, Position>,
     streams: BTreeMap<StreamName, Stream>,
     looks: LookBook,
     /// Why tables could not be opened, so that each reason is told once.
@@ -152,7 +167,12 @@ impl<L: FileLayer> Ingest<L> {
             max_bytes: settings.wal.max_bytes.0,
             reserve_bytes: WAL_RESERVE_BYTES.min(settings.wal.segment_bytes.0 / 8),
         };
-        let (wal, opening) = Wal::open(layer, &settings.data_dir.join("wal"), options)?;
+        let (wal, opening) = Wal::open(layer.clone(), &settings.data_dir.join("wal"), options)?;
+        let (within_us, ids_max) = (settings.write.repeats_within.micros(), settings.write.repeats_max);
+        let (repeats, of_repeats) = Repeats::open(layer, &settings.data_dir.join("doors"), within_us, ids_max)?;
+        for incident in &of_repeats.incidents {
+            tracing::error!(?incident, "the log of the doors is damaged: what they took then may be taken again");
+        }
         for incident in &opening.incidents {
             tracing::error!(
                 ?incident,
@@ -167,6 +187,8 @@ impl<L: FileLayer> Ingest<L> {
             store,
             runtime,
             wal,
+            repeats,
+            held: BTreeMap::new(),
             streams: BTreeMap::new(),
             looks: LookBook::default(),
             unopened: BTreeMap::new(),
@@ -195,6 +217,7 @@ impl<L: FileLayer> Ingest<L> {
     /// Final: the process has to stop at once.
     pub(crate) fn run(mut self) -> Result<(), Fault> {
         while self.turn()? {}
+        self.repeats.mark()?;
         Ok(self.wal.mark()?)
     }
 
@@ -217,7 +240,7 @@ impl<L: FileLayer> Ingest<L> {
     /// One job, and those that wait behind it, under one sync. What replaces tables or frees segments comes when all
     /// that was admitted is synced and shown.
     fn work(&mut self, first: Job) -> Result<(), Fault> {
-        let (mut requests, mut done) = (Vec::new(), Vec::new());
+        let (mut requests, mut writes, mut done) = (Vec::new(), Vec::new(), Vec::new());
         let mut bytes = 0;
         let mut next = Some(first);
         while let Some(job) = next.take() {
@@ -225,6 +248,10 @@ impl<L: FileLayer> Ingest<L> {
                 Job::Batches { batches, reply, .. } => {
                     bytes += batches.iter().map(|arrived| arrived.batch.bytes().len()).sum::<usize>();
                     requests.push(Request::new(batches, reply));
+                }
+                Job::Write { writing, .. } => {
+                    bytes += writing.wal_bytes();
+                    writes.push(*writing);
                 }
                 Job::Positions { spools, reply, .. } => self.park_positions(spools, reply),
                 Job::Done(errand) => done.push(*errand),
@@ -234,7 +261,7 @@ impl<L: FileLayer> Ingest<L> {
                 next = self.jobs.try_recv().ok();
             }
         }
-        self.take(requests)?;
+        self.take(requests, writes)?;
         for errand in done {
             self.done(errand)?;
         }
@@ -242,18 +269,25 @@ impl<L: FileLayer> Ingest<L> {
     }
 
     /// Admits requests, syncs once, shows what is durable, answers. Those that want something of the store are parked.
-    fn take(&mut self, requests: Vec<Request>) -> Result<(), Fault> {
-        let (mut staged, mut through) = (BTreeSet::new(), Vec::new());
+    fn take(&mut self, requests: Vec<Request>, writes: Vec<Writing>) -> Result<(), Fault> {
+        let (mut staged, mut through, mut written) = (BTreeSet::new(), Vec::new(), Vec::new());
         for mut request in requests {
             match self.admit(&mut request, &mut staged)? {
                 None => through.push(request),
                 Some(ticket) => self.park(vec![ticket], Waiting::Batches(Box::new(request))),
             }
         }
+        for mut writing in writes {
+            match self.admit_write(&mut writing, &mut staged)? {
+                None => written.push(writing),
+                Some(tickets) => self.park(tickets, Waiting::Write(Box::new(writing))),
+            }
+        }
         if !staged.is_empty() {
             self.wal.sync()?;
             self.show(&staged);
         }
+        written.into_iter().for_each(|writing| self.answer_write(writing));
         for request in through {
             let acks = self.acks(request.touched());
             request.answer(&self.node, acks, &self.metrics);
@@ -287,7 +321,7 @@ impl<L: FileLayer> Ingest<L> {
     /// Goes on with those parked whose looks are over, in the order in which they came.
     fn resume(&mut self) -> Result<(), Fault> {
         let now = Instant::now();
-        let mut requests = Vec::new();
+        let (mut requests, mut writes) = (Vec::new(), Vec::new());
         for parked in std::mem::take(&mut self.parked) {
             let late = || Err("the store did not answer in time".to_owned());
             let ready = parked.until <= now || parked.tickets.iter().all(|ticket| self.looks.outcome(ticket).is_some());
@@ -305,13 +339,17 @@ impl<L: FileLayer> Ingest<L> {
                     request.looked(outcomes.into_iter().try_for_each(|(outcome, _)| outcome));
                     requests.push(*request);
                 }
+                Waiting::Write(mut writing) => {
+                    writing.looked(outcomes.into_iter().try_for_each(|(outcome, _)| outcome));
+                    writes.push(*writing);
+                }
                 // A caller that has gone asks again.
                 Waiting::Positions { spools, reply } => {
                     reply.send(self.positions(&spools, outcomes)).ok();
                 }
             }
         }
-        if requests.is_empty() { Ok(()) } else { self.take(requests) }
+        if requests.is_empty() && writes.is_empty() { Ok(()) } else { self.take(requests, writes) }
     }
 
     /// A stream that could not be looked at is left out: the edge sends it from its first batch, and it is judged then.
@@ -350,6 +388,11 @@ impl<L: FileLayer> Ingest<L> {
         acks
     }
 
+    /// What the fields of a stream are called that its senders call otherwise.
+    fn aliases(&self, name: &StreamName) -> Option<&Aliases> {
+        self.settings.aliases_of(name)
+    }
+
     fn publish(&self, name: &StreamName) {
         if let Some(stream) = self.streams.get(name) {
             self.catalogue.replace(name, stream.state());
@@ -376,7 +419,11 @@ impl<L: FileLayer> Ingest<L> {
 
     /// Frees the WAL below what is hot.
     fn free(&mut self) -> Result<(), Fault> {
-        let oldest = self.streams.values().filter_map(|stream| stream.hot.wal_from()).min();
+        let of_streams = self.streams.values().filter_map(|stream| stream.hot.wal_from());
+        let oldest = of_streams.chain(self.held.values().copied()).min();
+        // An id must not go with the record that it lies in.
+        self.repeats.sync()?;
+        self.repeats.expire(chrono::Utc::now().timestamp_micros())?;
         self.wal.free_before(oldest.unwrap_or(self.wal.end()))?;
         self.metrics.hot_bytes.set(self.hot_bytes() as u64);
         self.metrics.wal_bytes.set(self.wal.bytes());

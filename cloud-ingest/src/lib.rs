@@ -1,10 +1,12 @@
 //! The cloud side of Weir: takes sealed batches from edges, keeps them in a WAL, and commits them to Delta tables.
 
+pub mod alias;
 pub mod catalog;
 pub mod cloud;
 pub mod compact;
 pub mod config;
 pub mod delta;
+pub mod doors;
 mod errors;
 pub mod failpoint;
 pub mod hot;
@@ -12,6 +14,7 @@ mod http;
 mod ingest;
 mod maintain;
 pub mod metrics;
+pub mod repeats;
 pub mod rescue;
 pub mod retain;
 pub mod sequencer;

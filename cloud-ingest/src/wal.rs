@@ -4,6 +4,7 @@
 //! ```text
 //! KIND_SCHEMA: canonical text of a schema; in every segment before its first use
 //! KIND_BATCH:  received_at i64 LE, µs since 1970 | sealed bytes
+//! KIND_WRITE:  received_at i64 LE | id of what a door was sent [16] | sealed bytes
 //! ```
 //! What is appended counts when [`Wal::sync`] has returned; a failed sync is final and the process has to stop.
 
@@ -19,6 +20,11 @@ use wire::request::{KIND_BATCH, KIND_SCHEMA};
 use wire::schema::SchemaId;
 use wire::{SealedBatch, StreamSchema};
 
+use crate::repeats::WriteId;
+
+/// A batch that a door of this node made. 3 is a kind of frame.
+const KIND_WRITE: u8 = 4;
+
 /// Schemas by their id.
 pub type Schemas = HashMap<SchemaId, Arc<StreamSchema>>;
 
@@ -30,6 +36,8 @@ pub struct Replayed {
     /// Behind its record.
     pub next: Position,
     pub received_at_us: i64,
+    /// Of a batch that a door made.
+    pub write: Option<WriteId>,
     pub batch: SealedBatch,
     pub schema: Arc<StreamSchema>,
 }
@@ -59,7 +67,8 @@ impl<L: FileLayer> Wal<L> {
         Ok((Self { log, in_segment: HashSet::new() }, opening))
     }
 
-    /// Appends a batch, and its schema if the segment does not have it yet. Returns where reading must begin to find it.
+    /// Appends a batch, and its schema if the segment does not have it yet; with the id of what a door was sent, if one made
+    /// it. Returns where reading must begin to find it.
     ///
     /// # Errors
     /// [`AppendError::Full`] is a state: push back and try later.
@@ -68,9 +77,13 @@ impl<L: FileLayer> Wal<L> {
         batch: &SealedBatch,
         schema: &StreamSchema,
         received_at_us: i64,
+        write: Option<WriteId>,
     ) -> Result<Position, AppendError> {
-        let mut payload = Vec::with_capacity(8 + batch.bytes().len());
+        let mut payload = Vec::with_capacity(24 + batch.bytes().len());
         payload.extend(received_at_us.to_le_bytes());
+        if let Some(WriteId(id)) = write {
+            payload.extend(id);
+        }
         payload.extend_from_slice(batch.bytes());
         if self.log.starts_segment(payload.len()) {
             self.in_segment.clear();
@@ -85,7 +98,8 @@ impl<L: FileLayer> Wal<L> {
             }
             self.in_segment.insert(schema.id());
         }
-        let appended = self.log.append(KIND_BATCH, &payload)?;
+        let kind = if write.is_some() { KIND_WRITE } else { KIND_BATCH };
+        let appended = self.log.append(kind, &payload)?;
         if appended.new_segment {
             // The schema filled the segment up: it has to stand in this one, too, before the next batch.
             self.in_segment.clear();
@@ -187,15 +201,22 @@ impl<L: FileLayer> Replay<L> {
                     };
                     self.schemas.insert(schema.id(), (position, Arc::new(schema)));
                 }
-                KIND_BATCH => {
-                    let Some((received_at_us, batch)) = read_batch(record.payload) else {
+                KIND_BATCH | KIND_WRITE => {
+                    let Some((received_at_us, write, batch)) = read_batch(record.kind, record.payload) else {
                         return damaged("holds no batch");
                     };
                     let Some((schema_at, schema)) = self.schemas.get(&batch.header().schema) else {
                         return damaged("holds a batch whose schema is missing");
                     };
                     let (from, schema) = (position.min(*schema_at), Arc::clone(schema));
-                    return Ok(Some(Found::Batch(Box::new(Replayed { from, next, received_at_us, batch, schema }))));
+                    return Ok(Some(Found::Batch(Box::new(Replayed {
+                        from,
+                        next,
+                        received_at_us,
+                        write,
+                        batch,
+                        schema,
+                    }))));
                 }
                 other => return damaged(&format!("has the unknown kind {other}")),
             }
@@ -203,8 +224,12 @@ impl<L: FileLayer> Replay<L> {
     }
 }
 
-fn read_batch(payload: &[u8]) -> Option<(i64, SealedBatch)> {
-    let (received_at, sealed) = payload.split_first_chunk::<8>()?;
+fn read_batch(kind: u8, payload: &[u8]) -> Option<(i64, Option<WriteId>, SealedBatch)> {
+    let (received_at, rest) = payload.split_first_chunk::<8>()?;
+    let (write, sealed) = match kind {
+        KIND_WRITE => rest.split_first_chunk::<16>().map(|(id, sealed)| (Some(WriteId(*id)), sealed))?,
+        _ => (None, rest),
+    };
     let batch = SealedBatch::parse(Bytes::copy_from_slice(sealed)).ok()?;
-    Some((i64::from_le_bytes(*received_at), batch))
+    Some((i64::from_le_bytes(*received_at), write, batch))
 }

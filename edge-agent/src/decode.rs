@@ -25,7 +25,7 @@ use wire::FieldType;
 use self::scalar::{Fault, NUMBER_BYTES_MAX, Record, Scalar};
 use self::sparkplug::Sparkplug;
 pub use self::sparkplug::{Births, Command};
-use self::time::TimeReader;
+pub use self::time::TimeReader;
 use self::when::Filter;
 use crate::config::{Decoding, Format, Place, Pointer, StreamSettings, TimePlace};
 

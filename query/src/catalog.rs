@@ -15,6 +15,7 @@ use wire::hot::HotSource;
 use wire::{DataFiles, StreamName};
 
 use crate::fused_table::LiveTable;
+use crate::references;
 
 /// Name of the one catalogue.
 pub const CATALOG: &str = "weir";
@@ -83,17 +84,23 @@ pub(crate) struct PublicSchema {
 #[async_trait]
 impl SchemaProvider for PublicSchema {
     fn table_names(&self) -> Vec<String> {
-        self.tables.streams().iter().map(ToString::to_string).collect()
+        let streams = self.tables.streams();
+        let views = references::names(&streams);
+        streams.iter().map(ToString::to_string).chain(views).collect()
     }
 
     async fn table(&self, name: &str) -> DataFusionResult<Option<Arc<dyn TableProvider>>> {
         let Ok(stream) = name.parse::<StreamName>() else {
             return Ok(None);
         };
-        Ok(self.tables.cold(&stream).map(|cold| Arc::new(LiveTable::new(stream, cold.schema)) as _))
+        match self.tables.cold(&stream) {
+            Some(cold) => Ok(Some(Arc::new(LiveTable::new(stream, cold.schema)))),
+            None => references::view(self.tables.as_ref(), name),
+        }
     }
 
     fn table_exist(&self, name: &str) -> bool {
-        name.parse::<StreamName>().is_ok_and(|stream| self.tables.cold(&stream).is_some())
+        let is_stream = name.parse::<StreamName>().is_ok_and(|stream| self.tables.cold(&stream).is_some());
+        is_stream || matches!(references::view(self.tables.as_ref(), name), Ok(Some(_)))
     }
 }

@@ -11,6 +11,7 @@ pub mod engine;
 mod execution;
 pub mod fused_table;
 mod names;
+mod references;
 pub mod serve;
 mod utc;
 

@@ -4,11 +4,15 @@
 //! both stand on this crate, so a format that changes here changes its version byte.
 
 pub mod ack;
+pub mod basic;
 mod body;
 mod bytes;
 pub mod cold;
 pub mod hot;
 pub mod ids;
+pub mod line;
+pub mod named;
+pub mod reference;
 pub mod request;
 pub mod schema;
 pub mod sealed;

@@ -7,6 +7,7 @@ use serde::{Deserialize, Deserializer};
 use wire::StreamName;
 
 use super::{Settings, Size, Span};
+use crate::alias::Aliases;
 
 /// The least grace of files that nothing names: longer than the longest commit.
 const GRACE_MIN: Duration = Duration::from_secs(3_600);
@@ -116,9 +117,16 @@ impl Default for KeepSettings {
 pub struct StreamSettings {
     pub keep: Option<Keep>,
     pub max_bytes: Option<Size>,
+    /// From the names that senders give to fields to those that they have here; of one stream, by its own name.
+    pub alias: Aliases,
 }
 
 impl Settings {
+    /// The aliases of a stream's fields.
+    pub fn aliases_of(&self, stream: &StreamName) -> Option<&Aliases> {
+        Some(&self.stream.get(stream.as_str())?.alias)
+    }
+
     /// What is kept of a stream: by its own name, else by the longest pattern that fits, else by the default.
     pub fn keep_of(&self, stream: &StreamName) -> KeepSettings {
         let fitting = self.stream.iter().filter(|(pattern, _)| fits(pattern, stream.as_str()));
@@ -158,7 +166,10 @@ impl Settings {
         if compact.memory_bytes.0 < COMPACT_MEMORY_MIN {
             return Err("compact.memory_bytes must be at least 64MiB".to_owned());
         }
-        for pattern in self.stream.keys() {
+        for (pattern, stream) in &self.stream {
+            if pattern.contains('*') && !stream.alias.is_empty() {
+                return Err(format!("[stream.\"{pattern}\".alias]: aliases are those of one stream, not of a pattern"));
+            }
             if pattern.matches('*').count() > 1 {
                 return Err(format!("[stream.\"{pattern}\"]: a pattern may have one `*`"));
             }

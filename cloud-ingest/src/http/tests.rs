@@ -66,6 +66,7 @@ fn door() -> (Arc<Door>, Arc<parking_lot::Mutex<Vec<u64>>>) {
     });
     let door = Door {
         edges: vec![EdgeSettings { id: EDGE.parse().unwrap(), token: "t".to_owned() }],
+        write: WriteSettings::default(),
         request_bytes_max: REQUEST_BYTES_MAX,
         room: room_of(4 * REQUEST_BYTES_MAX),
         decoded: room_of(2 * BATCH_DECODED_BYTES_MAX),

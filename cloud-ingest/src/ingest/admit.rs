@@ -14,6 +14,7 @@ use super::errand::{Subject, Ticket};
 use super::request::{Arrived, Outcome, Request};
 use super::stream::Accepted;
 use super::{Fault, Ingest, RETRY_AFTER_MS, carry};
+use crate::alias;
 use crate::delta::TableSnapshot;
 use crate::sequencer::Verdict;
 
@@ -63,6 +64,7 @@ impl<L: FileLayer> Ingest<L> {
         }
         // A void batch has no rows, so its schema says nothing about the table.
         let fields = if header.void.is_some() { &[] } else { arrived.schema.fields() };
+        let fields = &*alias::fields(self.aliases(name), fields);
         let Some(stream) = self.streams.get_mut(name) else { return Ok(Outcome::Look(fields.to_vec())) };
         if looked.is_none() && lacks(&stream.snapshot, fields) {
             return Ok(Outcome::Look(fields.to_vec()));
@@ -85,7 +87,7 @@ impl<L: FileLayer> Ingest<L> {
             return Ok(pushed_back(name));
         }
         let received_at_us = chrono::Utc::now().timestamp_micros();
-        let wal_from = match self.wal.append(&arrived.batch, &arrived.schema, received_at_us) {
+        let wal_from = match self.wal.append(&arrived.batch, &arrived.schema, received_at_us, None) {
             Ok(position) => position,
             Err(AppendError::Full) => return Ok(pushed_back(name)),
             Err(AppendError::TooLarge { max, .. }) => {
@@ -104,7 +106,7 @@ impl<L: FileLayer> Ingest<L> {
 
     /// Whether there is room for a batch in memory and WAL, and in its stream's share of each. A stream may have so much
     /// of what is free ([`SHARE`] times) that some always is: one that cannot commit is pushed back alone.
-    fn has_room(&self, name: &StreamName, bytes: usize, wal_bytes: usize) -> bool {
+    pub(super) fn has_room(&self, name: &StreamName, bytes: usize, wal_bytes: usize) -> bool {
         let Some(stream) = self.streams.get(name) else { return false };
         if self.carry.as_ref().is_some_and(|carry| carry.stream == *name) {
             return false;

@@ -73,11 +73,12 @@ impl<L: FileLayer> Carry<L> {
             }
             let header = replayed.batch.header();
             if header.stream == stream.name && header.seq > stream.sequence(header.spool).committed().seq {
-                let position = match wal.append(&replayed.batch, &replayed.schema, replayed.received_at_us) {
-                    Ok(position) => position,
-                    Err(AppendError::Full) => return Ok(Step::Full),
-                    Err(error) => return Err(Fault::Append(error)),
-                };
+                let position =
+                    match wal.append(&replayed.batch, &replayed.schema, replayed.received_at_us, replayed.write) {
+                        Ok(position) => position,
+                        Err(AppendError::Full) => return Ok(Step::Full),
+                        Err(error) => return Err(Fault::Append(error)),
+                    };
                 self.first.get_or_insert(position);
             }
             let step_end = *step_end.get_or_insert(replayed.next.0 + STEP_BYTES);

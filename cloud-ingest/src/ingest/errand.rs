@@ -238,7 +238,8 @@ impl<L: FileLayer> Ingest<L> {
             None => {
                 tracing::info!(stream = %name, "table appears");
                 self.unopened.remove(name);
-                self.streams.insert(name.clone(), Stream::new(name.clone(), table));
+                let aliases = self.aliases(name).cloned().unwrap_or_default();
+                self.streams.insert(name.clone(), Stream::new(name.clone(), table, aliases));
             }
         }
         self.publish(name);

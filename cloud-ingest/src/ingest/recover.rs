@@ -14,6 +14,7 @@ use super::commit::commit_bytes_max;
 use super::errand::{self, CommitEnd};
 use super::stream::Accepted;
 use super::{Ingest, StartError};
+use crate::alias;
 use crate::errors::chain;
 use crate::sequencer::Verdict;
 use crate::wal::{Found, Replayed};
@@ -40,27 +41,34 @@ impl<L: FileLayer> Ingest<L> {
         let header = replayed.batch.header();
         let name = &header.stream;
         let fields = if header.void.is_some() { &[] } else { replayed.schema.fields() };
-        if let Some(stream) = self.streams.get_mut(name)
-            && stream.judge(&replayed.batch) != Verdict::Accept
-        {
+        let fields = alias::fields(self.aliases(name), fields);
+        if self.recall(replayed)? {
             return Ok(0);
+        }
+        let verdict = self.streams.get_mut(name).map(|stream| stream.judge(&replayed.batch));
+        match verdict {
+            None | Some(Verdict::Accept) => {}
+            Some(Verdict::Gap { .. }) if self.is_own(&replayed.batch) => {}
+            Some(_) => return Ok(0),
         }
         let Ok(rows) = replayed.batch.decode(&replayed.schema) else {
             tracing::error!(stream = %name, seq = %header.seq, "a batch of the wal does not decode");
             return Ok(0);
         };
         let known = self.streams.get(name);
-        if known.is_none_or(|stream| lacks(&stream.snapshot, fields)) {
+        if known.is_none_or(|stream| lacks(&stream.snapshot, &fields)) {
             let table = known.map(|stream| stream.table.clone());
-            match self.runtime.block_on(errand::look(&self.store, name, table, fields)) {
+            match self.runtime.block_on(errand::look(&self.store, name, table, &fields)) {
                 Ok(table) => self.adopt(name, table),
                 // It is not committed, so its edge still holds it; this stream alone is pushed back until its table opens.
                 Err(error) => {
-                    tracing::error!(stream = %name, seq = %header.seq, reason = chain(&error), "left in the wal");
+                    let held = self.hold(replayed);
+                    tracing::error!(stream = %name, seq = %header.seq, held, reason = chain(&error), "left in the wal");
                     return Ok(0);
                 }
             }
         }
+        self.fill_gap(replayed)?;
         let Some(stream) = self.streams.get_mut(name) else { return Ok(0) };
         if stream.judge(&replayed.batch) != Verdict::Accept {
             return Ok(0);

@@ -9,6 +9,7 @@ use wire::sealed::BatchHeader;
 use wire::{Mark, SealedBatch, Seq, SpoolId, StreamName};
 
 use super::errand::CommitEnd;
+use crate::alias::{self, Aliases};
 use crate::catalog::TableState;
 use crate::delta::{DeltaTable, TableSnapshot};
 use crate::hot::{Chunk, HotSet, InWal};
@@ -62,16 +63,17 @@ pub(super) struct Stream {
     pub(super) hot: HotSet,
     pub(super) commits: Commits,
     sequences: Sequences,
+    aliases: Aliases,
     /// Those of its hot batches, and older ones.
     schemas: Schemas,
 }
 
 impl Stream {
-    pub(super) fn new(name: StreamName, table: DeltaTable) -> Self {
+    pub(super) fn new(name: StreamName, table: DeltaTable, aliases: Aliases) -> Self {
         let snapshot = table.snapshot();
         let hot = HotSet::new(snapshot.version);
         let (sequences, schemas, commits) = (Sequences::new(), Schemas::new(), Commits::default());
-        Self { name, table, snapshot, hot, commits, sequences, schemas }
+        Self { name, table, snapshot, hot, commits, sequences, aliases, schemas }
     }
 
     pub(super) fn sequence(&mut self, spool: SpoolId) -> &mut Sequence {
@@ -103,7 +105,7 @@ impl Stream {
 
     fn fitted(&self, rows: &RecordBatch, header: &BatchHeader, received_at_us: i64) -> RecordBatch {
         let provenance = Provenance { edge: header.edge.clone(), spool: header.spool, seq: header.seq, received_at_us };
-        rescue(rows, &provenance, &self.snapshot.fields)
+        rescue(&alias::rows(&self.aliases, rows), &provenance, &self.snapshot.fields)
     }
 
     /// The schemas of all batches that its hot rows came from.

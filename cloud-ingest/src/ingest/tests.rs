@@ -17,6 +17,8 @@ use crate::config::{Size, Span};
 use crate::delta::power_cut::rows_on_disk;
 use crate::store::tests::{sim_machine, sim_store, sim_store_through};
 
+mod write;
+
 const SEEDS: u64 = 200;
 const LIVES: u64 = 4;
 const STEPS: u64 = 12;
@@ -36,6 +38,7 @@ fn settings(directory: &str) -> Settings {
     let mut settings = Settings::parse(&format!("data_dir = \"{directory}\"")).unwrap();
     settings.commit.max_age = Span(Duration::ZERO);
     (settings.wal.segment_bytes, settings.wal.max_bytes) = (Size(16 << 10), Size(512 << 10));
+    settings.write.repeats_max = 1_000;
     settings
 }
 

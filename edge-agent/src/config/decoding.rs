@@ -16,6 +16,7 @@ use std::time::Duration;
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{Error, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
+pub use wire::line::Precision;
 
 use super::source::{MapSettings, Place, Pointer, TimePlace};
 use super::{Span, StreamSettings};
@@ -65,17 +66,6 @@ pub struct FormatOptions {
     pub rebirth: Option<bool>,
     /// Sparkplug: a node that does not answer a request for its birth is asked again after this; 30 s unless set.
     pub rebirth_every: Option<Span>,
-}
-
-/// The unit of a time that is a whole number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Precision {
-    #[default]
-    Ns,
-    Us,
-    Ms,
-    S,
 }
 
 /// Which SenML records are one reading, and what tells its fields apart.

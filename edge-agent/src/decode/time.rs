@@ -9,14 +9,15 @@ use crate::config::TimeFormat;
 
 /// Reads times of one format.
 #[derive(Debug)]
-pub(super) enum TimeReader {
+pub enum TimeReader {
     Rfc3339,
     Epoch { per_second: i64 },
     Written { format: String, items: Vec<Item<'static>>, zone: Option<Tz> },
 }
 
 impl TimeReader {
-    pub(super) fn new(format: &TimeFormat) -> Self {
+    /// Of this format, which was checked when it was read.
+    pub fn new(format: &TimeFormat) -> Self {
         match format {
             TimeFormat::Rfc3339 => Self::Rfc3339,
             TimeFormat::Epoch { per_second } => Self::Epoch { per_second: *per_second },
@@ -25,6 +26,14 @@ impl TimeReader {
                 Self::Written { format: format.clone(), items, zone: *zone }
             }
         }
+    }
+
+    /// The time that a text is, for who reads none of the agent's formats.
+    ///
+    /// # Errors
+    /// Why it is none.
+    pub fn text(&self, text: &str) -> Result<i64, String> {
+        self.read(&Scalar::Text(text.into())).map_err(|(_, detail)| detail)
     }
 
     /// The time at a place.

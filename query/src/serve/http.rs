@@ -79,14 +79,10 @@ fn admit(readers: &Readers, peer: SocketAddr, headers: &HeaderMap) -> Result<(),
     if readers.accept_unnamed(peer.ip()) {
         return Ok(());
     }
-    let named = headers
-        .get(header::AUTHORIZATION)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|value| value.strip_prefix("Basic "))
-        .and_then(base64)
-        .and_then(|decoded| String::from_utf8(decoded).ok());
-    if let Some((name, password)) = named.as_deref().and_then(|text| text.split_once(':'))
-        && readers.accept(name, password)
+    let named =
+        headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(wire::basic::credentials);
+    if let Some((name, password)) = named
+        && readers.accept(&name, &password)
     {
         return Ok(());
     }
@@ -97,29 +93,6 @@ fn admit(readers: &Readers, peer: SocketAddr, headers: &HeaderMap) -> Result<(),
     };
     let challenge = [(header::WWW_AUTHENTICATE, "Basic realm=\"weir\"")];
     Err((StatusCode::UNAUTHORIZED, challenge, Json(json!({ "error": message }))).into_response())
-}
-
-/// Standard base64 (RFC 4648), padding optional.
-fn base64(text: &str) -> Option<Vec<u8>> {
-    let mut out = Vec::with_capacity(text.len() * 3 / 4);
-    let (mut bits, mut held) = (0_u32, 0);
-    for byte in text.trim_end_matches('=').bytes() {
-        let value = match byte {
-            b'A'..=b'Z' => byte - b'A',
-            b'a'..=b'z' => byte - b'a' + 26,
-            b'0'..=b'9' => byte - b'0' + 52,
-            b'+' => 62,
-            b'/' => 63,
-            _ => return None,
-        };
-        bits = (bits << 6 | u32::from(value)) & 0xff_ffff;
-        held += 6;
-        if held >= 8 {
-            held -= 8;
-            out.push((bits >> held) as u8);
-        }
-    }
-    Some(out)
 }
 
 fn statement(headers: &HeaderMap, body: &[u8]) -> Result<String, String> {
@@ -293,14 +266,6 @@ fn refuse(error: &QueryError) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn base64_is_read_as_rfc_4648_writes_it() {
-        for (text, plain) in [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9vYmFy", "foobar"), ("YTpi", "a:b")] {
-            assert_eq!(base64(text).unwrap(), plain.as_bytes());
-        }
-        assert!(base64("Z*").is_none());
-    }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn every_column_of_an_object_has_a_name_of_its_own() {
