@@ -2,12 +2,14 @@
 //!
 //! A table is Delta files and hot rows behind one frozen state ([`fused_table`]); [`engine`] plans a statement once
 //! and pins its tables each time it runs; [`serve`] are the doors. Hot rows come through the contract in
-//! `wire::hot`, and cold ones from Delta snapshots that [`catalog::Tables`] hands out; nothing here writes.
+//! `wire::hot`, and cold ones from Delta snapshots that [`catalog::Tables`] hands out; nothing here writes. `functions` has
+//! what people who work with time series expect beside DataFusion's own.
 
 mod breadth;
 pub mod catalog;
 pub mod engine;
 mod execution;
+mod functions;
 pub mod fused_table;
 mod names;
 pub mod serve;
