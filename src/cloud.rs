@@ -88,6 +88,8 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
         memory_bytes_max: settings.query.max_bytes.bytes(),
         timeout: settings.query.timeout.0,
         json_rows_max: settings.query.json_rows,
+        gapfill_rows_max: settings.query.gapfill_rows,
+        latest_bytes_max: settings.query.latest_memory.bytes(),
         ..EngineSettings::default()
     };
     let cloud = Cloud::open(settings).await.context("start the cloud")?;

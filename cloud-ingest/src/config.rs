@@ -193,11 +193,21 @@ pub struct QuerySettings {
     pub max_bytes: Size,
     /// Rows of one JSON answer.
     pub json_rows: usize,
+    /// Rows that one `time_bucket_gapfill` may make.
+    pub gapfill_rows: usize,
+    /// Memory for what `latest` keeps of all streams.
+    pub latest_memory: Size,
 }
 
 impl Default for QuerySettings {
     fn default() -> Self {
-        Self { timeout: Span(Duration::from_secs(300)), max_bytes: Size(1 << 30), json_rows: 1_000_000 }
+        Self {
+            timeout: Span(Duration::from_secs(300)),
+            max_bytes: Size(1 << 30),
+            json_rows: 1_000_000,
+            gapfill_rows: 1_000_000,
+            latest_memory: Size(256 << 20),
+        }
     }
 }
 

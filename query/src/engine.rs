@@ -27,9 +27,11 @@ use tokio::time::Instant;
 use crate::breadth;
 use crate::catalog::{CATALOG, PublicSchema, SCHEMA, Tables, WeirCatalog};
 use crate::execution::Execution;
+use crate::functions;
+use crate::functions::asof::syntax;
+use crate::functions::latest::cache::LatestCache;
 use crate::fused_table::pin;
 use crate::names;
-use crate::utc;
 
 /// Longest statement in bytes.
 pub const SQL_BYTES_MAX: usize = 1 << 20;
@@ -43,6 +45,10 @@ pub struct EngineSettings {
     pub timeout: Duration,
     /// Rows of one JSON answer.
     pub json_rows_max: usize,
+    /// Rows that one `time_bucket_gapfill` may make.
+    pub gapfill_rows_max: usize,
+    /// Memory for the newest rows of all streams that `latest` keeps, bytes.
+    pub latest_bytes_max: usize,
     /// Threads that statements run on, beside those of the doors.
     pub threads: usize,
 }
@@ -53,6 +59,8 @@ impl Default for EngineSettings {
             memory_bytes_max: 1 << 30,
             timeout: Duration::from_secs(300),
             json_rows_max: 1_000_000,
+            gapfill_rows_max: 1_000_000,
+            latest_bytes_max: 256 << 20,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
         }
     }
@@ -111,6 +119,7 @@ impl Prepared {
 pub struct Engine {
     session: SessionContextDebug,
     tables: Arc<dyn Tables>,
+    latest: Arc<LatestCache>,
     settings: EngineSettings,
     execution: Execution,
 }
@@ -141,13 +150,24 @@ impl Engine {
             .with_memory_pool(Arc::new(FairSpillPool::new(settings.memory_bytes_max)))
             .build_arc()
             .map_err(|error| QueryError::Failed { message: error.to_string() })?;
-        let session = SessionContext::new_with_config_rt(config, runtime);
+        let session = SessionContext::new_with_state(functions::state(config, runtime, settings.gapfill_rows_max));
         let public = Arc::new(PublicSchema { tables: Arc::clone(&tables) });
         session.register_catalog(CATALOG, Arc::new(WeirCatalog { public }) as Arc<dyn CatalogProvider>);
-        session.register_udf(utc::date_trunc());
         let execution = Execution::new(settings.threads)
             .map_err(|error| QueryError::Failed { message: format!("start threads for statements: {error}") })?;
-        Ok(Self { session: SessionContextDebug(session), tables, settings, execution })
+        let latest = Arc::new(LatestCache::new(settings.latest_bytes_max));
+        let engine = Self { session: SessionContextDebug(session), tables, latest, settings, execution };
+        engine.equip(engine.session())?;
+        Ok(engine)
+    }
+
+    /// Gives Weir's functions to a session that plans statements for this engine.
+    ///
+    /// # Errors
+    /// When the session takes none.
+    pub(crate) fn equip(&self, session: &SessionContext) -> Result<(), QueryError> {
+        functions::register(session, &self.tables, &self.latest)
+            .map_err(|error| QueryError::Failed { message: error.to_string() })
     }
 
     /// The session that statements are planned in.
@@ -158,6 +178,12 @@ impl Engine {
     /// The tables that statements may name.
     pub(crate) fn tables(&self) -> &Arc<dyn Tables> {
         &self.tables
+    }
+
+    /// What `latest` keeps.
+    #[cfg(test)]
+    pub(crate) fn latest_cache(&self) -> &Arc<LatestCache> {
+        &self.latest
     }
 
     /// The limits.
@@ -187,7 +213,8 @@ impl Engine {
     /// When it does not parse, names what is not there, would change something, or takes too long.
     pub async fn prepare(&self, sql: &str, deadline: Instant) -> Result<Prepared, QueryError> {
         self.measure(&GenericDialect {}, sql)?;
-        let (state, sql) = (self.session().state(), sql.to_owned());
+        let sql = syntax::words(&GenericDialect {}, sql).unwrap_or_else(|| sql.to_owned());
+        let state = self.session().state();
         let parse = move || {
             let dialect = state.config().options().sql_parser.dialect;
             state.sql_to_statement(&sql, &dialect).map(|statement| (state, statement))

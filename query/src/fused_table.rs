@@ -2,7 +2,7 @@
 //!
 //! A [`LiveTable`] stands in a plan until it is executed and cannot be scanned. [`pin`] replaces every one of them,
 //! in subqueries too, by a [`PinnedTable`] over one [`Frozen`] state per stream, so that two mentions of a table in
-//! one statement see the same rows. A frozen state is exact: the snapshot of version V, and what the hot contract
+//! one statement see the same rows; `latest('…')` takes part in it. A frozen state is exact: the snapshot of version V, and what the hot contract
 //! answers for V; when it answers `Stale(W)` the snapshot is loaded again (rule 4).
 //!
 //! Filters go into the Parquet scan (`cold`); hot rows are filtered by the plan above.
@@ -29,6 +29,7 @@ use wire::{DAY_US, StreamName};
 
 use crate::catalog::{ColdTable, Tables};
 use crate::cold;
+use crate::functions::latest::LiveLatest;
 
 /// How often a snapshot is loaded again because commits overtook it, before the statement fails.
 const STALE_TRIES_MAX: usize = 20;
@@ -95,19 +96,39 @@ impl Frozen {
         }
         exec_err!("table {stream} changes faster than it can be read")
     }
+
+    /// The cold half.
+    pub(crate) fn cold(&self) -> &ColdTable {
+        &self.cold
+    }
+
+    /// The hot half: batches that have rows.
+    pub(crate) fn hot(&self) -> &[RecordBatch] {
+        &self.hot
+    }
 }
 
 /// Replaces every live table of a plan by one frozen state per stream. Called each time a statement is executed.
 pub(crate) async fn pin(plan: LogicalPlan, tables: &dyn Tables) -> Result<LogicalPlan> {
-    let mut streams: HashMap<StreamName, Option<Arc<Frozen>>> = HashMap::new();
+    let mut lives = Vec::new();
     plan.apply_with_subqueries(|node| {
-        if let Some(live) = live_table(node) {
-            streams.insert(with_live(&live, |live| live.stream.clone()), None);
-        }
+        lives.extend(live_table(node));
         Ok(TreeNodeRecursion::Continue)
     })?;
-    for (stream, frozen) in &mut streams {
-        *frozen = Some(Arc::new(Frozen::take(tables, stream).await?));
+    let mut streams: HashMap<StreamName, Arc<Frozen>> = HashMap::new();
+    let mut latest: HashMap<StreamName, Arc<dyn TableProvider>> = HashMap::new();
+    for live in &lives {
+        let stream = live_stream(live);
+        let frozen = match streams.get(stream) {
+            Some(frozen) => Arc::clone(frozen),
+            None => Arc::new(Frozen::take(tables, stream).await?),
+        };
+        if let Some(live) = live.downcast_ref::<LiveLatest>()
+            && !latest.contains_key(stream)
+        {
+            latest.insert(stream.clone(), Arc::new(live.pin(&frozen).await?));
+        }
+        streams.insert(stream.clone(), frozen);
     }
     let pinned = plan.transform_down_with_subqueries(|node| {
         let Some(live) = live_table(&node) else {
@@ -116,11 +137,15 @@ pub(crate) async fn pin(plan: LogicalPlan, tables: &dyn Tables) -> Result<Logica
         let LogicalPlan::TableScan(mut scan) = node else {
             return internal_err!("a live table outside a scan");
         };
-        let (stream, schema) = with_live(&live, |live| (live.stream.clone(), Arc::clone(&live.schema)));
-        let Some(Some(frozen)) = streams.get(&stream) else {
-            return internal_err!("table {stream} was not frozen");
+        let stream = live_stream(&live);
+        let provider = match (live.is::<LiveLatest>(), latest.get(stream), streams.get(stream)) {
+            (true, Some(latest), _) => Arc::clone(latest),
+            (false, _, Some(frozen)) => {
+                Arc::new(PinnedTable { schema: live.schema(), frozen: Arc::clone(frozen) }) as _
+            }
+            _ => return internal_err!("table {stream} was not frozen"),
         };
-        scan.source = provider_as_source(Arc::new(PinnedTable { schema, frozen: Arc::clone(frozen) }));
+        scan.source = provider_as_source(provider);
         Ok(Transformed::yes(LogicalPlan::TableScan(scan)))
     })?;
     Ok(pinned.data)
@@ -131,11 +156,14 @@ fn live_table(node: &LogicalPlan) -> Option<Arc<dyn TableProvider>> {
         return None;
     };
     let provider = source_as_provider(&scan.source).ok()?;
-    provider.is::<LiveTable>().then_some(provider)
+    (provider.is::<LiveTable>() || provider.is::<LiveLatest>()).then_some(provider)
 }
 
-fn with_live<T>(provider: &Arc<dyn TableProvider>, read: impl FnOnce(&LiveTable) -> T) -> T {
-    read(provider.downcast_ref::<LiveTable>().expect("live_table checked the type"))
+fn live_stream(provider: &Arc<dyn TableProvider>) -> &StreamName {
+    match provider.downcast_ref::<LiveTable>() {
+        Some(live) => &live.stream,
+        None => provider.downcast_ref::<LiveLatest>().expect("live_table checked the type").stream(),
+    }
 }
 
 /// A table at one frozen state, with the columns that the statement was planned with.
@@ -190,7 +218,8 @@ impl PinnedTable {
     }
 }
 
-fn hot_columns(rows: &RecordBatch, wanted: &SchemaRef) -> Result<RecordBatch> {
+/// Hot rows as the plan wants them: by name, missing ones null, dates from `ts`.
+pub(crate) fn hot_columns(rows: &RecordBatch, wanted: &SchemaRef) -> Result<RecordBatch> {
     let stored = rows.schema();
     let columns = wanted
         .fields()

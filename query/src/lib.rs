@@ -2,18 +2,19 @@
 //!
 //! A table is Delta files and hot rows behind one frozen state ([`fused_table`]); [`engine`] plans a statement once
 //! and pins its tables each time it runs; [`serve`] are the doors. Hot rows come through the contract in
-//! `wire::hot`, and cold ones from Delta snapshots that [`catalog::Tables`] hands out; nothing here writes.
+//! `wire::hot`, and cold ones from Delta snapshots that [`catalog::Tables`] hands out; nothing here writes. `functions` has
+//! what people who work with time series expect beside DataFusion's own.
 
 mod breadth;
 pub mod catalog;
 mod cold;
 pub mod engine;
 mod execution;
+mod functions;
 pub mod fused_table;
 mod names;
 mod references;
 pub mod serve;
-mod utc;
 
 pub use catalog::{ColdTable, Tables, TablesError};
 pub use engine::{Engine, EngineSettings, Prepared, QueryError};

@@ -17,8 +17,11 @@ use datafusion::sql::parser::Statement as Parsed;
 use datafusion::sql::sqlparser::ast::{Ident, Query, Select, SelectItem, SetExpr, Statement};
 use futures::StreamExt;
 
+use crate::functions::asof::syntax::nest;
+
 /// Plans a statement; columns of one name get names of their own.
-pub(crate) async fn plan(state: &SessionState, statement: Parsed) -> Result<LogicalPlan> {
+pub(crate) async fn plan(state: &SessionState, mut statement: Parsed) -> Result<LogicalPlan> {
+    nest(&mut statement);
     let refused = match state.statement_to_plan(statement.clone()).await {
         Err(error) if is_of_names(&error) => error,
         planned => return planned,

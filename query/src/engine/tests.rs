@@ -81,13 +81,13 @@ fn delta_type(kind: &arrow_schema::DataType) -> DeltaType {
 }
 
 /// The files of a table that delta-rs has written, as its log describes them.
-fn data_files(table: &deltalake_core::DeltaTable) -> DataFiles {
+pub(crate) fn data_files(table: &deltalake_core::DeltaTable) -> DataFiles {
     let snapshot = table.snapshot().unwrap().snapshot().clone();
     let log = snapshot.log_data();
     let files = log.iter().map(|file| {
         let stats: serde_json::Value = serde_json::from_str(&file.stats().unwrap()).unwrap();
-        let text = |which: &str, column: &str| stats[which][column].as_str().unwrap().to_owned();
-        let us = |which: &str| DateTime::parse_from_rfc3339(&text(which, "ts")).unwrap().timestamp_micros();
+        let text = |which: &str, column: &str| Some(stats[which][column].as_str()?.to_owned());
+        let us = |which: &str| Some(DateTime::parse_from_rfc3339(&text(which, "ts")?).unwrap().timestamp_micros());
         let date = file.partition_values_map()["_date"].clone().unwrap().parse::<NaiveDate>().unwrap();
         Arc::new(DataFile {
             path: file.path().into_owned(),
@@ -95,8 +95,8 @@ fn data_files(table: &deltalake_core::DeltaTable) -> DataFiles {
             bytes: file.size() as u64,
             rows: stats["numRecords"].as_u64(),
             modified_ms: file.modification_time(),
-            ts: Some((us("minValues"), us("maxValues") + 1_000)),
-            device: Some((text("minValues", "device"), text("maxValues", "device"))),
+            ts: us("minValues").zip(us("maxValues").map(|last| last + 1_000)),
+            device: text("minValues", "device").zip(text("maxValues", "device")),
             device_nulls: None,
         })
     });

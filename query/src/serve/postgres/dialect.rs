@@ -20,6 +20,7 @@ use datafusion_pg_catalog::sql::rules::{
 };
 
 use crate::catalog::Tables;
+use crate::functions::asof::syntax::words;
 
 /// The parser of this door.
 #[derive(Debug)]
@@ -47,6 +48,8 @@ impl Dialect {
 
     /// Every statement of a text.
     pub(super) fn parse(&self, sql: &str) -> Result<Vec<Statement>, ParserError> {
+        let words = words(&PostgreSqlDialect {}, sql);
+        let sql = words.as_deref().unwrap_or(sql);
         // What does not parse as it stands may be one of the texts that the catalogue's parser replaces.
         if let Ok(statements) = Parser::parse_sql(&PostgreSqlDialect {}, sql)
             && statements.iter().any(|statement| self.asks_for_rows(statement))

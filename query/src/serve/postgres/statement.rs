@@ -76,6 +76,7 @@ impl Statements {
             catalog.register_schema(SCHEMA, public).map_err(|error| engine.explain(error))?;
         }
         planner.register_catalog(CATALOG, Arc::new(catalog));
+        engine.equip(&planner)?;
         setup_pg_catalog(&planner, CATALOG, EmptyContextProvider).map_err(|error| engine.explain(*error))?;
         let dialect = Arc::new(Dialect::new(Arc::clone(engine.tables())));
         Ok(Self { engine, planner, dialect })

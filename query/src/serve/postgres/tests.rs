@@ -181,3 +181,30 @@ async fn the_time_limit_is_shown() {
     let answer = Client::connect(engine).await.ask("SHOW statement_timeout").await;
     assert_eq!(answer.rows, [[Some("1min".to_owned())]], "{answer:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn functions_and_joins_of_time_answer_here_too() {
+    // Six batches of ten rows and two devices, a day each from 2022-01-08: four cold, two hot.
+    let (engine, _traffic) = engine(6, 0, MINUTE).await;
+    let mut client = Client::connect(engine).await;
+    for (sql, expected) in [
+        ("SELECT count(*), min(ts) = max(ts) - INTERVAL '1 minute' FROM latest('traffic')", ["2", "t"].as_slice()),
+        ("SELECT vehicle_count FROM latest('traffic') WHERE device = 'd1'", &["59"]),
+        ("SELECT count(b.ts) FROM traffic a ASOF LEFT JOIN traffic b ON a.device = b.device AND a.ts > b.ts", &["58"]),
+        (
+            "SELECT count(*) FROM traffic a ASOF JOIN traffic b MATCH_CONDITION (a.ts >= b.ts) ON a.device = b.device",
+            &["60"],
+        ),
+        ("SELECT last(vehicle_count, ts) FROM traffic WHERE device = 'd0'", &["58"]),
+    ] {
+        let answer = client.ask(sql).await;
+        assert_eq!(answer.error, None, "{sql}");
+        let values: Vec<&str> = answer.rows[0].iter().map(|value| value.as_deref().unwrap_or("NULL")).collect();
+        assert_eq!(values, expected, "{sql}");
+    }
+    let sql = "SELECT count(*) FROM (SELECT time_bucket_gapfill('1 day', ts) AS b, count(*) FROM traffic \
+               WHERE ts >= $1 AND ts < $2 GROUP BY b)";
+    client.prepare("gaps", sql);
+    let answer = client.execute("gaps", &["2022-01-01 00:00:00+00", "2022-01-31 00:00:00+00"]).await;
+    assert_eq!((answer.error, answer.rows), (None, vec![vec![Some("30".to_owned())]]));
+}

@@ -1,0 +1,281 @@
+//! `latest('traffic')`: a table of the newest row of each device.
+//!
+//! Newest is the row with the greatest `ts`, of equal ones that with the greatest `_received_at`, then `_spool`, then
+//! `_seq`: a late row does not take the place of a newer one. It is exact: the cold rows at the version that the statement
+//! is pinned to, and the hot rows above it, as every other mention of the stream in that statement sees them.
+//!
+//! The cold half comes from a [`cache::LatestCache`]. A condition `device = …` or `device IN (…)` is looked up in it;
+//! other conditions are asked of all devices.
+
+pub(crate) mod cache;
+mod newest;
+
+use std::cmp::Ordering;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use arrow::compute::interleave;
+use arrow::compute::kernels::cmp::eq;
+use arrow::datatypes::SchemaRef;
+use arrow_array::{Array, ArrayRef, RecordBatch, RecordBatchOptions, StringArray};
+use async_trait::async_trait;
+use datafusion::catalog::{Session, TableFunctionArgs, TableFunctionImpl, TableProvider};
+use datafusion::common::{Result, ScalarValue, internal_err, plan_err};
+use datafusion::datasource::memory::MemorySourceConfig;
+use datafusion::logical_expr::utils::split_conjunction;
+use datafusion::logical_expr::{Expr, Operator, TableProviderFilterPushDown, TableType};
+use datafusion::physical_plan::ExecutionPlan;
+use wire::StreamName;
+use wire::schema::DEVICE;
+
+use self::cache::{Held, LatestCache};
+use self::newest::{Age, Ages};
+use super::asof::exec::greater;
+use super::by_time::known;
+use crate::catalog::Tables;
+use crate::fused_table::{Frozen, hot_columns};
+
+/// The function.
+#[derive(Debug)]
+pub(super) struct LatestFunction {
+    tables: Arc<dyn Tables>,
+    cache: Arc<LatestCache>,
+}
+
+impl LatestFunction {
+    pub(super) fn new(tables: Arc<dyn Tables>, cache: Arc<LatestCache>) -> Self {
+        Self { tables, cache }
+    }
+}
+
+impl TableFunctionImpl for LatestFunction {
+    fn call_with_args(&self, arguments: TableFunctionArgs) -> Result<Arc<dyn TableProvider>> {
+        let [Expr::Literal(ScalarValue::Utf8(Some(name)), _)] = arguments.exprs() else {
+            return plan_err!("latest takes the name of a stream in quotes: latest('traffic')");
+        };
+        let cold = name.parse::<StreamName>().ok().and_then(|stream| Some((self.tables.cold(&stream)?, stream)));
+        match cold {
+            // The words that DataFusion has for it: the engine adds the nearest name.
+            None => plan_err!("table '{name}' not found"),
+            Some((cold, stream)) => {
+                Ok(Arc::new(LiveLatest { stream, schema: cold.schema, cache: Arc::clone(&self.cache) }))
+            }
+        }
+    }
+}
+
+/// A handle that stands in a plan until it is executed; it has columns and no rows.
+#[derive(Debug)]
+pub(crate) struct LiveLatest {
+    stream: StreamName,
+    schema: SchemaRef,
+    cache: Arc<LatestCache>,
+}
+
+impl LiveLatest {
+    pub(crate) fn stream(&self) -> &StreamName {
+        &self.stream
+    }
+
+    /// The newest rows of a state of the stream.
+    pub(crate) async fn pin(&self, frozen: &Arc<Frozen>) -> Result<PinnedLatest> {
+        let held = self.cache.at(&self.stream, frozen.cold()).await?;
+        Ok(PinnedLatest { schema: Arc::clone(&self.schema), frozen: Arc::clone(frozen), held })
+    }
+}
+
+#[async_trait]
+impl TableProvider for LiveLatest {
+    fn schema(&self) -> SchemaRef {
+        Arc::clone(&self.schema)
+    }
+
+    fn table_type(&self) -> TableType {
+        TableType::Base
+    }
+
+    async fn scan(
+        &self,
+        _: &dyn Session,
+        _: Option<&Vec<usize>>,
+        _: &[Expr],
+        _: Option<usize>,
+    ) -> Result<Arc<dyn ExecutionPlan>> {
+        internal_err!("latest('{}') was not pinned before its scan", self.stream)
+    }
+}
+
+/// The newest rows of one frozen state.
+#[derive(Debug)]
+pub(crate) struct PinnedLatest {
+    schema: SchemaRef,
+    frozen: Arc<Frozen>,
+    held: Arc<Held>,
+}
+
+#[async_trait]
+impl TableProvider for PinnedLatest {
+    fn schema(&self) -> SchemaRef {
+        Arc::clone(&self.schema)
+    }
+
+    fn table_type(&self) -> TableType {
+        TableType::Base
+    }
+
+    fn supports_filters_pushdown(&self, filters: &[&Expr]) -> Result<Vec<TableProviderFilterPushDown>> {
+        Ok(vec![TableProviderFilterPushDown::Inexact; filters.len()])
+    }
+
+    async fn scan(
+        &self,
+        _: &dyn Session,
+        projection: Option<&Vec<usize>>,
+        filters: &[Expr],
+        _: Option<usize>,
+    ) -> Result<Arc<dyn ExecutionPlan>> {
+        let wanted: SchemaRef = match projection {
+            Some(columns) => Arc::new(self.schema.project(columns)?),
+            None => Arc::clone(&self.schema),
+        };
+        let rows = self.rows(&wanted, asked_devices(filters).as_ref())?;
+        Ok(MemorySourceConfig::try_new_exec(&[vec![rows]], wanted, None)?)
+    }
+}
+
+/// The newest hot row of a device.
+struct Hot {
+    age: Age,
+    batch: usize,
+    row: usize,
+}
+
+impl PinnedLatest {
+    /// The newest rows of these devices, or of all.
+    fn rows(&self, wanted: &SchemaRef, devices: Option<&HashSet<String>>) -> Result<RecordBatch> {
+        let hot = self.frozen.hot();
+        let ages = hot.iter().map(Ages::of).collect::<Result<Vec<_>>>()?;
+        let newest = newest_of(hot, &ages, devices)?;
+        let cold = &self.held.rows;
+        // Batch 0 is the cold one.
+        let mut places: Vec<(usize, usize)> = Vec::new();
+        let mut cold_rows: Vec<Option<usize>> = match devices {
+            None if newest.is_empty() => return conform(&cold.rows, wanted),
+            None => (0..cold.devices.len()).map(Some).collect(),
+            Some(devices) => devices.iter().filter_map(|device| cold.devices.get(Some(device))).map(Some).collect(),
+        };
+        let at: HashMap<usize, usize> = match devices {
+            None => HashMap::new(),
+            Some(_) => cold_rows.iter().enumerate().filter_map(|(at, row)| Some(((*row)?, at))).collect(),
+        };
+        for (device, candidate) in &newest {
+            if let Some(row) = cold.devices.get(*device) {
+                let newer = match candidate.age.cmp(&cold.ages[row]) {
+                    // It is the same row, committed meanwhile; or one batch told the device twice at one instant.
+                    Ordering::Equal => {
+                        let full = hot_columns(&hot[candidate.batch].slice(candidate.row, 1), &cold.rows.schema())?;
+                        greater(&full, 0, &cold.rows, row)
+                    }
+                    ordering => ordering == Ordering::Greater,
+                };
+                if !newer {
+                    continue;
+                }
+                let place = if devices.is_none() { row } else { at[&row] };
+                cold_rows[place] = None;
+            }
+            places.push((candidate.batch + 1, candidate.row));
+        }
+        places.extend(cold_rows.into_iter().flatten().map(|row| (0, row)));
+        let mut batches = vec![conform(&cold.rows, wanted)?];
+        for rows in hot {
+            batches.push(hot_columns(rows, wanted)?);
+        }
+        let columns = (0..wanted.fields().len())
+            .map(|index| {
+                let sources: Vec<&dyn Array> = batches.iter().map(|batch| batch.column(index).as_ref()).collect();
+                Ok(interleave(&sources, &places)?)
+            })
+            .collect::<Result<Vec<ArrayRef>>>()?;
+        let options = RecordBatchOptions::new().with_row_count(Some(places.len()));
+        Ok(RecordBatch::try_new_with_options(Arc::clone(wanted), columns, &options)?)
+    }
+}
+
+fn conform(rows: &RecordBatch, wanted: &SchemaRef) -> Result<RecordBatch> {
+    hot_columns(rows, wanted)
+}
+
+fn newest_of<'a>(
+    hot: &[RecordBatch],
+    ages: &'a [Ages],
+    devices: Option<&HashSet<String>>,
+) -> Result<HashMap<Option<&'a str>, Hot>> {
+    let mut newest: HashMap<Option<&str>, Hot> = HashMap::new();
+    for (batch, of_batch) in ages.iter().enumerate() {
+        let asked = match devices {
+            Some(devices) => Some(rows_of(&of_batch.device, devices)?),
+            None => None,
+        };
+        let all = asked.is_none().then_some(0..of_batch.len());
+        for row in all.into_iter().flatten().chain(asked.into_iter().flatten()) {
+            let device = of_batch.device(row);
+            let better = match newest.get(&device) {
+                None => true,
+                Some(held) => match of_batch.compare(row, &held.age) {
+                    Ordering::Equal => {
+                        let schema = hot[held.batch].schema();
+                        match hot_columns(&hot[batch].slice(row, 1), &schema) {
+                            Ok(this) => greater(&this, 0, &hot[held.batch], held.row),
+                            Err(_) => false,
+                        }
+                    }
+                    ordering => ordering == Ordering::Greater,
+                },
+            };
+            if better {
+                newest.insert(device, Hot { age: of_batch.age(row), batch, row });
+            }
+        }
+    }
+    Ok(newest)
+}
+
+/// Rows of these devices: few are compared with the whole column at once, many are looked up.
+fn rows_of(column: &StringArray, devices: &HashSet<String>) -> Result<Vec<usize>> {
+    const AT_ONCE: usize = 4;
+    if devices.len() > AT_ONCE {
+        let asked = |row: &usize| column.is_valid(*row) && devices.contains(column.value(*row));
+        return Ok((0..column.len()).filter(asked).collect());
+    }
+    let mut rows = Vec::new();
+    for device in devices {
+        let equal = eq(column, &StringArray::new_scalar(device.as_str()))?;
+        rows.extend(known(&equal).values().set_indices());
+    }
+    Ok(rows)
+}
+
+/// The devices that the conditions let through, when they name them.
+fn asked_devices(filters: &[Expr]) -> Option<HashSet<String>> {
+    let text = |expression: &Expr| match expression {
+        Expr::Literal(ScalarValue::Utf8(Some(text)) | ScalarValue::Utf8View(Some(text)), _) => Some(text.clone()),
+        _ => None,
+    };
+    let is_device = |expression: &Expr| matches!(expression, Expr::Column(column) if column.name == DEVICE);
+    filters.iter().flat_map(split_conjunction).find_map(|condition| match condition {
+        Expr::BinaryExpr(compared) if compared.op == Operator::Eq => {
+            let value = match (is_device(&compared.left), is_device(&compared.right)) {
+                (true, false) => text(&compared.right),
+                (false, true) => text(&compared.left),
+                _ => None,
+            };
+            value.map(|device| HashSet::from([device]))
+        }
+        Expr::InList(list) if !list.negated && is_device(&list.expr) => list.list.iter().map(text).collect(),
+        _ => None,
+    })
+}
+
+#[cfg(test)]
+mod tests;
