@@ -265,7 +265,10 @@ fn unescape(text: &str, special: &[char]) -> String {
 mod tests {
     use super::*;
 
-    fn read(text: &str) -> Vec<(usize, Result<Option<i64>, String>, Vec<String>)> {
+    /// Number, time, parts.
+    type Read = (usize, Result<Option<i64>, String>, Vec<String>);
+
+    fn read(text: &str) -> Vec<Read> {
         let mut lines = Lines::new(text, Precision::Ns);
         let mut found = Vec::new();
         loop {
