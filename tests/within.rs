@@ -39,7 +39,7 @@ fn broker(port: u16) {
         v5: Some(std::collections::HashMap::from([("v5".to_owned(), server)])),
         ..Default::default()
     };
-    std::thread::spawn(move || rumqttd::Broker::new(config).start());
+    std::thread::spawn(move || rumqttd::Broker::new(config).start().expect("the broker runs until the test ends"));
 }
 
 fn messages(from: i64, count: i64) -> Vec<(String, Vec<u8>)> {
