@@ -46,7 +46,7 @@ pub(crate) struct LoadArguments {
     /// Where Weir listens
     #[arg(long, default_value = "http://127.0.0.1:7300")]
     url: String,
-    /// As which [[edge]] of Weir's configuration
+    /// As which edge of Weir's configuration
     #[arg(long, default_value = "load")]
     edge: wire::EdgeId,
     /// File that holds the edge's token; or the variable WEIR_TOKEN
