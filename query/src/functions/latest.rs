@@ -11,16 +11,15 @@ pub(crate) mod cache;
 mod newest;
 
 use std::cmp::Ordering;
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use arrow::compute::interleave;
 use arrow::compute::kernels::cmp::eq;
+use arrow::compute::{interleave, take_record_batch};
 use arrow::datatypes::SchemaRef;
-use arrow_array::{Array, ArrayRef, RecordBatch, RecordBatchOptions, StringArray};
+use arrow_array::{Array, ArrayRef, RecordBatch, RecordBatchOptions, StringArray, UInt32Array};
 use async_trait::async_trait;
 use datafusion::catalog::{Session, TableFunctionArgs, TableFunctionImpl, TableProvider};
-use datafusion::common::{Result, ScalarValue, internal_err, plan_err};
+use datafusion::common::{HashMap, HashSet, Result, ScalarValue, internal_err, plan_err};
 use datafusion::datasource::memory::MemorySourceConfig;
 use datafusion::logical_expr::utils::split_conjunction;
 use datafusion::logical_expr::{Expr, Operator, TableProviderFilterPushDown, TableType};
@@ -157,39 +156,34 @@ impl PinnedLatest {
         let ages = hot.iter().map(Ages::of).collect::<Result<Vec<_>>>()?;
         let newest = newest_of(hot, &ages, devices)?;
         let cold = &self.held.rows;
-        // Batch 0 is the cold one.
-        let mut places: Vec<(usize, usize)> = Vec::new();
-        let mut cold_rows: Vec<Option<usize>> = match devices {
-            None if newest.is_empty() => return conform(&cold.rows, wanted),
-            None => (0..cold.devices.len()).map(Some).collect(),
-            Some(devices) => devices.iter().filter_map(|device| cold.devices.get(Some(device))).map(Some).collect(),
-        };
-        let at: HashMap<usize, usize> = match devices {
-            None => HashMap::new(),
-            Some(_) => cold_rows.iter().enumerate().filter_map(|(at, row)| Some(((*row)?, at))).collect(),
-        };
+        let (mut superseded, mut winners) = (HashSet::new(), vec![Vec::new(); hot.len()]);
         for (device, candidate) in &newest {
             if let Some(row) = cold.devices.get(*device) {
-                let newer = match candidate.age.cmp(&cold.ages[row]) {
-                    // It is the same row, committed meanwhile; or one batch told the device twice at one instant.
-                    Ordering::Equal => {
-                        let full = hot_columns(&hot[candidate.batch].slice(candidate.row, 1), &cold.rows.schema())?;
-                        greater(&full, 0, &cold.rows, row)
-                    }
-                    ordering => ordering == Ordering::Greater,
-                };
-                if !newer {
+                if !self.newer(candidate, row)? {
                     continue;
                 }
-                let place = if devices.is_none() { row } else { at[&row] };
-                cold_rows[place] = None;
+                superseded.insert(row);
             }
-            places.push((candidate.batch + 1, candidate.row));
+            winners[candidate.batch].push(candidate.row as u32);
         }
-        places.extend(cold_rows.into_iter().flatten().map(|row| (0, row)));
-        let mut batches = vec![conform(&cold.rows, wanted)?];
-        for rows in hot {
-            batches.push(hot_columns(rows, wanted)?);
+        let stays = |row: &usize| !superseded.contains(row);
+        let mut places: Vec<(usize, usize)> = match devices {
+            None => (0..cold.devices.len()).filter(stays).map(|row| (0, row)).collect(),
+            Some(devices) => {
+                let rows = devices.iter().filter_map(|device| cold.devices.get(Some(device)));
+                rows.filter(stays).map(|row| (0, row)).collect()
+            }
+        };
+        let of_cold = hot_columns(&cold.rows, wanted)?;
+        let all_cold = places.len() == of_cold.num_rows();
+        let mut batches = vec![of_cold];
+        for (rows, winners) in hot.iter().zip(winners).filter(|(_, winners)| !winners.is_empty()) {
+            let taken = hot_columns(&take_record_batch(rows, &UInt32Array::from(winners))?, wanted)?;
+            places.extend((0..taken.num_rows()).map(|row| (batches.len(), row)));
+            batches.push(taken);
+        }
+        if all_cold && batches.len() == 1 && devices.is_none() {
+            return Ok(batches.swap_remove(0));
         }
         let columns = (0..wanted.fields().len())
             .map(|index| {
@@ -200,10 +194,19 @@ impl PinnedLatest {
         let options = RecordBatchOptions::new().with_row_count(Some(places.len()));
         Ok(RecordBatch::try_new_with_options(Arc::clone(wanted), columns, &options)?)
     }
-}
 
-fn conform(rows: &RecordBatch, wanted: &SchemaRef) -> Result<RecordBatch> {
-    hot_columns(rows, wanted)
+    /// Whether a hot row is newer than this cold one.
+    fn newer(&self, hot: &Hot, row: usize) -> Result<bool> {
+        let cold = &self.held.rows;
+        Ok(match hot.age.cmp(&cold.ages[row]) {
+            // It is the same row, committed meanwhile; or one batch told the device twice at one instant.
+            Ordering::Equal => {
+                let rows = self.frozen.hot()[hot.batch].slice(hot.row, 1);
+                greater(&hot_columns(&rows, &cold.rows.schema())?, 0, &cold.rows, row)
+            }
+            ordering => ordering == Ordering::Greater,
+        })
+    }
 }
 
 fn newest_of<'a>(
