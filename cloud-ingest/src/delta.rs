@@ -44,6 +44,7 @@ mod entry;
 pub(crate) mod file;
 mod log;
 mod order;
+pub mod past;
 mod txn;
 mod write;
 
@@ -79,6 +80,8 @@ pub enum TableError {
     Thread { stream: StreamName },
     #[error("the table of stream {stream} cannot be changed now: {detail}")]
     Busy { stream: StreamName, detail: String },
+    #[error("the table of stream {stream} as it was: {detail}")]
+    Past { stream: StreamName, detail: String },
     #[error("the store did not answer in time, or the task that asked it died")]
     Unanswered,
 }
@@ -177,7 +180,7 @@ impl DeltaTable {
             return Ok(None);
         }
         let seen = SystemTime::now();
-        let snapshot = TableSnapshot::load(stream, &log_store).await?;
+        let snapshot = TableSnapshot::load(stream, &log_store, None).await?;
         store.settle(stream).await?;
         Ok(Some(Self { store: store.clone(), stream: stream.clone(), snapshot, seen }))
     }
@@ -229,7 +232,7 @@ impl DeltaTable {
         let next = match followed {
             Some((version, ..)) if version == old.version => old.clone(),
             Some((version, files, txn)) => old.after(version, files, Arc::new(txn)),
-            None => TableSnapshot::load(&self.stream, &old.log_store).await?,
+            None => TableSnapshot::load(&self.stream, &old.log_store, None).await?,
         };
         // Only now: what was seen before is durable after this.
         self.store.settle(&self.stream).await?;
@@ -260,7 +263,7 @@ impl DeltaTable {
             Err(PutError::Unknown(source)) => return Err(self.unknown(source)),
         }
         let old = &self.snapshot;
-        self.snapshot = TableSnapshot::load(&self.stream, &old.log_store).await?;
+        self.snapshot = TableSnapshot::load(&self.stream, &old.log_store, None).await?;
         Ok(self.snapshot())
     }
 
@@ -346,7 +349,7 @@ impl DeltaTable {
         let put = log::put_entry(&log_store, version + 1, bytes).await;
         if put.is_ok() {
             if self.aged() && !log::has_base(&self.stream, &log_store, version).await? {
-                self.snapshot = TableSnapshot::load(&self.stream, &log_store).await?;
+                self.snapshot = TableSnapshot::load(&self.stream, &log_store, None).await?;
                 return Ok(Err(PutError::Taken));
             }
             self.seen = SystemTime::now();
@@ -387,8 +390,14 @@ impl Change<'_> {
 }
 
 impl TableSnapshot {
-    async fn load(stream: &StreamName, log_store: &LogStoreRef) -> Result<Self, TableError> {
-        let loaded = log::load(stream, log_store).await?;
+    /// What the table's owner says of it.
+    pub fn description(&self) -> Option<&str> {
+        self.metadata.description()
+    }
+
+    /// The newest version, or this one.
+    async fn load(stream: &StreamName, log_store: &LogStoreRef, at: Option<u64>) -> Result<Self, TableError> {
+        let loaded = log::load(stream, log_store, at).await?;
         let fields: Arc<[StreamField]> = table_fields(stream, &loaded.columns)?.into();
         Ok(Self {
             version: loaded.version,

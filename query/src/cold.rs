@@ -33,7 +33,7 @@ use wire::{DAY_US, DataFile};
 use crate::catalog::ColdTable;
 
 /// A scan of the files that may have rows for these filters; `None` when there are none. `schema` is the table's, its last
-/// column `_date`; `projection` are columns of it.
+/// column `_date`; `wanted` are columns of it, in this order.
 ///
 /// # Errors
 /// When the log names a file that no store can have.
@@ -41,7 +41,7 @@ pub(crate) fn scan(
     cold: &ColdTable,
     session: &dyn Session,
     schema: &SchemaRef,
-    projection: Option<&Vec<usize>>,
+    wanted: &SchemaRef,
     filters: &[Expr],
     limit: Option<usize>,
 ) -> Result<Option<Arc<dyn ExecutionPlan>>> {
@@ -65,6 +65,8 @@ pub(crate) fn scan(
         *bytes += file.bytes;
         group.push(partitioned(file, &root, &stored, ts_at)?);
     }
+    let projection = wanted.fields().iter().map(|field| schema.index_of(field.name()));
+    let projection = projection.collect::<Result<Vec<_>, _>>()?;
     let date = schema.field_with_name(DATE)?.clone();
     let url = store_of(session, cold)?;
     let store = session.runtime_env().object_store(&url)?;
@@ -82,7 +84,7 @@ pub(crate) fn scan(
     let config = FileScanConfigBuilder::new(url, Arc::new(source))
         .with_file_groups(groups.into_iter().map(|(_, group)| group).collect())
         .with_statistics(statistics)
-        .with_projection_indices(projection.cloned())?
+        .with_projection_indices(Some(projection))?
         .with_limit(limit)
         .build();
     Ok(Some(DataSourceExec::from_data_source(config)))

@@ -5,6 +5,9 @@
 //! one statement see the same rows; `latest('…')` takes part in it. A frozen state is exact: the snapshot of version V, and what the hot contract
 //! answers for V; when it answers `Stale(W)` the snapshot is loaded again (rule 4).
 //!
+//! A caller with a scope sees its rows of it: the filter lies right above both halves, and nothing passes it on the way
+//! down but what cannot fail (`scope`).
+//!
 //! Filters go into the Parquet scan (`cold`); hot rows are filtered by the plan above.
 
 use std::collections::HashMap;
@@ -17,19 +20,34 @@ use arrow_schema::{ArrowError, SchemaRef};
 use async_trait::async_trait;
 use datafusion::catalog::{Session, TableProvider};
 use datafusion::common::tree_node::{Transformed, TreeNodeRecursion};
-use datafusion::common::{DataFusionError, Result, exec_err, internal_err};
+use datafusion::common::{DFSchema, DataFusionError, Result, exec_err, internal_err, plan_err};
 use datafusion::datasource::memory::MemorySourceConfig;
 use datafusion::datasource::{provider_as_source, source_as_provider};
+use datafusion::execution::context::SessionState;
 use datafusion::logical_expr::{Expr, LogicalPlan, TableProviderFilterPushDown, TableType};
+use datafusion::physical_expr::PhysicalExpr;
+use datafusion::physical_expr::expressions::Column;
 use datafusion::physical_plan::ExecutionPlan;
+use datafusion::physical_plan::empty::EmptyExec;
+use datafusion::physical_plan::filter::FilterExec;
+use datafusion::physical_plan::projection::ProjectionExec;
 use datafusion::physical_plan::union::UnionExec;
 use wire::hot::HotAnswer;
 use wire::schema::{DATE, TS};
 use wire::{DAY_US, StreamName};
 
+use crate::caller::Caller;
 use crate::catalog::{ColdTable, Tables};
 use crate::cold;
 use crate::functions::latest::LiveLatest;
+use crate::scope;
+use crate::scope::hidden::HiddenExec;
+use crate::statements::Statements;
+use crate::system::{self, Kind, SystemTable};
+
+mod told;
+
+use told::ToldExec;
 
 /// How often a snapshot is loaded again because commits overtook it, before the statement fails.
 const STALE_TRIES_MAX: usize = 20;
@@ -39,11 +57,19 @@ const STALE_TRIES_MAX: usize = 20;
 pub struct LiveTable {
     stream: StreamName,
     schema: SchemaRef,
+    /// The state of the past that was asked for.
+    past: Option<Arc<Frozen>>,
 }
 
 impl LiveTable {
     pub(crate) fn new(stream: StreamName, schema: SchemaRef) -> Self {
-        Self { stream, schema }
+        Self { stream, schema, past: None }
+    }
+
+    /// The table as it was at this snapshot, without hot rows.
+    pub(crate) fn past(stream: StreamName, cold: ColdTable) -> Self {
+        let schema = Arc::clone(&cold.schema);
+        Self { stream, schema, past: Some(Arc::new(Frozen { cold, hot: Vec::new() })) }
     }
 }
 
@@ -108,62 +134,102 @@ impl Frozen {
     }
 }
 
-/// Replaces every live table of a plan by one frozen state per stream. Called each time a statement is executed.
-pub(crate) async fn pin(plan: LogicalPlan, tables: &dyn Tables) -> Result<LogicalPlan> {
-    let mut lives = Vec::new();
-    plan.apply_with_subqueries(|node| {
-        lives.extend(live_table(node));
-        Ok(TreeNodeRecursion::Continue)
-    })?;
-    let mut streams: HashMap<StreamName, Arc<Frozen>> = HashMap::new();
-    let mut latest: HashMap<StreamName, Arc<dyn TableProvider>> = HashMap::new();
-    for live in &lives {
-        let stream = live_stream(live);
-        let frozen = match streams.get(stream) {
-            Some(frozen) => Arc::clone(frozen),
-            None => Arc::new(Frozen::take(tables, stream).await?),
-        };
-        if let Some(live) = live.downcast_ref::<LiveLatest>()
-            && !latest.contains_key(stream)
-        {
-            latest.insert(stream.clone(), Arc::new(live.pin(&frozen).await?));
-        }
-        streams.insert(stream.clone(), frozen);
-    }
-    let pinned = plan.transform_down_with_subqueries(|node| {
-        let Some(live) = live_table(&node) else {
-            return Ok(Transformed::no(node));
-        };
-        let LogicalPlan::TableScan(mut scan) = node else {
-            return internal_err!("a live table outside a scan");
-        };
-        let stream = live_stream(&live);
-        let provider = match (live.is::<LiveLatest>(), latest.get(stream), streams.get(stream)) {
-            (true, Some(latest), _) => Arc::clone(latest),
-            (false, _, Some(frozen)) => {
-                Arc::new(PinnedTable { schema: live.schema(), frozen: Arc::clone(frozen) }) as _
-            }
-            _ => return internal_err!("table {stream} was not frozen"),
-        };
-        scan.source = provider_as_source(provider);
-        Ok(Transformed::yes(LogicalPlan::TableScan(scan)))
-    })?;
-    Ok(pinned.data)
+/// What a statement sees, and on whose behalf.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct View<'a> {
+    pub(crate) tables: &'a dyn Tables,
+    pub(crate) statements: &'a Statements,
+    pub(crate) caller: &'a Caller,
 }
 
-fn live_table(node: &LogicalPlan) -> Option<Arc<dyn TableProvider>> {
+/// What the live tables of a plan become.
+#[derive(Default)]
+struct Pinned {
+    streams: HashMap<StreamName, Arc<Frozen>>,
+    latest: HashMap<StreamName, Arc<dyn TableProvider>>,
+    system: HashMap<Kind, Arc<dyn TableProvider>>,
+}
+
+impl Pinned {
+    async fn frozen(&mut self, stream: &StreamName, view: View<'_>) -> Result<Arc<Frozen>> {
+        if let Some(frozen) = self.streams.get(stream) {
+            return Ok(Arc::clone(frozen));
+        }
+        let frozen = Arc::new(Frozen::take(view.tables, stream).await?);
+        self.streams.insert(stream.clone(), Arc::clone(&frozen));
+        Ok(frozen)
+    }
+
+    /// Freezes what this provider asks for, if it is live and was not frozen yet.
+    async fn add(&mut self, provider: &Arc<dyn TableProvider>, view: View<'_>) -> Result<()> {
+        if let Some(live) = provider.downcast_ref::<LiveTable>() {
+            if live.past.is_none() {
+                self.frozen(&live.stream, view).await?;
+            }
+        } else if let Some(live) = provider.downcast_ref::<LiveLatest>() {
+            if view.caller.scope().is_some() {
+                return plan_err!(
+                    "latest('{}') is for readers without a scope: which row is the newest depends on rows of others; ask \
+                     with last(column, ts) and GROUP BY device",
+                    live.stream()
+                );
+            }
+            if !self.latest.contains_key(live.stream()) {
+                let frozen = self.frozen(live.stream(), view).await?;
+                self.latest.insert(live.stream().clone(), Arc::new(live.pin(&frozen).await?));
+            }
+        } else if let Some(live) = provider.downcast_ref::<SystemTable>()
+            && !self.system.contains_key(&live.kind())
+        {
+            self.system.insert(live.kind(), system::pinned(live.kind(), view).await?);
+        }
+        Ok(())
+    }
+}
+
+/// Replaces every live table of a plan by one frozen state per stream, of which the caller sees what it may; and every
+/// table of the schema `system` by its rows. Called each time a statement is executed.
+pub(crate) async fn pin(plan: LogicalPlan, state: &SessionState, view: View<'_>) -> Result<LogicalPlan> {
+    let told = matches!(plan, LogicalPlan::Explain(_) | LogicalPlan::Analyze(_));
+    let mut providers = Vec::new();
+    plan.apply_with_subqueries(|node| {
+        providers.extend(provider(node));
+        Ok(TreeNodeRecursion::Continue)
+    })?;
+    let mut pinned = Pinned::default();
+    for provider in &providers {
+        pinned.add(provider, view).await?;
+    }
+    let fixed = plan.transform_down_with_subqueries(|node| {
+        let Some(provider) = provider(&node) else {
+            return Ok(Transformed::no(node));
+        };
+        let fixed: Option<Arc<dyn TableProvider>> = if let Some(live) = provider.downcast_ref::<LiveTable>() {
+            let frozen = live.past.as_ref().or_else(|| pinned.streams.get(&live.stream));
+            let scope = view.caller.scope().map(|scope| scope.filter(state, &live.schema)).transpose()?;
+            let schema = Arc::clone(&live.schema);
+            frozen.map(|frozen| Arc::new(PinnedTable { schema, frozen: Arc::clone(frozen), scope, told }) as _)
+        } else if let Some(live) = provider.downcast_ref::<LiveLatest>() {
+            pinned.latest.get(live.stream()).cloned()
+        } else if let Some(live) = provider.downcast_ref::<SystemTable>() {
+            pinned.system.get(&live.kind()).cloned()
+        } else {
+            return Ok(Transformed::no(node));
+        };
+        let (LogicalPlan::TableScan(mut scan), Some(fixed)) = (node, fixed) else {
+            return internal_err!("a live table that was not frozen");
+        };
+        scan.source = provider_as_source(fixed);
+        Ok(Transformed::yes(LogicalPlan::TableScan(scan)))
+    })?;
+    Ok(fixed.data)
+}
+
+fn provider(node: &LogicalPlan) -> Option<Arc<dyn TableProvider>> {
     let LogicalPlan::TableScan(scan) = node else {
         return None;
     };
-    let provider = source_as_provider(&scan.source).ok()?;
-    (provider.is::<LiveTable>() || provider.is::<LiveLatest>()).then_some(provider)
-}
-
-fn live_stream(provider: &Arc<dyn TableProvider>) -> &StreamName {
-    match provider.downcast_ref::<LiveTable>() {
-        Some(live) => &live.stream,
-        None => provider.downcast_ref::<LiveLatest>().expect("live_table checked the type").stream(),
-    }
+    source_as_provider(&scan.source).ok()
 }
 
 /// A table at one frozen state, with the columns that the statement was planned with.
@@ -171,6 +237,10 @@ fn live_stream(provider: &Arc<dyn TableProvider>) -> &StreamName {
 pub struct PinnedTable {
     schema: SchemaRef,
     frozen: Arc<Frozen>,
+    /// The rows that the caller may see; all when there is none.
+    scope: Option<Expr>,
+    /// Whether the plan is explained.
+    told: bool,
 }
 
 #[async_trait]
@@ -198,16 +268,48 @@ impl TableProvider for PinnedTable {
             Some(columns) => Arc::new(self.schema.project(columns)?),
             None => Arc::clone(&self.schema),
         };
-        let mut inputs = Vec::with_capacity(2);
-        inputs.extend(cold::scan(&self.frozen.cold, session, &self.schema, projection, filters, limit)?);
-        if !self.frozen.hot.is_empty() || inputs.is_empty() {
-            inputs.push(self.hot_plan(&wanted, session.config().target_partitions())?);
-        }
-        UnionExec::try_new(inputs)
+        let Some(scope) = &self.scope else {
+            return self.rows(session, &wanted, filters, limit);
+        };
+        let read = scope::with_columns_of(&wanted, scope, &self.schema)?;
+        let rows = self.rows(session, &read, &scope::harmless(filters), None)?;
+        let in_scope = session.create_physical_expr(scope.clone(), &DFSchema::try_from(Arc::clone(&read))?)?;
+        let rows: Arc<dyn ExecutionPlan> = Arc::new(FilterExec::try_new(in_scope, rows)?);
+        let columns = wanted.fields().iter().map(|field| {
+            let column = Column::new_with_schema(field.name(), &read)?;
+            Ok((Arc::new(column) as Arc<dyn PhysicalExpr>, field.name().clone()))
+        });
+        let columns = columns.collect::<Result<Vec<_>>>()?;
+        Ok(Arc::new(HiddenExec::new(Arc::new(ProjectionExec::try_new(columns, rows)?))))
     }
 }
 
 impl PinnedTable {
+    /// Both halves, in these columns.
+    fn rows(
+        &self,
+        session: &dyn Session,
+        wanted: &SchemaRef,
+        filters: &[Expr],
+        limit: Option<usize>,
+    ) -> Result<Arc<dyn ExecutionPlan>> {
+        let mut inputs = Vec::with_capacity(2);
+        let cold = cold::scan(&self.frozen.cold, session, &self.schema, wanted, filters, limit)?;
+        if self.told && !self.frozen.cold.files.is_empty() {
+            let (version, files) = (self.frozen.cold.version, self.frozen.cold.files.len());
+            let plan = cold.unwrap_or_else(|| Arc::new(EmptyExec::new(Arc::clone(wanted))));
+            inputs.push(Arc::new(ToldExec::cold(version, files, plan)) as Arc<dyn ExecutionPlan>);
+        } else {
+            inputs.extend(cold);
+        }
+        if !self.frozen.hot.is_empty() || inputs.is_empty() {
+            let plan = self.hot_plan(wanted, session.config().target_partitions())?;
+            let rows = self.frozen.hot.iter().map(RecordBatch::num_rows).sum();
+            inputs.push(if self.told { Arc::new(ToldExec::hot(rows, plan)) } else { plan as _ });
+        }
+        UnionExec::try_new(inputs)
+    }
+
     fn hot_plan(&self, wanted: &SchemaRef, partitions: usize) -> Result<Arc<dyn ExecutionPlan>> {
         let mut parts = vec![Vec::new(); partitions.clamp(1, self.frozen.hot.len().max(1))];
         let count = parts.len();

@@ -5,16 +5,28 @@
 //! `wire::hot`, and cold ones from Delta snapshots that [`catalog::Tables`] hands out; nothing here writes. `functions` has
 //! what people who work with time series expect beside DataFusion's own.
 
+pub mod as_of;
 mod breadth;
+pub mod caller;
 pub mod catalog;
 mod cold;
 pub mod engine;
 mod execution;
 mod functions;
 pub mod fused_table;
+pub mod lanes;
+mod memory;
 mod names;
 mod references;
+pub mod scope;
 pub mod serve;
+pub mod statements;
+mod system;
+mod uncounted;
 
-pub use catalog::{ColdTable, Tables, TablesError};
+pub use as_of::AsOf;
+pub use caller::{Caller, Door};
+pub use catalog::{ColdTable, SpoolFacts, Tables, TablesError};
 pub use engine::{Engine, EngineSettings, Prepared, QueryError};
+pub use lanes::LaneSettings;
+pub use scope::Scope;

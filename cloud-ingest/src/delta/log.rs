@@ -39,11 +39,15 @@ pub(super) struct Loaded {
 }
 
 /// Reads the table at its newest version.
-pub(super) async fn load(stream: &StreamName, log_store: &LogStoreRef) -> Result<Loaded, TableError> {
+pub(super) async fn load(stream: &StreamName, log_store: &LogStoreRef, at: Option<u64>) -> Result<Loaded, TableError> {
     let engine = log_store.engine(None);
     let url = log_store.root_url().clone();
     let read = move || -> Result<(u64, Metadata, Schema, Replay), LoadError> {
-        let snapshot = buoyant_kernel::Snapshot::builder_for(url).build(engine.as_ref())?;
+        let builder = buoyant_kernel::Snapshot::builder_for(url);
+        let snapshot = match at {
+            Some(version) => builder.at_version(version).build(engine.as_ref())?,
+            None => builder.build(engine.as_ref())?,
+        };
         let configuration = snapshot.table_configuration();
         check(configuration).map_err(LoadError::Foreign)?;
         let columns: Schema = configuration

@@ -21,7 +21,8 @@ use wire::StreamName;
 use wire::hot::{HotAnswer, HotError, HotSource};
 
 use super::*;
-use crate::catalog::{ColdTable, TablesError};
+use crate::as_of::AsOf;
+use crate::catalog::{ColdTable, SpoolFacts, TablesError};
 
 /// No stream has a table.
 #[derive(Debug)]
@@ -46,6 +47,14 @@ impl Tables for NoTables {
 
     async fn reload(&self, stream: &StreamName, _: u64) -> Result<ColdTable, TablesError> {
         Err(TablesError { stream: stream.clone(), detail: "there is none".to_owned() })
+    }
+
+    async fn cold_as_of(&self, stream: &StreamName, _: AsOf) -> std::result::Result<ColdTable, TablesError> {
+        self.reload(stream, 0).await
+    }
+
+    fn spools(&self) -> Vec<SpoolFacts> {
+        Vec::new()
     }
 
     fn hot(&self) -> Arc<dyn HotSource> {

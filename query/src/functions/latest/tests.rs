@@ -19,7 +19,8 @@ use wire::hot::{HotAnswer, HotError, HotRows, HotSource};
 use wire::schema::{FieldType, StreamField, table_schema};
 
 use super::*;
-use crate::catalog::{ColdTable, TablesError};
+use crate::as_of::AsOf;
+use crate::catalog::{ColdTable, SpoolFacts, TablesError};
 use crate::engine::tests::data_files;
 use crate::engine::{Engine, EngineSettings};
 
@@ -89,6 +90,7 @@ impl World {
             version: table.version().unwrap(),
             log_store: table.log_store(),
             files: data_files(table),
+            description: None,
             schema: Arc::clone(schema),
         }
     }
@@ -220,13 +222,21 @@ impl Tables for Handle {
         Ok(self.0.state.lock().versions[at_least as usize].clone())
     }
 
+    async fn cold_as_of(&self, stream: &StreamName, _: AsOf) -> Result<ColdTable, TablesError> {
+        Err(TablesError { stream: stream.clone(), detail: "nobody asks".to_owned() })
+    }
+
+    fn spools(&self) -> Vec<SpoolFacts> {
+        Vec::new()
+    }
+
     fn hot(&self) -> Arc<dyn HotSource> {
         Arc::new(self.clone())
     }
 }
 
 fn engine(world: &Arc<World>, latest_bytes_max: usize) -> Engine {
-    let settings = EngineSettings { latest_bytes_max, timeout: Duration::from_secs(60), ..EngineSettings::default() };
+    let settings = EngineSettings { latest_bytes_max, ..EngineSettings::default() };
     Engine::new(Arc::new(Handle(Arc::clone(world))), settings).unwrap()
 }
 
