@@ -5,9 +5,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Context;
+use cloud_ingest::config::{DEFAULT_LANE, DoorName, ListenSettings, ReaderSettings};
 use cloud_ingest::{Cloud, CloudHandle, Settings};
-use query::serve::{Reader, Readers};
-use query::{Engine, EngineSettings};
+use query::serve::tls::Incoming;
+use query::serve::{House, Reader, Readers};
+use query::{Engine, EngineSettings, LaneSettings, Scope};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -50,41 +52,103 @@ pub(crate) async fn cloud(arguments: CloudArguments) -> anyhow::Result<()> {
 
 /// Starts ingest and the doors of SQL.
 pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyhow::Result<Node> {
-    let readers: Vec<Reader> = settings
-        .reader
-        .iter()
-        .map(|reader| Reader { name: reader.name.clone(), password: reader.password.clone() })
-        .collect();
-    if readers.is_empty() {
+    let readers = readers(&settings)?;
+    if !readers.are_set() {
         tracing::warn!("no [[reader]] is set: only callers on this machine may ask");
     }
     if settings.edge.is_empty() {
         tracing::warn!("no [[edge]] is set: nobody may write");
     }
-    let postgres = settings.listen.postgres;
-    let limits = EngineSettings {
-        memory_bytes_max: settings.query.max_bytes.bytes(),
-        timeout: settings.query.timeout.0,
-        json_rows_max: settings.query.json_rows,
-        ..EngineSettings::default()
-    };
+    let (listen, limits) = (settings.listen.clone(), limits(&settings));
+    let certificate = |door: DoorName| certificate(&listen, door);
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
     let tables = Arc::new(NodeTables(cloud.catalogue()));
     let engine = Arc::new(Engine::new(tables, limits).context("start the engine")?);
-    let readers = Readers::new(readers);
-    let listener = TcpListener::bind(postgres).await.with_context(|| format!("listen on {postgres} for Postgres"))?;
+    let house =
+        |door| anyhow::Ok(House { engine: Arc::clone(&engine), readers: readers.clone(), tls: certificate(door)? });
+
+    let address = listen.postgres;
+    let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address} for Postgres"))?;
     let postgres = listener.local_addr()?;
-    tracing::info!(%postgres, "psql may connect");
-    let door = query::serve::postgres::serve(listener, Arc::clone(&engine), readers.clone(), token.clone());
+    let door = query::serve::postgres::serve(listener, house(DoorName::Postgres)?, token.clone());
     tokio::spawn(async move {
         if let Err(error) = door.await {
             tracing::error!(%error, "the postgres door ended");
         }
     });
+    let address = listen.flight_sql;
+    let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address} for Flight SQL"))?;
+    let flight_sql = listener.local_addr()?;
+    let door = query::serve::flight_sql::serve(listener, house(DoorName::FlightSql)?, token.clone());
+    tokio::spawn(async move {
+        if let Err(error) = door.await {
+            tracing::error!(error = %format!("{:#}", anyhow::Error::new(error)), "the Flight SQL door ended");
+        }
+    });
+    tracing::info!(%postgres, %flight_sql, "psql and ADBC may connect");
+
+    let address = listen.http;
+    let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address} for HTTP"))?;
+    let tls = certificate(DoorName::Http)?.map(|tls| query::serve::tls::speaking(&tls, "http/1.1"));
+    let incoming = Incoming::new(listener, tls, listen.http_connections)?;
     let questions = query::serve::http::router(engine, readers);
-    let cloud = cloud.listen(questions, token).await?;
+    let cloud = cloud.listen(incoming, questions, token)?;
     tracing::info!(http = %cloud.http, "ready");
     Ok(Node { http: cloud.http, postgres, cloud })
+}
+
+fn readers(settings: &Settings) -> anyhow::Result<Readers> {
+    let reader = |reader: &ReaderSettings| {
+        let limited = reader.edges.is_some() || reader.scope.is_some();
+        let scope = Scope::new(reader.edges.clone(), reader.scope.clone());
+        let scope = scope.map_err(|error| anyhow::anyhow!("[[reader]] `{}`: {error}", reader.name))?;
+        Ok(Reader {
+            name: reader.name.clone(),
+            password: reader.password.clone(),
+            scope: limited.then(|| Arc::new(scope)),
+            lanes: reader.lanes.clone().into(),
+        })
+    };
+    let readers = settings.reader.iter().map(reader).collect::<anyhow::Result<_>>()?;
+    // Who asks without a name may use every lane.
+    let others = settings.query.lane.iter().map(|lane| lane.name.clone()).filter(|name| name != DEFAULT_LANE);
+    Ok(Readers::new(readers, std::iter::once(DEFAULT_LANE.to_owned()).chain(others).collect()))
+}
+
+fn limits(settings: &Settings) -> EngineSettings {
+    let of_all = &settings.query;
+    let mut lanes = of_all.lane.clone();
+    if !lanes.iter().any(|lane| lane.name == DEFAULT_LANE) {
+        lanes.push(cloud_ingest::config::LaneSettings::default_lane());
+    }
+    let lane = |lane: cloud_ingest::config::LaneSettings| {
+        let usual = LaneSettings::default();
+        LaneSettings {
+            name: lane.name,
+            running: lane.running,
+            waiting: lane.waiting,
+            timeout: lane.timeout.unwrap_or(of_all.timeout).0,
+            memory_bytes_max: lane.statement_bytes.unwrap_or(of_all.statement_bytes).bytes(),
+            threads: lane.threads.unwrap_or(usual.threads),
+        }
+    };
+    EngineSettings {
+        memory_bytes_max: of_all.max_bytes.bytes(),
+        spill_bytes_max: of_all.spill_bytes.0,
+        result_rows_max: of_all.result_rows,
+        result_bytes_max: of_all.result_bytes.0,
+        json_rows_max: of_all.json_rows,
+        recent_max: of_all.recent,
+        lanes: lanes.into_iter().map(lane).collect(),
+    }
+}
+
+/// The certificate of a door, when it has one.
+fn certificate(listen: &ListenSettings, door: DoorName) -> anyhow::Result<Option<Arc<rustls::ServerConfig>>> {
+    let Some(tls) = listen.tls.as_ref().filter(|tls| tls.doors.contains(&door)) else {
+        return Ok(None);
+    };
+    query::serve::tls::load(&tls.certificate, &tls.key).map(Some).map_err(anyhow::Error::msg).context("[listen.tls]")
 }
 
 /// Returns at SIGINT or SIGTERM.

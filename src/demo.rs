@@ -60,6 +60,7 @@ const EDGE: &str = "demo";
 #[derive(Debug, Clone, Copy)]
 struct Ports {
     http: u16,
+    flight_sql: u16,
     postgres: u16,
     broker: u16,
     admin: u16,
@@ -67,20 +68,26 @@ struct Ports {
 
 impl Ports {
     fn from(first: u16) -> Self {
-        Self { http: first, postgres: first + 2, broker: first + 3, admin: first + 10 }
+        Self { http: first, flight_sql: first + 1, postgres: first + 2, broker: first + 3, admin: first + 10 }
     }
 
     fn free() -> anyhow::Result<Self> {
         // All held at once, so that they differ.
-        let held = [(); 4].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)));
-        let [http, postgres, broker, admin] = held.map(|held| held.and_then(|held| Ok(held.local_addr()?.port())));
-        Ok(Self { http: http?, postgres: postgres?, broker: broker?, admin: admin? })
+        let held = [(); 5].map(|()| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)));
+        let [http, flight_sql, postgres, broker, admin] =
+            held.map(|held| held.and_then(|held| Ok(held.local_addr()?.port())));
+        Ok(Self { http: http?, flight_sql: flight_sql?, postgres: postgres?, broker: broker?, admin: admin? })
     }
 
     fn check(self, with_broker: bool) -> anyhow::Result<()> {
-        let names =
-            [(self.http, "HTTP"), (self.postgres, "Postgres"), (self.admin, "the agent"), (self.broker, "MQTT")];
-        for (port, name) in &names[..if with_broker { 4 } else { 3 }] {
+        let names = [
+            (self.http, "HTTP"),
+            (self.flight_sql, "Flight SQL"),
+            (self.postgres, "Postgres"),
+            (self.admin, "the agent"),
+            (self.broker, "MQTT"),
+        ];
+        for (port, name) in &names[..names.len() - usize::from(!with_broker)] {
             if let Err(error) = TcpListener::bind((Ipv4Addr::LOCALHOST, *port)) {
                 bail!("port {port} for {name} cannot be used: {error}; stop what has it, or use --free-ports");
             }
@@ -287,10 +294,11 @@ fn welcome(url: &str, postgres: u16, admin: SocketAddr, data_dir: &Path, argumen
 fn cloud_settings(place: &Place) -> anyhow::Result<cloud_ingest::Settings> {
     let Place { data_dir, token, ports, .. } = place;
     let text = format!(
-        "data_dir = {:?}\n[listen]\nhttp = \"127.0.0.1:{}\"\npostgres = \"127.0.0.1:{}\"\n[commit]\nmax_age = \"10s\"\n\
+        "data_dir = {:?}\n[listen]\nhttp = \"127.0.0.1:{}\"\nflight_sql = \"127.0.0.1:{}\"\npostgres = \"127.0.0.1:{}\"\n[commit]\nmax_age = \"10s\"\n\
          [[edge]]\nid = \"{EDGE}\"\ntoken = \"{token}\"\n",
         data_dir.join("cloud").display().to_string(),
         ports.http,
+        ports.flight_sql,
         ports.postgres
     );
     cloud_ingest::Settings::parse(&text).map_err(anyhow::Error::msg)

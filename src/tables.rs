@@ -3,21 +3,23 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use cloud_ingest::{Catalogue, TableState};
-use query::{ColdTable, Tables, TablesError};
-use wire::StreamName;
+use cloud_ingest::delta::TableSnapshot;
+use cloud_ingest::ledger::Entry;
+use cloud_ingest::{Catalogue, Moment};
+use query::{AsOf, ColdTable, SpoolFacts, Tables, TablesError};
 use wire::hot::HotSource;
+use wire::{Seq, StreamName};
 
 /// The catalogue of this process.
 #[derive(Debug)]
 pub(crate) struct NodeTables(pub(crate) Arc<Catalogue>);
 
-fn cold(state: &TableState) -> ColdTable {
+fn cold(snapshot: &TableSnapshot) -> ColdTable {
     ColdTable {
-        version: state.snapshot.version,
-        log_store: Arc::clone(&state.snapshot.log_store),
-        snapshot: state.snapshot.state.snapshot().clone(),
-        schema: Arc::clone(&state.snapshot.schema),
+        version: snapshot.version,
+        log_store: Arc::clone(&snapshot.log_store),
+        snapshot: snapshot.state.snapshot().clone(),
+        schema: Arc::clone(&snapshot.schema),
     }
 }
 
@@ -28,7 +30,7 @@ impl Tables for NodeTables {
     }
 
     fn cold(&self, stream: &StreamName) -> Option<ColdTable> {
-        self.0.state(stream).map(|state| cold(&state))
+        self.0.state(stream).map(|state| cold(&state.snapshot))
     }
 
     /// The catalogue's snapshot is as new as its hot rows: whoever was told `Stale` finds it here.
@@ -38,7 +40,39 @@ impl Tables for NodeTables {
         if state.snapshot.version < at_least {
             return Err(failed(format!("version {at_least} is not known here")));
         }
-        Ok(cold(&state))
+        Ok(cold(&state.snapshot))
+    }
+
+    async fn cold_as_of(&self, stream: &StreamName, as_of: AsOf) -> Result<ColdTable, TablesError> {
+        let failed = |detail: String| TablesError { stream: stream.clone(), detail };
+        let state = self.0.state(stream).ok_or_else(|| failed("it is gone".to_owned()))?;
+        let moment = match as_of {
+            AsOf::Version(version) => Moment::Version(version),
+            AsOf::Time(us) => Moment::Time(us),
+        };
+        let past = state.snapshot.past(stream, moment).await.map_err(|error| failed(error.to_string()))?;
+        Ok(cold(&past))
+    }
+
+    fn spools(&self) -> Vec<SpoolFacts> {
+        let facts = |entry: Entry| {
+            let state = self.0.state(&entry.stream);
+            let committed = state.and_then(|state| Some(state.snapshot.txn.get(&entry.spool)?.seq)).unwrap_or(Seq(0));
+            SpoolFacts {
+                stream: entry.stream,
+                edge: entry.edge,
+                spool: entry.spool,
+                rows: entry.rows,
+                batches: entry.batches,
+                received_at_us: entry.received_at_us,
+                max_ts: entry.max_ts,
+                durable: entry.durable.max(committed),
+                committed,
+                agent: entry.agent,
+                configuration: entry.configuration,
+            }
+        };
+        self.0.ledger().entries().into_iter().map(facts).collect()
     }
 
     fn hot(&self) -> Arc<dyn HotSource> {

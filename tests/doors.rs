@@ -7,9 +7,26 @@ use serde_json::{Value, json};
 use crate::harness::{Answer, Chain, Cloud, Sender, load_rows, load_schema};
 
 const READERS: &str = "[[reader]]\nname = \"analyst\"\npassword = \"right\"\n";
+const FEW: &str = "[[reader]]\nname = \"few\"\npassword = \"right\"\nscope = \"n < 10\"\nedges = [\"gw-*\"]\n";
 
-async fn stage(directory: &std::path::Path) -> Cloud {
-    let cloud = Cloud::start(directory, "a", READERS).await;
+/// A cloud with a hundred rows of `load`, and a reader for all of them and one for the first ten.
+pub(crate) async fn stage(directory: &std::path::Path) -> Cloud {
+    filled(Cloud::start(directory, "a", &format!("{READERS}{FEW}")).await).await
+}
+
+/// The same with more of configuration, and a reader `quick` for the lane `dashboard`, if there is one.
+pub(crate) async fn stage_with(directory: &std::path::Path, more: &str) -> Cloud {
+    let quick = "[[reader]]\nname = \"quick\"\npassword = \"right\"\nlanes = [\"dashboard\"]\n";
+    let quick = if more.contains("dashboard") { quick } else { "" };
+    filled(Cloud::start(directory, "a", &format!("{more}{READERS}{quick}")).await).await
+}
+
+/// The same without readers: whoever is on this machine may ask.
+pub(crate) async fn stage_open(directory: &std::path::Path) -> Cloud {
+    filled(Cloud::start(directory, "a", "").await).await
+}
+
+async fn filled(cloud: Cloud) -> Cloud {
     let mut chain = Chain::new("load", load_schema());
     let batch = chain.seal(&load_rows(0, 100));
     assert!(matches!(Sender::to(&cloud).send(&chain.schema, &[batch]).await, Answer::Acks(_)));
@@ -17,7 +34,7 @@ async fn stage(directory: &std::path::Path) -> Cloud {
 }
 
 /// Status and body of a question.
-async fn ask(cloud: &Cloud, accept: &str, password: Option<&str>, statement: &str) -> (u16, Vec<u8>) {
+pub(crate) async fn ask(cloud: &Cloud, accept: &str, password: Option<&str>, statement: &str) -> (u16, Vec<u8>) {
     let client = reqwest::Client::new();
     let mut request = client.post(format!("{}/v1/sql", cloud.http)).header("accept", accept).body(statement.to_owned());
     if let Some(password) = password {
@@ -94,7 +111,9 @@ async fn psql_logs_in_with_its_password_and_only_asks() {
     refused("wrong", "SELECT 1", "authentication failed");
     refused("right", "SELECT 1 FROM laod", "did you mean `load`?");
     refused("right", "DROP TABLE load", "questions only");
-    refused("right", "COPY load TO '/tmp/x.csv'", "");
+    refused("right", "COPY load TO '/tmp/x.csv'", "STDOUT only");
+    let copied = psql("right", "COPY (SELECT n FROM load WHERE n < 3 ORDER BY n) TO STDOUT").unwrap();
+    assert_eq!(String::from_utf8_lossy(&copied.stdout), "0\n1\n2\n");
     let table =
         psql("right", "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'").unwrap();
     assert_eq!(String::from_utf8_lossy(&table.stdout).trim(), "load");

@@ -26,6 +26,7 @@ pub(crate) struct Cloud {
     process: Process,
     pub(crate) http: String,
     pub(crate) postgres: u16,
+    pub(crate) flight_sql: u16,
     config: PathBuf,
     /// The configuration.
     text: String,
@@ -36,23 +37,47 @@ impl Cloud {
     /// A node with its WAL in `directory/name` and its tables in `directory/tables`. `more` is added to its
     /// configuration.
     pub(crate) async fn start(directory: &Path, name: &str, more: &str) -> Self {
-        let (port, postgres) = (free_port(), free_port());
+        Self::start_at("http", reqwest::Client::new(), directory, name, "", more).await
+    }
+
+    /// A node that speaks TLS, as `tls` says, with this certificate.
+    pub(crate) async fn start_tls(directory: &Path, tls: &str, certificate: &str) -> Self {
+        let trusted = reqwest::Certificate::from_pem(&std::fs::read(certificate).unwrap()).unwrap();
+        let client = reqwest::Client::builder().tls_certs_only([trusted]).build().unwrap();
+        Self::start_at("https", client, directory, "a", tls, "").await
+    }
+
+    async fn start_at(
+        scheme: &str,
+        client: reqwest::Client,
+        directory: &Path,
+        name: &str,
+        tls: &str,
+        more: &str,
+    ) -> Self {
+        let (port, postgres, flight_sql) = (free_port(), free_port(), free_port());
         let tables = directory.join("tables");
         std::fs::create_dir_all(&tables).unwrap();
         let config = directory.join(format!("{name}.toml"));
         let text = format!(
             "data_dir = \"{}\"\n[store]\nurl = \"file://{}\"\n[listen]\nhttp = \"127.0.0.1:{port}\"\n\
-             postgres = \"127.0.0.1:{postgres}\"\n[[edge]]\nid = \"{EDGE}\"\ntoken = \"{TOKEN}\"\n{more}",
+             postgres = \"127.0.0.1:{postgres}\"\nflight_sql = \"127.0.0.1:{flight_sql}\"\n{tls}\
+             [[edge]]\nid = \"{EDGE}\"\ntoken = \"{TOKEN}\"\n{more}",
             directory.join(name).display(),
             tables.canonicalize().unwrap().display(),
         );
         std::fs::write(&config, &text).unwrap();
         let process = Process::weir(name, &["cloud", "--config", config.to_str().unwrap()], directory);
-        let http = format!("http://127.0.0.1:{port}");
-        let mut cloud = Self { process, http, postgres, config, text, client: reqwest::Client::new() };
+        let http = format!("{scheme}://127.0.0.1:{port}");
+        let mut cloud = Self { process, http, postgres, flight_sql, config, text, client };
         cloud.run();
         cloud.wait().await;
         cloud
+    }
+
+    /// Its process id, while it runs.
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.pid()
     }
 
     /// Another token of the edge, from the next start on.

@@ -91,9 +91,14 @@ impl Process {
         assert!(since.elapsed() < PATIENCE, "{}: {what}\n{}", self.name, self.log_tail());
     }
 
+    /// Its id, while it runs.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it runs").id()
+    }
+
     /// User and system time since its start.
     pub(crate) fn cpu_seconds(&self) -> f64 {
-        let id = self.child.as_ref().expect("it runs").id();
+        let id = self.pid();
         let text = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap();
         let fields: Vec<&str> = text.rsplit_once(')').unwrap().1.split_whitespace().collect();
         let ticks: f64 = fields[11..13].iter().map(|field| field.parse::<f64>().unwrap()).sum();

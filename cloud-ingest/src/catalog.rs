@@ -15,6 +15,7 @@ use wire::hot::{HotAnswer, HotError, HotSource};
 
 use crate::delta::TableSnapshot;
 use crate::hot::HotSet;
+use crate::ledger::Ledger;
 
 /// What a table holds at one moment.
 #[derive(Debug)]
@@ -27,9 +28,15 @@ pub struct TableState {
 #[derive(Debug, Default)]
 pub struct Catalogue {
     tables: RwLock<BTreeMap<StreamName, Arc<ArcSwap<TableState>>>>,
+    ledger: Ledger,
 }
 
 impl Catalogue {
+    /// What came from whom.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
     /// Every stream that has a table, in order of name.
     pub fn streams(&self) -> Vec<StreamName> {
         self.tables.read().keys().cloned().collect()

@@ -10,8 +10,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use axum::Router;
+use axum::serve::{Listener, ListenerExt};
 use segment_log::Disk;
-use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use url::Url;
@@ -109,14 +109,15 @@ impl Cloud {
         Arc::clone(&self.metrics)
     }
 
-    /// Listens, with `questions` on the same port, until the token is cancelled.
+    /// Answers those whom the listener lets in, and `questions` on the same port, until the token is cancelled.
     ///
     /// # Errors
-    /// When the address is taken.
-    pub async fn listen(self, questions: Router, token: CancellationToken) -> Result<CloudHandle, CloudError> {
-        let address = self.settings.listen.http;
-        let listen = |source| CloudError::Listen { address, source };
-        let listener = TcpListener::bind(address).await.map_err(listen)?;
+    /// When the listener has no address.
+    pub fn listen<L>(self, listener: L, questions: Router, token: CancellationToken) -> Result<CloudHandle, CloudError>
+    where
+        L: Listener<Addr = SocketAddr>,
+    {
+        let listen = |source| CloudError::Listen { address: self.settings.listen.http, source };
         let http = listener.local_addr().map_err(listen)?;
         let routes = http::router(Arc::clone(&self.door)).merge(questions);
         let service = routes.into_make_service_with_connect_info::<SocketAddr>();
@@ -127,7 +128,8 @@ impl Cloud {
                 token.cancelled().await;
                 door.ready.store(false, Ordering::Relaxed);
             };
-            axum::serve(listener, service).with_graceful_shutdown(stop).await
+            // Tapped, because only so a listener of any kind tells the peer.
+            axum::serve(listener.tap_io(|_| {}), service).with_graceful_shutdown(stop).await
         });
         Ok(CloudHandle { http, door: self.door, server, thread: self.thread })
     }

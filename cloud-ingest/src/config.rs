@@ -57,12 +57,41 @@ pub struct StoreSettings {
 #[serde(deny_unknown_fields, default)]
 pub struct ListenSettings {
     pub http: SocketAddr,
+    pub flight_sql: SocketAddr,
     pub postgres: SocketAddr,
+    /// Connections to the HTTP port at one time.
+    pub http_connections: usize,
+    pub tls: Option<TlsSettings>,
+}
+
+/// The certificate of the doors; a door with it speaks TLS only.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsSettings {
+    /// PEM: the chain, and the private key.
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    #[serde(default = "all_doors")]
+    pub doors: Vec<DoorName>,
+}
+
+/// A door, by its name in `[listen]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DoorName {
+    Http,
+    FlightSql,
+    Postgres,
+}
+
+fn all_doors() -> Vec<DoorName> {
+    vec![DoorName::Http, DoorName::FlightSql, DoorName::Postgres]
 }
 
 impl Default for ListenSettings {
     fn default() -> Self {
-        Self { http: SocketAddr::from(([127, 0, 0, 1], 7300)), postgres: SocketAddr::from(([127, 0, 0, 1], 7302)) }
+        let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        Self { http: local(7300), flight_sql: local(7301), postgres: local(7302), http_connections: 4_096, tls: None }
     }
 }
 
@@ -139,19 +168,77 @@ impl Default for LimitSettings {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct QuerySettings {
-    /// From parsing to the last row.
+    /// From a statement's place in its lane to its last row.
     pub timeout: Span,
     /// Memory of all running statements together; they spill to disk when they can.
     pub max_bytes: Size,
+    /// Memory of one statement.
+    pub statement_bytes: Size,
+    /// What all of them may have spilled at a time.
+    pub spill_bytes: Size,
+    /// Rows and bytes of one answer.
+    pub result_rows: u64,
+    pub result_bytes: Size,
     /// Rows of one JSON answer.
     pub json_rows: usize,
+    /// Statements that `system.queries` remembers.
+    pub recent: usize,
+    /// Lanes beside `default`, or another `default`.
+    pub lane: Vec<LaneSettings>,
 }
 
 impl Default for QuerySettings {
     fn default() -> Self {
-        Self { timeout: Span(Duration::from_secs(300)), max_bytes: Size(1 << 30), json_rows: 1_000_000 }
+        Self {
+            timeout: Span(Duration::from_secs(300)),
+            max_bytes: Size(1 << 30),
+            statement_bytes: Size(512 << 20),
+            spill_bytes: Size(16 << 30),
+            result_rows: 1_000_000_000,
+            result_bytes: Size(64 << 30),
+            json_rows: 1_000_000,
+            recent: 1_000,
+            lane: Vec::new(),
+        }
     }
 }
+
+/// Statements that wait for each other and for no others.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LaneSettings {
+    pub name: String,
+    /// Statements that run at a time.
+    #[serde(default = "lane_running")]
+    pub running: usize,
+    /// Statements that wait; one more is refused.
+    #[serde(default = "lane_waiting")]
+    pub waiting: usize,
+    /// As `query.timeout` and `query.statement_bytes`, unless said otherwise.
+    pub timeout: Option<Span>,
+    pub statement_bytes: Option<Size>,
+    /// Threads that its statements run on; as many as there are processors, unless said otherwise.
+    pub threads: Option<usize>,
+}
+
+fn lane_running() -> usize {
+    8
+}
+
+fn lane_waiting() -> usize {
+    64
+}
+
+impl LaneSettings {
+    /// The lane of a reader for whom no other is set.
+    pub fn default_lane() -> Self {
+        let (running, waiting) = (lane_running(), lane_waiting());
+        Self { name: DEFAULT_LANE.to_owned(), running, waiting, timeout: None, statement_bytes: None, threads: None }
+    }
+}
+
+/// There is always a lane of this name.
+pub const DEFAULT_LANE: &str = "default";
 
 /// One edge that may write.
 #[derive(Clone, Deserialize)]
@@ -173,6 +260,13 @@ impl fmt::Debug for EdgeSettings {
 pub struct ReaderSettings {
     pub name: String,
     pub password: String,
+    /// The edges whose rows it sees (`*` stands for any characters); all when none are set.
+    pub edges: Option<Vec<String>>,
+    /// The condition of the rows that it sees, as SQL; all when none is set.
+    pub scope: Option<String>,
+    /// The lanes that it may use, its own first; `default` when none is set.
+    #[serde(default)]
+    pub lanes: Vec<String>,
 }
 
 impl fmt::Debug for ReaderSettings {
@@ -216,6 +310,24 @@ impl Settings {
         }
         if let Some(reader) = self.reader.iter().find(|reader| reader.password.is_empty()) {
             return Err(format!("[[reader]] `{}` has an empty password", reader.name));
+        }
+        let mut lanes = HashSet::new();
+        for lane in &self.query.lane {
+            if !lanes.insert(lane.name.as_str()) {
+                return Err(format!("[[query.lane]] `{}` is there twice", lane.name));
+            }
+            if lane.running == 0 || lane.threads == Some(0) {
+                return Err(format!("[[query.lane]] `{}`: running and threads must be at least 1", lane.name));
+            }
+        }
+        lanes.insert(DEFAULT_LANE);
+        for reader in &self.reader {
+            if let Some(lane) = reader.lanes.iter().find(|lane| !lanes.contains(lane.as_str())) {
+                return Err(format!("[[reader]] `{}`: there is no [[query.lane]] `{lane}`", reader.name));
+            }
+        }
+        if self.listen.http_connections == 0 {
+            return Err("listen.http_connections must be at least 1".to_owned());
         }
         if self.commit.max_partitions < BATCH_DATES_MAX {
             return Err(format!(
@@ -283,6 +395,11 @@ mod tests {
         check("[[edge]]\nid = \"a\"\ntoken = \"x\"\n[[edge]]\nid = \"a\"\ntoken = \"y\"", "twice");
         check("[[reader]]\nname = \"a\"\npassword = \"\"", "empty password");
         check("[listen]\nhttp = \"nowhere\"", "http");
+        check("[listen]\nhttp_connections = 0", "at least 1");
+        check("[listen.tls]\ncertificate = \"a\"\nkey = \"b\"\ndoors = [\"smtp\"]", "smtp");
+        check("[[query.lane]]\nname = \"a\"\n[[query.lane]]\nname = \"a\"", "twice");
+        check("[[query.lane]]\nname = \"a\"\nrunning = 0", "at least 1");
+        check("[[reader]]\nname = \"a\"\npassword = \"x\"\nlanes = [\"fast\"]", "no [[query.lane]] `fast`");
     }
 
     #[test]

@@ -33,6 +33,7 @@ use wire::schema::{DATE, DEVICE, FieldType, StreamField, TS, provenance_fields, 
 use crate::store::{Store, StoreError};
 
 mod order;
+pub mod past;
 mod txn;
 mod write;
 
@@ -57,6 +58,8 @@ pub enum TableError {
     Thread { stream: StreamName },
     #[error("the table of stream {stream} cannot be changed now: {detail}")]
     Busy { stream: StreamName, detail: String },
+    #[error("the table of stream {stream} as it was: {detail}")]
+    Past { stream: StreamName, detail: String },
     #[error("the store did not answer in time, or the task that asked it died")]
     Unanswered,
 }

@@ -1,4 +1,5 @@
-//! The tables that a statement may name: one per stream, in schema `public` of catalogue `weir`.
+//! The tables that a statement may name, in catalogue `weir`: one per stream in schema `public`, and those about the node
+//! itself in schema `system`.
 //!
 //! The catalogue holds live handles and no rows. What a handle shows is decided when a statement is executed
 //! (rule 4): until then it only knows its columns.
@@ -9,18 +10,23 @@ use std::sync::Arc;
 use arrow_schema::SchemaRef;
 use async_trait::async_trait;
 use datafusion::catalog::{CatalogProvider, SchemaProvider, TableProvider};
+use datafusion::common::DataFusionError;
 use datafusion::error::Result as DataFusionResult;
 use deltalake_core::kernel::EagerSnapshot;
 use deltalake_core::logstore::LogStoreRef;
-use wire::StreamName;
 use wire::hot::HotSource;
+use wire::{EdgeId, Seq, SpoolId, StreamName};
 
+use crate::as_of::{self, AsOf};
 use crate::fused_table::LiveTable;
+use crate::system::SystemSchema;
 
 /// Name of the one catalogue.
 pub const CATALOG: &str = "weir";
 /// Name of the schema that holds a table per stream.
 pub const SCHEMA: &str = "public";
+/// Name of the schema of the tables about the node itself.
+pub const SYSTEM: &str = "system";
 
 /// The cold half of a table at one version. Cheap to clone.
 #[derive(Clone)]
@@ -46,6 +52,26 @@ pub struct TablesError {
     pub detail: String,
 }
 
+/// What a node knows of the rows that one spool has sent it of one stream.
+#[derive(Debug, Clone)]
+pub struct SpoolFacts {
+    pub stream: StreamName,
+    pub edge: EdgeId,
+    pub spool: SpoolId,
+    /// Rows and batches taken since the node started, those that it recovered among them.
+    pub rows: u64,
+    pub batches: u64,
+    /// When the last batch was taken, µs since 1970 UTC.
+    pub received_at_us: i64,
+    /// The latest event time.
+    pub max_ts: Option<i64>,
+    pub durable: Seq,
+    pub committed: Seq,
+    /// Version of the agent that sealed the last batch, and of its configuration.
+    pub agent: String,
+    pub configuration: u64,
+}
+
 /// Where tables come from: the node's own catalogue, or (later) a catalogue that other nodes write.
 #[async_trait]
 pub trait Tables: Send + Sync + fmt::Debug {
@@ -55,6 +81,10 @@ pub trait Tables: Send + Sync + fmt::Debug {
     fn cold(&self, stream: &StreamName) -> Option<ColdTable>;
     /// A snapshot of at least this version.
     async fn reload(&self, stream: &StreamName, at_least: u64) -> Result<ColdTable, TablesError>;
+    /// The table as it was.
+    async fn cold_as_of(&self, stream: &StreamName, as_of: AsOf) -> Result<ColdTable, TablesError>;
+    /// What is known of every spool that has sent something since the node started.
+    fn spools(&self) -> Vec<SpoolFacts>;
     /// Where hot rows are asked for.
     fn hot(&self) -> Arc<dyn HotSource>;
 }
@@ -63,15 +93,20 @@ pub trait Tables: Send + Sync + fmt::Debug {
 #[derive(Debug)]
 pub(crate) struct WeirCatalog {
     pub(crate) public: Arc<PublicSchema>,
+    pub(crate) system: Arc<SystemSchema>,
 }
 
 impl CatalogProvider for WeirCatalog {
     fn schema_names(&self) -> Vec<String> {
-        vec![SCHEMA.to_owned()]
+        vec![SCHEMA.to_owned(), SYSTEM.to_owned()]
     }
 
     fn schema(&self, name: &str) -> Option<Arc<dyn SchemaProvider>> {
-        (name == SCHEMA).then(|| Arc::clone(&self.public) as _)
+        match name {
+            SCHEMA => Some(Arc::clone(&self.public) as _),
+            SYSTEM => Some(Arc::clone(&self.system) as _),
+            _ => None,
+        }
     }
 }
 
@@ -88,13 +123,25 @@ impl SchemaProvider for PublicSchema {
     }
 
     async fn table(&self, name: &str) -> DataFusionResult<Option<Arc<dyn TableProvider>>> {
+        let (name, as_of) = as_of::parts(name);
         let Ok(stream) = name.parse::<StreamName>() else {
             return Ok(None);
         };
-        Ok(self.tables.cold(&stream).map(|cold| Arc::new(LiveTable::new(stream, cold.schema)) as _))
+        let Some(cold) = self.tables.cold(&stream) else {
+            return Ok(None);
+        };
+        let table = match as_of {
+            None => LiveTable::new(stream, cold.schema),
+            Some(as_of) => {
+                let past = self.tables.cold_as_of(&stream, as_of).await;
+                LiveTable::past(stream, past.map_err(|error| DataFusionError::External(Box::new(error)))?)
+            }
+        };
+        Ok(Some(Arc::new(table)))
     }
 
     fn table_exist(&self, name: &str) -> bool {
+        let (name, _) = as_of::parts(name);
         name.parse::<StreamName>().is_ok_and(|stream| self.tables.cold(&stream).is_some())
     }
 }

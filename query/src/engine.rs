@@ -1,19 +1,21 @@
 //! Plans a statement once, and runs it as often as it is asked, each time over fresh frozen tables.
 //!
 //! Read only: statements that would write, define or change something are refused when they are planned and again
-//! when they run. A time limit covers everything from parsing to the last row; memory is one pool for all statements,
-//! which spill to disk when they can. Dropping a result stream cancels its statement.
+//! when they run. Each statement has a caller, whose rows alone it sees, and a place in the caller's lane ([`enter`]),
+//! which limits its time from parsing to the last row and its memory; it spills to disk when it can. Dropping a result
+//! stream cancels its statement.
+//!
+//! [`enter`]: Engine::enter
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use arrow_array::RecordBatch;
+use arrow_array::{Array, RecordBatch};
 use datafusion::catalog::CatalogProvider;
-use datafusion::common::{DataFusionError, ParamValues, SchemaError};
-use datafusion::execution::SendableRecordBatchStream;
+use datafusion::common::{DataFusionError, ParamValues};
 use datafusion::execution::context::{SQLOptions, SessionState};
-use datafusion::execution::memory_pool::FairSpillPool;
-use datafusion::execution::runtime_env::RuntimeEnvBuilder;
+use datafusion::execution::memory_pool::{GreedyMemoryPool, MemoryPool};
+use datafusion::execution::runtime_env::{RuntimeEnv, RuntimeEnvBuilder};
+use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::physical_plan::execute_stream;
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
@@ -24,72 +26,55 @@ use futures::StreamExt;
 use futures::stream;
 use tokio::time::Instant;
 
+use crate::as_of::{self, AsOf};
 use crate::breadth;
+use crate::caller::Caller;
 use crate::catalog::{CATALOG, PublicSchema, SCHEMA, Tables, WeirCatalog};
-use crate::execution::Execution;
-use crate::fused_table::pin;
+use crate::fused_table::{View, pin};
+use crate::lanes::{LaneSettings, Lanes, Place};
 use crate::names;
+use crate::statements::{Running, State, Statements};
+use crate::system::SystemSchema;
+use crate::uncounted;
+
+mod explain;
+
+pub use explain::QueryError;
+use explain::{Changes, Stopped};
 
 /// Longest statement in bytes.
 pub const SQL_BYTES_MAX: usize = 1 << 20;
 
-/// Limits of the engine.
+/// Limits of the engine. Those of one statement are its lane's.
 #[derive(Debug, Clone)]
 pub struct EngineSettings {
     /// Memory of all running statements together, bytes.
     pub memory_bytes_max: usize,
-    /// From parsing to the last row; what was prepared earlier has it anew at each execution.
-    pub timeout: Duration,
+    /// What all of them may have spilled to disk at a time, bytes.
+    pub spill_bytes_max: u64,
+    /// Rows and bytes of one answer.
+    pub result_rows_max: u64,
+    pub result_bytes_max: u64,
     /// Rows of one JSON answer.
     pub json_rows_max: usize,
-    /// Threads that statements run on, beside those of the doors.
-    pub threads: usize,
+    /// Statements that `system.queries` remembers.
+    pub recent_max: usize,
+    /// At least one.
+    pub lanes: Vec<LaneSettings>,
 }
 
 impl Default for EngineSettings {
     fn default() -> Self {
         Self {
             memory_bytes_max: 1 << 30,
-            timeout: Duration::from_secs(300),
+            spill_bytes_max: 16 << 30,
+            result_rows_max: 1_000_000_000,
+            result_bytes_max: 64 << 30,
             json_rows_max: 1_000_000,
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            recent_max: 1_000,
+            lanes: vec![LaneSettings::default()],
         }
     }
-}
-
-/// Why a statement has no answer. The text is meant for the person who asked.
-#[derive(Debug, thiserror::Error)]
-pub enum QueryError {
-    #[error("{message}")]
-    Syntax { message: String },
-    #[error("{message}")]
-    UnknownTable { message: String, hint: Option<String> },
-    #[error("{message}")]
-    UnknownColumn { message: String, hint: Option<String> },
-    #[error("Weir answers questions only: {message}")]
-    ReadOnly { message: String },
-    #[error("the statement ran longer than {}", humane(*limit))]
-    Timeout { limit: Duration },
-    #[error("the statement needs more memory than is set aside: {message}")]
-    Memory { message: String },
-    #[error("{message}")]
-    Invalid { message: String },
-    #[error("{message}")]
-    Failed { message: String },
-}
-
-impl QueryError {
-    /// What to do about it, when that is known.
-    pub fn hint(&self) -> Option<&str> {
-        match self {
-            Self::UnknownTable { hint, .. } | Self::UnknownColumn { hint, .. } => hint.as_deref(),
-            _ => None,
-        }
-    }
-}
-
-fn humane(limit: Duration) -> String {
-    if limit.subsec_nanos() == 0 { format!("{} s", limit.as_secs()) } else { format!("{} ms", limit.as_millis()) }
 }
 
 /// A statement that is planned and not pinned: it may run many times.
@@ -111,7 +96,8 @@ pub struct Engine {
     session: SessionContextDebug,
     tables: Arc<dyn Tables>,
     settings: EngineSettings,
-    execution: Execution,
+    lanes: Lanes,
+    statements: Arc<Statements>,
 }
 
 struct SessionContextDebug(SessionContext);
@@ -137,15 +123,18 @@ impl Engine {
         options.sql_parser.collect_spans = true;
         options.sql_parser.map_string_types_to_utf8view = false;
         let runtime = RuntimeEnvBuilder::new()
-            .with_memory_pool(Arc::new(FairSpillPool::new(settings.memory_bytes_max)))
+            .with_memory_pool(Arc::new(GreedyMemoryPool::new(settings.memory_bytes_max)))
+            .with_max_temp_directory_size(settings.spill_bytes_max)
             .build_arc()
             .map_err(|error| QueryError::Failed { message: error.to_string() })?;
         let session = SessionContext::new_with_config_rt(config, runtime);
         let public = Arc::new(PublicSchema { tables: Arc::clone(&tables) });
-        session.register_catalog(CATALOG, Arc::new(WeirCatalog { public }) as Arc<dyn CatalogProvider>);
-        let execution = Execution::new(settings.threads)
+        let system = Arc::new(SystemSchema { tables: Arc::clone(&tables) });
+        session.register_catalog(CATALOG, Arc::new(WeirCatalog { public, system }) as Arc<dyn CatalogProvider>);
+        let lanes = Lanes::new(&settings.lanes)
             .map_err(|error| QueryError::Failed { message: format!("start threads for statements: {error}") })?;
-        Ok(Self { session: SessionContextDebug(session), tables, settings, execution })
+        let statements = Statements::new(settings.recent_max);
+        Ok(Self { session: SessionContextDebug(session), tables, settings, lanes, statements })
     }
 
     /// The session that statements are planned in.
@@ -163,9 +152,22 @@ impl Engine {
         &self.settings
     }
 
-    /// When a statement that begins now must have given its last row.
-    pub fn deadline(&self) -> Instant {
-        Instant::now() + self.settings.timeout
+    /// Waits for a place in the caller's lane. Statements that begin in one place run beside each other.
+    ///
+    /// # Errors
+    /// When too many wait, or none became free in time.
+    pub async fn enter(&self, caller: &Caller) -> Result<Arc<Place>, QueryError> {
+        self.lanes.enter(caller).await.map(Arc::new)
+    }
+
+    /// A statement begins: its time runs.
+    pub fn begin(&self, caller: &Caller, place: &Arc<Place>, text: &str) -> Arc<Running> {
+        self.statements.begin(caller, place, text, &self.session().runtime_env().memory_pool)
+    }
+
+    /// Ends a statement; false when there is none of this id that the caller may end.
+    pub fn cancel(&self, id: u64, caller: &Caller) -> bool {
+        self.statements.cancel(id, caller)
     }
 
     /// Whether a statement may be parsed in this dialect.
@@ -179,162 +181,183 @@ impl Engine {
         breadth::check(dialect, sql)
     }
 
-    /// Plans a statement, until the deadline.
+    /// Plans a statement of Weir's own dialect, over tables as of `whole` where it says nothing else.
     ///
     /// # Errors
-    /// When it does not parse, names what is not there, would change something, or takes too long.
-    pub async fn prepare(&self, sql: &str, deadline: Instant) -> Result<Prepared, QueryError> {
-        self.measure(&GenericDialect {}, sql)?;
-        let (state, sql) = (self.session().state(), sql.to_owned());
+    /// When it does not parse, names what is not there, would change something, takes too long, or is cancelled.
+    pub async fn prepare(
+        &self,
+        running: &Arc<Running>,
+        sql: &str,
+        whole: Option<AsOf>,
+    ) -> Result<Prepared, QueryError> {
+        let dialect = GenericDialect {};
+        let named = self.measure(&dialect, sql).and_then(|()| as_of::name(&dialect, sql));
+        let sql = named.inspect_err(|_| running.ended(State::Failed))?.into_owned();
+        let (state, tables) = (self.session().state(), Arc::clone(&self.tables));
         let parse = move || {
             let dialect = state.config().options().sql_parser.dialect;
-            state.sql_to_statement(&sql, &dialect).map(|statement| (state, statement))
+            let mut statement = state.sql_to_statement(&sql, &dialect)?;
+            as_of::apply(&mut statement, whole, &|name| is_stream(tables.as_ref(), name));
+            Ok((state, statement))
         };
-        self.plan(deadline, parse).await
+        self.plan(running, parse).await
     }
 
-    /// Computes something where statements run, so that it holds up no door, and waits for it until the deadline.
-    /// What cannot pause then ends by itself, unheard.
+    /// Computes something where the statement runs, so that it holds up no door, and waits for it until its deadline.
+    /// What cannot pause then ends by itself, unheard, and keeps its place in the lane until it has.
     ///
     /// # Errors
-    /// When the deadline comes first.
-    pub async fn aside<T, F>(&self, deadline: Instant, work: F) -> Result<T, QueryError>
+    /// When the deadline comes first, or somebody cancels.
+    pub async fn aside<T, F>(&self, running: &Arc<Running>, work: F) -> Result<T, QueryError>
     where
         T: Send + 'static,
         F: Future<Output = T> + Send + 'static,
     {
-        tokio::time::timeout_at(deadline, self.execution.compute(work))
-            .await
-            .map_err(|_| QueryError::Timeout { limit: self.settings.timeout })?
-            .map_err(|error| self.explain(error))
+        let place = running.place().ok_or_else(ended)?;
+        let kept = Arc::clone(&place);
+        let work = place.lane().execution.compute(async move {
+            let done = work.await;
+            drop(kept);
+            done
+        });
+        let done = tokio::select! {
+            biased;
+            () = running.cancelled().cancelled() => Err(Stopped::Cancelled.told()),
+            done = tokio::time::timeout_at(running.deadline(), work) => match done {
+                Ok(done) => done.map_err(|error| self.explain(error)),
+                Err(_) => Err(Stopped::Overdue(running.timeout()).told()),
+            },
+        };
+        done.inspect_err(|error| running.ended(state_of(error)))
     }
 
     /// Plans a statement that is parsed by this, in a session with the engine's tables.
     ///
     /// # Errors
     /// As [`Engine::prepare`].
-    pub async fn plan<F>(&self, deadline: Instant, parse: F) -> Result<Prepared, QueryError>
+    pub async fn plan<F>(&self, running: &Arc<Running>, parse: F) -> Result<Prepared, QueryError>
     where
         F: FnOnce() -> Result<(SessionState, Statement), DataFusionError> + Send + 'static,
     {
-        let planned = self.aside(deadline, async move {
+        let planned = self.aside(running, async move {
             let (state, statement) = parse()?;
             let plan = names::plan(&state, statement).await?;
             read_only(&plan)?;
+            uncounted::check(&plan)?;
             Ok(Prepared { plan: Arc::new(plan) })
         });
-        planned.await?.map_err(|error| self.explain(error))
+        let planned = planned.await?.map_err(|error| self.explain(error));
+        planned.inspect_err(|error| running.ended(state_of(error)))
     }
 
-    /// Runs a statement over tables frozen now; the deadline holds for its last row, too.
+    /// Runs a statement over tables frozen now, as its caller may see them. Its limits hold for its last row, too.
     ///
     /// # Errors
     /// When it cannot start; errors later are items of the stream.
     pub async fn execute(
         &self,
+        running: &Arc<Running>,
         prepared: &Prepared,
         parameters: Option<ParamValues>,
-        deadline: Instant,
     ) -> Result<SendableRecordBatchStream, QueryError> {
-        let start = start(self.session().clone(), Arc::clone(&self.tables), prepared.clone(), parameters);
-        let rows = tokio::time::timeout_at(deadline, self.execution.run(Box::pin(start), deadline))
-            .await
-            .map_err(|_| QueryError::Timeout { limit: self.settings.timeout })?
-            .map_err(|error| self.explain(error))?;
-        Ok(limited(rows, deadline, self.settings.timeout))
+        let start = Start {
+            session: self.session().clone(),
+            tables: Arc::clone(&self.tables),
+            statements: Arc::clone(&self.statements),
+            running: Arc::clone(running),
+        };
+        let start = Box::pin(start.run(prepared.clone(), parameters));
+        let (deadline, place) = (running.deadline(), running.place().ok_or_else(ended)?);
+        let started = tokio::select! {
+            biased;
+            () = running.cancelled().cancelled() => Err(Stopped::Cancelled.told()),
+            rows = tokio::time::timeout_at(deadline, place.lane().execution.run(start, deadline)) => match rows {
+                Ok(rows) => rows.map_err(|error| self.explain(error)),
+                Err(_) => Err(Stopped::Overdue(running.timeout()).told()),
+            },
+        };
+        let rows = started.inspect_err(|error| running.ended(state_of(error)))?;
+        Ok(limited(rows, Arc::clone(running), [self.settings.result_rows_max, self.settings.result_bytes_max]))
     }
 
-    /// All rows of a statement: for small answers and tests.
+    /// All rows of a statement that the node itself asks.
     ///
     /// # Errors
     /// As [`Engine::prepare`] and [`Engine::execute`].
     pub async fn rows(&self, sql: &str) -> Result<Vec<RecordBatch>, QueryError> {
-        let deadline = self.deadline();
-        let prepared = self.prepare(sql, deadline).await?;
-        let mut stream = self.execute(&prepared, None, deadline).await?;
+        let caller = Caller::node();
+        let running = self.begin(&caller, &self.enter(&caller).await?, sql);
+        let prepared = self.prepare(&running, sql, None).await?;
+        let mut stream = self.execute(&running, &prepared, None).await?;
         let mut rows = Vec::new();
         while let Some(batch) = stream.next().await {
             rows.push(batch.map_err(|error| self.explain(error))?);
         }
         Ok(rows)
     }
+}
 
-    /// An error in the words of the person who asked, with the nearest name when one is unknown.
-    pub fn explain(&self, error: DataFusionError) -> QueryError {
-        let place = error
-            .diagnostic()
-            .and_then(|diagnostic| diagnostic.span)
-            .map(|span| format!(" at line {}, column {}", span.start.line, span.start.column))
-            .unwrap_or_default();
-        let root = error.find_root();
-        match root {
-            DataFusionError::SQL(parser, _) => QueryError::Syntax { message: format!("{parser}{place}") },
-            DataFusionError::SchemaError(schema, _) => match schema.as_ref() {
-                SchemaError::FieldNotFound { field, valid_fields } => {
-                    let names: Vec<&str> = valid_fields.iter().map(|column| column.name.as_str()).collect();
-                    QueryError::UnknownColumn {
-                        message: format!("no column `{}`{place}", field.name),
-                        hint: nearest(&field.name, &names).or_else(|| {
-                            Some("there are no columns here: name a table after FROM, or put text into 'quotes'".into())
-                        }),
-                    }
-                }
-                other => QueryError::Invalid { message: format!("{other}{place}") },
-            },
-            DataFusionError::ResourcesExhausted(message) => QueryError::Memory { message: message.clone() },
-            DataFusionError::Plan(message) => self.explain_plan(message, &place),
-            DataFusionError::NotImplemented(message) => {
-                QueryError::Invalid { message: format!("not supported: {message}") }
-            }
-            DataFusionError::External(external) if external.is::<Overdue>() => {
-                QueryError::Timeout { limit: self.settings.timeout }
-            }
-            DataFusionError::External(external) if external.is::<Changes>() => {
-                QueryError::ReadOnly { message: external.to_string() }
-            }
-            DataFusionError::Execution(message) | DataFusionError::Configuration(message) => {
-                QueryError::Invalid { message: message.clone() }
-            }
-            DataFusionError::ArrowError(arrow, _) => QueryError::Invalid { message: arrow.to_string() },
-            other => QueryError::Failed { message: other.strip_backtrace() },
-        }
-    }
+/// Whether a table of `public` has this name.
+pub(crate) fn is_stream(tables: &dyn Tables, name: &str) -> bool {
+    name.parse().is_ok_and(|stream| tables.cold(&stream).is_some())
+}
 
-    fn explain_plan(&self, message: &str, place: &str) -> QueryError {
-        let quoted = message.split('\'').nth(1);
-        match quoted {
-            Some(table) if message.contains("not found") && message.starts_with("table ") => {
-                let name = table.rsplit('.').next().unwrap_or(table);
-                let streams = self.tables.streams();
-                let names: Vec<&str> = streams.iter().map(wire::StreamName::as_str).collect();
-                let none = || "there is no table yet: a table appears with its first batch".to_owned();
-                QueryError::UnknownTable {
-                    message: format!("no table `{name}`{place}"),
-                    hint: nearest(name, &names).or_else(|| Some(none())),
-                }
-            }
-            _ => QueryError::Invalid { message: format!("{message}{place}") },
-        }
+fn ended() -> QueryError {
+    QueryError::Failed { message: "the statement has ended".to_owned() }
+}
+
+/// Gives a statement's place back when its task ends.
+struct Leaves(Arc<Running>);
+
+impl Drop for Leaves {
+    fn drop(&mut self) {
+        self.0.leave();
     }
 }
 
-/// Freezes the tables of a plan and begins to run it.
-async fn start(
+fn state_of(error: &QueryError) -> State {
+    if matches!(error, QueryError::Cancelled) { State::Cancelled } else { State::Failed }
+}
+
+/// What the execution of a statement needs.
+struct Start {
     session: SessionContext,
     tables: Arc<dyn Tables>,
-    prepared: Prepared,
-    parameters: Option<ParamValues>,
-) -> Result<SendableRecordBatchStream, DataFusionError> {
-    let mut plan = LogicalPlan::clone(&prepared.plan);
-    if let Some(parameters) = parameters {
-        plan = plan.with_param_values(parameters)?;
+    statements: Arc<Statements>,
+    running: Arc<Running>,
+}
+
+impl Start {
+    /// Freezes the tables of a plan and begins to run it, in the statement's own memory.
+    async fn run(
+        self,
+        prepared: Prepared,
+        parameters: Option<ParamValues>,
+    ) -> Result<SendableRecordBatchStream, DataFusionError> {
+        let mut plan = LogicalPlan::clone(&prepared.plan);
+        if let Some(parameters) = parameters {
+            plan = plan.with_param_values(parameters)?;
+        }
+        // Checked again: parameters made another plan of it.
+        read_only(&plan)?;
+        uncounted::check(&plan)?;
+        let state = self.session.state();
+        let caller = self.running.caller();
+        let view = View { tables: self.tables.as_ref(), statements: &self.statements, caller };
+        let pinned = pin(plan, &state, view).await?;
+        let physical = state.create_physical_plan(&pinned).await?;
+        let pool: Arc<dyn MemoryPool> = Arc::clone(self.running.pool()) as _;
+        let runtime = RuntimeEnv { memory_pool: pool, ..RuntimeEnv::clone(state.runtime_env()) };
+        let context = TaskContext::from(&state).with_runtime(Arc::new(runtime));
+        let rows = execute_stream(physical, Arc::new(context))?;
+        // As long as it computes it has its place, and no longer: who does not take the rows keeps nobody out.
+        let (schema, leaves) = (rows.schema(), Leaves(self.running));
+        let rows = rows.inspect(move |_| {
+            let _ = &leaves;
+        });
+        Ok(Box::pin(RecordBatchStreamAdapter::new(schema, rows)))
     }
-    // Checked again: parameters made another plan of it.
-    read_only(&plan)?;
-    let pinned = pin(plan, tables.as_ref()).await?;
-    let state = session.state();
-    let physical = state.create_physical_plan(&pinned).await?;
-    execute_stream(physical, state.task_ctx())
 }
 
 fn read_only(plan: &LogicalPlan) -> Result<(), DataFusionError> {
@@ -342,46 +365,56 @@ fn read_only(plan: &LogicalPlan) -> Result<(), DataFusionError> {
     options.verify_plan(plan).map_err(|error| DataFusionError::External(Box::new(Changes(error.strip_backtrace()))))
 }
 
-/// A plan that would change something.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Changes(String);
-
-/// "did you mean" for a name, or the names there are, if any.
-fn nearest(name: &str, names: &[&str]) -> Option<String> {
-    let best = names
-        .iter()
-        .map(|candidate| (strsim::jaro_winkler(&name.to_lowercase(), candidate), candidate))
-        .max_by(|a, b| a.0.total_cmp(&b.0));
-    match best {
-        Some((likeness, candidate)) if likeness > 0.7 => Some(format!("did you mean `{candidate}`?")),
-        Some(_) => Some(format!("there are: {}", names.join(", "))),
-        None => None,
-    }
-}
-
-#[derive(Debug, thiserror::Error)]
-#[error("the statement ran too long")]
-struct Overdue;
-
-fn limited(rows: SendableRecordBatchStream, deadline: Instant, limit: Duration) -> SendableRecordBatchStream {
+/// The rows within the limits of the statement: its time, somebody's word, and the size of its answer.
+fn limited(
+    rows: SendableRecordBatchStream,
+    running: Arc<Running>,
+    [rows_max, bytes_max]: [u64; 2],
+) -> SendableRecordBatchStream {
     let schema = rows.schema();
-    tracing::trace!(?limit, "statement started");
-    let limited = stream::unfold(Some(rows), move |rows| async move {
-        let mut rows = rows?;
-        let overdue = || Some((Err(DataFusionError::External(Box::new(Overdue))), None));
+    let limited = stream::unfold(Some((rows, running)), move |state| async move {
+        let (mut rows, running) = state?;
+        let stop = |running: &Running, stopped: Stopped| {
+            running.ended(state_of(&stopped.told()));
+            Some((Err(DataFusionError::from(stopped)), None))
+        };
+        let (deadline, limit) = (running.deadline(), running.timeout());
         // Also when the next rows are ready: a slow reader must not get more time than the others.
         if Instant::now() >= deadline {
-            return overdue();
+            return stop(&running, Stopped::Overdue(limit));
         }
-        match tokio::time::timeout_at(deadline, rows.next()).await {
-            Ok(Some(item)) => Some((item, Some(rows))),
+        let next = tokio::select! {
+            biased;
+            () = running.cancelled().cancelled() => return stop(&running, Stopped::Cancelled),
+            next = tokio::time::timeout_at(deadline, rows.next()) => next,
+        };
+        match next {
+            Ok(Some(Ok(batch))) => {
+                let (rows_given, bytes_given) = running.gave(batch.num_rows(), bytes_of(&batch));
+                if rows_given > rows_max || bytes_given > bytes_max {
+                    let message = format!("the answer has more than {rows_max} rows or {bytes_max} bytes: add a LIMIT");
+                    return stop(&running, Stopped::TooMuch(message));
+                }
+                Some((Ok(batch), Some((rows, running))))
+            }
+            Ok(Some(Err(error))) => {
+                running.ended(State::Failed);
+                Some((Err(error), None))
+            }
             // The statement's own task ends at the deadline, too: what it sent is then not all.
-            Ok(None) if Instant::now() < deadline => None,
-            Ok(None) | Err(_) => overdue(),
+            Ok(None) if Instant::now() < deadline => {
+                running.ended(State::Done);
+                None
+            }
+            Ok(None) | Err(_) => stop(&running, Stopped::Overdue(limit)),
         }
     });
     Box::pin(RecordBatchStreamAdapter::new(schema, limited))
+}
+
+/// Bytes of the rows themselves: a batch may be a slice of larger columns.
+fn bytes_of(batch: &RecordBatch) -> usize {
+    batch.columns().iter().map(|column| column.to_data().get_slice_memory_size().unwrap_or(0)).sum()
 }
 
 #[cfg(test)]

@@ -5,6 +5,9 @@
 //! one statement see the same rows. A frozen state is exact: the snapshot of version V, and what the hot contract
 //! answers for V; when it answers `Stale(W)` the snapshot is loaded again (rule 4).
 //!
+//! A caller with a scope sees its rows of it: the filter lies right above both halves, and nothing passes it on the way
+//! down but what cannot fail (`scope`).
+//!
 //! Filters go into the Delta scan, those on `ts` also as bounds of the partition column `_date`; hot rows are
 //! filtered by the plan above.
 
@@ -18,15 +21,17 @@ use arrow_schema::{ArrowError, SchemaRef};
 use async_trait::async_trait;
 use datafusion::catalog::{Session, TableProvider};
 use datafusion::common::tree_node::{Transformed, TreeNodeRecursion};
-use datafusion::common::{DataFusionError, Result, ScalarValue, exec_err, internal_err};
+use datafusion::common::{DFSchema, DataFusionError, Result, ScalarValue, exec_err, internal_err};
 use datafusion::datasource::memory::MemorySourceConfig;
 use datafusion::datasource::{provider_as_source, source_as_provider};
+use datafusion::execution::context::SessionState;
 use datafusion::execution::object_store::ObjectStoreUrl;
 use datafusion::logical_expr::utils::split_conjunction;
 use datafusion::logical_expr::{BinaryExpr, Expr, LogicalPlan, Operator, TableProviderFilterPushDown, TableType};
 use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_expr::expressions::{CastExpr, Column};
 use datafusion::physical_plan::ExecutionPlan;
+use datafusion::physical_plan::filter::FilterExec;
 use datafusion::physical_plan::projection::ProjectionExec;
 use datafusion::physical_plan::union::UnionExec;
 use datafusion::prelude::{col, lit};
@@ -36,7 +41,16 @@ use wire::hot::HotAnswer;
 use wire::schema::{DATE, TS};
 use wire::{DAY_US, StreamName};
 
+use crate::caller::Caller;
 use crate::catalog::{ColdTable, Tables};
+use crate::scope;
+use crate::scope::hidden::HiddenExec;
+use crate::statements::Statements;
+use crate::system::{self, Kind, SystemTable};
+
+mod told;
+
+use told::ToldExec;
 
 /// How often a snapshot is loaded again because commits overtook it, before the statement fails.
 const STALE_TRIES_MAX: usize = 20;
@@ -46,11 +60,19 @@ const STALE_TRIES_MAX: usize = 20;
 pub struct LiveTable {
     stream: StreamName,
     schema: SchemaRef,
+    /// The state of the past that was asked for.
+    past: Option<Arc<Frozen>>,
 }
 
 impl LiveTable {
     pub(crate) fn new(stream: StreamName, schema: SchemaRef) -> Self {
-        Self { stream, schema }
+        Self { stream, schema, past: None }
+    }
+
+    /// The table as it was at this snapshot, without hot rows.
+    pub(crate) fn past(stream: StreamName, cold: ColdTable) -> Self {
+        let schema = Arc::clone(&cold.schema);
+        Self { stream, schema, past: Some(Arc::new(Frozen { cold, hot: Vec::new() })) }
     }
 }
 
@@ -83,6 +105,14 @@ pub struct Frozen {
 }
 
 impl Frozen {
+    pub(crate) fn cold(&self) -> &ColdTable {
+        &self.cold
+    }
+
+    pub(crate) fn hot(&self) -> &[RecordBatch] {
+        &self.hot
+    }
+
     /// Takes a state of `stream` that is whole: nothing missing, nothing twice.
     pub async fn take(tables: &dyn Tables, stream: &StreamName) -> Result<Self> {
         let Some(mut cold) = tables.cold(stream) else {
@@ -105,45 +135,71 @@ impl Frozen {
     }
 }
 
-/// Replaces every live table of a plan by one frozen state per stream. Called each time a statement is executed.
-pub async fn pin(plan: LogicalPlan, tables: &dyn Tables) -> Result<LogicalPlan> {
+/// What a statement sees, and on whose behalf.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct View<'a> {
+    pub(crate) tables: &'a dyn Tables,
+    pub(crate) statements: &'a Statements,
+    pub(crate) caller: &'a Caller,
+}
+
+/// Replaces every live table of a plan by one frozen state per stream, of which the caller sees what it may; and every
+/// table of the schema `system` by its rows. Called each time a statement is executed.
+pub(crate) async fn pin(plan: LogicalPlan, state: &SessionState, view: View<'_>) -> Result<LogicalPlan> {
+    let told = matches!(plan, LogicalPlan::Explain(_) | LogicalPlan::Analyze(_));
     let mut streams: HashMap<StreamName, Option<Arc<Frozen>>> = HashMap::new();
+    let mut system: HashMap<Kind, Option<Arc<dyn TableProvider>>> = HashMap::new();
     plan.apply_with_subqueries(|node| {
-        if let Some(live) = live_table(node) {
-            streams.insert(with_live(&live, |live| live.stream.clone()), None);
+        if let Some(provider) = provider(node) {
+            if let Some(live) = provider.downcast_ref::<LiveTable>()
+                && live.past.is_none()
+            {
+                streams.insert(live.stream.clone(), None);
+            } else if let Some(live) = provider.downcast_ref::<SystemTable>() {
+                system.insert(live.kind(), None);
+            }
         }
         Ok(TreeNodeRecursion::Continue)
     })?;
     for (stream, frozen) in &mut streams {
-        *frozen = Some(Arc::new(Frozen::take(tables, stream).await?));
+        *frozen = Some(Arc::new(Frozen::take(view.tables, stream).await?));
+    }
+    for (kind, rows) in &mut system {
+        *rows = Some(system::pinned(*kind, view).await?);
     }
     let pinned = plan.transform_down_with_subqueries(|node| {
-        let Some(live) = live_table(&node) else {
+        let Some(provider) = provider(&node) else {
+            return Ok(Transformed::no(node));
+        };
+        let fixed: Arc<dyn TableProvider> = if let Some(live) = provider.downcast_ref::<LiveTable>() {
+            let frozen = live.past.as_ref().or_else(|| streams.get(&live.stream)?.as_ref());
+            let Some(frozen) = frozen else {
+                return internal_err!("table {} was not frozen", live.stream);
+            };
+            let scope = view.caller.scope().map(|scope| scope.filter(state, &live.schema)).transpose()?;
+            Arc::new(PinnedTable { schema: Arc::clone(&live.schema), frozen: Arc::clone(frozen), scope, told })
+        } else if let Some(live) = provider.downcast_ref::<SystemTable>() {
+            let Some(Some(rows)) = system.get(&live.kind()) else {
+                return internal_err!("a table of the schema system was not filled");
+            };
+            Arc::clone(rows)
+        } else {
             return Ok(Transformed::no(node));
         };
         let LogicalPlan::TableScan(mut scan) = node else {
             return internal_err!("a live table outside a scan");
         };
-        let (stream, schema) = with_live(&live, |live| (live.stream.clone(), Arc::clone(&live.schema)));
-        let Some(Some(frozen)) = streams.get(&stream) else {
-            return internal_err!("table {stream} was not frozen");
-        };
-        scan.source = provider_as_source(Arc::new(PinnedTable { schema, frozen: Arc::clone(frozen) }));
+        scan.source = provider_as_source(fixed);
         Ok(Transformed::yes(LogicalPlan::TableScan(scan)))
     })?;
     Ok(pinned.data)
 }
 
-fn live_table(node: &LogicalPlan) -> Option<Arc<dyn TableProvider>> {
+fn provider(node: &LogicalPlan) -> Option<Arc<dyn TableProvider>> {
     let LogicalPlan::TableScan(scan) = node else {
         return None;
     };
-    let provider = source_as_provider(&scan.source).ok()?;
-    provider.is::<LiveTable>().then_some(provider)
-}
-
-fn with_live<T>(provider: &Arc<dyn TableProvider>, read: impl FnOnce(&LiveTable) -> T) -> T {
-    read(provider.downcast_ref::<LiveTable>().expect("live_table checked the type"))
+    source_as_provider(&scan.source).ok()
 }
 
 /// A table at one frozen state, with the columns that the statement was planned with.
@@ -151,6 +207,10 @@ fn with_live<T>(provider: &Arc<dyn TableProvider>, read: impl FnOnce(&LiveTable)
 pub struct PinnedTable {
     schema: SchemaRef,
     frozen: Arc<Frozen>,
+    /// The rows that the caller may see; all when there is none.
+    scope: Option<Expr>,
+    /// Whether the plan is explained.
+    told: bool,
 }
 
 #[async_trait]
@@ -178,18 +238,42 @@ impl TableProvider for PinnedTable {
             Some(columns) => Arc::new(self.schema.project(columns)?),
             None => Arc::clone(&self.schema),
         };
-        let mut inputs = Vec::with_capacity(2);
-        if self.frozen.cold.snapshot.log_data().num_files() > 0 {
-            inputs.push(self.cold_plan(session, &wanted, filters, limit).await?);
-        }
-        if !self.frozen.hot.is_empty() || inputs.is_empty() {
-            inputs.push(self.hot_plan(&wanted, session.config().target_partitions())?);
-        }
-        UnionExec::try_new(inputs)
+        let Some(scope) = &self.scope else {
+            return self.rows(session, &wanted, filters, limit).await;
+        };
+        let read = scope::with_columns_of(&wanted, scope, &self.schema)?;
+        let rows = self.rows(session, &read, &scope::harmless(filters), None).await?;
+        let in_scope = session.create_physical_expr(scope.clone(), &DFSchema::try_from(Arc::clone(&read))?)?;
+        let rows: Arc<dyn ExecutionPlan> = Arc::new(FilterExec::try_new(in_scope, rows)?);
+        Ok(Arc::new(HiddenExec::new(as_wanted(rows, &wanted)?)))
     }
 }
 
 impl PinnedTable {
+    /// Both halves, in these columns.
+    async fn rows(
+        &self,
+        session: &dyn Session,
+        wanted: &SchemaRef,
+        filters: &[Expr],
+        limit: Option<usize>,
+    ) -> Result<Arc<dyn ExecutionPlan>> {
+        let mut inputs = Vec::with_capacity(2);
+        let files = self.frozen.cold.snapshot.log_data().num_files();
+        if files > 0 {
+            let plan = self.cold_plan(session, wanted, filters, limit).await?;
+            let told = |plan| Arc::new(ToldExec::cold(self.frozen.cold.version, files, plan)) as _;
+            inputs.push(if self.told { told(plan) } else { plan });
+        }
+        if !self.frozen.hot.is_empty() || inputs.is_empty() {
+            let plan = self.hot_plan(wanted, session.config().target_partitions())?;
+            let rows = self.frozen.hot.iter().map(RecordBatch::num_rows).sum();
+            let told = |plan| Arc::new(ToldExec::hot(rows, plan)) as _;
+            inputs.push(if self.told { told(plan) } else { plan });
+        }
+        UnionExec::try_new(inputs)
+    }
+
     async fn cold_plan(
         &self,
         session: &dyn Session,

@@ -4,13 +4,25 @@
 //! and pins its tables each time it runs; [`serve`] are the doors. Hot rows come through the contract in
 //! `wire::hot`, and cold ones from Delta snapshots that [`catalog::Tables`] hands out; nothing here writes.
 
+pub mod as_of;
 mod breadth;
+pub mod caller;
 pub mod catalog;
 pub mod engine;
 mod execution;
 pub mod fused_table;
+pub mod lanes;
+mod memory;
 mod names;
+pub mod scope;
 pub mod serve;
+pub mod statements;
+mod system;
+mod uncounted;
 
-pub use catalog::{ColdTable, Tables, TablesError};
+pub use as_of::AsOf;
+pub use caller::{Caller, Door};
+pub use catalog::{ColdTable, SpoolFacts, Tables, TablesError};
 pub use engine::{Engine, EngineSettings, Prepared, QueryError};
+pub use lanes::LaneSettings;
+pub use scope::Scope;

@@ -1,20 +1,44 @@
 //! The doors: who may ask, and how answers leave.
 //!
-//! With no reader set, only callers on this machine may ask. With readers set, every door asks for name and password.
+//! With no reader set, only callers on this machine may ask. With readers set, every door asks for name and password. Each
+//! door speaks TLS when a certificate is set, and then nothing else.
 
+pub mod flight_sql;
 pub mod http;
 pub mod postgres;
+pub mod tls;
 
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use subtle::ConstantTimeEq;
+use tokio_rustls::rustls::ServerConfig;
+
+use crate::caller::{Caller, Door};
+use crate::engine::Engine;
+use crate::scope::Scope;
+
+/// Who asks without a name.
+const UNNAMED: &str = "local";
+
+/// What every door stands on.
+#[derive(Debug, Clone)]
+pub struct House {
+    pub engine: Arc<Engine>,
+    pub readers: Readers,
+    /// With it, the door speaks TLS only.
+    pub tls: Option<Arc<ServerConfig>>,
+}
 
 /// Someone who may ask.
 #[derive(Clone)]
 pub struct Reader {
     pub name: String,
     pub password: String,
+    /// What it may see; everything when there is none.
+    pub scope: Option<Arc<Scope>>,
+    /// The lanes that it may use, its own first.
+    pub lanes: Arc<[String]>,
 }
 
 impl std::fmt::Debug for Reader {
@@ -23,33 +47,90 @@ impl std::fmt::Debug for Reader {
     }
 }
 
+impl Reader {
+    /// This reader at a door.
+    pub fn at(&self, door: Door) -> Caller {
+        Caller::new(&self.name, door, self.scope.clone(), Arc::clone(&self.lanes))
+    }
+}
+
 /// All who may ask.
 #[derive(Debug, Clone, Default)]
-pub struct Readers(Arc<[Reader]>);
+pub struct Readers {
+    readers: Arc<[Reader]>,
+    /// The lanes of callers on this machine.
+    lanes: Arc<[String]>,
+}
 
 impl Readers {
-    /// These readers; an empty list stands for callers on this machine.
-    pub fn new(readers: Vec<Reader>) -> Self {
-        Self(readers.into())
+    /// These readers; an empty list stands for callers on this machine, who may use these lanes.
+    pub fn new(readers: Vec<Reader>, lanes: Vec<String>) -> Self {
+        Self { readers: readers.into(), lanes: lanes.into() }
     }
 
     /// Whether name and password are asked for.
     pub fn are_set(&self) -> bool {
-        !self.0.is_empty()
+        !self.readers.is_empty()
     }
 
     /// The reader of this name.
     pub fn find(&self, name: &str) -> Option<&Reader> {
-        self.0.iter().find(|reader| reader.name == name)
+        self.readers.iter().find(|reader| reader.name == name)
     }
 
-    /// Whether name and password are a reader's.
-    pub fn accept(&self, name: &str, password: &str) -> bool {
-        self.find(name).is_some_and(|reader| reader.password.as_bytes().ct_eq(password.as_bytes()).into())
+    /// The reader whose name and password these are.
+    pub fn accept(&self, name: &str, password: &str) -> Option<&Reader> {
+        self.find(name).filter(|reader| reader.password.as_bytes().ct_eq(password.as_bytes()).into())
     }
 
-    /// Whether a caller may ask without a name: no reader is set, and it is on this machine.
-    pub fn accept_unnamed(&self, peer: IpAddr) -> bool {
-        !self.are_set() && peer.to_canonical().is_loopback()
+    /// A caller without a name: when no reader is set, and it is on this machine.
+    pub fn accept_unnamed(&self, peer: IpAddr, door: Door) -> Option<Caller> {
+        let local = !self.are_set() && peer.to_canonical().is_loopback();
+        local.then(|| Caller::new(UNNAMED, door, None, Arc::clone(&self.lanes)))
+    }
+}
+
+/// Name and password of an `Authorization: Basic` header's value.
+pub(crate) fn basic(value: &str) -> Option<(String, String)> {
+    let encoded = value.split_at_checked(6).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("Basic "))?.1;
+    let decoded = String::from_utf8(base64(encoded)?).ok()?;
+    decoded.split_once(':').map(|(name, password)| (name.to_owned(), password.to_owned()))
+}
+
+/// Standard base64 (RFC 4648), padding optional.
+fn base64(text: &str) -> Option<Vec<u8>> {
+    let mut out = Vec::with_capacity(text.len() * 3 / 4);
+    let (mut bits, mut held) = (0_u32, 0);
+    for byte in text.trim_end_matches('=').bytes() {
+        let value = match byte {
+            b'A'..=b'Z' => byte - b'A',
+            b'a'..=b'z' => byte - b'a' + 26,
+            b'0'..=b'9' => byte - b'0' + 52,
+            b'+' => 62,
+            b'/' => 63,
+            _ => return None,
+        };
+        bits = (bits << 6 | u32::from(value)) & 0xff_ffff;
+        held += 6;
+        if held >= 8 {
+            held -= 8;
+            out.push((bits >> held) as u8);
+        }
+    }
+    Some(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base64_is_read_as_rfc_4648_writes_it() {
+        for (text, plain) in [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9vYmFy", "foobar"), ("YTpi", "a:b")] {
+            assert_eq!(base64(text).unwrap(), plain.as_bytes());
+        }
+        assert!(base64("Z*").is_none());
+        assert_eq!(basic("Basic YTpi").unwrap(), ("a".to_owned(), "b".to_owned()));
+        assert!(basic("Bearer YTpi").is_none() && basic("Basic").is_none() && basic("Basic Zg==").is_none());
     }
 }

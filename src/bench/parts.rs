@@ -134,7 +134,7 @@ impl Cloud {
         let data = directory.join("cloud");
         let config = directory.join("cloud.toml");
         let text = format!(
-            "data_dir = {:?}\n[listen]\nhttp = \"127.0.0.1:{port}\"\npostgres = \"127.0.0.1:0\"\n\
+            "data_dir = {:?}\n[listen]\nhttp = \"127.0.0.1:{port}\"\nflight_sql = \"127.0.0.1:0\"\npostgres = \"127.0.0.1:0\"\n\
              [commit]\nmax_age = \"10s\"\n[[edge]]\nid = \"{EDGE}\"\ntoken = \"{TOKEN}\"\n",
             data.display().to_string()
         );

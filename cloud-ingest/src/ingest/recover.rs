@@ -65,6 +65,7 @@ impl<L: FileLayer> Ingest<L> {
             return Ok(0);
         }
         let (received_at_us, wal_from) = (replayed.received_at_us, replayed.from);
+        self.catalogue.ledger().take(header, received_at_us);
         let (batch, schema) = (&replayed.batch, &replayed.schema);
         let chunk = stream.accept(Accepted { batch, schema, rows: &rows, received_at_us, wal_from });
         stream.hot.push(chunk);

@@ -1,5 +1,6 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::Int64Type;
@@ -15,7 +16,9 @@ use wire::schema::{FieldType, StreamField, table_schema};
 use wire::{DAY_US, Seq, SpoolId, StreamName};
 
 use super::*;
-use crate::catalog::{ColdTable, TablesError};
+use crate::caller::Door;
+use crate::catalog::{ColdTable, SpoolFacts, TablesError};
+use crate::scope::Scope;
 
 const ROWS: usize = 10;
 /// Batches of one Delta commit.
@@ -57,6 +60,10 @@ fn batch(schema: &SchemaRef, index: usize) -> RecordBatch {
             "device" => Arc::new(StringArray::from_iter_values((0..ROWS).map(|row| device(index, row)))),
             "vehicle_count" => Arc::new(Int64Array::from_iter_values((0..ROWS).map(|row| (index * ROWS + row) as i64))),
             "_date" => Arc::new(Date32Array::from_value(day as i32, ROWS)),
+            // Even batches come from one edge, odd ones from the other.
+            "_edge" => Arc::new(StringArray::from_iter_values((0..ROWS).map(|_| ["gw-1", "other"][index % 2]))),
+            "_spool" => Arc::new(StringArray::from_iter_values((0..ROWS).map(|_| SpoolId([1; 16]).to_string()))),
+            "_seq" => Arc::new(Int64Array::from_value(index as i64 + 1, ROWS)),
             _ => new_null_array(field.data_type(), ROWS),
         })
         .collect();
@@ -153,6 +160,29 @@ impl Tables for Handle {
         Ok(self.0.versions[at_least as usize].clone())
     }
 
+    async fn cold_as_of(&self, stream: &StreamName, as_of: AsOf) -> Result<ColdTable, TablesError> {
+        let AsOf::Version(version) = as_of else { panic!("asked as of {as_of}") };
+        let missing = || TablesError { stream: stream.clone(), detail: format!("there is no version {version}") };
+        self.0.versions.get(version as usize).cloned().ok_or_else(missing)
+    }
+
+    fn spools(&self) -> Vec<SpoolFacts> {
+        let facts = |edge: &str, spool: u8| SpoolFacts {
+            stream: "traffic".parse().unwrap(),
+            edge: edge.parse().unwrap(),
+            spool: SpoolId([spool; 16]),
+            rows: 10,
+            batches: 1,
+            received_at_us: 1,
+            max_ts: None,
+            durable: Seq(1),
+            committed: Seq(0),
+            agent: "test".to_owned(),
+            configuration: 1,
+        };
+        vec![facts("gw-1", 1), facts("other", 2)]
+    }
+
     fn hot(&self) -> Arc<dyn HotSource> {
         Arc::new(self.clone())
     }
@@ -161,8 +191,19 @@ impl Tables for Handle {
 /// An engine over `traffic` as [`Traffic::new`] makes it.
 pub(crate) async fn engine(arrived: usize, step: usize, timeout: Duration) -> (Arc<Engine>, Arc<Traffic>) {
     let traffic = Traffic::new(arrived, step).await;
-    let settings = EngineSettings { timeout, ..EngineSettings::default() };
+    // More places than any test takes: what is dropped keeps its own until it pauses.
+    let lanes = vec![LaneSettings { timeout, running: 64, ..LaneSettings::default() }];
+    let settings = EngineSettings { lanes, ..EngineSettings::default() };
     (Arc::new(Engine::new(Arc::new(Handle(Arc::clone(&traffic))), settings).unwrap()), traffic)
+}
+
+/// A statement of the node itself.
+pub(crate) async fn begin(engine: &Engine) -> Arc<Running> {
+    begin_as(engine, &Caller::node()).await
+}
+
+pub(crate) async fn begin_as(engine: &Engine, caller: &Caller) -> Arc<Running> {
+    engine.begin(caller, &engine.enter(caller).await.unwrap(), "a statement")
 }
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -206,9 +247,9 @@ async fn a_snapshot_that_was_overtaken_is_loaded_again() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_prepared_statement_sees_fresh_rows_each_time() {
     let (engine, traffic) = engine(1, 0, MINUTE).await;
-    let prepared = engine.prepare("SELECT count(*) FROM traffic", engine.deadline()).await.unwrap();
+    let prepared = engine.prepare(&begin(&engine).await, "SELECT count(*) FROM traffic", None).await.unwrap();
     for arrived in 1..10 {
-        let mut rows = engine.execute(&prepared, None, engine.deadline()).await.unwrap();
+        let mut rows = engine.execute(&begin(&engine).await, &prepared, None).await.unwrap();
         let count = rows.next().await.unwrap().unwrap().column(0).as_primitive::<Int64Type>().value(0);
         assert_eq!(count, (arrived * ROWS) as i64);
         traffic.arrive(1);
@@ -239,9 +280,11 @@ async fn filters_and_columns_hold_on_both_halves() {
 
 /// Delta files that the plan of a statement reads.
 async fn files(engine: &Engine, sql: &str) -> usize {
-    let prepared = engine.prepare(sql, engine.deadline()).await.unwrap();
-    let pinned = pin(LogicalPlan::clone(prepared.plan()), engine.tables().as_ref()).await.unwrap();
-    let mut plans = vec![engine.session().state().create_physical_plan(&pinned).await.unwrap()];
+    let prepared = engine.prepare(&begin(engine).await, sql, None).await.unwrap();
+    let (state, caller) = (engine.session().state(), Caller::node());
+    let view = View { tables: engine.tables().as_ref(), statements: &engine.statements, caller: &caller };
+    let pinned = pin(LogicalPlan::clone(prepared.plan()), &state, view).await.unwrap();
+    let mut plans = vec![state.create_physical_plan(&pinned).await.unwrap()];
     let mut files = 0;
     while let Some(plan) = plans.pop() {
         let scan = plan.downcast_ref::<DataSourceExec>().and_then(|scan| scan.data_source().downcast_ref());
@@ -341,11 +384,11 @@ async fn a_statement_that_is_hard_to_plan_ends_in_time() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_planning_took_is_missing_when_the_rows_are_computed() {
-    let (engine, _) = engine(1, 0, MINUTE).await;
-    let deadline = Instant::now() + Duration::from_millis(300);
-    let prepared = engine.prepare(HEAVY, deadline).await.unwrap();
-    tokio::time::sleep_until(deadline).await;
-    let error = match engine.execute(&prepared, None, deadline).await {
+    let (engine, _) = engine(1, 0, Duration::from_millis(300)).await;
+    let running = begin(&engine).await;
+    let prepared = engine.prepare(&running, HEAVY, None).await.unwrap();
+    tokio::time::sleep_until(running.deadline()).await;
+    let error = match engine.execute(&running, &prepared, None).await {
         Err(error) => error,
         // It began before anyone looked at the clock: then its rows are late.
         Ok(mut rows) => engine.explain(rows.next().await.unwrap().unwrap_err()),
@@ -357,8 +400,9 @@ async fn what_planning_took_is_missing_when_the_rows_are_computed() {
 async fn a_dropped_result_ends_its_statement() {
     let (engine, _) = engine(4, 0, MINUTE).await;
     for _ in 0..8 {
-        let prepared = engine.prepare(HEAVY, engine.deadline()).await.unwrap();
-        let stream = engine.execute(&prepared, None, engine.deadline()).await.unwrap();
+        let running = begin(&engine).await;
+        let prepared = engine.prepare(&running, HEAVY, None).await.unwrap();
+        let stream = engine.execute(&running, &prepared, None).await.unwrap();
         drop(stream);
     }
     // Eight that ran on would hold all threads for minutes.
@@ -370,9 +414,9 @@ async fn a_dropped_result_ends_its_statement() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_stops_reading_gets_no_more_time_and_no_silent_end() {
     let (engine, _) = engine(4, 0, Duration::from_millis(400)).await;
-    let prepared =
-        engine.prepare("SELECT v FROM generate_series(1, 100000000) AS a(v)", engine.deadline()).await.unwrap();
-    let mut stream = engine.execute(&prepared, None, engine.deadline()).await.unwrap();
+    let running = begin(&engine).await;
+    let prepared = engine.prepare(&running, "SELECT v FROM generate_series(1, 100000000) AS a(v)", None).await.unwrap();
+    let mut stream = engine.execute(&running, &prepared, None).await.unwrap();
     assert!(stream.next().await.unwrap().is_ok());
     let started = Instant::now();
     let mut last = None;
@@ -391,13 +435,13 @@ async fn a_long_chain_ends_no_process() {
     let (engine, _) = engine(1, 0, MINUTE).await;
     let chain = |terms: usize, term: &str| format!("SELECT 1 {}", term.repeat(terms));
     // The longest that is planned. To be freed, too, on the small stack of this thread.
-    engine.prepare(&chain(4_990, "+ 1 "), engine.deadline()).await.unwrap();
-    engine.prepare(&chain(2_400, ":: int "), engine.deadline()).await.unwrap();
-    engine.prepare(&chain(1_600, "UNION ALL SELECT 1 "), engine.deadline()).await.unwrap();
+    engine.prepare(&begin(&engine).await, &chain(4_990, "+ 1 "), None).await.unwrap();
+    engine.prepare(&begin(&engine).await, &chain(2_400, ":: int "), None).await.unwrap();
+    engine.prepare(&begin(&engine).await, &chain(1_600, "UNION ALL SELECT 1 "), None).await.unwrap();
     for sql in
         [chain(500_000, "+1"), chain(5_000, "+ 1"), chain(40_000, "UNION ALL SELECT 1 "), chain(9_000, ":: int ")]
     {
-        let error = engine.prepare(&sql, engine.deadline()).await.unwrap_err();
+        let error = engine.prepare(&begin(&engine).await, &sql, None).await.unwrap_err();
         assert!(error.to_string().contains("words and operators"), "{error}");
     }
     let long_list = format!("SELECT count(*) FROM traffic WHERE vehicle_count IN (0{})", ", 1".repeat(20_000));
@@ -434,4 +478,216 @@ async fn columns_of_one_name_are_told_apart() {
     .await;
     let counts = numbers(&engine, "SELECT (SELECT count(*) FROM traffic), count(*) FROM traffic").await;
     assert_eq!(counts, [10, 10]);
+}
+
+/// A reader with this scope.
+fn reader(edges: Option<&[&str]>, condition: Option<&str>) -> Caller {
+    let edges = edges.map(|edges| edges.iter().map(|edge| (*edge).to_owned()).collect());
+    let scope = Scope::new(edges, condition.map(str::to_owned)).unwrap();
+    Caller::new("reader", Door::Http, Some(Arc::new(scope)), Arc::new([]))
+}
+
+async fn rows_as(engine: &Engine, caller: &Caller, sql: &str) -> Result<Vec<RecordBatch>, QueryError> {
+    let running = begin_as(engine, caller).await;
+    let prepared = engine.prepare(&running, sql, None).await?;
+    let mut stream = engine.execute(&running, &prepared, None).await?;
+    let mut rows = Vec::new();
+    while let Some(batch) = stream.next().await {
+        rows.push(batch.map_err(|error| engine.explain(error))?);
+    }
+    Ok(rows)
+}
+
+async fn integer_as(engine: &Engine, caller: &Caller, sql: &str) -> i64 {
+    let rows = rows_as(engine, caller, sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+    let batch = rows.iter().find(|batch| batch.num_rows() > 0).unwrap();
+    batch.column(0).as_primitive::<Int64Type>().value(0)
+}
+
+async fn text_as(engine: &Engine, caller: &Caller, sql: &str) -> String {
+    let rows = rows_as(engine, caller, sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+    arrow::util::pretty::pretty_format_batches(&rows).unwrap().to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_sees_the_rows_of_its_scope_and_no_others() {
+    // Ten batches of ten rows, eight of them cold: batch i has _seq i + 1, counts 10 i to 10 i + 9, and the edge by turns.
+    let (engine, _traffic) = engine(10, 0, MINUTE).await;
+    let own = reader(Some(&["gw-*"]), None);
+    for (sql, expected) in [
+        ("SELECT count(*) FROM traffic", 50),
+        ("SELECT count(*) FROM traffic WHERE _edge = 'other'", 0),
+        ("SELECT count(*) FROM traffic WHERE _edge = 'other' OR true", 50),
+        ("SELECT count(_edge) FROM traffic", 50),
+        ("SELECT max(vehicle_count) FROM traffic", 89),
+        ("SELECT min(vehicle_count) FROM traffic WHERE vehicle_count > 9", 20),
+        ("SELECT count(*) FROM traffic a JOIN traffic b USING (vehicle_count)", 50),
+        ("SELECT (SELECT count(*) FROM traffic)", 50),
+        ("SELECT count(*) FROM traffic FOR VERSION AS OF 1", 20),
+        ("SELECT count(DISTINCT _edge) FROM traffic", 1),
+        ("SELECT count(*) FROM (SELECT * FROM traffic LIMIT 1000)", 50),
+        ("SELECT count(*) FROM system.batches", 5),
+        ("SELECT count(*) FROM system.edges", 1),
+        ("SELECT count(*) FROM system.ingest WHERE edge = 'other'", 0),
+        ("SELECT count(*) FROM system.files", 0),
+        ("SELECT count(rows) FROM system.streams", 0),
+        ("SELECT count(*) FROM system.streams WHERE name = 'traffic'", 1),
+    ] {
+        assert_eq!(integer_as(&engine, &own, sql).await, expected, "{sql}");
+    }
+    let all = Caller::node();
+    assert_eq!(integer_as(&engine, &all, "SELECT count(*) FROM traffic").await, 100);
+    for (edges, condition, expected) in [
+        (None, Some("vehicle_count < 15"), 15),
+        (Some(&["gw-1"][..]), Some("vehicle_count < 15"), 10),
+        (Some(&["g*"][..]), Some("device = 'd0'"), 25),
+        (Some(&[][..]), None, 0),
+        (Some(&["gw_1"][..]), None, 0),
+        // What cannot be judged is denied.
+        (None, Some("site = 'north'"), 0),
+        (None, Some("site = 'north' OR true"), 0),
+        (None, Some("NULL"), 0),
+    ] {
+        let caller = reader(edges, condition);
+        let count = integer_as(&engine, &caller, "SELECT count(*) FROM traffic").await;
+        assert_eq!(count, expected, "{edges:?} {condition:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn neither_errors_nor_plans_tell_of_rows_out_of_scope() {
+    let (engine, _traffic) = engine(10, 0, MINUTE).await;
+    // Sees the counts 0 to 9.
+    let own = reader(None, Some("vehicle_count < 10"));
+    // Each of these fails for whoever evaluates it for a row out of scope.
+    for probe in [
+        "SELECT count(*) FROM traffic WHERE 1 / (vehicle_count - 42) < 2",
+        "SELECT count(*) FROM traffic WHERE CAST(concat(vehicle_count / 10, CASE WHEN vehicle_count > 9 THEN 'x' END) AS INT) = 0",
+        "SELECT sum(1 / (vehicle_count - 42)) IS NULL FROM traffic",
+        "SELECT count(*) FROM traffic a JOIN (SELECT 42 AS w) b ON 1 / (a.vehicle_count - b.w) < 2",
+        "SELECT count(*) FROM traffic ORDER BY 1 LIMIT 1",
+    ] {
+        rows_as(&engine, &own, probe).await.unwrap_or_else(|error| panic!("{probe}: {error}"));
+        if probe.contains("42") {
+            rows_as(&engine, &Caller::node(), probe).await.expect_err("it fails for who sees all");
+        }
+    }
+    for explain in ["EXPLAIN", "EXPLAIN VERBOSE", "EXPLAIN ANALYZE", "EXPLAIN ANALYZE VERBOSE"] {
+        let text =
+            text_as(&engine, &own, &format!("{explain} SELECT count(*) FROM traffic WHERE vehicle_count >= 0")).await;
+        for secret in [
+            "parquet",
+            "file_groups",
+            "2022-01",
+            "row_groups",
+            "output_rows=100",
+            "output_rows=80",
+            "Exact(100)",
+            "Exact(80)",
+        ] {
+            assert!(!text.contains(secret), "{explain} tells {secret}:\n{text}");
+        }
+    }
+    let sees = text_as(&engine, &Caller::node(), "EXPLAIN SELECT count(vehicle_count) FROM traffic").await;
+    assert!(sees.contains("parquet"), "whoever sees all sees files: {sees}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn explain_analyze_tells_files_and_rows_of_both_halves() {
+    // Eight batches in eight files, and two that are hot; the filter leaves the last two files and all that is hot.
+    let (engine, _traffic) = engine(10, 0, MINUTE).await;
+    let sql = "EXPLAIN ANALYZE SELECT device FROM traffic WHERE ts >= '2022-01-14T00:00:00Z'";
+    let told = text_as(&engine, &Caller::node(), sql).await;
+    let line = |half: &str| told.lines().find(|line| line.contains(half)).unwrap_or_else(|| panic!("{half}: {told}"));
+    let cold = line("ColdRows");
+    assert!(cold.contains("version=2, files_read=2, files_pruned=6") && cold.contains("output_rows=20"), "{told}");
+    let hot = line("HotRows");
+    assert!(hot.contains("rows=20") && hot.contains("output_rows=20"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_version_of_the_past_answers_the_same_for_ever() {
+    let (engine, traffic) = engine(9, 0, MINUTE).await;
+    let as_of = async |sql: &str, whole: Option<AsOf>| {
+        let running = begin(&engine).await;
+        let prepared = engine.prepare(&running, sql, whole).await?;
+        let mut stream = engine.execute(&running, &prepared, None).await?;
+        Ok::<i64, QueryError>(stream.next().await.unwrap().unwrap().column(0).as_primitive::<Int64Type>().value(0))
+    };
+    for _ in 0..3 {
+        for version in 0..3 {
+            let rows = (version as usize * BATCHES_PER_COMMIT * ROWS) as i64;
+            let sql = format!("SELECT count(traffic.ts) FROM traffic FOR VERSION AS OF {version}");
+            assert_eq!(as_of(&sql, None).await.unwrap(), rows);
+            assert_eq!(as_of("SELECT count(*) FROM traffic", Some(AsOf::Version(version))).await.unwrap(), rows);
+        }
+        traffic.arrive(3);
+    }
+    let between = "SELECT (SELECT count(*) FROM traffic FOR VERSION AS OF 2) - (SELECT count(*) FROM traffic FOR VERSION AS OF 1)";
+    assert_eq!(as_of(between, None).await.unwrap(), (BATCHES_PER_COMMIT * ROWS) as i64);
+    let none = as_of("SELECT count(*) FROM traffic FOR VERSION AS OF 99", None).await.unwrap_err();
+    assert!(none.to_string().contains("no version 99"), "{none}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_has_limits_of_its_own() {
+    let traffic = Traffic::new(10, 0).await;
+    let lane =
+        |name: &str, memory_bytes_max| LaneSettings { name: name.into(), memory_bytes_max, ..LaneSettings::default() };
+    let settings = EngineSettings {
+        result_rows_max: 1_000,
+        result_bytes_max: 1 << 20,
+        lanes: vec![lane("default", 1 << 20), lane("wide", 512 << 20)],
+        ..EngineSettings::default()
+    };
+    let engine = Engine::new(Arc::new(Handle(traffic)), settings).unwrap();
+    let long = engine.rows("SELECT v FROM generate_series(1, 1001) AS a(v)").await.unwrap_err();
+    assert!(matches!(long, QueryError::TooMuch { .. }), "{long}");
+    let wide = engine.rows("SELECT repeat('x', 3000) FROM generate_series(1, 900)").await.unwrap_err();
+    assert!(matches!(wide, QueryError::TooMuch { .. }), "{wide}");
+    let hungry = "SELECT count(l) FROM (SELECT array_agg(a.v) AS l FROM generate_series(1, 2000000) AS a(v))";
+    let memory = engine.rows(hungry).await.unwrap_err();
+    assert!(matches!(memory, QueryError::Memory { .. }), "{memory:?}");
+    // Sorting spills.
+    let sort = "SELECT CAST(max(r) AS BIGINT) FROM (SELECT row_number() OVER (ORDER BY v DESC) AS r FROM generate_series(1, 300000) AS a(v))";
+    let lanes: Arc<[String]> = Arc::new(["wide".to_owned()]);
+    let roomy = Caller::new("roomy", Door::Http, None, lanes);
+    assert_eq!(integer_as(&engine, &roomy, sort).await, 300_000);
+    let told = text_as(&engine, &Caller::node(), "SELECT state, lane FROM system.queries WHERE memory_bytes > 0").await;
+    assert!(told.contains("failed") && told.contains("wide"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_nobody_counts_is_not_offered() {
+    let (engine, _traffic) = engine(1, 0, MINUTE).await;
+    for (sql, words) in [
+        ("SELECT array_agg(v) OVER () FROM generate_series(1, 1000000) AS a(v)", "window function"),
+        ("SELECT string_agg(device, ',') OVER (ORDER BY ts) FROM traffic", "window function"),
+        ("SELECT (SELECT length(repeat('x', 2000000000)))", "more than"),
+        ("SELECT lpad('x', CAST(4000000000 AS BIGINT))", "more than"),
+        ("SELECT range(1, 100000000000)", "more than"),
+        ("SELECT repeat(device, vehicle_count * 1000000000) FROM traffic", "constant"),
+    ] {
+        let error = engine.rows(sql).await.unwrap_err();
+        assert!(error.to_string().contains(words), "{sql}: {error}");
+    }
+    assert_eq!(numbers(&engine, "SELECT CAST(length(repeat('ab', 500)) AS BIGINT)").await, [1_000]);
+    assert_eq!(numbers(&engine, "SELECT count(*) FROM (SELECT unnest(range(0, 1000)))").await, [1_000]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_statement_is_cancelled_by_its_id() {
+    let (engine, _traffic) = engine(1, 0, MINUTE).await;
+    let running = begin(&engine).await;
+    let prepared = engine.prepare(&running, HEAVY, None).await.unwrap();
+    let mut rows = engine.execute(&running, &prepared, None).await.unwrap();
+    let seen = "SELECT id FROM system.queries WHERE state = 'running' AND text = 'a statement' ORDER BY id LIMIT 1";
+    assert_eq!(integer_as(&engine, &Caller::node(), seen).await, running.id() as i64);
+    assert!(!engine.cancel(running.id(), &reader(None, None)));
+    assert!(engine.cancel(running.id(), &Caller::node()));
+    let error = engine.explain(rows.next().await.unwrap().unwrap_err());
+    assert!(matches!(error, QueryError::Cancelled), "{error}");
+    drop((rows, running));
+    let ended = "SELECT count(*) FROM system.queries WHERE state = 'cancelled'";
+    assert_eq!(integer_as(&engine, &Caller::node(), ended).await, 1);
 }

@@ -2,7 +2,10 @@
 //!
 //! The body is the statement itself, or `{"sql": "…"}` as JSON. NDJSON, CSV and Arrow are streamed; JSON, an array of
 //! objects, has a row limit. The first rows are computed before the status is sent, so that most errors have one.
-//! Errors are `{"error": …, "hint": …}`.
+//! Errors are `{"error": …, "hint": …}`. `?as_of=` asks every stream as of a version of its own or a moment, `?lane=` runs
+//! the statement in another of the reader's lanes.
+//!
+//! `GET /v1/queries`: what runs and ran, `DELETE /v1/queries/{id}`: ends one. `GET /v1/streams`: the names of the tables.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,24 +16,29 @@ use arrow::ipc::writer::StreamWriter;
 use arrow::json::writer::{JsonArray, LineDelimited, WriterBuilder as JsonBuilder};
 use arrow_schema::{ArrowError, SchemaRef};
 use axum::body::{Body, Bytes};
-use axum::extract::{ConnectInfo, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{ConnectInfo, Path, Query, State};
+use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use datafusion::execution::SendableRecordBatchStream;
 use futures::{StreamExt, stream};
 use serde_json::json;
 
+use crate::as_of::AsOf;
+use crate::caller::{Caller, Door};
 use crate::engine::{Engine, QueryError, SQL_BYTES_MAX};
 use crate::names;
-use crate::serve::Readers;
+use crate::serve::{Readers, basic};
 
+/// Names the statement, for `DELETE /v1/queries/{id}`.
+const QUERY_ID: HeaderName = HeaderName::from_static("x-weir-query");
 /// JSON quoting can make a statement longer than it is.
 const BODY_BYTES_MAX: usize = 2 * SQL_BYTES_MAX;
 
 #[derive(Debug, Clone)]
-struct Door {
+struct Shared {
     engine: Arc<Engine>,
     readers: Readers,
 }
@@ -40,55 +48,111 @@ pub fn router(engine: Arc<Engine>, readers: Readers) -> Router {
     Router::new()
         .route("/v1/sql", post(sql))
         .route("/v1/streams", get(streams))
+        .route("/v1/queries", get(queries))
+        .route("/v1/queries/{id}", delete(cancel))
         .layer(axum::extract::DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .with_state(Door { engine, readers })
+        .with_state(Shared { engine, readers })
 }
 
-async fn streams(State(door): State<Door>, ConnectInfo(peer): ConnectInfo<SocketAddr>, headers: HeaderMap) -> Response {
-    if let Err(refused) = admit(&door.readers, peer, &headers) {
-        return refused;
-    }
+/// Answers a question that the door itself puts.
+async fn own(door: &Shared, peer: SocketAddr, headers: &HeaderMap, statement: &str) -> Response {
+    let caller = match admit(&door.readers, peer, headers) {
+        Ok(caller) => caller,
+        Err(refused) => return refused,
+    };
+    let asked = Question { statement, as_of: None, format: Format::Json };
+    answer(&door.engine, &caller, asked).await.unwrap_or_else(|error| refuse(&error))
+}
+
+async fn streams(
+    State(door): State<Shared>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+) -> Response {
     let statement = "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public' ORDER BY 1";
-    answer(&door.engine, statement, Format::Json).await.unwrap_or_else(|error| refuse(&error))
+    own(&door, peer, &headers, statement).await
+}
+
+async fn queries(
+    State(door): State<Shared>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+) -> Response {
+    own(&door, peer, &headers, "SELECT * FROM system.queries").await
+}
+
+async fn cancel(
+    State(door): State<Shared>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    Path(id): Path<u64>,
+    headers: HeaderMap,
+) -> Response {
+    match admit(&door.readers, peer, &headers) {
+        Err(refused) => refused,
+        Ok(caller) if door.engine.cancel(id, &caller) => StatusCode::NO_CONTENT.into_response(),
+        Ok(_) => {
+            let error = json!({ "error": format!("no statement {id} of yours runs") });
+            (StatusCode::NOT_FOUND, Json(error)).into_response()
+        }
+    }
+}
+
+/// What may stand behind `/v1/sql?`.
+#[derive(Debug, Default, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Wishes {
+    as_of: Option<String>,
+    lane: Option<String>,
 }
 
 async fn sql(
-    State(door): State<Door>,
+    State(door): State<Shared>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    wishes: Result<Query<Wishes>, QueryRejection>,
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
-    if let Err(refused) = admit(&door.readers, peer, &headers) {
-        return refused;
-    }
-    let statement = match statement(&headers, &body) {
-        Ok(statement) => statement,
-        Err(message) => return refuse(&QueryError::Invalid { message }),
+    let caller = match admit(&door.readers, peer, &headers) {
+        Ok(caller) => caller,
+        Err(refused) => return refused,
     };
     let Some(format) = Format::wanted(&headers) else {
         let message =
             "Accept: one of application/json, application/x-ndjson, text/csv, application/vnd.apache.arrow.stream";
         return (StatusCode::NOT_ACCEPTABLE, Json(json!({ "error": message }))).into_response();
     };
-    answer(&door.engine, &statement, format).await.unwrap_or_else(|error| refuse(&error))
+    let invalid = |message: String| refuse(&QueryError::Invalid { message });
+    let wishes = match wishes {
+        Ok(Query(wishes)) => wishes,
+        Err(error) => return invalid(error.body_text()),
+    };
+    let statement = match statement(&headers, &body) {
+        Ok(statement) => statement,
+        Err(message) => return invalid(message),
+    };
+    let as_of = match wishes.as_of.as_deref().map(AsOf::parse).transpose() {
+        Ok(as_of) => as_of,
+        Err(error) => return refuse(&error),
+    };
+    let caller = match wishes.lane.map_or(Ok(caller.clone()), |lane| caller.in_lane(&lane)) {
+        Ok(caller) => caller,
+        Err(message) => return invalid(message),
+    };
+    let asked = Question { statement: &statement, as_of, format };
+    answer(&door.engine, &caller, asked).await.unwrap_or_else(|error| refuse(&error))
 }
 
 /// Name and password by HTTP Basic when readers are set; otherwise a caller on this machine.
 #[expect(clippy::result_large_err, reason = "the error is the response that is sent")]
-fn admit(readers: &Readers, peer: SocketAddr, headers: &HeaderMap) -> Result<(), Response> {
-    if readers.accept_unnamed(peer.ip()) {
-        return Ok(());
+fn admit(readers: &Readers, peer: SocketAddr, headers: &HeaderMap) -> Result<Caller, Response> {
+    if let Some(caller) = readers.accept_unnamed(peer.ip(), Door::Http) {
+        return Ok(caller);
     }
-    let named = headers
-        .get(header::AUTHORIZATION)
-        .and_then(|value| value.to_str().ok())
-        .and_then(|value| value.strip_prefix("Basic "))
-        .and_then(base64)
-        .and_then(|decoded| String::from_utf8(decoded).ok());
-    if let Some((name, password)) = named.as_deref().and_then(|text| text.split_once(':'))
-        && readers.accept(name, password)
+    let named = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).and_then(basic);
+    if let Some((name, password)) = named
+        && let Some(reader) = readers.accept(&name, &password)
     {
-        return Ok(());
+        return Ok(reader.at(Door::Http));
     }
     let message = if readers.are_set() {
         "name and password of a reader are needed (HTTP Basic)"
@@ -97,29 +161,6 @@ fn admit(readers: &Readers, peer: SocketAddr, headers: &HeaderMap) -> Result<(),
     };
     let challenge = [(header::WWW_AUTHENTICATE, "Basic realm=\"weir\"")];
     Err((StatusCode::UNAUTHORIZED, challenge, Json(json!({ "error": message }))).into_response())
-}
-
-/// Standard base64 (RFC 4648), padding optional.
-fn base64(text: &str) -> Option<Vec<u8>> {
-    let mut out = Vec::with_capacity(text.len() * 3 / 4);
-    let (mut bits, mut held) = (0_u32, 0);
-    for byte in text.trim_end_matches('=').bytes() {
-        let value = match byte {
-            b'A'..=b'Z' => byte - b'A',
-            b'a'..=b'z' => byte - b'a' + 26,
-            b'0'..=b'9' => byte - b'0' + 52,
-            b'+' => 62,
-            b'/' => 63,
-            _ => return None,
-        };
-        bits = (bits << 6 | u32::from(value)) & 0xff_ffff;
-        held += 6;
-        if held >= 8 {
-            held -= 8;
-            out.push((bits >> held) as u8);
-        }
-    }
-    Some(out)
 }
 
 fn statement(headers: &HeaderMap, body: &[u8]) -> Result<String, String> {
@@ -166,18 +207,27 @@ impl Format {
     }
 }
 
-async fn answer(engine: &Arc<Engine>, statement: &str, format: Format) -> Result<Response, QueryError> {
-    let deadline = engine.deadline();
-    let prepared = engine.prepare(statement, deadline).await?;
-    let mut rows = names::unique(engine.execute(&prepared, None, deadline).await?);
-    let schema = rows.schema();
+/// What is asked, as of when, and how the rows are wanted.
+#[derive(Debug, Clone, Copy)]
+struct Question<'a> {
+    statement: &'a str,
+    as_of: Option<AsOf>,
+    format: Format,
+}
+
+async fn answer(engine: &Arc<Engine>, caller: &Caller, asked: Question<'_>) -> Result<Response, QueryError> {
+    let running = engine.begin(caller, &engine.enter(caller).await?, asked.statement);
+    let prepared = engine.prepare(&running, asked.statement, asked.as_of).await?;
+    let mut rows = names::unique(engine.execute(&running, &prepared, None).await?);
+    let (schema, format) = (rows.schema(), asked.format);
     let body = if format == Format::Json {
         Body::from(json_array(engine, rows).await?)
     } else {
         let first = rows.next().await.transpose().map_err(|error| engine.explain(error))?;
         streamed(format, schema, first, rows)
     };
-    Ok(([(header::CONTENT_TYPE, format.content_type())], body).into_response())
+    let headers = [(header::CONTENT_TYPE, format.content_type().to_owned()), (QUERY_ID, running.id().to_string())];
+    Ok((headers, body).into_response())
 }
 
 async fn json_array(engine: &Engine, mut rows: SendableRecordBatchStream) -> Result<Vec<u8>, QueryError> {
@@ -280,6 +330,9 @@ fn refuse(error: &QueryError) -> Response {
         | QueryError::ReadOnly { .. }
         | QueryError::Invalid { .. } => StatusCode::BAD_REQUEST,
         QueryError::Timeout { .. } => StatusCode::REQUEST_TIMEOUT,
+        QueryError::Cancelled => StatusCode::CONFLICT,
+        QueryError::TooMuch { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+        QueryError::Busy { .. } => StatusCode::TOO_MANY_REQUESTS,
         QueryError::Memory { .. } => StatusCode::SERVICE_UNAVAILABLE,
         QueryError::Failed { .. } => StatusCode::INTERNAL_SERVER_ERROR,
     };
@@ -294,14 +347,6 @@ fn refuse(error: &QueryError) -> Response {
 mod tests {
     use super::*;
 
-    #[test]
-    fn base64_is_read_as_rfc_4648_writes_it() {
-        for (text, plain) in [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9vYmFy", "foobar"), ("YTpi", "a:b")] {
-            assert_eq!(base64(text).unwrap(), plain.as_bytes());
-        }
-        assert!(base64("Z*").is_none());
-    }
-
     #[tokio::test(flavor = "multi_thread")]
     async fn every_column_of_an_object_has_a_name_of_its_own() {
         let (engine, _) = crate::engine::tests::engine(1, 0, std::time::Duration::from_secs(60)).await;
@@ -310,7 +355,8 @@ mod tests {
             ("SELECT a.v, b.v FROM (SELECT 1 AS v) a, (SELECT 2 AS v) b", json!({"v": 1, "v_2": 2})),
         ] {
             for format in [Format::Json, Format::NdJson] {
-                let response = answer(&engine, sql, format).await.unwrap();
+                let asked = Question { statement: sql, as_of: None, format };
+                let response = answer(&engine, &Caller::node(), asked).await.unwrap();
                 let body = axum::body::to_bytes(response.into_body(), usize::MAX).await.unwrap();
                 let rows: serde_json::Value = serde_json::from_slice(&body).unwrap();
                 assert_eq!(if rows.is_array() { &rows[0] } else { &rows }, &expected, "{sql}");

@@ -2,11 +2,15 @@
 //!
 //! Simple and extended queries run through [`Engine`], so each execution sees tables frozen at that moment, however
 //! long ago it was prepared. `pg_catalog` answers the questions that clients ask about tables. With readers set, a
-//! caller proves its password by SCRAM-SHA-256; otherwise only this machine may ask. No TLS, COPY, DDL or DML.
-//! Transaction and session statements (BEGIN, SET, DISCARD) are answered and change nothing.
-//! A cancel request ends a running statement, in the middle of its rows too.
+//! caller proves its password by SCRAM-SHA-256; otherwise only this machine may ask. With a certificate set, a caller
+//! without TLS is refused. No DDL or DML; `COPY … TO STDOUT` is answered. Transaction and session statements (BEGIN, SET,
+//! DISCARD) are answered and change nothing but `weir.lane`. A cancel request ends a running statement, in the middle of
+//! its rows too.
 
+mod copy;
 mod dialect;
+mod reflection;
+mod session;
 mod startup;
 mod statement;
 
@@ -17,13 +21,13 @@ use pgwire::api::cancel::{CancelHandler, DefaultCancelHandler};
 use pgwire::api::query::{ExtendedQueryHandler, SimpleQueryHandler};
 use pgwire::api::{ConnectionManager, PgWireServerHandlers};
 use pgwire::error::{ErrorInfo, PgWireError};
-use pgwire::tokio::process_socket;
+use pgwire::tokio::{TlsAcceptor, process_socket};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use crate::engine::{Engine, QueryError};
-use crate::serve::Readers;
+use crate::engine::QueryError;
+use crate::serve::{House, Readers};
 use startup::Startup;
 use statement::Statements;
 
@@ -36,15 +40,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 ///
 /// # Errors
 /// When the session for catalogue queries cannot be set up.
-pub async fn serve(
-    listener: TcpListener,
-    engine: Arc<Engine>,
-    readers: Readers,
-    token: CancellationToken,
-) -> Result<(), QueryError> {
+pub async fn serve(listener: TcpListener, house: House, token: CancellationToken) -> Result<(), QueryError> {
     let manager = Arc::new(ConnectionManager::new());
-    let statements = Arc::new(Statements::new(engine)?);
-    let door = Arc::new(Door { statements, readers, manager });
+    let statements = Arc::new(Statements::new(house.engine, house.readers.clone())?);
+    let acceptor = house.tls.map(TlsAcceptor::from);
+    let door = Arc::new(Door { statements, readers: house.readers, needs_tls: acceptor.is_some(), manager });
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let accepted = tokio::select! {
@@ -63,12 +63,12 @@ pub async fn serve(
             tracing::warn!(%peer, limit = CONNECTIONS_MAX, "too many postgres connections");
             continue;
         };
-        let (door, token) = (Arc::clone(&door), token.clone());
+        let (door, acceptor, token) = (Arc::clone(&door), acceptor.clone(), token.clone());
         tokio::spawn(async move {
             let _place = place;
             tokio::select! {
                 () = token.cancelled() => {}
-                ended = Box::pin(process_socket(socket, None, door)) => {
+                ended = Box::pin(process_socket(socket, acceptor, door)) => {
                     if let Err(error) = ended {
                         tracing::debug!(%peer, %error, "postgres connection ended");
                     }
@@ -82,6 +82,7 @@ pub async fn serve(
 struct Door {
     statements: Arc<Statements>,
     readers: Readers,
+    needs_tls: bool,
     manager: Arc<ConnectionManager>,
 }
 
@@ -96,7 +97,7 @@ impl PgWireServerHandlers for Door {
 
     fn startup_handler(&self) -> Arc<impl pgwire::api::auth::StartupHandler> {
         // One for each connection: it holds how far the exchange of proofs has come.
-        Arc::new(Startup::new(self.readers.clone(), Arc::clone(&self.manager)))
+        Arc::new(Startup::new(self.readers.clone(), self.needs_tls, Arc::clone(&self.manager)))
     }
 
     fn cancel_handler(&self) -> Arc<impl CancelHandler> {
@@ -116,14 +117,41 @@ fn sql_error(error: &QueryError) -> PgWireError {
         QueryError::UnknownTable { .. } => "42P01",
         QueryError::UnknownColumn { .. } => "42703",
         QueryError::ReadOnly { .. } => "25006",
-        QueryError::Timeout { .. } => "57014",
+        QueryError::Timeout { .. } | QueryError::Cancelled => "57014",
         QueryError::Memory { .. } => "53200",
-        QueryError::Invalid { .. } => "42000",
+        QueryError::Busy { .. } => "53300",
+        QueryError::TooMuch { .. } => "53400",
+        QueryError::Invalid { message } => code_of(message),
         QueryError::Failed { .. } => "XX000",
     };
     let mut info = ErrorInfo::new("ERROR".to_owned(), code.to_owned(), error.to_string());
     info.hint = error.hint().map(str::to_owned);
     PgWireError::UserError(Box::new(info))
+}
+
+/// The SQLSTATE of an error that has no kind of its own, by DataFusion's and Arrow's words for it.
+fn code_of(message: &str) -> &'static str {
+    let words = message.to_lowercase();
+    let has = |part: &str| words.contains(part);
+    if has("divide by zero") {
+        "22012"
+    } else if has("overflow") || has("out of range") {
+        "22003"
+    } else if has("error parsing timestamp") || has("error parsing date") {
+        "22007"
+    } else if has("cannot cast") || has("can't cast") || has("could not convert") || has("invalid input") {
+        "22P02"
+    } else if has("invalid function") || has("no function matches") || has("failed to coerce arguments") {
+        "42883"
+    } else if has("ambiguous") {
+        "42702"
+    } else if has("must appear in the group by clause") || has("must be part of group by") {
+        "42803"
+    } else if has("not supported") {
+        "0A000"
+    } else {
+        "42000"
+    }
 }
 
 #[cfg(test)]

@@ -19,6 +19,7 @@ use datafusion_pg_catalog::sql::rules::{
     StripCallableQualifier, StripCollate,
 };
 
+use super::reflection;
 use crate::catalog::Tables;
 
 /// The parser of this door.
@@ -53,14 +54,14 @@ impl Dialect {
         {
             return Ok(statements.into_iter().map(|statement| self.rewrite(statement)).collect());
         }
-        self.catalogue.parse(sql)
+        self.catalogue.parse(sql).map(|statements| statements.into_iter().map(reflection::rewrite).collect())
     }
 
     fn rewrite(&self, statement: Statement) -> Statement {
         if self.asks_for_rows(&statement) {
             self.faithful.iter().fold(statement, |statement, rule| rule.rewrite(statement))
         } else {
-            self.catalogue.rewrite(statement)
+            reflection::rewrite(self.catalogue.rewrite(statement))
         }
     }
 

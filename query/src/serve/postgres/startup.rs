@@ -16,22 +16,24 @@ use pgwire::error::{PgWireError, PgWireResult};
 use pgwire::messages::{PgWireBackendMessage, PgWireFrontendMessage};
 
 use super::refusal;
+use crate::caller::Door;
 use crate::serve::Readers;
 
 pub(super) struct Startup {
     readers: Readers,
+    needs_tls: bool,
     trust: Trust,
     scram: SASLAuthStartupHandler<DefaultServerParameterProvider>,
 }
 
 impl Startup {
-    pub(super) fn new(readers: Readers, manager: Arc<ConnectionManager>) -> Self {
+    pub(super) fn new(readers: Readers, needs_tls: bool, manager: Arc<ConnectionManager>) -> Self {
         let mut scram = ScramAuth::new(Arc::new(Passwords(readers.clone())));
         scram.set_iterations(SCRAM_ITERATIONS);
         let scram = SASLAuthStartupHandler::new(Arc::new(DefaultServerParameterProvider::default()))
             .with_scram(scram)
             .with_connection_manager(Arc::clone(&manager));
-        Self { readers, trust: Trust(manager), scram }
+        Self { readers, needs_tls, trust: Trust(manager), scram }
     }
 }
 
@@ -43,10 +45,13 @@ impl StartupHandler for Startup {
         C::Error: Debug,
         PgWireError: From<<C as Sink<PgWireBackendMessage>>::Error>,
     {
+        if self.needs_tls && !client.is_secure() {
+            return Err(refusal("FATAL", "28000", "this door speaks TLS only: sslmode=require, or verify-full"));
+        }
         if self.readers.are_set() {
             return self.scram.on_startup(client, message).await;
         }
-        if !self.readers.accept_unnamed(client.socket_addr().ip()) {
+        if self.readers.accept_unnamed(client.socket_addr().ip(), Door::Postgres).is_none() {
             let message = "no reader is set, so only this machine may ask: add a [[reader]] to the configuration";
             return Err(refusal("FATAL", "28000", message));
         }

@@ -22,13 +22,16 @@ struct Answer {
     columns: Vec<String>,
     rows: Vec<Vec<Option<String>>>,
     error: Option<String>,
+    /// What a COPY sent.
+    copied: String,
 }
 
 impl Client {
-    async fn connect(engine: Arc<Engine>) -> Self {
+    async fn connect(engine: Arc<crate::engine::Engine>) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(serve(listener, engine, Readers::default(), CancellationToken::new()));
+        let house = House { engine, readers: Readers::default(), tls: None };
+        tokio::spawn(serve(listener, house, CancellationToken::new()));
         let mut client = Self { socket: TcpStream::connect(address).await.unwrap(), out: Vec::new() };
         let startup = b"\0\x03\0\0user\0reader\0database\0weir\0\0";
         client.out.extend((startup.len() as u32 + 4).to_be_bytes());
@@ -78,6 +81,7 @@ impl Client {
             match kind {
                 b'T' => answer.columns = columns(&body),
                 b'D' => answer.rows.push(row(&body)),
+                b'd' => answer.copied.push_str(std::str::from_utf8(&body).unwrap()),
                 b'E' => answer.error = Some(String::from_utf8_lossy(&body).replace('\0', " ")),
                 b'Z' => return answer,
                 _ => {}
@@ -180,4 +184,48 @@ async fn the_time_limit_is_shown() {
     let (engine, _) = engine(1, 0, MINUTE).await;
     let answer = Client::connect(engine).await.ask("SHOW statement_timeout").await;
     assert_eq!(answer.rows, [[Some("1min".to_owned())]], "{answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn copy_sends_rows_and_ends_well() {
+    let (engine, _) = engine(1, 0, MINUTE).await;
+    let mut client = Client::connect(engine).await;
+    let sql = "COPY (SELECT vehicle_count, device, quality FROM traffic ORDER BY 1 LIMIT 2) TO STDOUT";
+    assert_eq!(client.ask(sql).await.copied, "0\td0\t\\N\n1\td1\t\\N\n");
+    let csv = client.ask(&format!("{sql} WITH (FORMAT csv, HEADER)")).await;
+    assert_eq!(csv.copied, "vehicle_count,device,quality\n0,d0,\n1,d1,\n");
+    let table = client.ask("COPY traffic (vehicle_count) TO STDOUT CSV").await;
+    assert_eq!(table.copied.lines().count(), 10, "{table:?}");
+    let refused = client.ask("COPY traffic FROM STDIN").await;
+    assert!(refused.error.unwrap().contains("25006"));
+    let failed = client.ask("COPY (SELECT 1 / (vehicle_count - 5) FROM traffic) TO STDOUT").await;
+    assert!(failed.error.unwrap().contains("22012"));
+    assert_eq!(client.integer("SELECT count(*) FROM traffic").await, 10);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn errors_have_their_class() {
+    let (engine, _) = engine(1, 0, MINUTE).await;
+    let mut client = Client::connect(engine).await;
+    for (sql, code) in [
+        ("SELECT * FROM trafic", "42P01"),
+        ("SELECT devise FROM traffic", "42703"),
+        ("SELEC 1", "42601"),
+        ("DROP TABLE traffic", "25006"),
+        ("INSERT INTO traffic (device) VALUES ('x')", "25006"),
+        ("SELECT 1 / 0", "22012"),
+        ("SELECT CAST('x' AS INT)", "22P02"),
+        ("SELECT nosuch(1)", "42883"),
+        ("SHOW nosuch", "42704"),
+        ("SET weir.lane = 'fast'", "42501"),
+    ] {
+        let answer = client.ask(sql).await;
+        let error = answer.error.unwrap_or_else(|| panic!("{sql}: {:?}", answer.rows));
+        assert!(error.contains(&format!("C{code}")), "{sql}: {error}");
+    }
+    assert!(client.ask("SET weir.lane = 'default'").await.error.is_none());
+    assert_eq!(client.ask("SHOW weir.lane").await.rows, [[Some("default".to_owned())]]);
+    let told =
+        client.ask("SELECT door, state FROM system.queries WHERE text LIKE '%nosuch(1)%' AND state = 'failed'").await;
+    assert_eq!(told.rows, [[Some("postgres".to_owned()), Some("failed".to_owned())]], "{told:?}");
 }

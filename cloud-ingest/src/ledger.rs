@@ -1,0 +1,71 @@
+//! What came from whom since the node started: for those who ask how ingest fares.
+//!
+//! One entry for each (stream, spool) that this process has taken a batch of, from the WAL or from an edge. It decides
+//! nothing: what is durable and committed is kept by the sequences and the tables, and told here.
+
+use std::collections::BTreeMap;
+
+use parking_lot::Mutex;
+use wire::sealed::BatchHeader;
+use wire::{EdgeId, Seq, SpoolId, StreamName};
+
+/// What is known of one spool's sequence of a stream.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    pub stream: StreamName,
+    pub spool: SpoolId,
+    pub edge: EdgeId,
+    /// Rows and batches taken.
+    pub rows: u64,
+    pub batches: u64,
+    /// When the last of them was taken, µs since 1970 UTC.
+    pub received_at_us: i64,
+    /// The latest event time.
+    pub max_ts: Option<i64>,
+    /// The last batch taken.
+    pub durable: Seq,
+    /// Version of the agent that sealed it, and of its configuration.
+    pub agent: String,
+    pub configuration: u64,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    entries: Mutex<BTreeMap<(StreamName, SpoolId), Entry>>,
+}
+
+impl Ledger {
+    /// A batch was taken.
+    pub(crate) fn take(&self, header: &BatchHeader, received_at_us: i64) {
+        let mut entries = self.entries.lock();
+        let entry = entries.entry((header.stream.clone(), header.spool)).or_insert_with(|| Entry {
+            stream: header.stream.clone(),
+            spool: header.spool,
+            edge: header.edge.clone(),
+            rows: 0,
+            batches: 0,
+            received_at_us,
+            max_ts: None,
+            durable: Seq(0),
+            agent: String::new(),
+            configuration: 0,
+        });
+        entry.rows += u64::from(header.rows);
+        entry.batches += 1;
+        entry.received_at_us = received_at_us;
+        if header.rows > 0 {
+            entry.max_ts = entry.max_ts.max(Some(header.max_ts));
+        }
+        entry.durable = entry.durable.max(header.seq);
+        if entry.agent != header.agent {
+            entry.agent.clone_from(&header.agent);
+        }
+        entry.configuration = header.configuration;
+    }
+
+    /// All entries, by stream and spool.
+    pub fn entries(&self) -> Vec<Entry> {
+        self.entries.lock().values().cloned().collect()
+    }
+}

@@ -1,0 +1,104 @@
+//! What catalogue questions of SQLAlchemy ask that DataFusion cannot plan, answered by what is known: tables have no
+//! indexes, no constraints, no defaults and no sequences.
+//!
+//! `LIKE … ESCAPE 'c'` becomes one with a backslash. Where the parts of an index are unfolded, no row can come out.
+
+use std::ops::ControlFlow;
+
+use datafusion::sql::sqlparser::ast::{
+    Expr, SelectItem, SetExpr, Statement, Value, ValueWithSpan, VisitMut, VisitorMut,
+};
+use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
+use datafusion::sql::sqlparser::parser::Parser;
+
+/// Tables that have no row here.
+const EMPTY: [&str; 2] = ["pg_sequence", "pg_attrdef"];
+
+/// The question in words that can be planned.
+pub(super) fn rewrite(mut statement: Statement) -> Statement {
+    if let Some(nothing) = nothing(&statement) {
+        return nothing;
+    }
+    let _ = VisitMut::visit(&mut statement, &mut Rewrites);
+    statement
+}
+
+/// For a question about the columns of indexes: its columns, and no rows.
+fn nothing(statement: &Statement) -> Option<Statement> {
+    let Statement::Query(query) = statement else { return None };
+    let SetExpr::Select(select) = query.body.as_ref() else { return None };
+    if !statement.to_string().to_lowercase().contains("unnest(pg_catalog.pg_index.indkey)") {
+        return None;
+    }
+    let columns: Option<Vec<String>> = select
+        .projection
+        .iter()
+        .map(|item| {
+            let name = match item {
+                SelectItem::ExprWithAlias { alias, .. } => alias.value.clone(),
+                SelectItem::UnnamedExpr(Expr::Identifier(name)) => name.value.clone(),
+                SelectItem::UnnamedExpr(Expr::CompoundIdentifier(names)) => names.last()?.value.clone(),
+                _ => return None,
+            };
+            Some(format!("CAST(NULL AS TEXT) AS \"{}\"", name.replace('"', "\"\"")))
+        })
+        .collect();
+    let sql = format!("SELECT {} WHERE false", columns?.join(", "));
+    Parser::parse_sql(&PostgreSqlDialect {}, &sql).ok()?.pop()
+}
+
+struct Rewrites;
+
+impl VisitorMut for Rewrites {
+    type Break = ();
+
+    fn pre_visit_expr(&mut self, expr: &mut Expr) -> ControlFlow<()> {
+        match expr {
+            Expr::Like { pattern, escape_char, .. } | Expr::ILike { pattern, escape_char, .. } => {
+                let escape = escape_char.take().and_then(|escape| escape.value.into_string());
+                if let Some(escape) = escape.filter(|escape| escape != "\\") {
+                    let call = format!("replace({pattern}, '{}', '\\')", escape.replace('\'', "''"));
+                    let parser = Parser::new(&PostgreSqlDialect {}).try_with_sql(&call);
+                    if let Ok(call) = parser.and_then(|mut parser| parser.parse_expr()) {
+                        **pattern = call;
+                    }
+                }
+            }
+            Expr::Subquery(query) => {
+                let text = query.to_string();
+                if EMPTY.iter().any(|table| text.contains(table)) {
+                    *expr = Expr::Value(ValueWithSpan::from(Value::Null));
+                }
+            }
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(sql: &str, expected: &str) {
+        let statement = Parser::parse_sql(&PostgreSqlDialect {}, sql).unwrap().remove(0);
+        assert_eq!(rewrite(statement).to_string(), expected);
+    }
+
+    #[test]
+    fn questions_about_what_there_is_not_have_no_rows() {
+        check(
+            "SELECT a FROM t WHERE a NOT LIKE $1 || '%' ESCAPE '/'",
+            "SELECT a FROM t WHERE a NOT LIKE replace($1 || '%', '/', '\\')",
+        );
+        check("SELECT a FROM t WHERE a LIKE 'x\\_%' ESCAPE '\\'", "SELECT a FROM t WHERE a LIKE 'x\\_%'");
+        check(
+            "SELECT CASE WHEN a THEN (SELECT b FROM pg_catalog.pg_attrdef) END AS c FROM t",
+            "SELECT CASE WHEN a THEN NULL END AS c FROM t",
+        );
+        check(
+            "SELECT i.a, min(i.b) AS c FROM (SELECT unnest(pg_catalog.pg_index.indkey) AS a FROM pg_catalog.pg_index) i",
+            "SELECT CAST(NULL AS TEXT) AS \"a\", CAST(NULL AS TEXT) AS \"c\" WHERE false",
+        );
+    }
+}

@@ -1,0 +1,207 @@
+//! The schema `system`: tables about the node itself, filled anew each time a statement is executed.
+//!
+//! | table | a row for each |
+//! |---|---|
+//! | `streams` | stream: columns, rows and bytes in files, hot rows, first and last event time |
+//! | `files` | Parquet file of a stream's newest version |
+//! | `edges` | edge that has sent something since the node started |
+//! | `ingest` | stream and spool that has: rows, last batch, what is durable and committed |
+//! | `queries` | statement that runs, and of the last ones that ran |
+//! | `batches` | batch that a stream's rows came in (read from the rows themselves) |
+//! | `quarantine_reasons` | reason why readings are in `quarantine`, by stream and source |
+//!
+//! The last two are questions about tables of `public` and see what the caller may see there. Of the others a caller
+//! with a scope sees what is told of edges that are wholly its own, its own statements, and of streams that they exist.
+
+use std::fmt;
+use std::sync::Arc;
+
+use arrow_array::RecordBatch;
+use arrow_schema::{DataType, Field, Schema, SchemaRef};
+use async_trait::async_trait;
+use datafusion::catalog::{MemTable, SchemaProvider, Session, TableProvider};
+use datafusion::common::{Result, internal_err};
+use datafusion::logical_expr::{Expr, TableType};
+use datafusion::physical_plan::ExecutionPlan;
+use wire::schema::timestamp_type;
+
+use crate::catalog::Tables;
+use crate::fused_table::View;
+
+mod rows;
+mod views;
+
+/// The tables that are filled when they are asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Kind {
+    Streams,
+    Files,
+    Edges,
+    Ingest,
+    Queries,
+}
+
+const KINDS: [Kind; 5] = [Kind::Streams, Kind::Files, Kind::Edges, Kind::Ingest, Kind::Queries];
+/// The tables that are questions.
+const VIEWS: [&str; 2] = ["batches", "quarantine_reasons"];
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Streams => "streams",
+            Self::Files => "files",
+            Self::Edges => "edges",
+            Self::Ingest => "ingest",
+            Self::Queries => "queries",
+        }
+    }
+
+    fn schema(self) -> SchemaRef {
+        use DataType::{Date32, Float64, Int64, Utf8};
+        let columns: Vec<(&str, DataType)> = match self {
+            Self::Streams => vec![
+                ("name", Utf8),
+                ("description", Utf8),
+                ("columns", Int64),
+                ("rows", Int64),
+                ("bytes", Int64),
+                ("files", Int64),
+                ("hot_rows", Int64),
+                ("first_ts", timestamp_type()),
+                ("last_ts", timestamp_type()),
+                ("version", Int64),
+            ],
+            Self::Files => vec![
+                ("stream", Utf8),
+                ("path", Utf8),
+                ("date", Date32),
+                ("rows", Int64),
+                ("bytes", Int64),
+                ("modified_at", timestamp_type()),
+                ("first_ts", timestamp_type()),
+                ("last_ts", timestamp_type()),
+            ],
+            Self::Edges => vec![
+                ("edge", Utf8),
+                ("streams", Int64),
+                ("spools", Int64),
+                ("rows", Int64),
+                ("batches", Int64),
+                ("last_batch_at", timestamp_type()),
+                ("agent", Utf8),
+                ("configuration", Int64),
+            ],
+            Self::Ingest => vec![
+                ("edge", Utf8),
+                ("stream", Utf8),
+                ("spool", Utf8),
+                ("rows", Int64),
+                ("batches", Int64),
+                ("last_batch_at", timestamp_type()),
+                ("last_ts", timestamp_type()),
+                ("lag_s", Float64),
+                ("durable", Int64),
+                ("committed", Int64),
+                ("agent", Utf8),
+                ("configuration", Int64),
+            ],
+            Self::Queries => vec![
+                ("id", Int64),
+                ("state", Utf8),
+                ("text", Utf8),
+                ("reader", Utf8),
+                ("door", Utf8),
+                ("lane", Utf8),
+                ("started_at", timestamp_type()),
+                ("ms", Float64),
+                ("rows", Int64),
+                ("bytes", Int64),
+                ("memory_bytes", Int64),
+            ],
+        };
+        Arc::new(Schema::new(columns.into_iter().map(|(name, kind)| Field::new(name, kind, true)).collect::<Vec<_>>()))
+    }
+}
+
+/// The schema itself.
+#[derive(Debug)]
+pub(crate) struct SystemSchema {
+    pub(crate) tables: Arc<dyn Tables>,
+}
+
+#[async_trait]
+impl SchemaProvider for SystemSchema {
+    fn table_names(&self) -> Vec<String> {
+        let mut names: Vec<&str> = KINDS.into_iter().map(Kind::name).chain(VIEWS).collect();
+        names.sort_unstable();
+        names.into_iter().map(str::to_owned).collect()
+    }
+
+    async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
+        if let Some(kind) = KINDS.into_iter().find(|kind| kind.name() == name) {
+            return Ok(Some(Arc::new(SystemTable { kind, schema: kind.schema() })));
+        }
+        match name {
+            "batches" => views::batches(self.tables.as_ref()).map(Some),
+            "quarantine_reasons" => views::quarantine_reasons(self.tables.as_ref()).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    fn table_exist(&self, name: &str) -> bool {
+        KINDS.iter().any(|kind| kind.name() == name) || VIEWS.contains(&name)
+    }
+}
+
+/// A handle on one of the tables; it has columns and no rows.
+pub(crate) struct SystemTable {
+    kind: Kind,
+    schema: SchemaRef,
+}
+
+impl SystemTable {
+    pub(crate) fn kind(&self) -> Kind {
+        self.kind
+    }
+}
+
+impl fmt::Debug for SystemTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SystemTable({})", self.kind.name())
+    }
+}
+
+#[async_trait]
+impl TableProvider for SystemTable {
+    fn schema(&self) -> SchemaRef {
+        Arc::clone(&self.schema)
+    }
+
+    fn table_type(&self) -> TableType {
+        TableType::View
+    }
+
+    async fn scan(
+        &self,
+        _: &dyn Session,
+        _: Option<&Vec<usize>>,
+        _: &[Expr],
+        _: Option<usize>,
+    ) -> Result<Arc<dyn ExecutionPlan>> {
+        internal_err!("system.{} was not filled before its scan", self.kind.name())
+    }
+}
+
+/// The table with the rows that the caller may see now.
+pub(crate) async fn pinned(kind: Kind, view: View<'_>) -> Result<Arc<dyn TableProvider>> {
+    let columns = match kind {
+        Kind::Streams => rows::streams(view).await?,
+        Kind::Files => rows::files(view)?,
+        Kind::Edges => rows::edges(view),
+        Kind::Ingest => rows::ingest(view),
+        Kind::Queries => rows::queries(view),
+    };
+    let schema = kind.schema();
+    let rows = RecordBatch::try_new(Arc::clone(&schema), columns)?;
+    Ok(Arc::new(MemTable::try_new(schema, vec![vec![rows]])?))
+}

@@ -1,0 +1,211 @@
+//! What stands in the tables that are filled when they are asked: their columns in order.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use arrow::compute::{max, min};
+use arrow_array::cast::AsArray;
+use arrow_array::types::TimestampMicrosecondType;
+use arrow_array::{ArrayRef, Date32Array, Float64Array, Int64Array, StringArray, TimestampMicrosecondArray};
+use datafusion::common::pruning::PruningStatistics;
+use datafusion::common::{Column, Result};
+use wire::DAY_US;
+use wire::schema::TS;
+
+use crate::catalog::{ColdTable, SpoolFacts};
+use crate::fused_table::{Frozen, View};
+
+fn texts<T: Into<Option<String>>>(values: impl IntoIterator<Item = T>) -> ArrayRef {
+    Arc::new(values.into_iter().map(Into::into).collect::<StringArray>())
+}
+
+fn integers<T: Into<Option<i64>>>(values: impl IntoIterator<Item = T>) -> ArrayRef {
+    Arc::new(values.into_iter().map(Into::into).collect::<Int64Array>())
+}
+
+fn times<T: Into<Option<i64>>>(values: impl IntoIterator<Item = T>) -> ArrayRef {
+    let values: TimestampMicrosecondArray = values.into_iter().map(Into::into).collect();
+    Arc::new(values.with_timezone("UTC"))
+}
+
+fn count<T: TryInto<i64>>(value: T) -> i64 {
+    value.try_into().unwrap_or(i64::MAX)
+}
+
+fn us(time: SystemTime) -> i64 {
+    count(time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_micros())
+}
+
+/// Event times of the files of a table: first and last of each.
+fn file_times(cold: &ColdTable) -> [Option<TimestampMicrosecondArray>; 2] {
+    let data = cold.snapshot.log_data();
+    let ts = Column::from_name(TS);
+    [data.min_values(&ts), data.max_values(&ts)]
+        .map(|found| found?.as_primitive_opt::<TimestampMicrosecondType>().cloned())
+}
+
+pub(super) async fn streams(view: View<'_>) -> Result<Vec<ArrayRef>> {
+    struct Row {
+        name: String,
+        description: Option<String>,
+        columns: i64,
+        /// Rows, bytes, files, hot rows, first and last event time, version; none of it for a caller with a scope.
+        numbers: Option<[Option<i64>; 7]>,
+    }
+    let mut rows = Vec::new();
+    for stream in view.tables.streams() {
+        let Some(cold) = view.tables.cold(&stream) else { continue };
+        let description = cold.snapshot.metadata().description().map(str::to_owned);
+        let mut row =
+            Row { name: stream.to_string(), description, columns: count(cold.schema.fields().len()), numbers: None };
+        if view.caller.scope().is_none() {
+            let frozen = Frozen::take(view.tables, &stream).await?;
+            let (cold, hot) = (frozen.cold(), frozen.hot());
+            let (mut first, mut last) = match file_times(cold) {
+                [Some(first), Some(last)] => (min(&first), max(&last)),
+                _ => (None, None),
+            };
+            for ts in
+                hot.iter().filter_map(|rows| rows.column_by_name(TS)?.as_primitive_opt::<TimestampMicrosecondType>())
+            {
+                first = first.into_iter().chain(min(ts)).min();
+                last = last.into_iter().chain(max(ts)).max();
+            }
+            let files: Vec<_> = cold.snapshot.log_data().iter().collect();
+            let stored = files.iter().map(|file| count(file.num_records().unwrap_or(0))).sum::<i64>();
+            let hot_rows = count(hot.iter().map(|rows| rows.num_rows()).sum::<usize>());
+            let bytes = files.iter().map(|file| file.size()).sum::<i64>();
+            let numbers = [stored, bytes, count(files.len()), hot_rows].map(Some);
+            let [stored, bytes, files, hot_rows] = numbers;
+            row.numbers = Some([stored, bytes, files, hot_rows, first, last, Some(count(cold.version))]);
+        }
+        rows.push(row);
+    }
+    let number = |index: usize| rows.iter().map(move |row: &Row| row.numbers.and_then(|numbers| numbers[index]));
+    Ok(vec![
+        texts(rows.iter().map(|row| row.name.clone())),
+        texts(rows.iter().map(|row| row.description.clone())),
+        integers(rows.iter().map(|row| row.columns)),
+        integers(number(0)),
+        integers(number(1)),
+        integers(number(2)),
+        integers(number(3)),
+        times(number(4)),
+        times(number(5)),
+        integers(number(6)),
+    ])
+}
+
+pub(super) fn files(view: View<'_>) -> Result<Vec<ArrayRef>> {
+    struct Row {
+        stream: String,
+        path: String,
+        rows: Option<i64>,
+        bytes: i64,
+        modified_us: i64,
+        first: Option<i64>,
+        last: Option<i64>,
+    }
+    let mut rows = Vec::new();
+    // A file has rows of every edge: its numbers are nobody's alone.
+    let streams = if view.caller.scope().is_none() { view.tables.streams() } else { Vec::new() };
+    for stream in streams {
+        let Some(cold) = view.tables.cold(&stream) else { continue };
+        let [first, last] = file_times(&cold);
+        let at = |times: &Option<TimestampMicrosecondArray>, index: usize| {
+            times.as_ref().and_then(|times| times.iter().nth(index).flatten())
+        };
+        for (index, file) in cold.snapshot.log_data().iter().enumerate() {
+            rows.push(Row {
+                stream: stream.to_string(),
+                path: file.path().into_owned(),
+                rows: file.num_records().map(count),
+                bytes: file.size(),
+                modified_us: file.modification_time().saturating_mul(1_000),
+                first: at(&first, index),
+                last: at(&last, index),
+            });
+        }
+    }
+    // Files are partitioned by the date of their event times.
+    let date = |first: Option<i64>| first.and_then(|us| i32::try_from(us.div_euclid(DAY_US)).ok());
+    Ok(vec![
+        texts(rows.iter().map(|row| row.stream.clone())),
+        texts(rows.iter().map(|row| row.path.clone())),
+        Arc::new(rows.iter().map(|row| date(row.first)).collect::<Date32Array>()),
+        integers(rows.iter().map(|row| row.rows)),
+        integers(rows.iter().map(|row| row.bytes)),
+        times(rows.iter().map(|row| row.modified_us)),
+        times(rows.iter().map(|row| row.first)),
+        times(rows.iter().map(|row| row.last)),
+    ])
+}
+
+/// What the caller may be told of spools.
+fn spools(view: View<'_>) -> Vec<SpoolFacts> {
+    let mut spools = view.tables.spools();
+    if let Some(scope) = view.caller.scope() {
+        spools.retain(|spool| scope.admits_edge(spool.edge.as_str()));
+    }
+    spools
+}
+
+pub(super) fn edges(view: View<'_>) -> Vec<ArrayRef> {
+    let mut edges: BTreeMap<String, Vec<SpoolFacts>> = BTreeMap::new();
+    for spool in spools(view) {
+        edges.entry(spool.edge.to_string()).or_default().push(spool);
+    }
+    let distinct = |spools: &[SpoolFacts], of: fn(&SpoolFacts) -> String| {
+        count(spools.iter().map(of).collect::<BTreeSet<_>>().len())
+    };
+    let last = |spools: &[SpoolFacts]| spools.iter().max_by_key(|spool| spool.received_at_us).cloned();
+    let lasts: Vec<Option<SpoolFacts>> = edges.values().map(|spools| last(spools)).collect();
+    vec![
+        texts(edges.keys().cloned()),
+        integers(edges.values().map(|spools| distinct(spools, |spool| spool.stream.to_string()))),
+        integers(edges.values().map(|spools| distinct(spools, |spool| spool.spool.to_string()))),
+        integers(edges.values().map(|spools| count(spools.iter().map(|spool| spool.rows).sum::<u64>()))),
+        integers(edges.values().map(|spools| count(spools.iter().map(|spool| spool.batches).sum::<u64>()))),
+        times(lasts.iter().map(|last| last.as_ref().map(|spool| spool.received_at_us))),
+        texts(lasts.iter().map(|last| last.as_ref().map(|spool| spool.agent.clone()))),
+        integers(lasts.iter().map(|last| last.as_ref().map(|spool| spool.configuration.cast_signed()))),
+    ]
+}
+
+pub(super) fn ingest(view: View<'_>) -> Vec<ArrayRef> {
+    let spools = spools(view);
+    let now = us(SystemTime::now());
+    let lag = spools.iter().map(|spool| Some((now - spool.max_ts?) as f64 / 1e6));
+    vec![
+        texts(spools.iter().map(|spool| spool.edge.to_string())),
+        texts(spools.iter().map(|spool| spool.stream.to_string())),
+        texts(spools.iter().map(|spool| spool.spool.to_string())),
+        integers(spools.iter().map(|spool| count(spool.rows))),
+        integers(spools.iter().map(|spool| count(spool.batches))),
+        times(spools.iter().map(|spool| spool.received_at_us)),
+        times(spools.iter().map(|spool| spool.max_ts)),
+        Arc::new(lag.collect::<Float64Array>()),
+        integers(spools.iter().map(|spool| count(spool.durable.0))),
+        integers(spools.iter().map(|spool| count(spool.committed.0))),
+        texts(spools.iter().map(|spool| spool.agent.clone())),
+        integers(spools.iter().map(|spool| spool.configuration.cast_signed())),
+    ]
+}
+
+pub(super) fn queries(view: View<'_>) -> Vec<ArrayRef> {
+    let told = view.statements.told(view.caller);
+    vec![
+        integers(told.iter().map(|told| count(told.id))),
+        texts(told.iter().map(|told| told.state.name().to_owned())),
+        texts(told.iter().map(|told| told.text.to_string())),
+        texts(told.iter().map(|told| told.reader.clone())),
+        texts(told.iter().map(|told| told.door.to_string())),
+        texts(told.iter().map(|told| told.lane.clone())),
+        times(told.iter().map(|told| us(told.started))),
+        Arc::new(told.iter().map(|told| Some(told.took.as_secs_f64() * 1e3)).collect::<Float64Array>()),
+        integers(told.iter().map(|told| count(told.rows))),
+        integers(told.iter().map(|told| count(told.bytes))),
+        integers(told.iter().map(|told| count(told.memory))),
+    ]
+}
