@@ -86,7 +86,7 @@ fn check(node: &Node, layer: &SimLayer, requests: &[Sent]) {
 #[test]
 fn what_a_door_took_is_there_once_after_power_cuts_and_repetitions() {
     let mut repeated = 0;
-    for (_, mut random) in seeds(150) {
+    for (_, mut random) in seeds(60) {
         let layer = machine();
         let mut requests: Vec<Sent> = Vec::new();
         for _ in 0..5 {
@@ -125,6 +125,27 @@ fn what_a_door_took_is_there_once_after_power_cuts_and_repetitions() {
         check(&node, &layer, &requests);
     }
     assert!(repeated > 0);
+}
+
+#[test]
+fn what_the_wal_no_longer_has_is_still_known_after_a_power_cut() {
+    let layer = machine();
+    let start = || Node::start(&layer, settings("/a"), sim_store(&layer).unwrap()).unwrap();
+    let mut node = start();
+    let mut requests: Vec<Sent> = (0..300).map(|n| request(n, &["traffic"])).collect();
+    for sent in &mut requests {
+        assert!(sent.send(&mut node).unwrap().is_some());
+    }
+    node.drain();
+    let mut replay = node.ingest.wal.replay().unwrap();
+    let Some(crate::wal::Found::Batch(oldest)) = replay.next().unwrap() else { panic!("the newest segment stays") };
+    assert!(oldest.batch.header().seq.0 > 100, "only {} left the wal", oldest.batch.header().seq);
+    drop(node);
+    layer.power_cut(&mut Random::new(7));
+    let mut node = start();
+    for sent in &mut requests {
+        assert_eq!(sent.send(&mut node).unwrap().unwrap().rows, 0);
+    }
 }
 
 fn patient(directory: &str) -> Settings {
