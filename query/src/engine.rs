@@ -270,14 +270,14 @@ impl Engine {
     where
         F: FnOnce() -> Result<(SessionState, Statement), DataFusionError> + Send + 'static,
     {
-        let planned = self.aside(running, async move {
+        let plan = async move {
             let (state, statement) = parse()?;
             let plan = names::plan(&state, statement).await?;
             read_only(&plan)?;
             uncounted::check(&plan)?;
             Ok(Prepared { plan: Arc::new(plan) })
-        });
-        let planned = planned.await?.map_err(|error| self.explain(error));
+        };
+        let planned = self.aside(running, Box::pin(plan)).await?.map_err(|error| self.explain(error));
         planned.inspect_err(|error| running.ended(state_of(error)))
     }
 
