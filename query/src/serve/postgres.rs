@@ -1,6 +1,6 @@
 //! The Postgres wire protocol: psql, Grafana, DBeaver and every driver ask here.
 //!
-//! Simple and extended queries run through [`Engine`], so each execution sees tables frozen at that moment, however
+//! Simple and extended queries run through [`crate::Engine`], so each execution sees tables frozen at that moment, however
 //! long ago it was prepared. `pg_catalog` answers the questions that clients ask about tables. With readers set, a
 //! caller proves its password by SCRAM-SHA-256; otherwise only this machine may ask. With a certificate set, a caller
 //! without TLS is refused. No DDL or DML; `COPY … TO STDOUT` is answered. Transaction and session statements (BEGIN, SET,
