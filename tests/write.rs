@@ -29,7 +29,9 @@ struct Door<'a> {
 
 impl<'a> Door<'a> {
     fn of(cloud: &'a Cloud) -> Self {
-        Self { cloud, client: reqwest::Client::builder().timeout(PATIENCE).build().unwrap() }
+        // A refusal of a long body ends its connection, and the next request must not take that for a good one.
+        let client = reqwest::Client::builder().timeout(PATIENCE).pool_max_idle_per_host(0).build().unwrap();
+        Self { cloud, client }
     }
 
     fn post(&self, path: &str) -> reqwest::RequestBuilder {

@@ -227,22 +227,21 @@ where
     let opening = CopyOutResponse::new(code, columns, vec![i16::from(code); names.len()]);
     client.send(PgWireBackendMessage::CopyOutResponse(opening)).await?;
     let data = |bytes: Vec<u8>| PgWireBackendMessage::CopyData(CopyData::new(Bytes::from(bytes)));
-    let header = form.header(&names);
-    if !header.is_empty() {
-        client.feed(data(header)).await?;
+    // A message has a line, or a row; what begins the binary form stands before its first row, as PostgreSQL sends it.
+    let mut out = form.header(&names);
+    if *form != Form::Binary && !out.is_empty() {
+        client.feed(data(std::mem::take(&mut out))).await?;
     }
     let mut rows = rows.data_rows;
     let mut count = 0;
     while let Some(row) = rows.next().await {
-        let mut out = Vec::new();
         form.row(&row?, &mut out);
-        client.feed(data(out)).await?;
+        client.feed(data(std::mem::take(&mut out))).await?;
         count += 1;
     }
     if *form == Form::Binary {
-        let mut end = BytesMut::new();
-        end.put_i16(-1);
-        client.feed(data(end.to_vec())).await?;
+        out.extend((-1_i16).to_be_bytes());
+        client.feed(data(out)).await?;
     }
     client.send(PgWireBackendMessage::CopyDone(CopyDone::new())).await?;
     Ok(Response::Execution(Tag::new("COPY").with_rows(count)))
