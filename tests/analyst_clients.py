@@ -104,7 +104,7 @@ with psycopg.connect(host="127.0.0.1", port=postgres, user="analyst", password=p
             except psycopg.Error as error:
                 raise AssertionError(f"{client}: {error}: {sql[:200]}") from error
             if "AS \"table\"" in sql:
-                assert ("load",) in rows, rows
+                assert ("public.load",) in rows or ("load",) in rows, rows
             if "AS metric" in sql:
                 check(len(rows), 7)
             if "relname OPERATOR" in sql:

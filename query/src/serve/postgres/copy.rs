@@ -5,7 +5,7 @@
 
 use std::fmt::Debug;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes};
 use datafusion::sql::sqlparser::ast::{
     CopyLegacyCsvOption, CopyLegacyOption, CopyOption, CopySource, CopyTarget, Query, Statement,
 };
@@ -287,7 +287,7 @@ mod tests {
     #[test]
     fn fields_are_escaped_as_postgresql_does() {
         let row = |fields: &[Option<&str>]| {
-            let mut data = BytesMut::new();
+            let mut data = bytes::BytesMut::new();
             for field in fields {
                 data.put_i32(field.map_or(-1, |field| field.len() as i32));
                 data.extend_from_slice(field.unwrap_or_default().as_bytes());

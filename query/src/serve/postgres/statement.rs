@@ -46,6 +46,7 @@ use crate::statements::Running;
 const PARAMETERS_MAX: usize = 65_535;
 /// The version of PostgreSQL whose catalogue is shown.
 const SERVER_VERSION: &str = "16.6";
+const SERVER_VERSION_NUM: &str = "160006";
 /// `weir.lane`, as the words of a setting are joined.
 const LANE_SETTING: &str = "weir_lane";
 
@@ -103,6 +104,7 @@ impl Statements {
         engine.equip(&planner)?;
         setup_pg_catalog(&planner, CATALOG, EmptyContextProvider).map_err(|error| engine.explain(*error))?;
         planner.register_udf(version());
+        planner.register_udf(current_setting());
         // No type of these names, and no column with a sequence.
         planner.register_udf(unknown("to_regtype", 1, DataType::Int32));
         planner.register_udf(unknown("pg_get_serial_sequence", 2, DataType::Utf8));
@@ -243,11 +245,11 @@ fn lane(set: &Set) -> Option<String> {
     })
 }
 
-/// What `SHOW` answers: the settings that drivers ask for.
-fn setting(name: &str, timeout: Duration) -> PgWireResult<Asked> {
-    let value = match name {
-        "statement_timeout" => return Ok(Asked::Setting { name: name.to_owned(), value: span(timeout) }),
+/// The settings that drivers ask for, and that are the same for everybody.
+fn fixed(name: &str) -> Option<&'static str> {
+    Some(match name {
         "server_version" => SERVER_VERSION,
+        "server_version_num" => SERVER_VERSION_NUM,
         "server_encoding" | "client_encoding" => "UTF8",
         "search_path" => "public",
         "timezone" | "time_zone" => "UTC",
@@ -259,9 +261,31 @@ fn setting(name: &str, timeout: Duration) -> PgWireResult<Asked> {
         "lock_timeout" => "0",
         "max_identifier_length" => "63",
         "application_name" => "",
-        _ => return Err(refusal("ERROR", "42704", format!("no setting `{name}`"))),
+        _ => return None,
+    })
+}
+
+/// What `SHOW` answers.
+fn setting(name: &str, timeout: Duration) -> PgWireResult<Asked> {
+    let value = match name {
+        "statement_timeout" => Some(span(timeout)),
+        _ => fixed(name).map(str::to_owned),
     };
-    Ok(Asked::Setting { name: name.to_owned(), value: value.to_owned() })
+    let value = value.ok_or_else(|| refusal("ERROR", "42704", format!("no setting `{name}`")))?;
+    Ok(Asked::Setting { name: name.to_owned(), value })
+}
+
+/// `current_setting('name')`: as `SHOW` has it, and null where that has none.
+fn current_setting() -> ScalarUDF {
+    let answer = |arguments: &[ColumnarValue]| {
+        let name = match arguments {
+            [ColumnarValue::Scalar(name)] => name.try_as_str().flatten().map(str::to_lowercase),
+            _ => None,
+        };
+        let value = name.and_then(|name| fixed(&name)).map(str::to_owned);
+        Ok(ColumnarValue::Scalar(ScalarValue::Utf8(value)))
+    };
+    create_udf("current_setting", vec![DataType::Utf8], DataType::Utf8, Volatility::Stable, Arc::new(answer))
 }
 
 /// A time as PostgreSQL writes it: in the largest unit that leaves a whole number.
