@@ -320,6 +320,7 @@ async fn others_read_the_tables_while_they_are_committed_to_compacted_and_vacuum
     let cloud = Cloud::start(directory.path(), "a", &format!("{BUSY}vacuum_every = \"1s\"\n")).await;
     let load = Load::start(&cloud);
     until(&cloud, "weir_cloud_compactions_total", 2).await;
+    assert!(cloud.integer("SELECT count(*) FROM latest('load')").await > 0);
     let table = directory.path().join("tables/load");
     let reader = tokio::task::spawn_blocking(move || {
         std::process::Command::new(python).args(["-c", READERS, table.to_str().unwrap(), "15"]).output().unwrap()
@@ -333,4 +334,9 @@ async fn others_read_the_tables_while_they_are_committed_to_compacted_and_vacuum
     let rows = load.finish().await;
     assert_eq!(cloud.integer("SELECT count(*) FROM load").await, rows);
     assert!(cloud.counter("weir_cloud_compactions_total").await > 2);
+    // What `latest` kept of files that were compacted since, and what it has anew of this version.
+    let differ = "SELECT count(*) FROM (SELECT device, max(ts) AS ts FROM load GROUP BY device) AS a \
+                  FULL JOIN (SELECT device, ts FROM latest('load')) AS b ON a.device = b.device AND a.ts = b.ts \
+                  WHERE a.ts IS NULL OR b.ts IS NULL";
+    assert_eq!(cloud.integer(differ).await, 0);
 }

@@ -77,6 +77,11 @@ async fn a_reading_is_joined_with_what_was_true_then() {
     assert_eq!(cloud.sql(then).await.unwrap(), joined);
     let of_now = cloud.sql("SELECT \"limit\" FROM sensors WHERE device = '8'").await.unwrap();
     assert_eq!(of_now, [serde_json::json!({ "limit": 30 })]);
+    // Its past is asked of its history; a table of the node's past would be answered as of now.
+    for past in ["SELECT * FROM sensors FOR VERSION AS OF 1", "SELECT * FROM sensors_history FOR VERSION AS OF 1"] {
+        let refused = cloud.sql(past).await.unwrap_err().to_string();
+        assert!(refused.contains("is a reference table: what held when is in its history"), "{refused}");
+    }
     let names = cloud
         .sql("SELECT table_name, table_type FROM information_schema.tables WHERE table_schema = 'public' ORDER BY 1")
         .await

@@ -390,7 +390,7 @@ impl Settings {
             }
         }
         if self.listen.http_connections == 0 {
-            return Err("listen.http_connections must be at least 1".to_owned());
+            return Err("[listen] http_connections must be at least 1".to_owned());
         }
         if self.commit.max_partitions < BATCH_DATES_MAX {
             return Err(format!(
@@ -453,6 +453,7 @@ mod tests {
         let check = |text: &str, expected: &str| {
             let error = Settings::parse(&format!("data_dir = \"x\"\n{text}")).unwrap_err();
             assert!(error.contains(expected), "{text}: {error}");
+            assert!(error.contains("line "), "no line: {text}: {error}");
         };
         check("[commit]\nmax_agee = \"1s\"", "did you mean `max_age`?");
         check("[commit]\nmax_age = \"soon\"", "\"250ms\"");

@@ -9,6 +9,9 @@ use parking_lot::Mutex;
 use wire::sealed::BatchHeader;
 use wire::{EdgeId, Seq, SpoolId, StreamName};
 
+/// So many spools are told of; of more, those that were silent longest are forgotten.
+const ENTRIES_MAX: usize = 10_000;
+
 /// What is known of one spool's sequence of a stream.
 #[derive(Debug, Clone)]
 pub struct Entry {
@@ -39,7 +42,12 @@ impl Ledger {
     /// A batch was taken.
     pub(crate) fn take(&self, header: &BatchHeader, received_at_us: i64) {
         let mut entries = self.entries.lock();
-        let entry = entries.entry((header.stream.clone(), header.spool)).or_insert_with(|| Entry {
+        let key = (header.stream.clone(), header.spool);
+        if entries.len() >= ENTRIES_MAX && !entries.contains_key(&key) {
+            let silent = entries.iter().min_by_key(|(_, entry)| entry.received_at_us).map(|(key, _)| key.clone());
+            silent.map(|key| entries.remove(&key));
+        }
+        let entry = entries.entry(key).or_insert_with(|| Entry {
             stream: header.stream.clone(),
             spool: header.spool,
             edge: header.edge.clone(),

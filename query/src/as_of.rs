@@ -135,11 +135,11 @@ fn find(tokens: &[Token]) -> std::result::Result<Option<(usize, usize, AsOf)>, Q
 ///
 /// # Errors
 /// When the statement asks `latest`, which knows the newest rows of now only, as of something.
-pub(crate) fn apply(statement: &mut Parsed, whole: Option<AsOf>, is_stream: &dyn Fn(&str) -> bool) -> Result<()> {
+pub(crate) fn apply(statement: &mut Parsed, whole: Option<AsOf>, is_table: &dyn Fn(&str) -> bool) -> Result<()> {
     let mut statement = statement;
     loop {
         match statement {
-            Parsed::Statement(statement) => return apply_to(statement, whole, is_stream),
+            Parsed::Statement(statement) => return apply_to(statement, whole, is_table),
             Parsed::Explain(explain) => statement = explain.statement.as_mut(),
             _ => return Ok(()),
         }
@@ -147,8 +147,8 @@ pub(crate) fn apply(statement: &mut Parsed, whole: Option<AsOf>, is_stream: &dyn
 }
 
 /// See [`apply`].
-pub(crate) fn apply_to(statement: &mut Statement, whole: Option<AsOf>, is_stream: &dyn Fn(&str) -> bool) -> Result<()> {
-    let mut travel = Travel { whole, is_stream, own: HashSet::new() };
+pub(crate) fn apply_to(statement: &mut Statement, whole: Option<AsOf>, is_table: &dyn Fn(&str) -> bool) -> Result<()> {
+    let mut travel = Travel { whole, is_table, own: HashSet::new() };
     if VisitMut::visit(statement, &mut travel).is_break() {
         return plan_err!(
             "latest knows the newest rows of now; as of a moment ask with last(column, ts) and GROUP BY device"
@@ -159,7 +159,7 @@ pub(crate) fn apply_to(statement: &mut Statement, whole: Option<AsOf>, is_stream
 
 struct Travel<'a> {
     whole: Option<AsOf>,
-    is_stream: &'a dyn Fn(&str) -> bool,
+    is_table: &'a dyn Fn(&str) -> bool,
     /// Names that the statement itself gives (WITH).
     own: HashSet<String>,
 }
@@ -197,7 +197,7 @@ impl VisitorMut for Travel<'_> {
         let base = match (parts(&called), self.whole) {
             ((stream, Some(_)), _) => stream.to_owned(),
             ((stream, None), Some(whole))
-                if in_public && (self.is_stream)(stream) && !(alone && self.own.contains(stream)) =>
+                if in_public && (self.is_table)(stream) && !(alone && self.own.contains(stream)) =>
             {
                 last.value = format!("{stream}@{whole}");
                 last.quote_style = Some('"');

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use arrow_schema::SchemaRef;
 use async_trait::async_trait;
 use datafusion::catalog::{CatalogProvider, SchemaProvider, TableProvider};
-use datafusion::common::DataFusionError;
+use datafusion::common::{DataFusionError, plan_err};
 use datafusion::error::Result as DataFusionResult;
 use deltalake_core::logstore::LogStoreRef;
 use wire::hot::HotSource;
@@ -131,22 +131,31 @@ impl SchemaProvider for PublicSchema {
         let Ok(stream) = name.parse::<StreamName>() else {
             return Ok(None);
         };
-        let Some(cold) = self.tables.cold(&stream) else {
-            return references::view(self.tables.as_ref(), name);
-        };
-        let table = match as_of {
-            None => LiveTable::new(stream, cold.schema),
-            Some(as_of) => {
+        let table = match (self.tables.cold(&stream), as_of) {
+            (Some(cold), None) => LiveTable::new(stream, cold.schema),
+            (Some(_), Some(as_of)) => {
                 let past = self.tables.cold_as_of(&stream, as_of).await;
-                LiveTable::past(stream, past.map_err(|error| DataFusionError::External(Box::new(error)))?)
+                LiveTable::past(past.map_err(|error| DataFusionError::External(Box::new(error)))?)
             }
+            (None, None) => return references::view(self.tables.as_ref(), name),
+            (None, Some(_)) if self.table_exist(name) => {
+                return plan_err!(
+                    "{name} is a reference table: what held when is in its history, valid_from to valid_to"
+                );
+            }
+            (None, Some(_)) => return Ok(None),
         };
         Ok(Some(Arc::new(table)))
     }
 
     fn table_exist(&self, name: &str) -> bool {
         let (name, _) = as_of::parts(name);
-        let is_stream = name.parse::<StreamName>().is_ok_and(|stream| self.tables.cold(&stream).is_some());
-        is_stream || matches!(references::view(self.tables.as_ref(), name), Ok(Some(_)))
+        is_table(self.tables.as_ref(), name)
     }
+}
+
+/// Whether a name is that of a stream's table, or of a reference table.
+pub(crate) fn is_table(tables: &dyn Tables, name: &str) -> bool {
+    let is_stream = name.parse::<StreamName>().is_ok_and(|stream| tables.cold(&stream).is_some());
+    is_stream || matches!(references::view(tables, name), Ok(Some(_)))
 }

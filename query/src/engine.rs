@@ -29,7 +29,7 @@ use tokio::time::Instant;
 use crate::as_of::{self, AsOf};
 use crate::breadth;
 use crate::caller::Caller;
-use crate::catalog::{CATALOG, PublicSchema, SCHEMA, Tables, WeirCatalog};
+use crate::catalog::{CATALOG, PublicSchema, SCHEMA, Tables, WeirCatalog, is_table};
 use crate::functions;
 use crate::functions::asof::syntax;
 use crate::functions::latest::cache::LatestCache;
@@ -228,7 +228,7 @@ impl Engine {
         let parse = move || {
             let dialect = state.config().options().sql_parser.dialect;
             let mut statement = state.sql_to_statement(&sql, &dialect)?;
-            as_of::apply(&mut statement, whole, &|name| is_stream(tables.as_ref(), name))?;
+            as_of::apply(&mut statement, whole, &|name| is_table(tables.as_ref(), name))?;
             Ok((state, statement))
         };
         self.plan(running, parse).await
@@ -326,11 +326,6 @@ impl Engine {
         }
         Ok(rows)
     }
-}
-
-/// Whether a table of `public` has this name.
-pub(crate) fn is_stream(tables: &dyn Tables, name: &str) -> bool {
-    name.parse().is_ok_and(|stream| tables.cold(&stream).is_some())
 }
 
 fn ended() -> QueryError {

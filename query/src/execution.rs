@@ -12,6 +12,8 @@ use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
 use datafusion::common::DataFusionError;
 use datafusion::execution::{RecordBatchStream, SendableRecordBatchStream};
+use datafusion::physical_plan::metrics::{BaselineMetrics, ExecutionPlanMetricsSet};
+use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use futures::{Stream, StreamExt};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, oneshot};
@@ -22,6 +24,21 @@ use crate::breadth::STACK_BYTES;
 
 /// Batches that are computed before somebody asks for them.
 const BATCHES_AHEAD: usize = 2;
+
+/// Rows that are counted where a plan shows how many came out of one of its parts.
+pub(crate) fn counted(
+    rows: SendableRecordBatchStream,
+    metrics: &ExecutionPlanMetricsSet,
+    partition: usize,
+) -> SendableRecordBatchStream {
+    let (schema, count) = (rows.schema(), BaselineMetrics::new(metrics, partition));
+    let rows = rows.inspect(move |batch| {
+        if let Ok(batch) = batch {
+            count.record_output(batch.num_rows());
+        }
+    });
+    Box::pin(RecordBatchStreamAdapter::new(schema, rows))
+}
 
 /// The runtime. Cheap to clone; it ends in the background with its last owner.
 #[derive(Debug, Clone)]

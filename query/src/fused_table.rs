@@ -2,8 +2,8 @@
 //!
 //! A [`LiveTable`] stands in a plan until it is executed and cannot be scanned. [`pin`] replaces every one of them,
 //! in subqueries too, by a [`PinnedTable`] over one [`Frozen`] state per stream, so that two mentions of a table in
-//! one statement see the same rows; `latest('…')` takes part in it. A frozen state is exact: the snapshot of version V, and what the hot contract
-//! answers for V; when it answers `Stale(W)` the snapshot is loaded again (rule 4).
+//! one statement see the same rows; `latest('…')` takes part in it. A frozen state is exact: the snapshot of version V, and
+//! what the hot contract answers for V; when it answers `Stale(W)` the snapshot is loaded again (rule 4).
 //!
 //! A caller with a scope sees its rows of it: the filter lies right above both halves, and nothing passes it on the way
 //! down but what cannot fail (`scope`).
@@ -39,11 +39,12 @@ use wire::{DAY_US, StreamName};
 use crate::caller::Caller;
 use crate::catalog::{ColdTable, Tables};
 use crate::cold;
-use crate::functions::latest::LiveLatest;
+use crate::functions::latest::PinnedLatest;
+use crate::functions::latest::cache::{Held, LatestCache};
 use crate::scope;
 use crate::scope::hidden::HiddenExec;
 use crate::statements::Statements;
-use crate::system::{self, Kind, SystemTable};
+use crate::system::{self, Kind};
 
 mod told;
 
@@ -52,24 +53,41 @@ use told::ToldExec;
 /// How often a snapshot is loaded again because commits overtook it, before the statement fails.
 const STALE_TRIES_MAX: usize = 20;
 
-/// A handle on a stream's table; it has columns and no rows.
+/// A handle that stands in a plan until it is executed: it has columns and no rows.
 #[derive(Debug)]
 pub struct LiveTable {
-    stream: StreamName,
     schema: SchemaRef,
+    asked: Asked,
+}
+
+/// What a statement asks for where it names a table.
+#[derive(Debug)]
+enum Asked {
+    Stream(StreamName),
     /// The state of the past that was asked for.
-    past: Option<Arc<Frozen>>,
+    Past(Arc<Frozen>),
+    Latest(StreamName, Arc<LatestCache>),
+    System(Kind),
 }
 
 impl LiveTable {
     pub(crate) fn new(stream: StreamName, schema: SchemaRef) -> Self {
-        Self { stream, schema, past: None }
+        Self { schema, asked: Asked::Stream(stream) }
     }
 
     /// The table as it was at this snapshot, without hot rows.
-    pub(crate) fn past(stream: StreamName, cold: ColdTable) -> Self {
-        let schema = Arc::clone(&cold.schema);
-        Self { stream, schema, past: Some(Arc::new(Frozen { cold, hot: Vec::new() })) }
+    pub(crate) fn past(cold: ColdTable) -> Self {
+        Self { schema: Arc::clone(&cold.schema), asked: Asked::Past(Arc::new(Frozen { cold, hot: Vec::new() })) }
+    }
+
+    /// The newest row of each device.
+    pub(crate) fn latest(stream: StreamName, schema: SchemaRef, cache: Arc<LatestCache>) -> Self {
+        Self { schema, asked: Asked::Latest(stream, cache) }
+    }
+
+    /// A table about the node itself.
+    pub(crate) fn system(kind: Kind) -> Self {
+        Self { schema: kind.schema(), asked: Asked::System(kind) }
     }
 }
 
@@ -80,7 +98,10 @@ impl TableProvider for LiveTable {
     }
 
     fn table_type(&self) -> TableType {
-        TableType::Base
+        match self.asked {
+            Asked::System(_) => TableType::View,
+            _ => TableType::Base,
+        }
     }
 
     async fn scan(
@@ -90,7 +111,7 @@ impl TableProvider for LiveTable {
         _: &[Expr],
         _: Option<usize>,
     ) -> Result<Arc<dyn ExecutionPlan>> {
-        internal_err!("table {} was not pinned before its scan", self.stream)
+        internal_err!("a table was not pinned before its scan: {:?}", self.asked)
     }
 }
 
@@ -146,7 +167,7 @@ pub(crate) struct View<'a> {
 #[derive(Default)]
 struct Pinned {
     streams: HashMap<StreamName, Arc<Frozen>>,
-    latest: HashMap<StreamName, Arc<dyn TableProvider>>,
+    latest: HashMap<StreamName, (Arc<Frozen>, Arc<Held>)>,
     system: HashMap<Kind, Arc<dyn TableProvider>>,
 }
 
@@ -160,28 +181,31 @@ impl Pinned {
         Ok(frozen)
     }
 
-    /// Freezes what this provider asks for, if it is live and was not frozen yet.
-    async fn add(&mut self, provider: &Arc<dyn TableProvider>, view: View<'_>) -> Result<()> {
-        if let Some(live) = provider.downcast_ref::<LiveTable>() {
-            if live.past.is_none() {
-                self.frozen(&live.stream, view).await?;
+    /// Freezes what is asked for, if it was not frozen yet.
+    async fn add(&mut self, asked: &Asked, view: View<'_>) -> Result<()> {
+        match asked {
+            Asked::Stream(stream) => {
+                self.frozen(stream, view).await?;
             }
-        } else if let Some(live) = provider.downcast_ref::<LiveLatest>() {
-            if view.caller.scope().is_some() {
+            Asked::Past(_) => {}
+            Asked::Latest(stream, _) if view.caller.scope().is_some() => {
                 return plan_err!(
-                    "latest('{}') is for readers without a scope: which row is the newest depends on rows of others; ask \
-                     with last(column, ts) and GROUP BY device",
-                    live.stream()
+                    "latest('{stream}') is for readers without a scope: which row is the newest depends on rows of others; \
+                     ask with last(column, ts) and GROUP BY device"
                 );
             }
-            if !self.latest.contains_key(live.stream()) {
-                let frozen = self.frozen(live.stream(), view).await?;
-                self.latest.insert(live.stream().clone(), Arc::new(live.pin(&frozen).await?));
+            Asked::Latest(stream, cache) => {
+                if !self.latest.contains_key(stream) {
+                    let frozen = self.frozen(stream, view).await?;
+                    let held = cache.at(stream, frozen.cold()).await?;
+                    self.latest.insert(stream.clone(), (frozen, held));
+                }
             }
-        } else if let Some(live) = provider.downcast_ref::<SystemTable>()
-            && !self.system.contains_key(&live.kind())
-        {
-            self.system.insert(live.kind(), system::pinned(live.kind(), view).await?);
+            Asked::System(kind) => {
+                if !self.system.contains_key(kind) {
+                    self.system.insert(*kind, system::pinned(*kind, view).await?);
+                }
+            }
         }
         Ok(())
     }
@@ -197,24 +221,29 @@ pub(crate) async fn pin(plan: LogicalPlan, state: &SessionState, view: View<'_>)
         Ok(TreeNodeRecursion::Continue)
     })?;
     let mut pinned = Pinned::default();
-    for provider in &providers {
-        pinned.add(provider, view).await?;
+    for live in providers.iter().filter_map(|provider| provider.downcast_ref::<LiveTable>()) {
+        pinned.add(&live.asked, view).await?;
     }
     let fixed = plan.transform_down_with_subqueries(|node| {
         let Some(provider) = provider(&node) else {
             return Ok(Transformed::no(node));
         };
-        let fixed: Option<Arc<dyn TableProvider>> = if let Some(live) = provider.downcast_ref::<LiveTable>() {
-            let frozen = live.past.as_ref().or_else(|| pinned.streams.get(&live.stream));
-            let scope = view.caller.scope().map(|scope| scope.filter(state, &live.schema)).transpose()?;
-            let schema = Arc::clone(&live.schema);
-            frozen.map(|frozen| Arc::new(PinnedTable { schema, frozen: Arc::clone(frozen), scope, told }) as _)
-        } else if let Some(live) = provider.downcast_ref::<LiveLatest>() {
-            pinned.latest.get(live.stream()).cloned()
-        } else if let Some(live) = provider.downcast_ref::<SystemTable>() {
-            pinned.system.get(&live.kind()).cloned()
-        } else {
+        let Some(live) = provider.downcast_ref::<LiveTable>() else {
             return Ok(Transformed::no(node));
+        };
+        let schema = Arc::clone(&live.schema);
+        let table = |frozen: &Arc<Frozen>| {
+            let scope = view.caller.scope().map(|scope| scope.filter(state, &schema)).transpose()?;
+            let (schema, frozen) = (Arc::clone(&schema), Arc::clone(frozen));
+            Ok::<_, DataFusionError>(Arc::new(PinnedTable { schema, frozen, scope, told }) as Arc<dyn TableProvider>)
+        };
+        let fixed = match &live.asked {
+            Asked::Stream(stream) => pinned.streams.get(stream).map(table).transpose()?,
+            Asked::Past(frozen) => Some(table(frozen)?),
+            Asked::Latest(stream, _) => pinned.latest.get(stream).map(|(frozen, held)| {
+                Arc::new(PinnedLatest::new(Arc::clone(&schema), Arc::clone(frozen), Arc::clone(held))) as _
+            }),
+            Asked::System(kind) => pinned.system.get(kind).cloned(),
         };
         let (LogicalPlan::TableScan(mut scan), Some(fixed)) = (node, fixed) else {
             return internal_err!("a live table that was not frozen");

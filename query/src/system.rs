@@ -13,20 +13,17 @@
 //! The last two are questions about tables of `public` and see what the caller may see there. Of the others a caller
 //! with a scope sees what is told of edges that are wholly its own, its own statements, and of streams that they exist.
 
-use std::fmt;
 use std::sync::Arc;
 
 use arrow_array::RecordBatch;
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use async_trait::async_trait;
-use datafusion::catalog::{MemTable, SchemaProvider, Session, TableProvider};
-use datafusion::common::{Result, internal_err};
-use datafusion::logical_expr::{Expr, TableType};
-use datafusion::physical_plan::ExecutionPlan;
+use datafusion::catalog::{MemTable, SchemaProvider, TableProvider};
+use datafusion::common::Result;
 use wire::schema::timestamp_type;
 
 use crate::catalog::Tables;
-use crate::fused_table::View;
+use crate::fused_table::{LiveTable, View};
 
 mod rows;
 mod views;
@@ -56,7 +53,7 @@ impl Kind {
         }
     }
 
-    fn schema(self) -> SchemaRef {
+    pub(crate) fn schema(self) -> SchemaRef {
         use DataType::{Date32, Float64, Int64, Utf8};
         let columns: Vec<(&str, DataType)> = match self {
             Self::Streams => vec![
@@ -139,7 +136,7 @@ impl SchemaProvider for SystemSchema {
 
     async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
         if let Some(kind) = KINDS.into_iter().find(|kind| kind.name() == name) {
-            return Ok(Some(Arc::new(SystemTable { kind, schema: kind.schema() })));
+            return Ok(Some(Arc::new(LiveTable::system(kind))));
         }
         match name {
             "batches" => views::batches(self.tables.as_ref()).map(Some),
@@ -150,45 +147,6 @@ impl SchemaProvider for SystemSchema {
 
     fn table_exist(&self, name: &str) -> bool {
         KINDS.iter().any(|kind| kind.name() == name) || VIEWS.contains(&name)
-    }
-}
-
-/// A handle on one of the tables; it has columns and no rows.
-pub(crate) struct SystemTable {
-    kind: Kind,
-    schema: SchemaRef,
-}
-
-impl SystemTable {
-    pub(crate) fn kind(&self) -> Kind {
-        self.kind
-    }
-}
-
-impl fmt::Debug for SystemTable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "SystemTable({})", self.kind.name())
-    }
-}
-
-#[async_trait]
-impl TableProvider for SystemTable {
-    fn schema(&self) -> SchemaRef {
-        Arc::clone(&self.schema)
-    }
-
-    fn table_type(&self) -> TableType {
-        TableType::View
-    }
-
-    async fn scan(
-        &self,
-        _: &dyn Session,
-        _: Option<&Vec<usize>>,
-        _: &[Expr],
-        _: Option<usize>,
-    ) -> Result<Arc<dyn ExecutionPlan>> {
-        internal_err!("system.{} was not filled before its scan", self.kind.name())
     }
 }
 

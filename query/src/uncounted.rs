@@ -8,8 +8,8 @@ use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
 use datafusion::common::{Result, ScalarValue, plan_err};
 use datafusion::logical_expr::{Expr, LogicalPlan};
 
-/// Window functions that keep every value of their frame, for each row.
-const COLLECT: [&str; 5] = ["array_agg", "string_agg", "nth_value_agg", "json_agg", "array_concat_agg"];
+/// Window functions that give a list of their frame, for each row.
+const COLLECT: [&str; 6] = ["array_agg", "string_agg", "nth_value_agg", "json_agg", "array_concat_agg", "histogram"];
 /// Functions that make something as long as their second argument says.
 const STRETCH: [&str; 8] =
     ["repeat", "lpad", "rpad", "array_repeat", "list_repeat", "array_resize", "list_resize", "space"];

@@ -123,7 +123,9 @@ impl<'a> Line<'a> {
         let plain =
             |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c));
         let table = line.split('#').next().unwrap_or_default().trim_end();
-        if table.starts_with('[') && table.ends_with(']') && plain(table.trim_matches(['[', ']'])) {
+        // A quoted part of its name may be anything; a line that begins with one is rather a part of an array.
+        let named = table.trim_matches(['[', ']']).split('"').step_by(2).collect::<String>();
+        if table.starts_with('[') && !table.starts_with("[\"") && table.ends_with(']') && plain(&named) {
             return Self::Table(table);
         }
         match line.split_once('=') {
@@ -136,11 +138,12 @@ impl<'a> Line<'a> {
 /// The number, from 1, of the line that a message like "[table] key …" or "[[table]] `name`: …" is about.
 fn line_of(text: &str, message: &str) -> Option<usize> {
     let start = message.find('[')?;
-    let of_table = |c: char| c.is_ascii_alphanumeric() || "_-.[]".contains(c);
-    let end = message[start..].find(|c| !of_table(c)).map_or(message.len(), |at| start + at);
+    let closed = start + message[start..].find(']')?;
+    let end = message[closed..].find(|c| c != ']').map_or(message.len(), |at| closed + at);
     let (mut table, mut about) = (message[start..end].to_owned(), message[end..].to_owned());
     let lines = text.lines().map(Line::read).collect::<Vec<_>>();
-    // Of several tables with one name it is the one that has the name in backquotes, or the only one.
+    // Of several tables with one name it is the one that has the name in backquotes, or the only one; of several that have
+    // it the last, which repeats the others.
     let name = about.trim_start().strip_prefix('`').and_then(|rest| rest.split('`').next()).map(str::to_owned);
     loop {
         let inner = format!("{}.", table.trim_matches(['[', ']']));
@@ -155,9 +158,9 @@ fn line_of(text: &str, message: &str) -> Option<usize> {
             quoted.is_none_or(|name| !table.starts_with("[[") || written.any(|line| line.contains(&name)))
         };
         let begins = |line: &Line<'_>| matches!(line, Line::Table(other) if *other == table);
-        let mut found = (0..lines.len()).filter(|at| begins(&lines[*at])).map(block).filter(is_named);
-        if let Some(block) = found.next() {
-            if found.next().is_some() {
+        let found = (0..lines.len()).filter(|at| begins(&lines[*at])).map(block).filter(is_named).collect::<Vec<_>>();
+        if let Some(block) = found.last().cloned() {
+            if found.len() > 1 && name.is_none() {
                 return None;
             }
             let is_key = |at: &usize, word: &str| matches!(lines[*at], Line::Key(key) if key == word);

@@ -141,30 +141,32 @@ impl Settings {
     pub(super) fn check_lake(&self) -> Result<(), String> {
         let (lake, compact) = (&self.lake, &self.compact);
         if lake.grace.0 < GRACE_MIN {
-            return Err("lake.grace must be at least 1h: commits and queries may take that long".to_owned());
+            return Err("[lake] grace must be at least 1h: commits and queries may take that long".to_owned());
         }
         if lake.grace.0 < 2 * self.query.timeout.0 {
-            return Err("lake.grace must be at least twice query.timeout: running queries read these files".to_owned());
+            return Err(
+                "[lake] grace must be at least twice query.timeout: running queries read these files".to_owned()
+            );
         }
         if lake.log_keep.0 < lake.grace.0 {
             return Err(
-                "lake.log_keep must be not less than lake.grace: the log says which files are in use".to_owned()
+                "[lake] log_keep must be not less than lake.grace: the log says which files are in use".to_owned()
             );
         }
         if lake.checkpoint_commits == 0 {
-            return Err("lake.checkpoint_commits must be at least 1".to_owned());
+            return Err("[lake] checkpoint_commits must be at least 1".to_owned());
         }
         if !(compact.cpu_share > 0.0 && compact.cpu_share <= 1.0) {
-            return Err("compact.cpu_share must be above 0 and at most 1: it is a part of one core".to_owned());
+            return Err("[compact] cpu_share must be above 0 and at most 1: it is a part of one core".to_owned());
         }
         if compact.file_bytes.0 <= compact.small_bytes.0 {
-            return Err("compact.file_bytes must be more than compact.small_bytes".to_owned());
+            return Err("[compact] file_bytes must be more than compact.small_bytes".to_owned());
         }
         if compact.min_files < 2 {
-            return Err("compact.min_files must be at least 2".to_owned());
+            return Err("[compact] min_files must be at least 2".to_owned());
         }
         if compact.memory_bytes.0 < COMPACT_MEMORY_MIN {
-            return Err("compact.memory_bytes must be at least 64MiB".to_owned());
+            return Err("[compact] memory_bytes must be at least 64MiB".to_owned());
         }
         for (pattern, stream) in &self.stream {
             if pattern.contains('*') && !stream.alias.is_empty() {

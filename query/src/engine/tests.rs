@@ -597,6 +597,8 @@ async fn neither_errors_nor_plans_tell_of_rows_out_of_scope() {
             rows_as(&engine, &Caller::node(), probe).await.expect_err("it fails for who sees all");
         }
     }
+    let newest = rows_as(&engine, &own, "SELECT * FROM latest('traffic')").await.unwrap_err();
+    assert!(newest.to_string().contains("readers without a scope"), "{newest}");
     for explain in ["EXPLAIN", "EXPLAIN VERBOSE", "EXPLAIN ANALYZE", "EXPLAIN ANALYZE VERBOSE"] {
         let text =
             text_as(&engine, &own, &format!("{explain} SELECT count(*) FROM traffic WHERE vehicle_count >= 0")).await;
@@ -628,6 +630,10 @@ async fn explain_analyze_tells_files_and_rows_of_both_halves() {
     assert!(cold.contains("version=2, files_read=2, files_pruned=6") && cold.contains("output_rows=20"), "{told}");
     let hot = line("HotRows");
     assert!(hot.contains("rows=20") && hot.contains("output_rows=20"), "{told}");
+    // Though nothing is read.
+    let none = "EXPLAIN ANALYZE SELECT device FROM traffic WHERE ts >= '2030-01-01T00:00:00Z'";
+    let told = text_as(&engine, &Caller::node(), none).await;
+    assert!(told.contains("version=2, files_read=0, files_pruned=8"), "{told}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -650,6 +656,8 @@ async fn a_version_of_the_past_answers_the_same_for_ever() {
     }
     let between = "SELECT (SELECT count(*) FROM traffic FOR VERSION AS OF 2) - (SELECT count(*) FROM traffic FOR VERSION AS OF 1)";
     assert_eq!(as_of(between, None).await.unwrap(), (BATCHES_PER_COMMIT * ROWS) as i64);
+    let newest = as_of("SELECT count(*) FROM latest('traffic')", Some(AsOf::Version(1))).await.unwrap_err();
+    assert!(newest.to_string().contains("newest rows of now"), "{newest}");
     let none = as_of("SELECT count(*) FROM traffic FOR VERSION AS OF 99", None).await.unwrap_err();
     assert!(none.to_string().contains("no version 99"), "{none}");
 }
@@ -688,6 +696,7 @@ async fn memory_that_nobody_counts_is_not_offered() {
     for (sql, words) in [
         ("SELECT array_agg(v) OVER () FROM generate_series(1, 1000000) AS a(v)", "window function"),
         ("SELECT string_agg(device, ',') OVER (ORDER BY ts) FROM traffic", "window function"),
+        ("SELECT histogram(vehicle_count, 0, 1, 10000) OVER () FROM traffic", "window function"),
         ("SELECT (SELECT length(repeat('x', 2000000000)))", "more than"),
         ("SELECT lpad('x', CAST(4000000000 AS BIGINT))", "more than"),
         ("SELECT range(1, 100000000000)", "more than"),

@@ -19,7 +19,7 @@ use arrow::datatypes::SchemaRef;
 use arrow_array::{Array, ArrayRef, RecordBatch, RecordBatchOptions, StringArray, UInt32Array};
 use async_trait::async_trait;
 use datafusion::catalog::{Session, TableFunctionArgs, TableFunctionImpl, TableProvider};
-use datafusion::common::{HashMap, HashSet, Result, ScalarValue, internal_err, plan_err};
+use datafusion::common::{HashMap, HashSet, Result, ScalarValue, plan_err};
 use datafusion::datasource::memory::MemorySourceConfig;
 use datafusion::logical_expr::utils::split_conjunction;
 use datafusion::logical_expr::{Expr, Operator, TableProviderFilterPushDown, TableType};
@@ -32,7 +32,7 @@ use self::newest::{Age, Ages};
 use super::asof::exec::greater;
 use super::by_time::known;
 use crate::catalog::Tables;
-use crate::fused_table::{Frozen, hot_columns};
+use crate::fused_table::{Frozen, LiveTable, hot_columns};
 
 /// The function.
 #[derive(Debug)]
@@ -56,51 +56,8 @@ impl TableFunctionImpl for LatestFunction {
         match cold {
             // The words that DataFusion has for it: the engine adds the nearest name.
             None => plan_err!("table '{name}' not found"),
-            Some((cold, stream)) => {
-                Ok(Arc::new(LiveLatest { stream, schema: cold.schema, cache: Arc::clone(&self.cache) }))
-            }
+            Some((cold, stream)) => Ok(Arc::new(LiveTable::latest(stream, cold.schema, Arc::clone(&self.cache)))),
         }
-    }
-}
-
-/// A handle that stands in a plan until it is executed; it has columns and no rows.
-#[derive(Debug)]
-pub(crate) struct LiveLatest {
-    stream: StreamName,
-    schema: SchemaRef,
-    cache: Arc<LatestCache>,
-}
-
-impl LiveLatest {
-    pub(crate) fn stream(&self) -> &StreamName {
-        &self.stream
-    }
-
-    /// The newest rows of a state of the stream.
-    pub(crate) async fn pin(&self, frozen: &Arc<Frozen>) -> Result<PinnedLatest> {
-        let held = self.cache.at(&self.stream, frozen.cold()).await?;
-        Ok(PinnedLatest { schema: Arc::clone(&self.schema), frozen: Arc::clone(frozen), held })
-    }
-}
-
-#[async_trait]
-impl TableProvider for LiveLatest {
-    fn schema(&self) -> SchemaRef {
-        Arc::clone(&self.schema)
-    }
-
-    fn table_type(&self) -> TableType {
-        TableType::Base
-    }
-
-    async fn scan(
-        &self,
-        _: &dyn Session,
-        _: Option<&Vec<usize>>,
-        _: &[Expr],
-        _: Option<usize>,
-    ) -> Result<Arc<dyn ExecutionPlan>> {
-        internal_err!("latest('{}') was not pinned before its scan", self.stream)
     }
 }
 
@@ -110,6 +67,12 @@ pub(crate) struct PinnedLatest {
     schema: SchemaRef,
     frozen: Arc<Frozen>,
     held: Arc<Held>,
+}
+
+impl PinnedLatest {
+    pub(crate) fn new(schema: SchemaRef, frozen: Arc<Frozen>, held: Arc<Held>) -> Self {
+        Self { schema, frozen, held }
+    }
 }
 
 #[async_trait]

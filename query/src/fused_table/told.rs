@@ -13,10 +13,10 @@ use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_plan::execution_plan::ReplaceChildrenOptions;
 use datafusion::physical_plan::filter_pushdown::{FilterDescription, FilterPushdownPhase};
-use datafusion::physical_plan::metrics::{BaselineMetrics, ExecutionPlanMetricsSet, MetricsSet};
-use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use datafusion::physical_plan::metrics::{ExecutionPlanMetricsSet, MetricsSet};
 use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, PlanProperties};
-use futures::StreamExt;
+
+use crate::execution::counted;
 
 /// See the module.
 #[derive(Debug)]
@@ -99,15 +99,7 @@ impl ExecutionPlan for ToldExec {
     }
 
     fn execute(&self, partition: usize, context: Arc<TaskContext>) -> Result<SendableRecordBatchStream> {
-        let told = BaselineMetrics::new(&self.metrics, partition);
-        let rows = self.input.execute(partition, context)?;
-        let schema = rows.schema();
-        let rows = rows.inspect(move |batch| {
-            if let Ok(batch) = batch {
-                told.record_output(batch.num_rows());
-            }
-        });
-        Ok(Box::pin(RecordBatchStreamAdapter::new(schema, rows)))
+        Ok(counted(self.input.execute(partition, context)?, &self.metrics, partition))
     }
 
     fn metrics(&self) -> Option<MetricsSet> {

@@ -9,12 +9,12 @@ use datafusion::common::{Result, internal_err};
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_expr::{EquivalenceProperties, PhysicalExpr};
 use datafusion::physical_plan::execution_plan::ReplaceChildrenOptions;
-use datafusion::physical_plan::metrics::{BaselineMetrics, ExecutionPlanMetricsSet, MetricsSet};
-use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use datafusion::physical_plan::metrics::{ExecutionPlanMetricsSet, MetricsSet};
 use datafusion::physical_plan::{
     DisplayAs, DisplayFormatType, ExecutionPlan, ExecutionPlanProperties, Partitioning, PlanProperties,
 };
-use futures::StreamExt;
+
+use crate::execution::counted;
 
 /// See the module.
 #[derive(Debug)]
@@ -77,15 +77,7 @@ impl ExecutionPlan for HiddenExec {
     }
 
     fn execute(&self, partition: usize, context: Arc<TaskContext>) -> Result<SendableRecordBatchStream> {
-        let told = BaselineMetrics::new(&self.metrics, partition);
-        let rows = self.input.execute(partition, context)?;
-        let schema = rows.schema();
-        let rows = rows.inspect(move |batch| {
-            if let Ok(batch) = batch {
-                told.record_output(batch.num_rows());
-            }
-        });
-        Ok(Box::pin(RecordBatchStreamAdapter::new(schema, rows)))
+        Ok(counted(self.input.execute(partition, context)?, &self.metrics, partition))
     }
 
     fn metrics(&self) -> Option<MetricsSet> {

@@ -15,7 +15,6 @@ mod startup;
 mod statement;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use pgwire::api::cancel::{CancelHandler, DefaultCancelHandler};
 use pgwire::api::query::{ExtendedQueryHandler, SimpleQueryHandler};
@@ -27,14 +26,13 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::QueryError;
+use crate::serve::tls::next;
 use crate::serve::{House, Readers};
 use startup::Startup;
 use statement::Statements;
 
 /// Connections at one time; one more is closed at once.
 const CONNECTIONS_MAX: usize = 256;
-/// After `accept` failed (out of descriptors), so that the loop does not spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Answers callers until the token is cancelled.
 ///
@@ -47,21 +45,9 @@ pub async fn serve(listener: TcpListener, house: House, token: CancellationToken
     let door = Arc::new(Door { statements, readers: house.readers, needs_tls: acceptor.is_some(), manager });
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
-        let accepted = tokio::select! {
+        let (socket, peer, place) = tokio::select! {
             () = token.cancelled() => return Ok(()),
-            accepted = listener.accept() => accepted,
-        };
-        let (socket, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(%error, "accept a postgres connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            tracing::warn!(%peer, limit = CONNECTIONS_MAX, "too many postgres connections");
-            continue;
+            connection = next(&listener, &places) => connection,
         };
         let (door, acceptor, token) = (Arc::clone(&door), acceptor.clone(), token.clone());
         tokio::spawn(async move {

@@ -76,6 +76,25 @@ impl Incoming {
     }
 }
 
+/// The next connection for which there is a place; those for which there is none are closed.
+pub(super) async fn next(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+) -> (TcpStream, SocketAddr, OwnedSemaphorePermit) {
+    loop {
+        match listener.accept().await {
+            Ok((socket, peer)) => match Arc::clone(places).try_acquire_owned() {
+                Ok(place) => return (socket, peer, place),
+                Err(_) => tracing::warn!(%peer, "too many connections"),
+            },
+            Err(error) => {
+                tracing::warn!(%error, "accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
 async fn accept(
     listener: TcpListener,
     tls: Option<TlsAcceptor>,
@@ -84,21 +103,9 @@ async fn accept(
 ) {
     let places = Arc::new(Semaphore::new(connections_max));
     loop {
-        let accepted = tokio::select! {
+        let (socket, peer, place) = tokio::select! {
             () = sender.closed() => return,
-            accepted = listener.accept() => accepted,
-        };
-        let (socket, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(%error, "accept a connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            tracing::warn!(%peer, limit = connections_max, "too many connections");
-            continue;
+            connection = next(&listener, &places) => connection,
         };
         socket.set_nodelay(true).ok();
         let (tls, sender) = (tls.clone(), sender.clone());

@@ -34,7 +34,7 @@ const COMMITS_MAX: u64 = 10_000;
 
 /// What is held for a stream.
 #[derive(Debug)]
-pub(super) struct Held {
+pub(crate) struct Held {
     version: u64,
     /// From here to `version` there are only appends.
     since: u64,
@@ -74,7 +74,7 @@ impl LatestCache {
     }
 
     /// The newest rows for a statement that is pinned to `cold`, and looks at the hot rows above it.
-    pub(super) async fn at(&self, stream: &StreamName, cold: &ColdTable) -> Result<Arc<Held>> {
+    pub(crate) async fn at(&self, stream: &StreamName, cold: &ColdTable) -> Result<Arc<Held>> {
         let slot = {
             let mut entries = self.entries.lock();
             let entry = entries.entry(stream.clone()).or_default();
