@@ -81,10 +81,13 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     if settings.edge.is_empty() {
         tracing::warn!("no [[edge]] is set: nobody may write");
     }
-    let (listen, limits) = (settings.listen.clone(), limits(&settings));
+    let (listen, mut limits) = (settings.listen.clone(), limits(&settings));
+    let spill = settings.data_dir.join("spill");
     let certificate = |door: DoorName| certificate(&listen, door);
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
     let tables = Arc::new(NodeTables(cloud.catalogue()));
+    // The directory is this node's alone since its log is open.
+    limits.spill_directory = Some(emptied(spill)?);
     let engine = Arc::new(Engine::new(tables, limits).context("start the engine")?);
     let house =
         |door| anyhow::Ok(House { engine: Arc::clone(&engine), readers: readers.clone(), tls: certificate(door)? });
@@ -117,6 +120,17 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let cloud = cloud.listen(incoming, questions, token)?;
     tracing::info!(http = %cloud.http, "ready");
     Ok(Node { http: cloud.http, postgres, cloud })
+}
+
+/// The directory, without what a process that was killed has left there.
+fn emptied(directory: PathBuf) -> anyhow::Result<PathBuf> {
+    match std::fs::remove_dir_all(&directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("empty {}", directory.display()));
+        }
+        _ => std::fs::create_dir_all(&directory).with_context(|| format!("make {}", directory.display()))?,
+    }
+    Ok(directory)
 }
 
 fn readers(settings: &Settings) -> anyhow::Result<Readers> {

@@ -7,6 +7,7 @@
 //!
 //! [`enter`]: Engine::enter
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use arrow_array::{Array, RecordBatch};
@@ -55,6 +56,8 @@ pub struct EngineSettings {
     pub memory_bytes_max: usize,
     /// What all of them may have spilled to disk at a time, bytes.
     pub spill_bytes_max: u64,
+    /// Where they spill to: a directory of their own, which their owner empties at the start. The system's, if none is named.
+    pub spill_directory: Option<PathBuf>,
     /// Rows and bytes of one answer.
     pub result_rows_max: u64,
     pub result_bytes_max: u64,
@@ -75,6 +78,7 @@ impl Default for EngineSettings {
         Self {
             memory_bytes_max: 1 << 30,
             spill_bytes_max: 16 << 30,
+            spill_directory: None,
             result_rows_max: 1_000_000_000,
             result_bytes_max: 64 << 30,
             json_rows_max: 1_000_000,
@@ -132,11 +136,13 @@ impl Engine {
         options.execution.parquet.pushdown_filters = true;
         options.sql_parser.collect_spans = true;
         options.sql_parser.map_string_types_to_utf8view = false;
-        let runtime = RuntimeEnvBuilder::new()
+        let mut runtime = RuntimeEnvBuilder::new()
             .with_memory_pool(Arc::new(GreedyMemoryPool::new(settings.memory_bytes_max)))
-            .with_max_temp_directory_size(settings.spill_bytes_max)
-            .build_arc()
-            .map_err(|error| QueryError::Failed { message: error.to_string() })?;
+            .with_max_temp_directory_size(settings.spill_bytes_max);
+        if let Some(directory) = &settings.spill_directory {
+            runtime = runtime.with_temp_file_path(directory);
+        }
+        let runtime = runtime.build_arc().map_err(|error| QueryError::Failed { message: error.to_string() })?;
         let session = SessionContext::new_with_state(functions::state(config, runtime, settings.gapfill_rows_max));
         let public = Arc::new(PublicSchema { tables: Arc::clone(&tables) });
         let system = Arc::new(SystemSchema { tables: Arc::clone(&tables) });
