@@ -84,7 +84,7 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let (listen, limits) = (settings.listen.clone(), limits(&settings));
     let certificate = |door: DoorName| certificate(&listen, door);
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
-    let tables = Arc::new(NodeTables(cloud.catalogue()));
+    let tables = Arc::new(NodeTables(cloud.catalogue(), cloud.remarks()));
     let engine = Arc::new(Engine::new(tables, limits).context("start the engine")?);
     let house =
         |door| anyhow::Ok(House { engine: Arc::clone(&engine), readers: readers.clone(), tls: certificate(door)? });
@@ -129,6 +129,7 @@ fn readers(settings: &Settings) -> anyhow::Result<Readers> {
             password: reader.password.clone(),
             scope: limited.then(|| Arc::new(scope)),
             lanes: reader.lanes.clone().into(),
+            comment: reader.comment,
         })
     };
     let readers = settings.reader.iter().map(reader).collect::<anyhow::Result<_>>()?;
