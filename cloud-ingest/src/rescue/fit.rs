@@ -21,7 +21,7 @@ use serde_json::Number;
 use serde_json::value::{RawValue, to_raw_value};
 use wire::schema::FieldType;
 
-/// Integers up to here, either way, are floats of their own.
+/// Integers below, either way, are floats of their own, and no other is rounded to them.
 const EXACT_MAX: f64 = 9_007_199_254_740_992.0;
 /// The first float above all integers of 64 bits.
 const INTEGERS_END: f64 = 9_223_372_036_854_775_808.0;
@@ -100,7 +100,7 @@ impl<'a> Given<'a> {
             }
             Self::Text(text) => text.parse().ok().or_else(|| {
                 // `12.0`; of larger ones the digits may be more than a float keeps.
-                let float = text.parse::<f64>().ok().filter(|float| float.abs() <= EXACT_MAX)?;
+                let float = text.parse::<f64>().ok().filter(|float| float.abs() < EXACT_MAX)?;
                 Self::Float(float).int()
             }),
             Self::Bool(_) => None,

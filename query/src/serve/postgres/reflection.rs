@@ -110,8 +110,8 @@ mod tests {
     fn descriptions_are_looked_up() {
         check(
             "SELECT pg_catalog.col_description(a.attrelid, a.attnum), obj_description(c.oid, 'pg_class') FROM t",
-            "SELECT (SELECT max(d.description) FROM pg_catalog.pg_description AS d WHERE d.objoid = a.attrelid AND \
-             d.objsubid = a.attnum), (SELECT max(d.description) FROM pg_catalog.pg_description AS d WHERE \
+            "SELECT (SELECT max(d.description) FROM pg_catalog.pg_description d WHERE d.objoid = a.attrelid AND \
+             d.objsubid = a.attnum), (SELECT max(d.description) FROM pg_catalog.pg_description d WHERE \
              d.objoid = c.oid AND d.objsubid = 0) FROM t",
         );
     }
