@@ -8,6 +8,7 @@
 
 mod alerts;
 mod bad_input;
+mod comments;
 mod demo;
 mod doors;
 mod doors_limits;
@@ -27,6 +28,7 @@ mod process;
 mod proxy;
 mod real_data;
 mod references;
+mod retype;
 mod rules;
 mod s3;
 mod slt;

@@ -329,6 +329,9 @@ pub struct ReaderSettings {
     /// The lanes that it may use, its own first; `default` when none is set.
     #[serde(default)]
     pub lanes: Vec<String>,
+    /// Whether it may say what tables and columns are, for everybody to read.
+    #[serde(default)]
+    pub comment: bool,
 }
 
 impl fmt::Debug for ReaderSettings {

@@ -4,6 +4,7 @@
 //! The catalogue holds live handles and no rows. What a handle shows is decided when a statement is executed
 //! (rule 4): until then it only knows its columns.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ use wire::{DataFiles, EdgeId, Seq, SpoolId, StreamName};
 use crate::as_of::{self, AsOf};
 use crate::fused_table::LiveTable;
 use crate::references;
+use crate::remark::{ColumnNote, Remark};
 use crate::system::SystemSchema;
 
 /// Name of the one catalogue.
@@ -46,9 +48,9 @@ impl fmt::Debug for ColdTable {
     }
 }
 
-/// A table could not be loaded.
+/// A table could not be loaded, or not be changed.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("load table {stream}: {detail}")]
+#[error("table {stream}: {detail}")]
 pub struct TablesError {
     pub stream: StreamName,
     pub detail: String,
@@ -87,6 +89,15 @@ pub trait Tables: Send + Sync + fmt::Debug {
     async fn cold_as_of(&self, stream: &StreamName, as_of: AsOf) -> Result<ColdTable, TablesError>;
     /// What is known of every spool that has sent something since the node started.
     fn spools(&self) -> Vec<SpoolFacts>;
+    /// What is known of a table's columns, by name.
+    fn notes(&self, _stream: &StreamName) -> BTreeMap<String, ColumnNote> {
+        BTreeMap::new()
+    }
+    /// Writes what somebody says of a table, or of its column, into the table.
+    async fn say(&self, remark: &Remark) -> Result<(), TablesError> {
+        let detail = "what is said of it cannot be kept here".to_owned();
+        Err(TablesError { stream: remark.stream.clone(), detail })
+    }
     /// Where hot rows are asked for.
     fn hot(&self) -> Arc<dyn HotSource>;
 }

@@ -37,6 +37,7 @@ use crate::functions::latest::cache::LatestCache;
 use crate::fused_table::{View, pin};
 use crate::lanes::{LaneSettings, Lanes, Place};
 use crate::names;
+use crate::remark::{self, Remark};
 use crate::statements::{Running, State, Statements};
 use crate::system::SystemSchema;
 use crate::uncounted;
@@ -94,6 +95,8 @@ impl Default for EngineSettings {
 #[derive(Debug, Clone)]
 pub struct Prepared {
     plan: Arc<LogicalPlan>,
+    /// What it says of a table, when it is done.
+    remark: Option<Arc<Remark>>,
 }
 
 impl Prepared {
@@ -276,12 +279,16 @@ impl Engine {
     where
         F: FnOnce() -> Result<(SessionState, Statement), DataFusionError> + Send + 'static,
     {
+        let tables = Arc::clone(&self.tables);
         let plan = async move {
             let (state, statement) = parse()?;
+            if let Some(remark) = remark::of(&statement, tables.as_ref())? {
+                return Ok(Prepared { plan: Arc::new(remark::plan()?), remark: Some(Arc::new(remark)) });
+            }
             let plan = names::plan(&state, statement).await?;
             read_only(&plan)?;
             uncounted::check(&plan)?;
-            Ok(Prepared { plan: Arc::new(plan) })
+            Ok(Prepared { plan: Arc::new(plan), remark: None })
         };
         let planned = self.aside(running, Box::pin(plan)).await?.map_err(|error| self.explain(error));
         planned.inspect_err(|error| running.ended(state_of(error)))
@@ -297,6 +304,9 @@ impl Engine {
         prepared: &Prepared,
         parameters: Option<ParamValues>,
     ) -> Result<SendableRecordBatchStream, QueryError> {
+        if let Some(remark) = &prepared.remark {
+            self.say(running, remark).await.inspect_err(|error| running.ended(state_of(error)))?;
+        }
         let start = Start {
             session: self.session().clone(),
             tables: Arc::clone(&self.tables),
@@ -315,6 +325,18 @@ impl Engine {
         };
         let rows = started.inspect_err(|error| running.ended(state_of(error)))?;
         Ok(limited(rows, Arc::clone(running), [self.settings.result_rows_max, self.settings.result_bytes_max]))
+    }
+
+    /// Writes what is said of a table into it, for a caller who may.
+    async fn say(&self, running: &Arc<Running>, remark: &Arc<Remark>) -> Result<(), QueryError> {
+        let caller = running.caller();
+        if !caller.may_comment() {
+            let message = format!("`{}` may not comment on tables", caller.name());
+            return Err(QueryError::Denied { message });
+        }
+        let (tables, remark) = (Arc::clone(&self.tables), Arc::clone(remark));
+        let said = self.aside(running, async move { tables.say(&remark).await }).await?;
+        said.map_err(|error| QueryError::Failed { message: error.to_string() })
     }
 
     /// All rows of a statement that the node itself asks.

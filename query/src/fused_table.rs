@@ -233,6 +233,7 @@ pub(crate) async fn pin(plan: LogicalPlan, state: &SessionState, view: View<'_>)
         };
         let schema = Arc::clone(&live.schema);
         let table = |frozen: &Arc<Frozen>| {
+            as_planned(&schema, &frozen.cold.schema)?;
             let scope = view.caller.scope().map(|scope| scope.filter(state, &schema)).transpose()?;
             let (schema, frozen) = (Arc::clone(&schema), Arc::clone(frozen));
             Ok::<_, DataFusionError>(Arc::new(PinnedTable { schema, frozen, scope, told }) as Arc<dyn TableProvider>)
@@ -240,9 +241,14 @@ pub(crate) async fn pin(plan: LogicalPlan, state: &SessionState, view: View<'_>)
         let fixed = match &live.asked {
             Asked::Stream(stream) => pinned.streams.get(stream).map(table).transpose()?,
             Asked::Past(frozen) => Some(table(frozen)?),
-            Asked::Latest(stream, _) => pinned.latest.get(stream).map(|(frozen, held)| {
-                Arc::new(PinnedLatest::new(Arc::clone(&schema), Arc::clone(frozen), Arc::clone(held))) as _
-            }),
+            Asked::Latest(stream, _) => {
+                let latest = |(frozen, held): &(Arc<Frozen>, Arc<Held>)| {
+                    as_planned(&schema, &frozen.cold.schema)?;
+                    let latest = PinnedLatest::new(Arc::clone(&schema), Arc::clone(frozen), Arc::clone(held));
+                    Ok::<_, DataFusionError>(Arc::new(latest) as Arc<dyn TableProvider>)
+                };
+                pinned.latest.get(stream).map(latest).transpose()?
+            }
             Asked::System(kind) => pinned.system.get(kind).cloned(),
         };
         let (LogicalPlan::TableScan(mut scan), Some(fixed)) = (node, fixed) else {
@@ -252,6 +258,21 @@ pub(crate) async fn pin(plan: LogicalPlan, state: &SessionState, view: View<'_>)
         Ok(Transformed::yes(LogicalPlan::TableScan(scan)))
     })?;
     Ok(fixed.data)
+}
+
+/// A plan holds for the types that it was made with: a column that has got another one since is not cast behind its back.
+fn as_planned(planned: &SchemaRef, now: &SchemaRef) -> Result<()> {
+    for field in planned.fields() {
+        let kind = now.field_with_name(field.name())?.data_type();
+        if kind != field.data_type() {
+            return plan_err!(
+                "column {} was {} when this statement was prepared, and is {kind} now: prepare it again",
+                field.name(),
+                field.data_type()
+            );
+        }
+    }
+    Ok(())
 }
 
 fn provider(node: &LogicalPlan) -> Option<Arc<dyn TableProvider>> {
@@ -371,4 +392,26 @@ fn dates(rows: &RecordBatch) -> Result<ArrayRef, ArrowError> {
         .and_then(|ts| ts.as_primitive_opt::<TimestampMicrosecondType>())
         .ok_or_else(|| ArrowError::SchemaError("hot rows have no event time".to_owned()))?;
     Ok(Arc::new(ts.unary::<_, arrow_array::types::Date32Type>(|us| us.div_euclid(DAY_US) as i32) as Date32Array))
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow_schema::{DataType, Field, Schema};
+
+    use super::*;
+
+    fn table(columns: &[(&str, DataType)]) -> SchemaRef {
+        let field = |(name, kind): &(&str, DataType)| Field::new(*name, kind.clone(), true);
+        Arc::new(Schema::new(columns.iter().map(field).collect::<Vec<_>>()))
+    }
+
+    #[test]
+    fn a_plan_is_not_run_over_columns_that_have_other_types_since() {
+        let planned = table(&[("n", DataType::Int64)]);
+        assert!(as_planned(&planned, &planned).is_ok());
+        assert!(as_planned(&planned, &table(&[("m", DataType::Utf8), ("n", DataType::Int64)])).is_ok());
+        let error = as_planned(&planned, &table(&[("n", DataType::Utf8)])).unwrap_err().to_string();
+        assert!(error.contains("column n was Int64") && error.contains("is Utf8 now: prepare it again"), "{error}");
+        assert!(as_planned(&planned, &table(&[("m", DataType::Int64)])).is_err());
+    }
 }

@@ -1,12 +1,12 @@
 //! What catalogue questions of SQLAlchemy ask that DataFusion cannot plan, answered by what is known: tables have no
 //! indexes, no constraints, no defaults and no sequences.
 //!
-//! `LIKE … ESCAPE 'c'` becomes one with a backslash. Where the parts of an index are unfolded, no row can come out.
+//! `col_description` and `obj_description` become questions to `pg_description`. `LIKE … ESCAPE 'c'` becomes one with a backslash. Where the parts of an index are unfolded, no row can come out.
 
 use std::ops::ControlFlow;
 
 use datafusion::sql::sqlparser::ast::{
-    Expr, SelectItem, SetExpr, Statement, Value, ValueWithSpan, VisitMut, VisitorMut,
+    Expr, Function, FunctionArguments, SelectItem, SetExpr, Statement, Value, ValueWithSpan, VisitMut, VisitorMut,
 };
 use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
 use datafusion::sql::sqlparser::parser::Parser;
@@ -47,6 +47,22 @@ fn nothing(statement: &Statement) -> Option<Statement> {
     Parser::parse_sql(&PostgreSqlDialect {}, &sql).ok()?.pop()
 }
 
+/// What is said of a table (`obj_description(oid, 'pg_class')`) or a column (`col_description(oid, number)`).
+fn description(function: &Function) -> Option<Expr> {
+    let name = function.name.0.last()?.as_ident()?.value.to_lowercase();
+    let FunctionArguments::List(list) = &function.args else { return None };
+    let arguments = list.args.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let (object, part) = match (name.as_str(), &arguments[..]) {
+        ("col_description", [object, part]) => (object, part.as_str()),
+        ("obj_description", [object] | [object, _]) => (object, "0"),
+        _ => return None,
+    };
+    let question = format!(
+        "(SELECT max(d.description) FROM pg_catalog.pg_description d WHERE d.objoid = {object} AND d.objsubid = {part})"
+    );
+    Parser::new(&PostgreSqlDialect {}).try_with_sql(&question).ok()?.parse_expr().ok()
+}
+
 struct Rewrites;
 
 impl VisitorMut for Rewrites {
@@ -62,6 +78,11 @@ impl VisitorMut for Rewrites {
                     if let Ok(call) = parser.and_then(|mut parser| parser.parse_expr()) {
                         **pattern = call;
                     }
+                }
+            }
+            Expr::Function(function) => {
+                if let Some(question) = description(function) {
+                    *expr = question;
                 }
             }
             Expr::Subquery(query) => {
@@ -83,6 +104,16 @@ mod tests {
     fn check(sql: &str, expected: &str) {
         let statement = Parser::parse_sql(&PostgreSqlDialect {}, sql).unwrap().remove(0);
         assert_eq!(rewrite(statement).to_string(), expected);
+    }
+
+    #[test]
+    fn descriptions_are_looked_up() {
+        check(
+            "SELECT pg_catalog.col_description(a.attrelid, a.attnum), obj_description(c.oid, 'pg_class') FROM t",
+            "SELECT (SELECT max(d.description) FROM pg_catalog.pg_description d WHERE d.objoid = a.attrelid AND \
+             d.objsubid = a.attnum), (SELECT max(d.description) FROM pg_catalog.pg_description d WHERE \
+             d.objoid = c.oid AND d.objsubid = 0) FROM t",
+        );
     }
 
     #[test]

@@ -33,6 +33,7 @@ use pgwire::api::{ClientInfo, ClientPortalStore, ConnectionHandle, Type};
 use pgwire::error::{PgWireError, PgWireResult};
 use pgwire::messages::PgWireBackendMessage;
 
+use super::described::Described;
 use super::dialect::Dialect;
 use super::session::Session;
 use super::{copy, refusal, sql_error};
@@ -42,6 +43,8 @@ use crate::engine::{Engine, Prepared, QueryError};
 use crate::serve::Readers;
 use crate::statements::Running;
 
+/// The schema of PostgreSQL's own tables.
+const PG_CATALOG: &str = "pg_catalog";
 /// Parameters of one statement, as many as the protocol can number.
 const PARAMETERS_MAX: usize = 65_535;
 /// The version of PostgreSQL whose catalogue is shown.
@@ -61,6 +64,11 @@ pub(super) enum Asked {
         prepared: Prepared,
         text: Arc<str>,
         form: copy::Form,
+    },
+    /// What a table or a column is.
+    Comment {
+        prepared: Prepared,
+        text: Arc<str>,
     },
     /// The session's statements go to another lane.
     Lane(String),
@@ -103,6 +111,12 @@ impl Statements {
         planner.register_catalog(CATALOG, Arc::new(catalog));
         engine.equip(&planner)?;
         setup_pg_catalog(&planner, CATALOG, EmptyContextProvider).map_err(|error| engine.explain(*error))?;
+        if let Some(catalog) = planner.catalog(CATALOG)
+            && let Some(inner) = catalog.schema(PG_CATALOG)
+        {
+            let described = Arc::new(Described::new(inner, planner.state_weak_ref()));
+            catalog.register_schema(PG_CATALOG, described).map_err(|error| engine.explain(error))?;
+        }
         planner.register_udf(version());
         planner.register_udf(current_setting());
         // No type of these names, and no column with a sequence.
@@ -153,6 +167,7 @@ impl Statements {
                 let (statement, form) = copy::understand(statement)?;
                 Asked::Copy { prepared: self.plan(running, statement).await?, text, form }
             }
+            Statement::Comment { .. } => Asked::Comment { prepared: self.plan(running, statement).await?, text },
             statement => Asked::Rows { prepared: self.plan(running, statement).await?, text },
         })
     }
@@ -180,6 +195,12 @@ impl Statements {
                 let running = session.begin(&self.engine, text).await?;
                 let rows = self.rows(&running, prepared, parameters, &form.fields()).await?;
                 copy::send(client, form, rows).await
+            }
+            Asked::Comment { prepared, text } => {
+                let running = session.begin(&self.engine, text).await?;
+                let mut none = self.rows(&running, prepared, None, format).await?.data_rows;
+                while none.next().await.transpose()?.is_some() {}
+                Ok(Response::Execution(Tag::new("COMMENT")))
             }
             Asked::Lane(lane) => session.change_lane(lane).map(|()| Response::Execution(Tag::new("SET"))),
             Asked::Done(tag) => Ok(Response::Execution(Tag::new(tag))),
@@ -468,7 +489,12 @@ impl QueryParser for Parser {
                 arrow_schema_to_pg_fields(prepared.plan().schema().as_arrow(), format, None)
             }
             Asked::Setting { name, .. } => Ok(vec![setting_field(name, format.format_for(0))]),
-            Asked::Copy { .. } | Asked::Lane(_) | Asked::Done(_) | Asked::Begin | Asked::End(_) => Ok(Vec::new()),
+            Asked::Copy { .. }
+            | Asked::Comment { .. }
+            | Asked::Lane(_)
+            | Asked::Done(_)
+            | Asked::Begin
+            | Asked::End(_) => Ok(Vec::new()),
         }
     }
 }
