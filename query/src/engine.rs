@@ -10,6 +10,7 @@
 use std::sync::Arc;
 
 use arrow_array::{Array, RecordBatch};
+use arrow_schema::SchemaRef;
 use datafusion::catalog::CatalogProvider;
 use datafusion::common::{DataFusionError, ParamValues};
 use datafusion::execution::context::{SQLOptions, SessionState};
@@ -30,9 +31,11 @@ use crate::as_of::{self, AsOf};
 use crate::breadth;
 use crate::caller::Caller;
 use crate::catalog::{CATALOG, PublicSchema, SCHEMA, Tables, WeirCatalog, is_table};
+use crate::columns;
 use crate::functions;
 use crate::functions::asof::syntax;
 use crate::functions::latest::cache::LatestCache;
+use crate::functions::latest::distinct_on;
 use crate::fused_table::{View, pin};
 use crate::lanes::{LaneSettings, Lanes, Place};
 use crate::names;
@@ -90,12 +93,18 @@ impl Default for EngineSettings {
 #[derive(Debug, Clone)]
 pub struct Prepared {
     plan: Arc<LogicalPlan>,
+    columns: SchemaRef,
 }
 
 impl Prepared {
-    /// The plan over live tables: for its columns and parameters.
+    /// The plan over live tables: for its parameters.
     pub fn plan(&self) -> &LogicalPlan {
         &self.plan
+    }
+
+    /// The columns of its answer.
+    pub fn columns(&self) -> &SchemaRef {
+        &self.columns
     }
 }
 
@@ -228,7 +237,7 @@ impl Engine {
         let parse = move || {
             let dialect = state.config().options().sql_parser.dialect;
             let mut statement = state.sql_to_statement(&sql, &dialect)?;
-            as_of::apply(&mut statement, whole, &|name| is_table(tables.as_ref(), name))?;
+            as_of::apply(&mut statement, whole, &|name| is_table(tables.as_ref(), name));
             Ok((state, statement))
         };
         self.plan(running, parse).await
@@ -270,12 +279,15 @@ impl Engine {
     where
         F: FnOnce() -> Result<(SessionState, Statement), DataFusionError> + Send + 'static,
     {
+        let latest = Arc::clone(&self.latest);
         let plan = async move {
             let (state, statement) = parse()?;
-            let plan = names::plan(&state, statement).await?;
+            let plan = columns::plain(names::plan(&state, statement).await?)?;
+            let plan = distinct_on::rewrite(plan, &latest)?;
             read_only(&plan)?;
             uncounted::check(&plan)?;
-            Ok(Prepared { plan: Arc::new(plan) })
+            let columns = columns::of(&state, &plan);
+            Ok(Prepared { plan: Arc::new(plan), columns })
         };
         let planned = self.aside(running, Box::pin(plan)).await?.map_err(|error| self.explain(error));
         planned.inspect_err(|error| running.ended(state_of(error)))
