@@ -9,6 +9,7 @@
 mod alerts;
 mod bad_input;
 mod demo;
+mod differential;
 mod doors;
 mod doors_limits;
 mod faults;
@@ -30,6 +31,7 @@ mod references;
 mod rules;
 mod s3;
 mod slt;
+mod soak;
 mod sources;
 mod within;
 mod write;
