@@ -291,7 +291,7 @@ async fn a_cloud_that_ends_at_any_step_of_commit_checkpoint_and_compaction_loses
 
 /// Rows by readers that are not ours, of the newest version that each finds.
 const READERS: &str = r#"
-import os, sys, deltalake, duckdb, pyarrow.dataset
+import os, sys, deltalake, duckdb, polars, pyarrow.dataset
 path = sys.argv[1]
 seen, versions = -1, set()
 for _ in range(int(sys.argv[2])):
@@ -303,6 +303,8 @@ for _ in range(int(sys.argv[2])):
     files = table.file_uris()
     counted = duckdb.sql(f"SELECT count(*), count(distinct n) FROM read_parquet({files!r})").fetchall()[0] if files else (0, 0)
     assert counted == (len(read), len(read)), counted
+    of_polars = polars.scan_delta(path, version=table.version()).select(polars.len(), polars.col("n").n_unique().alias("distinct"))
+    assert of_polars.collect().row(0) == (len(read), len(read)), of_polars.collect()
     seen = len(read)
     versions.add(table.version())
     if table.version() > 3:
@@ -316,7 +318,7 @@ os._exit(0)
 #[tokio::test(flavor = "multi_thread")]
 async fn others_read_the_tables_while_they_are_committed_to_compacted_and_vacuumed() {
     let Ok(python) = std::env::var("WEIR_PYTHON") else {
-        println!("left out: WEIR_PYTHON names no Python with deltalake and duckdb");
+        println!("left out: WEIR_PYTHON names no Python with deltalake, duckdb and polars");
         return;
     };
     let directory = tempfile::tempdir().unwrap();

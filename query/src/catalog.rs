@@ -138,6 +138,7 @@ impl SchemaProvider for PublicSchema {
     }
 
     async fn table(&self, name: &str) -> DataFusionResult<Option<Arc<dyn TableProvider>>> {
+        let (name, newest) = as_of::newest(name);
         let (name, as_of) = as_of::parts(name);
         let Ok(stream) = name.parse::<StreamName>() else {
             return Ok(None);
@@ -146,7 +147,8 @@ impl SchemaProvider for PublicSchema {
             (Some(cold), None) => LiveTable::new(stream, cold.schema),
             (Some(_), Some(as_of)) => {
                 let past = self.tables.cold_as_of(&stream, as_of).await;
-                LiveTable::past(past.map_err(|error| DataFusionError::External(Box::new(error)))?)
+                let past = past.map_err(|error| DataFusionError::External(Box::new(error)))?;
+                if newest { LiveTable::latest_past(past) } else { LiveTable::past(past) }
             }
             (None, None) => return references::view(self.tables.as_ref(), name),
             (None, Some(_)) if self.table_exist(name) => {
@@ -160,7 +162,7 @@ impl SchemaProvider for PublicSchema {
     }
 
     fn table_exist(&self, name: &str) -> bool {
-        let (name, _) = as_of::parts(name);
+        let (name, _) = as_of::parts(as_of::newest(name).0);
         is_table(self.tables.as_ref(), name)
     }
 }

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use arrow_array::{Array, RecordBatch};
+use arrow_schema::SchemaRef;
 use datafusion::catalog::CatalogProvider;
 use datafusion::common::{DataFusionError, ParamValues};
 use datafusion::execution::context::{SQLOptions, SessionState};
@@ -31,9 +32,11 @@ use crate::as_of::{self, AsOf};
 use crate::breadth;
 use crate::caller::Caller;
 use crate::catalog::{CATALOG, PublicSchema, SCHEMA, Tables, WeirCatalog, is_table};
+use crate::columns;
 use crate::functions;
 use crate::functions::asof::syntax;
 use crate::functions::latest::cache::LatestCache;
+use crate::functions::latest::distinct_on;
 use crate::fused_table::{View, pin};
 use crate::lanes::{LaneSettings, Lanes, Place};
 use crate::names;
@@ -95,14 +98,20 @@ impl Default for EngineSettings {
 #[derive(Debug, Clone)]
 pub struct Prepared {
     plan: Arc<LogicalPlan>,
+    columns: SchemaRef,
     /// What it says of a table, when it is done.
     remark: Option<Arc<Remark>>,
 }
 
 impl Prepared {
-    /// The plan over live tables: for its columns and parameters.
+    /// The plan over live tables: for its parameters.
     pub fn plan(&self) -> &LogicalPlan {
         &self.plan
+    }
+
+    /// The columns of its answer.
+    pub fn columns(&self) -> &SchemaRef {
+        &self.columns
     }
 }
 
@@ -237,7 +246,7 @@ impl Engine {
         let parse = move || {
             let dialect = state.config().options().sql_parser.dialect;
             let mut statement = state.sql_to_statement(&sql, &dialect)?;
-            as_of::apply(&mut statement, whole, &|name| is_table(tables.as_ref(), name))?;
+            as_of::apply(&mut statement, whole, &|name| is_table(tables.as_ref(), name));
             Ok((state, statement))
         };
         self.plan(running, parse).await
@@ -279,16 +288,20 @@ impl Engine {
     where
         F: FnOnce() -> Result<(SessionState, Statement), DataFusionError> + Send + 'static,
     {
-        let tables = Arc::clone(&self.tables);
+        let (tables, latest) = (Arc::clone(&self.tables), Arc::clone(&self.latest));
         let plan = async move {
             let (state, statement) = parse()?;
             if let Some(remark) = remark::of(&statement, tables.as_ref())? {
-                return Ok(Prepared { plan: Arc::new(remark::plan()?), remark: Some(Arc::new(remark)) });
+                let plan = remark::plan()?;
+                let columns = columns::of(&state, &plan);
+                return Ok(Prepared { plan: Arc::new(plan), columns, remark: Some(Arc::new(remark)) });
             }
-            let plan = names::plan(&state, statement).await?;
+            let plan = columns::plain(names::plan(&state, statement).await?)?;
+            let plan = distinct_on::rewrite(plan, &latest)?;
             read_only(&plan)?;
             uncounted::check(&plan)?;
-            Ok(Prepared { plan: Arc::new(plan), remark: None })
+            let columns = columns::of(&state, &plan);
+            Ok(Prepared { plan: Arc::new(plan), columns, remark: None })
         };
         let planned = self.aside(running, Box::pin(plan)).await?.map_err(|error| self.explain(error));
         planned.inspect_err(|error| running.ended(state_of(error)))

@@ -41,6 +41,7 @@ use crate::catalog::{ColdTable, Tables};
 use crate::cold;
 use crate::functions::latest::PinnedLatest;
 use crate::functions::latest::cache::{Held, LatestCache};
+use crate::functions::latest::computed;
 use crate::scope;
 use crate::scope::hidden::HiddenExec;
 use crate::statements::Statements;
@@ -64,9 +65,12 @@ pub struct LiveTable {
 #[derive(Debug)]
 enum Asked {
     Stream(StreamName),
-    /// The state of the past that was asked for.
+    /// The state of the past that was asked for, or its newest rows.
     Past(Arc<Frozen>),
+    LatestPast(Arc<Frozen>),
     Latest(StreamName, Arc<LatestCache>),
+    /// The newest rows if they are kept, else all: the plan above takes the newest out of either.
+    LatestIfKept(StreamName, Arc<LatestCache>),
     System(Kind),
 }
 
@@ -78,6 +82,18 @@ impl LiveTable {
     /// The table as it was at this snapshot, without hot rows.
     pub(crate) fn past(cold: ColdTable) -> Self {
         Self { schema: Arc::clone(&cold.schema), asked: Asked::Past(Arc::new(Frozen { cold, hot: Vec::new() })) }
+    }
+
+    /// The newest rows of the table as it was at this snapshot.
+    pub(crate) fn latest_past(cold: ColdTable) -> Self {
+        Self { schema: Arc::clone(&cold.schema), asked: Asked::LatestPast(Arc::new(Frozen { cold, hot: Vec::new() })) }
+    }
+
+    /// In place of a stream: its newest rows if they are kept. None when it is no stream.
+    pub(crate) fn latest_if_kept(&self, cache: &Arc<LatestCache>) -> Option<Self> {
+        let Asked::Stream(stream) = &self.asked else { return None };
+        let asked = Asked::LatestIfKept(stream.clone(), Arc::clone(cache));
+        Some(Self { schema: Arc::clone(&self.schema), asked })
     }
 
     /// The newest row of each device.
@@ -167,7 +183,7 @@ pub(crate) struct View<'a> {
 #[derive(Default)]
 struct Pinned {
     streams: HashMap<StreamName, Arc<Frozen>>,
-    latest: HashMap<StreamName, (Arc<Frozen>, Arc<Held>)>,
+    latest: HashMap<StreamName, Arc<Held>>,
     system: HashMap<Kind, Arc<dyn TableProvider>>,
 }
 
@@ -187,18 +203,19 @@ impl Pinned {
             Asked::Stream(stream) => {
                 self.frozen(stream, view).await?;
             }
-            Asked::Past(_) => {}
-            Asked::Latest(stream, _) if view.caller.scope().is_some() => {
-                return plan_err!(
-                    "latest('{stream}') is for readers without a scope: which row is the newest depends on rows of others; \
-                     ask with last(column, ts) and GROUP BY device"
-                );
+            Asked::Past(_) | Asked::LatestPast(_) => {}
+            // Which row is the newest of those that the caller sees, what is kept of all rows does not tell.
+            Asked::Latest(stream, _) | Asked::LatestIfKept(stream, _) if view.caller.scope().is_some() => {
+                self.frozen(stream, view).await?;
             }
-            Asked::Latest(stream, cache) => {
+            Asked::Latest(stream, cache) | Asked::LatestIfKept(stream, cache) => {
+                let frozen = self.frozen(stream, view).await?;
                 if !self.latest.contains_key(stream) {
-                    let frozen = self.frozen(stream, view).await?;
-                    let held = cache.at(stream, frozen.cold()).await?;
-                    self.latest.insert(stream.clone(), (frozen, held));
+                    match cache.at(stream, frozen.cold()).await {
+                        Ok(held) => drop(self.latest.insert(stream.clone(), held)),
+                        Err(_) if matches!(asked, Asked::LatestIfKept(..)) => {}
+                        Err(error) => return Err(error),
+                    }
                 }
             }
             Asked::System(kind) => {
@@ -238,20 +255,30 @@ pub(crate) async fn pin(plan: LogicalPlan, state: &SessionState, view: View<'_>)
             let (schema, frozen) = (Arc::clone(&schema), Arc::clone(frozen));
             Ok::<_, DataFusionError>(Arc::new(PinnedTable { schema, frozen, scope, told }) as Arc<dyn TableProvider>)
         };
-        let fixed = match &live.asked {
-            Asked::Stream(stream) => pinned.streams.get(stream).map(table).transpose()?,
-            Asked::Past(frozen) => Some(table(frozen)?),
-            Asked::Latest(stream, _) => {
-                let latest = |(frozen, held): &(Arc<Frozen>, Arc<Held>)| {
-                    as_planned(&schema, &frozen.cold.schema)?;
-                    let latest = PinnedLatest::new(Arc::clone(&schema), Arc::clone(frozen), Arc::clone(held));
-                    Ok::<_, DataFusionError>(Arc::new(latest) as Arc<dyn TableProvider>)
-                };
-                pinned.latest.get(stream).map(latest).transpose()?
-            }
-            Asked::System(kind) => pinned.system.get(kind).cloned(),
+        let LogicalPlan::TableScan(mut scan) = node else {
+            return internal_err!("a live table outside of a scan");
         };
-        let (LogicalPlan::TableScan(mut scan), Some(fixed)) = (node, fixed) else {
+        let fixed = match &live.asked {
+            Asked::Past(frozen) => Some(table(frozen)?),
+            Asked::LatestPast(frozen) => return Ok(Transformed::yes(computed::newest(&scan, table(frozen)?)?)),
+            Asked::System(kind) => pinned.system.get(kind).cloned(),
+            Asked::Stream(stream) => pinned.streams.get(stream).map(table).transpose()?,
+            Asked::Latest(stream, _) | Asked::LatestIfKept(stream, _) => {
+                match (pinned.streams.get(stream), pinned.latest.get(stream), &live.asked) {
+                    (Some(frozen), Some(held), _) => {
+                        as_planned(&schema, &frozen.cold.schema)?;
+                        let (schema, frozen) = (Arc::clone(&schema), Arc::clone(frozen));
+                        Some(Arc::new(PinnedLatest::new(schema, frozen, Arc::clone(held))) as _)
+                    }
+                    (Some(frozen), None, Asked::LatestIfKept(..)) => Some(table(frozen)?),
+                    (Some(frozen), None, _) => {
+                        return Ok(Transformed::yes(computed::newest(&scan, table(frozen)?)?));
+                    }
+                    (None, ..) => None,
+                }
+            }
+        };
+        let Some(fixed) = fixed else {
             return internal_err!("a live table that was not frozen");
         };
         scan.source = provider_as_source(fixed);

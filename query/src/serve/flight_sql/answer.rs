@@ -49,7 +49,7 @@ pub(super) fn unknown_handle() -> Status {
 
 /// The columns of a statement as they are announced and as they are sent. What may be null is known only when it runs.
 pub(super) fn announced(prepared: &Prepared) -> SchemaRef {
-    let fields = prepared.plan().schema().fields().iter();
+    let fields = prepared.columns().fields().iter();
     Arc::new(Schema::new(
         fields.map(|field| Field::new(field.name(), field.data_type().clone(), true)).collect::<Vec<_>>(),
     ))

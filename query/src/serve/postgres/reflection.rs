@@ -1,5 +1,5 @@
 //! What catalogue questions of SQLAlchemy ask that DataFusion cannot plan, answered by what is known: tables have no
-//! indexes, no constraints, no defaults and no sequences.
+//! indexes, no constraints, no defaults, no sequences and no collations of their own.
 //!
 //! `col_description` and `obj_description` become questions to `pg_description`. `LIKE … ESCAPE 'c'` becomes one with a backslash. Where the parts of an index are unfolded, no row can come out.
 
@@ -11,8 +11,8 @@ use datafusion::sql::sqlparser::ast::{
 use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
 use datafusion::sql::sqlparser::parser::Parser;
 
-/// Tables that have no row here.
-const EMPTY: [&str; 2] = ["pg_sequence", "pg_attrdef"];
+/// What has no row here, or is not told: sequences, defaults, and collations, of which there is one.
+const EMPTY: [&str; 4] = ["pg_sequence", "pg_attrdef", "pg_collation", "typcollation"];
 
 /// The question in words that can be planned.
 pub(super) fn rewrite(mut statement: Statement) -> Statement {
@@ -126,6 +126,10 @@ mod tests {
         check(
             "SELECT CASE WHEN a THEN (SELECT b FROM pg_catalog.pg_attrdef) END AS c FROM t",
             "SELECT CASE WHEN a THEN NULL END AS c FROM t",
+        );
+        check(
+            "SELECT CASE WHEN a <> (SELECT pg_type.typcollation FROM pg_type) THEN (SELECT json_build_object('c', pg_collation.collname) FROM pg_collation) END FROM t",
+            "SELECT CASE WHEN a <> NULL THEN NULL END FROM t",
         );
         check(
             "SELECT i.a, min(i.b) AS c FROM (SELECT unnest(pg_catalog.pg_index.indkey) AS a FROM pg_catalog.pg_index) i",

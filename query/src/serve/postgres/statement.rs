@@ -136,8 +136,7 @@ impl Statements {
     }
 
     async fn plan(&self, running: &Arc<Running>, mut statement: Statement) -> PgWireResult<Prepared> {
-        let named = as_of::apply_to(&mut statement, None, &|_| false);
-        named.map_err(|error| sql_error(&self.engine.explain(error)))?;
+        as_of::apply_to(&mut statement, None, &|_| false);
         let (state, statement) = (self.planner.state(), Parsed::Statement(Box::new(statement)));
         let planned = self.engine.plan(running, move || Ok((state, statement))).await;
         planned.map_err(|error| sql_error(&error))
@@ -485,9 +484,7 @@ impl QueryParser for Parser {
     fn get_result_schema(&self, asked: &Asked, format: Option<&Format>) -> PgWireResult<Vec<FieldInfo>> {
         let format = format.unwrap_or(&Format::UnifiedText);
         match asked {
-            Asked::Rows { prepared, .. } => {
-                arrow_schema_to_pg_fields(prepared.plan().schema().as_arrow(), format, None)
-            }
+            Asked::Rows { prepared, .. } => arrow_schema_to_pg_fields(prepared.columns(), format, None),
             Asked::Setting { name, .. } => Ok(vec![setting_field(name, format.format_for(0))]),
             Asked::Copy { .. }
             | Asked::Comment { .. }
