@@ -146,6 +146,8 @@ impl Engine {
         let options = config.options_mut();
         options.execution.parquet.schema_force_view_types = false;
         options.execution.parquet.pushdown_filters = true;
+        // It refuses EXCEPT and INTERSECT of columns of which one side only may be null.
+        options.execution.skip_physical_aggregate_schema_check = true;
         options.sql_parser.collect_spans = true;
         options.sql_parser.map_string_types_to_utf8view = false;
         let mut runtime = RuntimeEnvBuilder::new()

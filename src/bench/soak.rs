@@ -30,7 +30,6 @@ use crate::sql;
 
 /// Small commits and merges, everything that looks after tables within seconds, and little memory.
 const BUSY: &str = "[commit]\nmax_age = \"500ms\"\n[hot]\nmax_bytes = \"64MiB\"\n\
-    [limits]\nwaiting_bytes = \"32MiB\"\nrequest_bytes = \"8MiB\"\ndecoded_bytes = \"64MiB\"\n\
     [query]\nmax_bytes = \"256MiB\"\nlatest_memory = \"16MiB\"\n\
     [compact]\nmin_files = 4\ncpu_share = 0.5\nmemory_bytes = \"64MiB\"\n\
     [lake]\ncheckpoint_commits = 20\nevery = \"2s\"\nvacuum_every = \"5s\"\n[stream.short]\nkeep = \"1d\"\n";
