@@ -29,7 +29,7 @@ use super::parts::{Cloud, Directory, PATIENCE, POLL, free_port};
 use crate::sql;
 
 /// Small commits and merges, everything that looks after tables within seconds, and little memory.
-const BUSY: &str = "[commit]\nmax_age = \"500ms\"\n[hot]\nmax_bytes = \"64MiB\"\n\
+const BUSY: &str = "[commit]\nmax_age = \"500ms\"\n[hot]\nmax_bytes = \"128MiB\"\n\
     [query]\nmax_bytes = \"256MiB\"\nlatest_memory = \"16MiB\"\n\
     [compact]\nmin_files = 4\ncpu_share = 0.5\nmemory_bytes = \"64MiB\"\n\
     [lake]\ncheckpoint_commits = 20\nevery = \"2s\"\nvacuum_every = \"5s\"\n[stream.short]\nkeep = \"1d\"\n";
