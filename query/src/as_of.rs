@@ -3,7 +3,8 @@
 //!
 //! `traffic FOR VERSION AS OF 17` and `traffic FOR SYSTEM_TIME AS OF '2026-05-01T00:00:00Z'` become the table names
 //! `"traffic@v17"` and `"traffic@t<µs>"`, which the catalogue knows; the same is done to every stream of a statement
-//! that is asked as of something as a whole, in which `latest('traffic')` becomes `"traffic@v17@latest"`. The answer stays the same as long as the table keeps the version's files.
+//! that is asked as of something as a whole, in which `latest('traffic')` becomes `"traffic@v17@latest"`. The answer stays
+//! the same as long as the table keeps the version's files.
 
 use std::borrow::Cow;
 use std::collections::HashSet;

@@ -1,7 +1,8 @@
 //! What catalogue questions of SQLAlchemy ask that DataFusion cannot plan, answered by what is known: tables have no
 //! indexes, no constraints, no defaults, no sequences and no collations of their own.
 //!
-//! `col_description` and `obj_description` become questions to `pg_description`. `LIKE … ESCAPE 'c'` becomes one with a backslash. Where the parts of an index are unfolded, no row can come out.
+//! `col_description` and `obj_description` become questions to `pg_description`. `LIKE … ESCAPE 'c'` becomes one with a
+//! backslash. Where the parts of an index are unfolded, no row can come out.
 
 use std::ops::ControlFlow;
 
