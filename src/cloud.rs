@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
-use cloud_ingest::config::{DEFAULT_LANE, DoorName, ListenSettings, ReaderSettings};
+use cloud_ingest::config::{DEFAULT_LANE, DoorName, ListenSettings, ReaderRight, ReaderSettings};
 use cloud_ingest::{Cloud, CloudHandle, Settings};
 use query::serve::tls::Incoming;
 use query::serve::{House, Reader, Readers};
-use query::{Engine, EngineSettings, LaneSettings, Scope};
+use query::{Engine, EngineSettings, LaneSettings, Right, Scope};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -142,13 +142,19 @@ fn readers(settings: &Settings) -> anyhow::Result<Readers> {
             password: reader.password.clone(),
             scope: limited.then(|| Arc::new(scope)),
             lanes: reader.lanes.clone().into(),
-            comment: reader.comment,
+            rights: reader.rights.iter().copied().map(right).collect(),
         })
     };
     let readers = settings.reader.iter().map(reader).collect::<anyhow::Result<_>>()?;
     // Who asks without a name may use every lane.
     let others = settings.query.lane.iter().map(|lane| lane.name.clone()).filter(|name| name != DEFAULT_LANE);
     Ok(Readers::new(readers, std::iter::once(DEFAULT_LANE.to_owned()).chain(others).collect()))
+}
+
+fn right(right: ReaderRight) -> Right {
+    match right {
+        ReaderRight::Comment => Right::Comment,
+    }
 }
 
 fn limits(settings: &Settings, spill: &Path) -> EngineSettings {

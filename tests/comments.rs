@@ -102,8 +102,7 @@ assert notes["n"]["comment"].endswith("the row [1]"), notes
 #[tokio::test(flavor = "multi_thread")]
 async fn only_a_reader_who_may_says_something() {
     let directory = tempfile::tempdir().unwrap();
-    let readers =
-        "[[reader]]\nname = \"a\"\npassword = \"pa\"\n[[reader]]\nname = \"k\"\npassword = \"pk\"\ncomment = true\n";
+    let readers = "[[reader]]\nname = \"a\"\npassword = \"pa\"\n[[reader]]\nname = \"k\"\npassword = \"pk\"\nrights = [\"comment\"]\n";
     let cloud = with_rows(directory.path(), readers).await;
     let say = async |name: &str, password: &str| {
         let client = reqwest::Client::new().post(format!("{}/v1/sql", cloud.http)).basic_auth(name, Some(password));

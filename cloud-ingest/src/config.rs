@@ -329,9 +329,17 @@ pub struct ReaderSettings {
     /// The lanes that it may use, its own first; `default` when none is set.
     #[serde(default)]
     pub lanes: Vec<String>,
-    /// Whether it may say what tables and columns are, for everybody to read.
+    /// What it may do beside asking.
     #[serde(default)]
-    pub comment: bool,
+    pub rights: Vec<ReaderRight>,
+}
+
+/// What a reader may do beside asking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReaderRight {
+    /// Say what tables and columns are, for everybody to read.
+    Comment,
 }
 
 impl fmt::Debug for ReaderSettings {

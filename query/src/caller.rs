@@ -32,6 +32,18 @@ impl fmt::Display for Door {
     }
 }
 
+/// What one may do beside asking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Right {
+    /// Say what tables and columns are, for everybody to read.
+    Comment,
+}
+
+impl Right {
+    /// Every one of them.
+    pub const ALL: [Self; 1] = [Self::Comment];
+}
+
 /// One who asks. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Caller {
@@ -40,20 +52,20 @@ pub struct Caller {
     scope: Option<Arc<Scope>>,
     lane: Arc<str>,
     lanes: Arc<[String]>,
-    comments: bool,
+    rights: Arc<[Right]>,
 }
 
 impl Caller {
     /// A reader at a door. It runs in the first of its lanes; without a scope it sees every row.
     pub fn new(name: &str, door: Door, scope: Option<Arc<Scope>>, lanes: Arc<[String]>) -> Self {
         let lane = lanes.first().map_or(DEFAULT_LANE, String::as_str).into();
-        Self { name: name.into(), door, scope, lane, lanes, comments: false }
+        Self { name: name.into(), door, scope, lane, lanes, rights: Arc::new([]) }
     }
 
-    /// The same caller, who may say what tables and columns are.
+    /// The same caller, who may do this beside asking.
     #[must_use]
-    pub fn who_may_comment(self, may: bool) -> Self {
-        Self { comments: may, ..self }
+    pub fn with_rights(self, rights: Arc<[Right]>) -> Self {
+        Self { rights, ..self }
     }
 
     /// The node itself: sees everything.
@@ -94,9 +106,9 @@ impl Caller {
         Err(format!("`{}` may not run in lane `{lane}`; there are: {names}", self.name))
     }
 
-    /// Whether it may say what tables and columns are.
-    pub(crate) fn may_comment(&self) -> bool {
-        self.comments
+    /// Whether it may do this.
+    pub(crate) fn may(&self, right: Right) -> bool {
+        self.rights.contains(&right)
     }
 
     /// Whether it may see and end the statements of this reader.

@@ -30,7 +30,7 @@ use tokio::time::Instant;
 
 use crate::as_of::{self, AsOf};
 use crate::breadth;
-use crate::caller::Caller;
+use crate::caller::{Caller, Right};
 use crate::catalog::{CATALOG, PublicSchema, SCHEMA, Tables, WeirCatalog, is_table};
 use crate::columns;
 use crate::functions;
@@ -345,7 +345,7 @@ impl Engine {
     /// Writes what is said of a table into it, for a caller who may.
     async fn say(&self, running: &Arc<Running>, remark: &Arc<Remark>) -> Result<(), QueryError> {
         let caller = running.caller();
-        if !caller.may_comment() {
+        if !caller.may(Right::Comment) {
             let message = format!("`{}` may not comment on tables", caller.name());
             return Err(QueryError::Denied { message });
         }

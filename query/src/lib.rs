@@ -28,7 +28,7 @@ mod system;
 mod uncounted;
 
 pub use as_of::AsOf;
-pub use caller::{Caller, Door};
+pub use caller::{Caller, Door, Right};
 pub use catalog::{ColdTable, SpoolFacts, Tables, TablesError};
 pub use engine::{Engine, EngineSettings, Prepared, QueryError};
 pub use lanes::LaneSettings;

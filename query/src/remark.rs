@@ -1,7 +1,7 @@
 //! `COMMENT ON TABLE t IS '…'` and `COMMENT ON COLUMN t.c IS '…'`: the only statement that changes something.
 //!
 //! What is said stands in the table itself, beside its columns, where other readers of the table find it, too. It is planned
-//! like every statement, and done when it is executed, by a caller who may (`[[reader]] comment`); it gives no rows. A unit
+//! like every statement, and done when it is executed, by a caller who may (`Right::Comment`); it gives no rows. A unit
 //! stands at the end in brackets: `'mean speed of vehicles [km/h]'`. `IS NULL` takes the words away.
 
 use datafusion::common::{Result, plan_err};

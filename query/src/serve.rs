@@ -14,7 +14,7 @@ use std::sync::Arc;
 use subtle::ConstantTimeEq;
 use tokio_rustls::rustls::ServerConfig;
 
-use crate::caller::{Caller, Door};
+use crate::caller::{Caller, Door, Right};
 use crate::engine::Engine;
 use crate::scope::Scope;
 
@@ -39,8 +39,8 @@ pub struct Reader {
     pub scope: Option<Arc<Scope>>,
     /// The lanes that it may use, its own first.
     pub lanes: Arc<[String]>,
-    /// Whether it may say what tables and columns are.
-    pub comment: bool,
+    /// What it may do beside asking.
+    pub rights: Arc<[Right]>,
 }
 
 impl std::fmt::Debug for Reader {
@@ -53,7 +53,7 @@ impl Reader {
     /// This reader at a door.
     pub fn at(&self, door: Door) -> Caller {
         let caller = Caller::new(&self.name, door, self.scope.clone(), Arc::clone(&self.lanes));
-        caller.who_may_comment(self.comment)
+        caller.with_rights(Arc::clone(&self.rights))
     }
 }
 
@@ -90,6 +90,6 @@ impl Readers {
     pub fn accept_unnamed(&self, peer: IpAddr, door: Door) -> Option<Caller> {
         let local = !self.are_set() && peer.to_canonical().is_loopback();
         // Whoever is on the machine of a node without readers keeps it.
-        local.then(|| Caller::new(UNNAMED, door, None, Arc::clone(&self.lanes)).who_may_comment(true))
+        local.then(|| Caller::new(UNNAMED, door, None, Arc::clone(&self.lanes)).with_rights(Arc::new(Right::ALL)))
     }
 }

@@ -107,7 +107,7 @@ class Generator:
         if depth <= 0 or self.one_in(3):
             return self.leaf(scope, "float", f"CAST({self.random.randint(-20, 200) / 4} AS DOUBLE)")
         a, b = self.some_float(scope, depth - 1), self.some_float(scope, depth - 1)
-        return self.pick(
+        made = self.pick(
             lambda: both("({} {} {})", a, self.pick("+", "-", "*"), b),
             lambda: both("({} / nullif({}, 0))", a, b),
             lambda: both("CAST({} AS DOUBLE)", self.some_int(scope, depth - 1)),
@@ -119,6 +119,8 @@ class Generator:
             lambda: both("{}({}, {})", self.pick("greatest", "least"), a, b),
             lambda: self.either(scope, "float", depth),
         )()
+        # Not -0.0, which DuckDB takes for equal to 0.0.
+        return two("({} + 0.0)", "{}", made)
 
     def some_text(self, scope, depth=2):
         if depth <= 0 or self.one_in(3):
