@@ -2,7 +2,7 @@
 //! statements together. An operator that can spill to disk does so when either is reached; one that cannot ends the
 //! statement.
 //!
-//! Operators that can spill have three quarters between them. The rest is for those that cannot: a sort gives its room for
+//! Operators that can spill have half of it between them. The rest is for those that cannot: a sort gives its room for
 //! merging back and asks for it anew each time it spills, and would end with an error where another sort had grown into it.
 
 use std::fmt::{Display, Formatter, Result as FmtResult};
@@ -26,7 +26,13 @@ pub(crate) struct StatementPool {
 impl StatementPool {
     /// At most so many bytes of these.
     pub(crate) fn new(bytes_max: usize, all: Arc<dyn MemoryPool>) -> Self {
-        Self { own: FairSpillPool::new(bytes_max), all, bytes_max, spillable: AtomicUsize::new(0), peak: AtomicUsize::new(0) }
+        Self {
+            own: FairSpillPool::new(bytes_max),
+            all,
+            bytes_max,
+            spillable: AtomicUsize::new(0),
+            peak: AtomicUsize::new(0),
+        }
     }
 
     /// The most that it has had at a time, bytes.
@@ -36,7 +42,7 @@ impl StatementPool {
 
     /// Takes so much of the share of operators that can spill, if they have it.
     fn take_of_share(&self, additional: usize) -> bool {
-        let share = self.bytes_max / 4 * 3;
+        let share = self.bytes_max / 2;
         let taken = |now: usize| now.checked_add(additional).filter(|then| *then <= share);
         self.spillable.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken).is_ok()
     }
@@ -156,11 +162,11 @@ mod tests {
         let pool: Arc<dyn MemoryPool> = Arc::new(StatementPool::new(100, all));
         let sort = MemoryConsumer::new("sort").with_can_spill(true).register(&pool);
         let merge = MemoryConsumer::new("merge").register(&pool);
-        sort.try_grow(75).unwrap();
-        assert!(sort.try_grow(1).unwrap_err().to_string().contains("of 100"));
-        merge.try_grow(25).unwrap();
-        sort.shrink(50);
         sort.try_grow(50).unwrap();
+        assert!(sort.try_grow(1).unwrap_err().to_string().contains("of 100"));
+        merge.try_grow(50).unwrap();
+        sort.shrink(20);
+        sort.try_grow(20).unwrap();
         assert_eq!(pool.reserved(), 100);
     }
 }
