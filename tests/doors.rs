@@ -127,9 +127,10 @@ async fn psql_logs_in_with_its_password_and_only_asks() {
         ("\\dn+", "system|"),
         ("\\du", ""),
         ("\\df", ""),
-        ("\\di+", ""),
         ("\\dv", "system|queries|view"),
         ("\\dp", "load|table"),
+        ("\\dT", ""),
+        ("\\db", ""),
     ] {
         let output = psql("right", command).unwrap();
         let [told, error] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned());

@@ -1,7 +1,7 @@
 //! The schema `pg_catalog`: that of `datafusion-pg-catalog` but for two tables.
 //!
 //! `pg_description`, what is said of tables and columns, is a question about `system.streams` and `system.columns`. `pg_class`
-//! has one more column, `reloptions`, that clients ask for: no table has options.
+//! has two more columns that clients ask for, `reloptions` and `relacl`: no table has any.
 
 use std::sync::{Arc, Weak};
 
@@ -72,8 +72,8 @@ async fn descriptions(state: &SessionState, empty: &dyn TableProvider) -> Result
 /// The tables, without options.
 fn classes(inner: Arc<dyn TableProvider>) -> Result<Arc<dyn TableProvider>> {
     let fields = inner.schema();
-    let none = lit(ScalarValue::Utf8(None)).alias("reloptions");
-    let columns = fields.fields().iter().map(|field| ident(field.name())).chain([none]);
+    let none = ["reloptions", "relacl"].map(|name| lit(ScalarValue::Utf8(None)).alias(name));
+    let columns = fields.fields().iter().map(|field| ident(field.name())).chain(none);
     let plan = LogicalPlanBuilder::scan("pg_class", provider_as_source(inner), None)?.project(columns)?.build()?;
     Ok(Arc::new(ViewTable::new(plan, None)))
 }
