@@ -9,11 +9,13 @@ use cloud_ingest::config::{DEFAULT_LANE, DoorName, ListenSettings, ReaderSetting
 use cloud_ingest::{Cloud, CloudHandle, Settings};
 use query::serve::tls::Incoming;
 use query::serve::{House, Reader, Readers};
-use query::{Engine, EngineSettings, LaneSettings, Scope};
+use query::engine::VIEWS_LANE;
+use query::{Engine, EngineSettings, LaneSettings, Scope, ViewSettings};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::embedded::{Embedded, Running};
+use crate::sink::NodeSink;
 use crate::tables::NodeTables;
 
 /// Arguments of `weir cloud`.
@@ -83,9 +85,12 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     }
     let (listen, limits) = (settings.listen.clone(), limits(&settings));
     let certificate = |door: DoorName| certificate(&listen, door);
+    let kept = views(&settings);
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
     let tables = Arc::new(NodeTables(cloud.catalogue()));
     let engine = Arc::new(Engine::new(tables, limits).context("start the engine")?);
+    let sink = Arc::new(NodeSink(cloud.writer()));
+    engine.keep_views(sink, kept, token.clone()).map_err(anyhow::Error::msg).context("start the views")?;
     let house =
         |door| anyhow::Ok(House { engine: Arc::clone(&engine), readers: readers.clone(), tls: certificate(door)? });
 
@@ -129,6 +134,7 @@ fn readers(settings: &Settings) -> anyhow::Result<Readers> {
             password: reader.password.clone(),
             scope: limited.then(|| Arc::new(scope)),
             lanes: reader.lanes.clone().into(),
+            views: reader.views,
         })
     };
     let readers = settings.reader.iter().map(reader).collect::<anyhow::Result<_>>()?;
@@ -154,6 +160,16 @@ fn limits(settings: &Settings) -> EngineSettings {
             threads: lane.threads.unwrap_or(usual.threads),
         }
     };
+    let views = &settings.views;
+    let lanes = lanes.into_iter().map(lane).chain([LaneSettings {
+        name: VIEWS_LANE.to_owned(),
+        running: views.running,
+        // Each view asks one question at a time.
+        waiting: views.max.max(views.running),
+        timeout: views.timeout.0,
+        memory_bytes_max: views.statement_bytes.bytes(),
+        threads: views.threads,
+    }]);
     EngineSettings {
         memory_bytes_max: of_all.max_bytes.bytes(),
         spill_bytes_max: of_all.spill_bytes.0,
@@ -163,7 +179,23 @@ fn limits(settings: &Settings) -> EngineSettings {
         gapfill_rows_max: of_all.gapfill_rows,
         latest_bytes_max: of_all.latest_memory.bytes(),
         recent_max: of_all.recent,
-        lanes: lanes.into_iter().map(lane).collect(),
+        lanes: lanes.collect(),
+    }
+}
+
+/// What views may take, and where their definitions are.
+fn views(settings: &Settings) -> ViewSettings {
+    let views = &settings.views;
+    ViewSettings {
+        kept: settings.data_dir.join("views"),
+        directory: views.directory.clone(),
+        pause: views.pause.0,
+        count_max: views.max,
+        definition_bytes_max: views.definition_bytes.bytes(),
+        answer_rows_max: views.answer_rows,
+        answer_bytes_max: views.answer_bytes.bytes(),
+        windows_max: views.windows,
+        record_every: views.record_every.0,
     }
 }
 

@@ -31,5 +31,6 @@ mod rules;
 mod s3;
 mod slt;
 mod sources;
+mod views;
 mod within;
 mod write;

@@ -18,8 +18,10 @@ use wire::{BATCH_BYTES_MAX, BATCH_DATES_MAX, BATCH_DECODED_BYTES_MAX, EdgeId};
 use crate::store::S3Settings;
 
 mod lake;
+mod views;
 
 pub use lake::{CompactSettings, Keep, KeepSettings, LakeSettings, StreamSettings};
+pub use views::ViewsSettings;
 
 /// Batches of doors that can be remembered: some 150 bytes each, in memory and on disk.
 const REPEATS_MAX: usize = 10_000_000;
@@ -46,6 +48,8 @@ pub struct Settings {
     pub write: WriteSettings,
     #[serde(default)]
     pub query: QuerySettings,
+    #[serde(default)]
+    pub views: ViewsSettings,
     #[serde(default)]
     pub lake: LakeSettings,
     #[serde(default)]
@@ -302,6 +306,8 @@ impl LaneSettings {
 
 /// There is always a lane of this name.
 pub const DEFAULT_LANE: &str = "default";
+/// The lane that views ask in.
+pub const VIEWS_LANE: &str = "views";
 
 /// One edge that may write.
 #[derive(Clone, Deserialize)]
@@ -330,6 +336,9 @@ pub struct ReaderSettings {
     /// The lanes that it may use, its own first; `default` when none is set.
     #[serde(default)]
     pub lanes: Vec<String>,
+    /// Whether it may make and drop views; not with a scope.
+    #[serde(default)]
+    pub views: bool,
 }
 
 impl fmt::Debug for ReaderSettings {
@@ -359,6 +368,7 @@ impl Settings {
 
     fn check(&self) -> Result<(), String> {
         self.check_lake()?;
+        self.views.check()?;
         let mut ids = HashSet::new();
         for edge in &self.edge {
             if !ids.insert(&edge.id) {
@@ -378,10 +388,17 @@ impl Settings {
         if let Some(reader) = self.reader.iter().find(|reader| reader.password.is_empty()) {
             return Err(format!("[[reader]] `{}` has an empty password", reader.name));
         }
+        let scoped = |reader: &&ReaderSettings| reader.edges.is_some() || reader.scope.is_some();
+        if let Some(reader) = self.reader.iter().find(|reader| reader.views && scoped(reader)) {
+            return Err(format!("[[reader]] `{}` has a scope, and a view shows everything: views = false", reader.name));
+        }
         let mut lanes = HashSet::new();
         for lane in &self.query.lane {
             if !lanes.insert(lane.name.as_str()) {
                 return Err(format!("[[query.lane]] `{}` is there twice", lane.name));
+            }
+            if lane.name == VIEWS_LANE {
+                return Err(format!("[[query.lane]] `{VIEWS_LANE}` is the lane of views: set it in [views]"));
             }
             if lane.running == 0 || lane.threads == Some(0) {
                 return Err(format!("[[query.lane]] `{}`: running and threads must be at least 1", lane.name));
@@ -496,6 +513,10 @@ mod tests {
         check("[listen.tls]\ncertificate = \"a\"\nkey = \"b\"\ndoors = [\"smtp\"]", "smtp");
         check("[[query.lane]]\nname = \"a\"\n[[query.lane]]\nname = \"a\"", "twice");
         check("[[query.lane]]\nname = \"a\"\nrunning = 0", "at least 1");
+        check("[[query.lane]]\nname = \"views\"", "the lane of views");
+        check("[views]\nthreads = 0", "at least 1");
+        check("[views]\nanswer_rows = 1", "at least 1000");
+        check("[[reader]]\nname = \"a\"\npassword = \"x\"\nedges = [\"b\"]\nviews = true", "shows everything");
         check("[[reader]]\nname = \"a\"\npassword = \"x\"\nlanes = [\"fast\"]", "no [[query.lane]] `fast`");
     }
 

@@ -40,13 +40,25 @@ pub struct Caller {
     scope: Option<Arc<Scope>>,
     lane: Arc<str>,
     lanes: Arc<[String]>,
+    may_define: bool,
 }
 
 impl Caller {
     /// A reader at a door. It runs in the first of its lanes; without a scope it sees every row.
     pub fn new(name: &str, door: Door, scope: Option<Arc<Scope>>, lanes: Arc<[String]>) -> Self {
         let lane = lanes.first().map_or(DEFAULT_LANE, String::as_str).into();
-        Self { name: name.into(), door, scope, lane, lanes }
+        Self { name: name.into(), door, scope, lane, lanes, may_define: false }
+    }
+
+    /// The same caller, who may define views, too, if this says so and it sees everything: a view shows rows of everybody.
+    #[must_use]
+    pub fn defining(self, may: bool) -> Self {
+        Self { may_define: may && self.scope.is_none(), ..self }
+    }
+
+    /// Whether it may make and drop views.
+    pub(crate) fn may_define(&self) -> bool {
+        self.may_define
     }
 
     /// The node itself: sees everything.

@@ -22,6 +22,7 @@ use crate::as_of::{self, AsOf};
 use crate::fused_table::LiveTable;
 use crate::references;
 use crate::system::SystemSchema;
+use crate::views::Views;
 
 /// Name of the one catalogue.
 pub const CATALOG: &str = "weir";
@@ -124,13 +125,14 @@ impl CatalogProvider for WeirCatalog {
 #[derive(Debug)]
 pub(crate) struct PublicSchema {
     pub(crate) tables: Arc<dyn Tables>,
+    pub(crate) views: Arc<Views>,
 }
 
 #[async_trait]
 impl SchemaProvider for PublicSchema {
     fn table_names(&self) -> Vec<String> {
         let streams = self.tables.streams();
-        let views = references::names(&streams);
+        let views = self.views.names(self.tables.as_ref()).into_iter().chain(references::names(&streams));
         streams.iter().map(ToString::to_string).chain(views).collect()
     }
 
@@ -145,8 +147,14 @@ impl SchemaProvider for PublicSchema {
                 let past = self.tables.cold_as_of(&stream, as_of).await;
                 LiveTable::past(past.map_err(|error| DataFusionError::External(Box::new(error)))?)
             }
-            (None, None) => return references::view(self.tables.as_ref(), name),
+            (None, None) => match self.views.table(self.tables.as_ref(), name)? {
+                Some(view) => return Ok(Some(view)),
+                None => return references::view(self.tables.as_ref(), name),
+            },
             (None, Some(_)) if self.table_exist(name) => {
+                if self.views.has(name) {
+                    return plan_err!("{name} is a view: what it showed when is in {name}_changes, by view_revision");
+                }
                 return plan_err!(
                     "{name} is a reference table: what held when is in its history, valid_from to valid_to"
                 );
@@ -158,7 +166,7 @@ impl SchemaProvider for PublicSchema {
 
     fn table_exist(&self, name: &str) -> bool {
         let (name, _) = as_of::parts(name);
-        is_table(self.tables.as_ref(), name)
+        self.views.has(name) || is_table(self.tables.as_ref(), name)
     }
 }
 

@@ -53,6 +53,12 @@ impl Position {
         Self { spools, version: cold.version, files_ms }
     }
 
+    /// This batch was read, and all of its spool before it.
+    pub(crate) fn cover(&mut self, spool: SpoolId, seq: Seq) {
+        let read = self.spools.entry(spool).or_default();
+        *read = seq.max(*read);
+    }
+
     /// Whether this batch was read.
     pub(crate) fn covers(&self, spool: SpoolId, seq: Seq) -> bool {
         self.spools.get(&spool).is_some_and(|read| seq <= *read)

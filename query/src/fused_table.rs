@@ -45,6 +45,7 @@ use crate::scope;
 use crate::scope::hidden::HiddenExec;
 use crate::statements::Statements;
 use crate::system::{self, Kind};
+use crate::views::Views;
 
 mod told;
 
@@ -86,6 +87,14 @@ impl LiveTable {
     /// The newest row of each device.
     pub(crate) fn latest(stream: StreamName, schema: SchemaRef, cache: Arc<LatestCache>) -> Self {
         Self { schema, asked: Asked::Latest(stream, cache) }
+    }
+
+    /// The stream that it stands for, when it shows all of it as it is now.
+    pub(crate) fn stream(&self) -> Option<&StreamName> {
+        match &self.asked {
+            Asked::Stream(stream) => Some(stream),
+            _ => None,
+        }
     }
 
     /// A table about the node itself.
@@ -172,6 +181,7 @@ impl Frozen {
 pub(crate) struct View<'a> {
     pub(crate) tables: &'a dyn Tables,
     pub(crate) statements: &'a Statements,
+    pub(crate) views: &'a Views,
     pub(crate) caller: &'a Caller,
 }
 
@@ -226,13 +236,23 @@ impl Pinned {
 /// Replaces every live table of a plan by one frozen state per stream, of which the caller sees what it may; and every
 /// table of the schema `system` by its rows. Called each time a statement is executed.
 pub(crate) async fn pin(plan: LogicalPlan, state: &SessionState, view: View<'_>) -> Result<LogicalPlan> {
+    pin_over(plan, state, view, HashMap::new()).await
+}
+
+/// As [`pin`], with the states of some streams frozen before.
+pub(crate) async fn pin_over(
+    plan: LogicalPlan,
+    state: &SessionState,
+    view: View<'_>,
+    streams: HashMap<StreamName, Arc<Frozen>>,
+) -> Result<LogicalPlan> {
     let told = matches!(plan, LogicalPlan::Explain(_) | LogicalPlan::Analyze(_));
     let mut providers = Vec::new();
     plan.apply_with_subqueries(|node| {
         providers.extend(provider(node));
         Ok(TreeNodeRecursion::Continue)
     })?;
-    let mut pinned = Pinned::default();
+    let mut pinned = Pinned { streams, ..Pinned::default() };
     for live in providers.iter().filter_map(|provider| provider.downcast_ref::<LiveTable>()) {
         pinned.add(&live.asked, view).await?;
     }

@@ -25,6 +25,7 @@ pub mod sink;
 pub mod statements;
 mod system;
 mod uncounted;
+pub mod views;
 
 pub use as_of::AsOf;
 pub use caller::{Caller, Door};
@@ -34,3 +35,4 @@ pub use follow::Position;
 pub use lanes::LaneSettings;
 pub use scope::Scope;
 pub use sink::{Sink, SinkError};
+pub use views::ViewSettings;

@@ -39,6 +39,8 @@ pub struct Reader {
     pub scope: Option<Arc<Scope>>,
     /// The lanes that it may use, its own first.
     pub lanes: Arc<[String]>,
+    /// Whether it may make and drop views.
+    pub views: bool,
 }
 
 impl std::fmt::Debug for Reader {
@@ -50,7 +52,7 @@ impl std::fmt::Debug for Reader {
 impl Reader {
     /// This reader at a door.
     pub fn at(&self, door: Door) -> Caller {
-        Caller::new(&self.name, door, self.scope.clone(), Arc::clone(&self.lanes))
+        Caller::new(&self.name, door, self.scope.clone(), Arc::clone(&self.lanes)).defining(self.views)
     }
 }
 
@@ -86,6 +88,6 @@ impl Readers {
     /// A caller without a name: when no reader is set, and it is on this machine.
     pub fn accept_unnamed(&self, peer: IpAddr, door: Door) -> Option<Caller> {
         let local = !self.are_set() && peer.to_canonical().is_loopback();
-        local.then(|| Caller::new(UNNAMED, door, None, Arc::clone(&self.lanes)))
+        local.then(|| Caller::new(UNNAMED, door, None, Arc::clone(&self.lanes)).defining(true))
     }
 }

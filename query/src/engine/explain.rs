@@ -18,6 +18,8 @@ pub enum QueryError {
     UnknownColumn { message: String, hint: Option<String> },
     #[error("Weir answers questions only: {message}")]
     ReadOnly { message: String },
+    #[error("{message}")]
+    Forbidden { message: String },
     #[error("the statement ran longer than {}", humane(*limit))]
     Timeout { limit: Duration },
     #[error("the statement needs more memory than is set aside: {message}")]

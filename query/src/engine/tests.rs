@@ -321,7 +321,8 @@ async fn filters_and_columns_hold_on_both_halves() {
 async fn files(engine: &Engine, sql: &str) -> usize {
     let prepared = engine.prepare(&begin(engine).await, sql, None).await.unwrap();
     let (state, caller) = (engine.session().state(), Caller::node());
-    let view = View { tables: engine.tables().as_ref(), statements: &engine.statements, caller: &caller };
+    let (tables, views) = (engine.tables().as_ref(), engine.views.as_ref());
+    let view = View { tables, statements: &engine.statements, views, caller: &caller };
     let pinned = pin(LogicalPlan::clone(prepared.plan()), &state, view).await.unwrap();
     let mut plans = vec![state.create_physical_plan(&pinned).await.unwrap()];
     let mut files = 0;

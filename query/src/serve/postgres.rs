@@ -103,6 +103,7 @@ fn sql_error(error: &QueryError) -> PgWireError {
         QueryError::UnknownTable { .. } => "42P01",
         QueryError::UnknownColumn { .. } => "42703",
         QueryError::ReadOnly { .. } => "25006",
+        QueryError::Forbidden { .. } => "42501",
         QueryError::Timeout { .. } | QueryError::Cancelled => "57014",
         QueryError::Memory { .. } => "53200",
         QueryError::Busy { .. } => "53300",

@@ -29,7 +29,7 @@ pub(super) fn status(error: &QueryError) -> Status {
     match error {
         QueryError::UnknownTable { .. } | QueryError::UnknownColumn { .. } => Status::not_found(text),
         QueryError::Syntax { .. } | QueryError::Invalid { .. } => Status::invalid_argument(text),
-        QueryError::ReadOnly { .. } => Status::permission_denied(text),
+        QueryError::ReadOnly { .. } | QueryError::Forbidden { .. } => Status::permission_denied(text),
         QueryError::Timeout { .. } => Status::deadline_exceeded(text),
         QueryError::Cancelled => Status::cancelled(text),
         QueryError::Memory { .. } | QueryError::TooMuch { .. } | QueryError::Busy { .. } => {

@@ -137,6 +137,7 @@ async fn a_reader_proves_itself_and_sees_its_scope() {
     let scope = Scope::new(Some(vec!["gw-*".to_owned()]), None).unwrap();
     let reader = |name: &str, scope: Option<Scope>| Reader {
         name: name.to_owned(),
+        views: false,
         password: "right".to_owned(),
         scope: scope.map(Arc::new),
         lanes: Arc::new([]),
