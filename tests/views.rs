@@ -81,7 +81,8 @@ async fn views_equal_their_questions_when_the_cloud_is_killed() {
     // Closes all windows before it.
     let last = next + 60_000;
     deliver(&mut cloud, &mut chain, last, 1).await;
-    let open = format!("SELECT * FROM ({BY_SECOND}) AS q WHERE b < (SELECT time_bucket('1 second', max(ts)) FROM load)");
+    let open =
+        format!("SELECT * FROM ({BY_SECOND}) AS q WHERE b < (SELECT time_bucket('1 second', max(ts)) FROM load)");
     equals(&cloud, "SELECT * FROM by_second", &open).await;
     equals(&cloud, "SELECT * FROM odd", ODD).await;
     // Nobody was told the same revision of a window twice, and no row of the other twice.

@@ -390,7 +390,10 @@ impl Settings {
         }
         let scoped = |reader: &&ReaderSettings| reader.edges.is_some() || reader.scope.is_some();
         if let Some(reader) = self.reader.iter().find(|reader| reader.views && scoped(reader)) {
-            return Err(format!("[[reader]] `{}` has a scope, and a view shows everything: views = false", reader.name));
+            return Err(format!(
+                "[[reader]] `{}` has a scope, and a view shows everything: views = false",
+                reader.name
+            ));
         }
         let mut lanes = HashSet::new();
         for lane in &self.query.lane {

@@ -260,11 +260,11 @@ impl Engine {
         };
         let command = command.filter(|command| *command != Command::Show).map(Arc::new);
         let sql = syntax::words(&dialect, &sql).unwrap_or(sql);
-        let (state, tables) = (self.session().state(), Arc::clone(&self.tables));
+        let (state, tables, views) = (self.session().state(), Arc::clone(&self.tables), Arc::clone(&self.views));
         let parse = move || {
             let dialect = state.config().options().sql_parser.dialect;
             let mut statement = state.sql_to_statement(&sql, &dialect)?;
-            as_of::apply(&mut statement, whole, &|name| is_table(tables.as_ref(), name))?;
+            as_of::apply(&mut statement, whole, &|name| views.has(name) || is_table(tables.as_ref(), name))?;
             Ok((state, statement))
         };
         let prepared = self.plan(running, parse).await?;

@@ -252,7 +252,8 @@ impl Views {
             return Ok(());
         }
         if !caller.may_define() {
-            let message = format!("`{}` may ask and not define views: set views = true for this [[reader]]", caller.name());
+            let message =
+                format!("`{}` may ask and not define views: set views = true for this [[reader]]", caller.name());
             return Err(QueryError::Forbidden { message });
         }
         let running = self.running.get().ok_or_else(|| refused("this node keeps no views"))?;
@@ -276,7 +277,8 @@ impl Views {
             return if if_not_exists { Ok(()) } else { Err(refused(format!("view {name} is there already"))) };
         }
         let tables = engine.tables().as_ref();
-        let is_taken = tables.cold(name).is_some() || references::view(tables, name.as_str()).is_ok_and(|view| view.is_some());
+        let is_taken =
+            tables.cold(name).is_some() || references::view(tables, name.as_str()).is_ok_and(|view| view.is_some());
         if is_taken {
             return Err(refused(format!("{name} is a table already: choose another name")));
         }
@@ -285,7 +287,9 @@ impl Views {
         }
         if definition.text.len() > settings.definition_bytes_max {
             let max = settings.definition_bytes_max;
-            return Err(refused(format!("the definition has more than {max} bytes, which [views] definition_bytes allows")));
+            return Err(refused(format!(
+                "the definition has more than {max} bytes, which [views] definition_bytes allows"
+            )));
         }
         let view = self.plan(&engine, definition).await?;
         let failed = |message: String| QueryError::Failed { message };
@@ -321,9 +325,9 @@ impl Views {
             return Err(refused(format!("view {name} stands in a file of [views] directory: remove it there")));
         }
         let others = self.all();
-        let over = others.iter().find(|other| {
-            other.view.get().is_some_and(|view| view.shape.views.values().any(|source| source == name))
-        });
+        let over = others
+            .iter()
+            .find(|other| other.view.get().is_some_and(|view| view.shape.views.values().any(|source| source == name)));
         if let Some(over) = over {
             return Err(refused(format!("view {} reads {name}: drop it first", over.definition.name)));
         }
@@ -339,7 +343,12 @@ impl Views {
         Ok(())
     }
 
-    async fn open(self: &Arc<Self>, running: &Running, engine: &Arc<Engine>, view: &Arc<View>) -> Result<Runner, ViewError> {
+    async fn open(
+        self: &Arc<Self>,
+        running: &Running,
+        engine: &Arc<Engine>,
+        view: &Arc<View>,
+    ) -> Result<Runner, ViewError> {
         let settings = &running.settings;
         let limits = RunLimits {
             rows_max: settings.answer_rows_max,

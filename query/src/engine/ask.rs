@@ -69,7 +69,8 @@ impl Engine {
         // Many times a second: not for the list of what people asked.
         running.planned();
         let (session, tables) = (self.session().clone(), Arc::clone(&self.tables));
-        let (statements, views, pool) = (Arc::clone(&self.statements), Arc::clone(&self.views), Arc::clone(running.pool()));
+        let (statements, views, pool) =
+            (Arc::clone(&self.statements), Arc::clone(&self.views), Arc::clone(running.pool()));
         let work = async move {
             let state = session.state();
             let (tables, views) = (tables.as_ref(), views.as_ref());

@@ -16,14 +16,14 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Float64Type, TimestampMicrosecondType};
 use arrow_array::{
     Array, ArrayRef, BooleanArray, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
     new_null_array,
 };
-use arrow_array::cast::AsArray;
-use arrow_array::types::{Float64Type, TimestampMicrosecondType};
 use arrow_cast::{CastOptions, cast_with_options};
-use arrow_schema::{ArrowError, DataType, Field, Schema, SchemaRef, TimeUnit};
+use arrow_schema::{ArrowError, DataType, Schema, SchemaRef, TimeUnit};
 use datafusion::catalog::TableProvider;
 use datafusion::catalog::view::ViewTable;
 use datafusion::common::{Result, plan_err};
@@ -90,7 +90,9 @@ impl Columns {
         for (index, field) in schema.fields().iter().enumerate() {
             let name = field.name();
             if name.starts_with(OWN) {
-                return plan_err!("column {name}: names that begin with {OWN} are Weir's own; call it otherwise with AS");
+                return plan_err!(
+                    "column {name}: names that begin with {OWN} are Weir's own; call it otherwise with AS"
+                );
             }
             let Some(kind) = stored_kind(field.data_type()) else {
                 return plan_err!(
@@ -199,13 +201,6 @@ impl Columns {
             shown(col(column.stored.as_str())).alias(column.name.clone())
         });
         shown.project(columns.collect::<Vec<_>>())?.build()
-    }
-
-    /// What the view shows while its stream has no table yet.
-    pub(crate) fn nothing(&self) -> Result<Arc<dyn TableProvider>> {
-        let fields = self.columns.iter().map(|column| Field::new(&column.name, column.kind.clone(), true));
-        let schema: SchemaRef = Arc::new(Schema::new(fields.collect::<Vec<_>>()));
-        Ok(Arc::new(datafusion::catalog::MemTable::try_new(schema, vec![Vec::new()])?))
     }
 }
 

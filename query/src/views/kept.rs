@@ -85,7 +85,9 @@ mod tests {
         let directory = std::env::temp_dir().join(format!("weir-views-{:032x}", rand::random::<u128>())).join("views");
         assert_eq!(load(&directory).unwrap(), []);
         let text = "CREATE MATERIALIZED VIEW b WITH (lateness = '5m') AS SELECT ts FROM traffic";
-        let Some(Command::Create { definition, .. }) = Command::parse(&GenericDialect {}, text).unwrap() else { panic!() };
+        let Some(Command::Create { definition, .. }) = Command::parse(&GenericDialect {}, text).unwrap() else {
+            panic!()
+        };
         save(&directory, &definition).unwrap();
         save(&directory, &definition).unwrap();
         fs::write(directory.join("a.tmp"), "half of").unwrap();

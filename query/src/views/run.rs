@@ -13,9 +13,9 @@ use arrow_array::cast::AsArray;
 use arrow_array::types::TimestampMicrosecondType;
 use arrow_array::{Array, RecordBatch};
 use arrow_schema::SchemaRef;
+use datafusion::datasource::provider_as_source;
 use datafusion::logical_expr::LogicalPlanBuilder;
 use datafusion::prelude::{col, lit};
-use datafusion::datasource::provider_as_source;
 use futures::TryStreamExt;
 use wire::StreamName;
 use wire::ids::OWN_EDGE;
@@ -127,7 +127,10 @@ pub(crate) struct Runner {
 
 impl std::fmt::Debug for Runner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Runner").field("view", &self.view.definition.name).field("state", &self.state).finish_non_exhaustive()
+        f.debug_struct("Runner")
+            .field("view", &self.view.definition.name)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
     }
 }
 
@@ -288,7 +291,8 @@ impl Runner {
 
     fn tell(&mut self, seen: &Seen) {
         let settled = self.state.settled();
-        let (first, end) = seen.span.map_or((0, 0), |(first, last)| (self.state.window(first).0, last.saturating_add(1)));
+        let (first, end) =
+            seen.span.map_or((0, 0), |(first, last)| (self.state.window(first).0, last.saturating_add(1)));
         let (live, past) = self.state.left();
         let (live, past) = (live.within(first, end), past.within(first, end));
         let ends = past.first().zip(past.iter().next_back()).map(|((from, _), (_, to))| (from, to));
@@ -348,7 +352,8 @@ fn span(frozen: &Frozen) -> Option<(i64, i64)> {
 /// Whether a row of a view's stream is a row of its results, and not only a record.
 fn is_result(rows: &RecordBatch, row: usize) -> bool {
     let of_window = rows.column_by_name(WINDOW).is_some_and(|window| window.is_valid(row));
-    let of_rows = || rows.column_by_name(EMPTY).and_then(|empty| empty.as_boolean_opt()).is_some_and(|empty| !empty.value(row));
+    let of_rows =
+        || rows.column_by_name(EMPTY).and_then(|empty| empty.as_boolean_opt()).is_some_and(|empty| !empty.value(row));
     of_window || of_rows()
 }
 

@@ -16,7 +16,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
 use datafusion::common::{DFSchema, DataFusionError, Result, plan_err};
 use datafusion::datasource::source_as_provider;
-use datafusion::logical_expr::{Aggregate, Distinct, Expr, LogicalPlan, Union, Volatility, Window, WindowFunctionDefinition};
+use datafusion::logical_expr::{
+    Aggregate, Distinct, Expr, LogicalPlan, Union, Volatility, Window, WindowFunctionDefinition,
+};
 use wire::StreamName;
 use wire::schema::TS;
 
@@ -175,10 +177,16 @@ impl Found<'_> {
                 join::flow(join, left, right)
             }
             LogicalPlan::Union(union) => self.union(union),
-            LogicalPlan::Sort(_) => plan_err!("a view has no order: leave out ORDER BY, and say it where you ask the view"),
-            LogicalPlan::Limit(_) => plan_err!("a view has no LIMIT: which rows are first changes with every row that comes"),
+            LogicalPlan::Sort(_) => {
+                plan_err!("a view has no order: leave out ORDER BY, and say it where you ask the view")
+            }
+            LogicalPlan::Limit(_) => {
+                plan_err!("a view has no LIMIT: which rows are first changes with every row that comes")
+            }
             LogicalPlan::EmptyRelation(_) | LogicalPlan::Values(_) => {
-                plan_err!("a view follows a stream: constants in place of a table are not joined; write them as conditions")
+                plan_err!(
+                    "a view follows a stream: constants in place of a table are not joined; write them as conditions"
+                )
             }
             LogicalPlan::Extension(extension) => {
                 let name = extension.node.name();
@@ -290,7 +298,9 @@ impl Flow {
             for (index, expr) in columns.iter().enumerate().filter(|(index, _)| Some(*index) != to) {
                 check(expr, self, schema)?;
                 if history.to.is_some_and(|to| mentions(expr, schema, to)) {
-                    return plan_err!("valid_to of a reference table changes afterwards: use it in the join only, column {index}");
+                    return plan_err!(
+                        "valid_to of a reference table changes afterwards: use it in the join only, column {index}"
+                    );
                 }
             }
             return Ok(next);
@@ -313,7 +323,9 @@ impl Flow {
             return plan_err!("a reference table is joined by event time before anything is counted of it");
         }
         if aggregate.group_expr.iter().any(|expr| matches!(expr, Expr::GroupingSet(_))) {
-            return plan_err!("ROLLUP, CUBE and GROUPING SETS have rows without a window: make a view for each of them");
+            return plan_err!(
+                "ROLLUP, CUBE and GROUPING SETS have rows without a window: make a view for each of them"
+            );
         }
         for expr in &aggregate.aggr_expr {
             check(expr, self, schema)?;
@@ -396,7 +408,9 @@ fn check(expr: &Expr, flow: &Flow, schema: &DFSchema) -> Result<()> {
                 (volatility != Volatility::Immutable).then(|| function.fun.name().to_owned())
             }
             Expr::ScalarSubquery(_) | Expr::Exists(_) | Expr::InSubquery(_) | Expr::SetComparison(_) => {
-                return plan_err!("a question within a question has rows of all times: write it as a join on the window");
+                return plan_err!(
+                    "a question within a question has rows of all times: write it as a join on the window"
+                );
             }
             Expr::OuterReferenceColumn(..) => {
                 return plan_err!("a LATERAL join has rows of all times: write it as a join on the window");
@@ -411,6 +425,3 @@ fn check(expr: &Expr, flow: &Flow, schema: &DFSchema) -> Result<()> {
     })?;
     Ok(())
 }
-
-#[cfg(test)]
-mod tests;

@@ -5,7 +5,7 @@
 //! reflected, but for those whose times lie in `live` or `past`. So after a restart the newest record and the rows behind
 //! it are all that is needed; what was emitted after the record is asked again, found equal, and not emitted twice.
 //!
-//! As JSON: `{"view": id of the question, "round": n, "watermark": µs or null, "sources": {stream: {spool: seq}},
+//! As JSON: `{"view": id of the question, "round": n, "watermark": µs or null, "sources": {stream: position},
 //! "base": {…}, "live": [[from, to], …], "past": [[from, to], …]}`. `live` is what new rows touched, `past` history that
 //! was not asked yet and what a back-dated revision of a reference table touched; `base` is where a view of single rows
 //! began, as long as its `past` is not empty.

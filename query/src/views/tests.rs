@@ -19,6 +19,7 @@ use crate::engine::{Engine, EngineSettings, States};
 use crate::lanes::LaneSettings;
 
 mod city;
+mod statements;
 mod words;
 
 use city::{City, Row};
@@ -329,10 +330,16 @@ async fn what_cannot_be_kept_is_refused_with_the_reason() {
         ("SELECT device, speed FROM traffic", "add `ts`"),
         ("SELECT max(speed) AS m FROM traffic GROUP BY time_bucket('5 minutes', ts)", "must tell the window"),
         ("SELECT ts, now() AS n FROM traffic", "another answer each time"),
-        ("SELECT time_bucket('5 minutes', ts) AS b, random() AS n FROM traffic GROUP BY 1, 2", "another answer each time"),
+        (
+            "SELECT time_bucket('5 minutes', ts) AS b, random() AS n FROM traffic GROUP BY 1, 2",
+            "another answer each time",
+        ),
         ("SELECT ts, speed FROM traffic ORDER BY ts", "no order"),
         ("SELECT ts, speed FROM traffic LIMIT 5", "no LIMIT"),
-        ("SELECT t.ts, t.speed, w.temperature FROM traffic t JOIN weather w ON w.device = t.device", "rows of all times"),
+        (
+            "SELECT t.ts, t.speed, w.temperature FROM traffic t JOIN weather w ON w.device = t.device",
+            "rows of all times",
+        ),
         (
             "SELECT a.b, a.n FROM (SELECT time_bucket('5 minutes', ts) AS b, count(*) AS n FROM traffic GROUP BY 1) a \
              JOIN (SELECT time_bucket('1 minute', ts) AS b, count(*) AS n FROM weather GROUP BY 1) c ON a.b = c.b",
@@ -341,9 +348,15 @@ async fn what_cannot_be_kept_is_refused_with_the_reason() {
         ("SELECT ts, speed - (SELECT avg(speed) FROM traffic) AS d FROM traffic", "question within a question"),
         ("SELECT ts, speed FROM traffic WHERE device IN (SELECT device FROM weather)", "question within a question"),
         ("SELECT ts, speed, avg(speed) OVER (PARTITION BY device ORDER BY ts) AS a FROM traffic", "rows of all times"),
-        ("SELECT time_bucket('5 minutes', ts) AS b, device, count(*) AS n FROM traffic GROUP BY ROLLUP (1, 2)", "ROLLUP"),
+        (
+            "SELECT time_bucket('5 minutes', ts) AS b, device, count(*) AS n FROM traffic GROUP BY ROLLUP (1, 2)",
+            "ROLLUP",
+        ),
         ("SELECT time_bucket('5 minutes', ts) AS b, array_agg(road) AS l FROM traffic GROUP BY 1", "order of rows"),
-        ("SELECT time_bucket('5 minutes', ts) AS b, array_agg(road ORDER BY ts) AS l FROM traffic GROUP BY 1", "no stream can store"),
+        (
+            "SELECT time_bucket('5 minutes', ts) AS b, array_agg(road ORDER BY ts) AS l FROM traffic GROUP BY 1",
+            "no stream can store",
+        ),
         ("SELECT time_bucket('5 minutes', ts) AS view_b, count(*) AS n FROM traffic GROUP BY 1", "Weir's own"),
         ("SELECT 1 AS one", "follows a stream"),
         ("SELECT name FROM system.streams", "cannot be followed"),

@@ -199,7 +199,8 @@ impl Statements {
             }
             Asked::Command { prepared, text, tag } => {
                 let running = session.begin(&self.engine, text).await?;
-                let mut rows = self.engine.execute(&running, prepared, None).await.map_err(|error| sql_error(&error))?;
+                let mut rows =
+                    self.engine.execute(&running, prepared, None).await.map_err(|error| sql_error(&error))?;
                 while let Some(batch) = rows.next().await {
                     batch.map_err(|error| sql_error(&self.engine.explain(error)))?;
                 }
@@ -492,7 +493,12 @@ impl QueryParser for Parser {
                 arrow_schema_to_pg_fields(prepared.plan().schema().as_arrow(), format, None)
             }
             Asked::Setting { name, .. } => Ok(vec![setting_field(name, format.format_for(0))]),
-            Asked::Command { .. } | Asked::Copy { .. } | Asked::Lane(_) | Asked::Done(_) | Asked::Begin | Asked::End(_) => Ok(Vec::new()),
+            Asked::Command { .. }
+            | Asked::Copy { .. }
+            | Asked::Lane(_)
+            | Asked::Done(_)
+            | Asked::Begin
+            | Asked::End(_) => Ok(Vec::new()),
         }
     }
 }

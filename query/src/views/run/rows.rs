@@ -97,13 +97,7 @@ impl Runner {
     }
 
     /// A piece of what was there when the view began.
-    async fn past(
-        &mut self,
-        stream: &StreamName,
-        past: &Intervals,
-        seen: &Seen,
-        now_us: i64,
-    ) -> Result<(), ViewError> {
+    async fn past(&mut self, stream: &StreamName, past: &Intervals, seen: &Seen, now_us: i64) -> Result<(), ViewError> {
         let mut piece = self.state.first_of(past, self.piece);
         let began = Instant::now();
         let rows = loop {
@@ -214,7 +208,8 @@ impl Runner {
 fn origins(rows: &RecordBatch) -> Result<Vec<(SpoolId, Seq)>, ViewError> {
     let lacking = || ViewError::Stuck("rows that do not say where they come from".to_owned());
     let spools = rows.column_by_name(SPOOL).and_then(|column| column.as_string_opt::<i32>()).ok_or_else(lacking)?;
-    let seqs = rows.column_by_name(SEQ).and_then(|column| column.as_primitive_opt::<Int64Type>()).ok_or_else(lacking)?;
+    let seqs =
+        rows.column_by_name(SEQ).and_then(|column| column.as_primitive_opt::<Int64Type>()).ok_or_else(lacking)?;
     let mut last: Option<(&str, SpoolId)> = None;
     let mut origins = Vec::with_capacity(rows.num_rows());
     for row in 0..rows.num_rows() {

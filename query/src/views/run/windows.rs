@@ -168,9 +168,11 @@ impl Runner {
         let mut windows: BTreeMap<i64, Option<Vec<ArrayRef>>> = BTreeMap::new();
         let Some(first) = answer.first() else { return Ok(windows) };
         let rows = arrow_select::concat::concat_batches(&first.schema(), answer).map_err(ViewError::table)?;
-        let stored = self.view.columns.stored(&rows).map_err(|error| {
-            ViewError::Stuck(format!("a value that no stream can store: {error}"))
-        })?;
+        let stored = self
+            .view
+            .columns
+            .stored(&rows)
+            .map_err(|error| ViewError::Stuck(format!("a value that no stream can store: {error}")))?;
         let starts = columns::times(&stored[self.view.columns.time()])
             .filter(|starts| starts.null_count() == 0)
             .ok_or_else(|| ViewError::Stuck("a row without a window".to_owned()))?;
@@ -180,7 +182,9 @@ impl Runner {
         }
         for (start, rows) in indices {
             if self.state.window(start).0 != start {
-                return Err(ViewError::Stuck(format!("a row of a window that begins at {start} µs, where none begins")));
+                return Err(ViewError::Stuck(format!(
+                    "a row of a window that begins at {start} µs, where none begins"
+                )));
             }
             if !piece.contains(start) {
                 continue;
@@ -216,7 +220,8 @@ impl Runner {
             let column = |name: &str| rows.column_by_name(name).ok_or_else(|| ViewError::Stuck(format!("no {name}")));
             let revisions = column(REVISION)?.as_primitive::<Int64Type>().clone();
             let empty = column(EMPTY)?.as_boolean().clone();
-            let stored = view.columns.stored_names().map(|name| column(name).cloned()).collect::<Result<Vec<_>, _>>()?;
+            let stored =
+                view.columns.stored_names().map(|name| column(name).cloned()).collect::<Result<Vec<_>, _>>()?;
             for (row, start) in times(rows).enumerate().filter(|(_, start)| windows.contains(*start)) {
                 let revision = revisions.value(row);
                 let last = told.entry(start).or_insert(Told { revision, digest: None });

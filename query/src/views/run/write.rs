@@ -125,7 +125,12 @@ impl Runner {
     /// Writes down where the view is, though nothing was emitted.
     pub(super) async fn note(&mut self, now_us: i64) -> Result<(), ViewError> {
         let record = self.state.record();
-        let row = Book { ts: self.state.watermark().unwrap_or(now_us).max(TS_MIN_US), empty: true, position: Some(text(&record)?), ..Book::default() };
+        let row = Book {
+            ts: self.state.watermark().unwrap_or(now_us).max(TS_MIN_US),
+            empty: true,
+            position: Some(text(&record)?),
+            ..Book::default()
+        };
         let columns = &self.view.columns;
         let rows = columns.rows(&columns.nulls(1), &[row]).map_err(ViewError::table);
         self.append(rows).await?;

@@ -132,13 +132,11 @@ fn reference(join: &Join, mut stream: Flow, history: History, right: bool) -> Re
     let History { from: Some(from), to: Some(to) } = history else { return plan_err!("{BY_TIME}") };
     let (of_stream, of_history) =
         if right { (join.left.schema(), join.right.schema()) } else { (join.right.schema(), join.left.schema()) };
-    let is = |expr: &Expr, index: usize| {
-        matches!(expr, Expr::Column(column) if resolves(column, of_history, of_stream) == Some(index))
-    };
+    let is = |expr: &Expr, index: usize| matches!(expr, Expr::Column(column) if resolves(column, of_history, of_stream) == Some(index));
     let time = |expr: &Expr| match expr {
-        Expr::Column(column) => of_stream.maybe_index_of_column(column).filter(|index| {
-            stream.times.contains(index) || stream.windows.iter().any(|(window, _)| window == index)
-        }),
+        Expr::Column(column) => of_stream
+            .maybe_index_of_column(column)
+            .filter(|index| stream.times.contains(index) || stream.windows.iter().any(|(window, _)| window == index)),
         _ => None,
     };
     let (mut since, mut until) = (None, None);
@@ -168,12 +166,12 @@ fn reference(join: &Join, mut stream: Flow, history: History, right: bool) -> Re
             return plan_err!("{BY_TIME}; and nothing else of valid_to");
         }
     }
-    let equal_ends = join.on.iter().any(|(left, on_right)| mentions(if right { on_right } else { left }, of_history, to));
+    let equal_ends =
+        join.on.iter().any(|(left, on_right)| mentions(if right { on_right } else { left }, of_history, to));
     if since.is_none() || since != until || equal_ends {
         return plan_err!("{BY_TIME}");
     }
-    let (by_stream, by_history) =
-        if right { (0, of_stream.fields().len()) } else { (of_history.fields().len(), 0) };
+    let (by_stream, by_history) = if right { (0, of_stream.fields().len()) } else { (of_history.fields().len(), 0) };
     stream.times = stream.times.into_iter().map(|index| index + by_stream).collect();
     stream.windows.iter_mut().for_each(|(index, _)| *index += by_stream);
     stream.hidden = stream.hidden.into_iter().map(|index| index + by_stream).collect();

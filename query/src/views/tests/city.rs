@@ -7,8 +7,8 @@ use std::sync::Arc;
 use arrow_array::cast::AsArray;
 use arrow_array::types::TimestampMicrosecondType;
 use arrow_array::{
-    ArrayRef, Date32Array, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray,
-    UInt32Array, new_null_array,
+    ArrayRef, Date32Array, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray, UInt32Array,
+    new_null_array,
 };
 use arrow_schema::{Schema, SchemaRef};
 use arrow_select::concat::concat_batches;
@@ -113,13 +113,44 @@ impl City {
     pub(super) fn arrive(&self, stream: &StreamName, edge: u8, rows: &[Row], watermark: Option<i64>, now: i64) {
         let schema = self.schema(stream).unwrap();
         let columns: Vec<(&str, ArrayRef)> = vec![
-            (TS, Arc::new(TimestampMicrosecondArray::from_iter_values(rows.iter().map(|row| row.ts)).with_timezone("UTC"))),
+            (
+                TS,
+                Arc::new(
+                    TimestampMicrosecondArray::from_iter_values(rows.iter().map(|row| row.ts)).with_timezone("UTC"),
+                ),
+            ),
             ("device", Arc::new(StringArray::from_iter_values(rows.iter().map(|row| &row.device)))),
             ("speed", Arc::new(Float64Array::from_iter_values(rows.iter().map(|row| row.value)))),
             ("temperature", Arc::new(Float64Array::from_iter_values(rows.iter().map(|row| row.value)))),
             ("road", Arc::new(rows.iter().map(|row| row.text.as_deref()).collect::<StringArray>())),
         ];
-        self.append(stream, &schema, &columns, rows.len(), (&format!("gw-{edge}"), SpoolId([edge + 1; 16])), (watermark, now));
+        self.append(
+            stream,
+            &schema,
+            &columns,
+            rows.len(),
+            (&format!("gw-{edge}"), SpoolId([edge + 1; 16])),
+            (watermark, now),
+        );
+    }
+
+    /// A revision of the reference table `sensors`.
+    pub(super) fn revise(&self, device: &str, most: f64, valid_from: Option<i64>) {
+        let stream = "sensors_revisions".parse().unwrap();
+        let schema = self.schema(&stream).unwrap();
+        let from = [valid_from].into_iter().collect::<TimestampMicrosecondArray>().with_timezone("UTC");
+        let columns: Vec<(&str, ArrayRef)> = vec![
+            (TS, Arc::new(TimestampMicrosecondArray::from(vec![super::START]).with_timezone("UTC"))),
+            ("device", Arc::new(StringArray::from(vec![device]))),
+            ("valid_from", Arc::new(from)),
+            ("most", Arc::new(Float64Array::from(vec![most]))),
+        ];
+        self.append(&stream, &schema, &columns, 1, ("gw-9", SpoolId([99; 16])), (None, 0));
+    }
+
+    /// Tells of every change.
+    pub(super) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
     }
 
     fn append(
@@ -140,18 +171,22 @@ impl City {
         let table = tables.get_mut(stream).unwrap();
         let seq = table.last.get(&spool).copied().unwrap_or_default().next();
         table.last.insert(spool, seq);
-        let ts = columns.iter().find(|(name, _)| *name == TS).unwrap().1.as_primitive::<TimestampMicrosecondType>().clone();
-        let values = schema.fields().iter().map(|field| match field.name().as_str() {
-            EDGE => Arc::new(StringArray::from_iter_values(vec![edge; rows])) as ArrayRef,
-            SPOOL => Arc::new(StringArray::from_iter_values(vec![spool.to_string(); rows])),
-            SEQ => Arc::new(Int64Array::from_value(seq.0 as i64, rows)),
-            RECEIVED_AT => Arc::new(TimestampMicrosecondArray::from_value(received_at, rows).with_timezone("UTC")),
-            DATE => Arc::new(ts.unary::<_, arrow_array::types::Date32Type>(|us| us.div_euclid(DAY_US) as i32) as Date32Array),
-            name => columns
-                .iter()
-                .find(|(known, _)| *known == name)
-                .map_or_else(|| new_null_array(field.data_type(), rows), |(_, column)| Arc::clone(column)),
-        });
+        let ts =
+            columns.iter().find(|(name, _)| *name == TS).unwrap().1.as_primitive::<TimestampMicrosecondType>().clone();
+        let values =
+            schema.fields().iter().map(|field| match field.name().as_str() {
+                EDGE => Arc::new(StringArray::from_iter_values(vec![edge; rows])) as ArrayRef,
+                SPOOL => Arc::new(StringArray::from_iter_values(vec![spool.to_string(); rows])),
+                SEQ => Arc::new(Int64Array::from_value(seq.0 as i64, rows)),
+                RECEIVED_AT => Arc::new(TimestampMicrosecondArray::from_value(received_at, rows).with_timezone("UTC")),
+                DATE => Arc::new(
+                    ts.unary::<_, arrow_array::types::Date32Type>(|us| us.div_euclid(DAY_US) as i32) as Date32Array
+                ),
+                name => columns
+                    .iter()
+                    .find(|(known, _)| *known == name)
+                    .map_or_else(|| new_null_array(field.data_type(), rows), |(_, column)| Arc::clone(column)),
+            });
         let batch = RecordBatch::try_new(Arc::clone(schema), values.collect()).unwrap();
         table.hot.push((spool, seq, batch));
         let fact = table.facts.entry(spool).or_insert_with(|| SpoolFacts {
@@ -219,7 +254,8 @@ impl City {
         for (row, ts) in ts.values().iter().enumerate() {
             dates.entry(ts.div_euclid(DAY_US) as i32).or_default().push(row as u32);
         }
-        let stored: Vec<usize> = (0..rows.num_columns()).filter(|index| table.schema.field(*index).name() != DATE).collect();
+        let stored: Vec<usize> =
+            (0..rows.num_columns()).filter(|index| table.schema.field(*index).name() != DATE).collect();
         let write = |(date, own): (i32, Vec<u32>)| {
             let name = {
                 let mut state = self.state.lock();
@@ -237,7 +273,16 @@ impl City {
             let path = Self::path(table, &name);
             let put = self.store.put(&path, bytes.into());
             put.now_or_never().expect("memory does not wait").unwrap();
-            Arc::new(DataFile { path: name, date, bytes: size, rows, modified_ms: 0, ts: span, device: None, device_nulls: None })
+            Arc::new(DataFile {
+                path: name,
+                date,
+                bytes: size,
+                rows,
+                modified_ms: 0,
+                ts: span,
+                device: None,
+                device_nulls: None,
+            })
         };
         dates.into_iter().map(write).collect()
     }
@@ -246,7 +291,8 @@ impl City {
         let path = Self::path(table, &file.path);
         let get = self.store.get(&path).now_or_never().expect("memory does not wait").unwrap();
         let bytes = get.bytes().now_or_never().expect("memory does not wait").unwrap();
-        let reader = datafusion::parquet::arrow::arrow_reader::ParquetRecordBatchReader::try_new(bytes, 1 << 20).unwrap();
+        let reader =
+            datafusion::parquet::arrow::arrow_reader::ParquetRecordBatchReader::try_new(bytes, 1 << 20).unwrap();
         let rows: Vec<RecordBatch> = reader.map(Result::unwrap).collect();
         let rows = concat_batches(&rows[0].schema(), &rows).unwrap();
         let mut columns = rows.columns().to_vec();
@@ -316,7 +362,12 @@ impl Tables for Handle {
 
 #[async_trait]
 impl Sink for Handle {
-    async fn append(&self, stream: &StreamName, schema: &Arc<StreamSchema>, rows: RecordBatch) -> Result<(), SinkError> {
+    async fn append(
+        &self,
+        stream: &StreamName,
+        schema: &Arc<StreamSchema>,
+        rows: RecordBatch,
+    ) -> Result<(), SinkError> {
         let (fail_in, spool) = {
             let mut state = self.0.state.lock();
             let fail_in = state.fail_in;
@@ -329,10 +380,18 @@ impl Sink for Handle {
             self.0.create(stream, schema.fields().to_vec());
             let table = self.0.schema(stream).unwrap();
             let of_rows = rows.schema();
-            let columns: Vec<(&str, ArrayRef)> =
-                of_rows.fields().iter().zip(rows.columns()).map(|(field, column)| (field.name().as_str(), Arc::clone(column))).collect();
+            let columns: Vec<(&str, ArrayRef)> = of_rows
+                .fields()
+                .iter()
+                .zip(rows.columns())
+                .map(|(field, column)| (field.name().as_str(), Arc::clone(column)))
+                .collect();
             self.0.append(stream, &table, &columns, rows.num_rows(), (OWN_EDGE, spool), (None, 0));
         }
-        if fail_in == 0 { Err(SinkError::Later { stream: stream.clone(), detail: "a test says so".to_owned() }) } else { Ok(()) }
+        if fail_in == 0 {
+            Err(SinkError::Later { stream: stream.clone(), detail: "a test says so".to_owned() })
+        } else {
+            Ok(())
+        }
     }
 }
