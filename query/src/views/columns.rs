@@ -28,7 +28,8 @@ use datafusion::catalog::TableProvider;
 use datafusion::catalog::view::ViewTable;
 use datafusion::common::{Result, plan_err};
 use datafusion::datasource::provider_as_source;
-use datafusion::functions_aggregate::expr_fn::max;
+use datafusion::functions_aggregate::min_max::max_udaf;
+use datafusion::logical_expr::expr::WindowFunction;
 use datafusion::logical_expr::{Expr, ExprFunctionExt, LogicalPlan, LogicalPlanBuilder};
 use datafusion::prelude::{cast, col, lit};
 use wire::ids::OWN_EDGE;
@@ -187,7 +188,8 @@ impl Columns {
         let scan = LogicalPlanBuilder::scan(changes.as_str(), provider_as_source(Arc::new(live)), None)?;
         let own = scan.filter(col(EDGE).eq(lit(OWN_EDGE)))?;
         let shown = if self.of_windows {
-            let newest = max(col(REVISION)).partition_by(vec![col(TS)]).build()?.alias("newest");
+            let highest = Expr::from(WindowFunction::new(max_udaf(), vec![col(REVISION)]));
+            let newest = highest.partition_by(vec![col(TS)]).build()?.alias("newest");
             let revisions = own.filter(col(WINDOW).is_not_null())?.window(vec![newest])?;
             revisions.filter(col(REVISION).eq(col("newest")).and(col(EMPTY).is_false()))?
         } else {

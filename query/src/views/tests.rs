@@ -349,7 +349,7 @@ async fn what_cannot_be_kept_is_refused_with_the_reason() {
         ("SELECT ts, speed FROM traffic WHERE device IN (SELECT device FROM weather)", "question within a question"),
         ("SELECT ts, speed, avg(speed) OVER (PARTITION BY device ORDER BY ts) AS a FROM traffic", "rows of all times"),
         (
-            "SELECT time_bucket('5 minutes', ts) AS b, device, count(*) AS n FROM traffic GROUP BY ROLLUP (1, 2)",
+            "SELECT time_bucket('5 minutes', ts) AS b, device, count(*) AS n FROM traffic GROUP BY ROLLUP (time_bucket('5 minutes', ts), device)",
             "ROLLUP",
         ),
         ("SELECT time_bucket('5 minutes', ts) AS b, array_agg(road) AS l FROM traffic GROUP BY 1", "order of rows"),
