@@ -95,7 +95,10 @@ impl Columns {
                     "column {name}: names that begin with {OWN} are Weir's own; call it otherwise with AS"
                 );
             }
-            let Some(kind) = stored_kind(field.data_type()) else {
+            // A window begins at a microsecond, whatever the function's unit is: date_bin gives nanoseconds.
+            let is_window = of_windows && index == time && matches!(field.data_type(), DataType::Timestamp(..));
+            let kind = if is_window { Some(FieldType::Timestamp) } else { stored_kind(field.data_type()) };
+            let Some(kind) = kind else {
                 return plan_err!(
                     "column {name} is {}, which no stream can store: cast it to DOUBLE, BIGINT, TEXT or TIMESTAMP",
                     field.data_type()
