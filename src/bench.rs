@@ -9,6 +9,9 @@ mod ingest;
 mod parts;
 mod path;
 mod queries;
+mod readers;
+mod recover;
+mod soak;
 mod start;
 
 use std::path::PathBuf;
@@ -36,6 +39,12 @@ pub(crate) enum BenchCommand {
     Start(start::StartBench),
     /// Statements over half hot and all cold tables, beside DuckDB and chDB
     Queries(queries::QueriesBench),
+    /// One device over a year, the newest rows of many devices, rows out as Arrow
+    Readers(readers::ReadersBench),
+    /// From the start of a cloud that was killed to its first answer, by the size of its WAL
+    Recover(recover::RecoverBench),
+    /// Load, commits, compaction, retention, vacuum and questions together, checked every second
+    Soak(soak::SoakBench),
 }
 
 /// Options of every measurement.
@@ -59,6 +68,9 @@ pub(crate) async fn bench(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Drain(bench) => bench.run().await?,
         BenchCommand::Start(bench) => bench.run()?,
         BenchCommand::Queries(bench) => bench.run().await?,
+        BenchCommand::Readers(bench) => bench.run().await?,
+        BenchCommand::Recover(bench) => bench.run().await?,
+        BenchCommand::Soak(bench) => bench.run().await?,
     };
     let report = json!({
         "command": std::env::args().skip(1).collect::<Vec<_>>().join(" "),

@@ -1,7 +1,7 @@
 //! `weir cloud --config FILE`: ingest and SQL in one process.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -83,11 +83,14 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     if settings.edge.is_empty() {
         tracing::warn!("no [[edge]] is set: nobody may write");
     }
-    let (listen, limits) = (settings.listen.clone(), limits(&settings));
+    let spill = settings.data_dir.join("spill");
+    let (listen, limits) = (settings.listen.clone(), limits(&settings, &spill));
     let certificate = |door: DoorName| certificate(&listen, door);
     let kept = views(&settings);
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
-    let tables = Arc::new(NodeTables(cloud.catalogue()));
+    let tables = Arc::new(NodeTables(cloud.catalogue(), cloud.remarks()));
+    // The directory is this node's alone since its log is open.
+    empty(&spill)?;
     let engine = Arc::new(Engine::new(tables, limits).context("start the engine")?);
     let sink = Arc::new(NodeSink(cloud.writer()));
     engine.keep_views(sink, kept, token.clone()).map_err(anyhow::Error::msg).context("start the views")?;
@@ -124,6 +127,16 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     Ok(Node { http: cloud.http, postgres, cloud })
 }
 
+/// Makes the directory, without what a process that was killed has left there.
+fn empty(directory: &Path) -> anyhow::Result<()> {
+    match std::fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("empty {}", directory.display()))
+        }
+        _ => std::fs::create_dir_all(directory).with_context(|| format!("make {}", directory.display())),
+    }
+}
+
 fn readers(settings: &Settings) -> anyhow::Result<Readers> {
     let reader = |reader: &ReaderSettings| {
         let limited = reader.edges.is_some() || reader.scope.is_some();
@@ -135,6 +148,7 @@ fn readers(settings: &Settings) -> anyhow::Result<Readers> {
             scope: limited.then(|| Arc::new(scope)),
             lanes: reader.lanes.clone().into(),
             views: reader.views,
+            comment: reader.comment,
         })
     };
     let readers = settings.reader.iter().map(reader).collect::<anyhow::Result<_>>()?;
@@ -143,7 +157,7 @@ fn readers(settings: &Settings) -> anyhow::Result<Readers> {
     Ok(Readers::new(readers, std::iter::once(DEFAULT_LANE.to_owned()).chain(others).collect()))
 }
 
-fn limits(settings: &Settings) -> EngineSettings {
+fn limits(settings: &Settings, spill: &Path) -> EngineSettings {
     let of_all = &settings.query;
     let mut lanes = of_all.lane.clone();
     if !lanes.iter().any(|lane| lane.name == DEFAULT_LANE) {
@@ -173,6 +187,7 @@ fn limits(settings: &Settings) -> EngineSettings {
     EngineSettings {
         memory_bytes_max: of_all.max_bytes.bytes(),
         spill_bytes_max: of_all.spill_bytes.0,
+        spill_directory: Some(spill.to_owned()),
         result_rows_max: of_all.result_rows,
         result_bytes_max: of_all.result_bytes.0,
         json_rows_max: of_all.json_rows,

@@ -1,4 +1,4 @@
-//! `weir tables|compact|vacuum|verify`: the tables of a configuration's store, looked at and kept in shape by hand.
+//! `weir tables|compact|retype|vacuum|verify`: the tables of a configuration's store, looked at and kept in shape by hand.
 //!
 //! They work on the store itself, with or without a cloud that runs on it: whatever they change is an entry of a table's
 //! log, made by compare-and-swap, and a running cloud goes on from there.
@@ -7,14 +7,15 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail, ensure};
 use chrono::{DateTime, SecondsFormat};
-use cloud_ingest::compact::{Compactor, Merged, small_files};
+use cloud_ingest::compact::{Compactor, Merged, Pace, small_files};
 use cloud_ingest::delta::{DeltaTable, last_compaction};
+use cloud_ingest::retype::{self, Retyped};
 use cloud_ingest::store::{Store, list_streams};
 use cloud_ingest::verify::{Report, verify};
 use cloud_ingest::{Settings, open_store, vacuum};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
-use wire::StreamName;
+use wire::{FieldName, FieldType, StreamName};
 
 /// Entries of a log that are looked through for the last compaction.
 const ENTRIES_MAX: u64 = 1_000;
@@ -50,6 +51,23 @@ pub(crate) struct TablesArguments {
 pub(crate) struct CompactArguments {
     /// One table; all unless set
     table: Option<StreamName>,
+    #[command(flatten)]
+    at: At,
+    /// Part of one core, above 0 and at most 1
+    #[arg(long, default_value_t = 1.0)]
+    cpu_share: f64,
+}
+
+/// Arguments of `weir retype`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct RetypeArguments {
+    /// The table
+    table: StreamName,
+    /// Its column
+    column: FieldName,
+    /// float64, int64, bool or text
+    #[arg(value_name = "TYPE")]
+    kind: FieldType,
     #[command(flatten)]
     at: At,
     /// Part of one core, above 0 and at most 1
@@ -146,6 +164,32 @@ pub(crate) async fn compact(arguments: CompactArguments) -> anyhow::Result<()> {
     }
     if bad > 0 {
         bail!("{bad} files cannot be compacted; `weir verify` says more");
+    }
+    Ok(())
+}
+
+/// Gives a column another type, and looks at every row again.
+pub(crate) async fn retype(arguments: RetypeArguments) -> anyhow::Result<()> {
+    ensure!(arguments.cpu_share > 0.0 && arguments.cpu_share <= 1.0, "--cpu-share is above 0 and at most 1");
+    let (_, store) = arguments.at.open()?;
+    let (column, kind) = (&arguments.column, arguments.kind);
+    for mut table in open_tables(&store, Some(arguments.table)).await? {
+        let stream = table.stream().clone();
+        let bar = bar(table.snapshot().files.rows(), &format!("{stream}.{column}: {kind}"))?;
+        let started = std::time::Instant::now();
+        let mut pace = Pace::new(arguments.cpu_share);
+        let retyped = retype::retype(&mut table, column, kind, &mut pace, &|rows| bar.inc(rows)).await;
+        bar.finish_and_clear();
+        match retyped? {
+            Retyped::Same => print(&format!("{stream}.{column} is {kind}: nothing to do")),
+            Retyped::Done { files, rows, values_before, values_after } => print(&format!(
+                "{stream}.{column} is {kind} now: {} of {} rows have a value, {} before; {files} files in {:.1} s",
+                HumanCount(values_after),
+                HumanCount(rows),
+                HumanCount(values_before),
+                started.elapsed().as_secs_f64()
+            )),
+        }
     }
     Ok(())
 }

@@ -35,6 +35,8 @@ enum Command {
     Tables(lake::TablesArguments),
     /// Merge small files of tables into large ones
     Compact(lake::CompactArguments),
+    /// Give a column of a table another type, and take in what had to wait for it
+    Retype(lake::RetypeArguments),
     /// Delete files of tables that nothing names any more
     Vacuum(lake::VacuumArguments),
     /// Read every entry and every file of tables, and name what is damaged
@@ -67,6 +69,7 @@ async fn main() -> anyhow::Result<()> {
         Command::Sql(arguments) => sql::sql(arguments).await,
         Command::Tables(arguments) => lake::tables(arguments).await,
         Command::Compact(arguments) => lake::compact(arguments).await,
+        Command::Retype(arguments) => lake::retype(arguments).await,
         Command::Vacuum(arguments) => lake::vacuum(arguments).await,
         Command::Verify(arguments) => lake::verify_tables(arguments).await,
         Command::Bench(command) => bench::bench(command).await,

@@ -1,19 +1,21 @@
 //! The tables that `query` asks for, from the catalogue of the node in the same process.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use cloud_ingest::delta::TableSnapshot;
+use cloud_ingest::delta::{Note, TableSnapshot};
 use cloud_ingest::ledger::Entry;
+use cloud_ingest::remarks::Remarks;
 use cloud_ingest::{Catalogue, Moment};
-use query::{AsOf, ColdTable, SpoolFacts, Tables, TablesError};
+use query::{AsOf, ColdTable, ColumnNote, Remark, SpoolFacts, Tables, TablesError};
 use tokio::sync::watch;
 use wire::hot::HotSource;
 use wire::{Seq, StreamName};
 
-/// The catalogue of this process.
+/// The catalogue of this process, and how something is said of its tables.
 #[derive(Debug)]
-pub(crate) struct NodeTables(pub(crate) Arc<Catalogue>);
+pub(crate) struct NodeTables(pub(crate) Arc<Catalogue>, pub(crate) Remarks);
 
 fn cold(snapshot: &TableSnapshot) -> ColdTable {
     ColdTable {
@@ -81,6 +83,18 @@ impl Tables for NodeTables {
 
     fn changed(&self) -> watch::Receiver<u64> {
         self.0.changed()
+    }
+
+    fn notes(&self, stream: &StreamName) -> BTreeMap<String, ColumnNote> {
+        let notes = self.0.state(stream).map(|state| state.snapshot.notes()).unwrap_or_default();
+        let note = |(name, Note { comment, since_us })| (name, ColumnNote { description: comment, since_us });
+        notes.into_iter().map(note).collect()
+    }
+
+    async fn say(&self, remark: &Remark) -> Result<(), TablesError> {
+        let Remark { stream, column, text } = remark;
+        let said = self.1.say(stream, column.as_deref(), text.as_deref()).await;
+        said.map_err(|detail| TablesError { stream: stream.clone(), detail })
     }
 
     fn hot(&self) -> Arc<dyn HotSource> {

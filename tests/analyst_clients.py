@@ -80,6 +80,9 @@ engine = sqlalchemy.create_engine(f"postgresql+psycopg://analyst:{password}@127.
 inspector = sqlalchemy.inspect(engine)
 assert "public" in inspector.get_schema_names(), inspector.get_schema_names()
 check(inspector.get_table_names(), ["load"])
+columns = {column["name"]: (str(column["type"]), column["nullable"]) for column in inspector.get_columns("load")}
+check(columns["ts"], ("TIMESTAMP", False))
+check((columns["n"], columns["device"]), (("BIGINT", True), ("TEXT", True)))
 with engine.connect() as connection:
     check(list(pandas.read_sql(sqlalchemy.text("SELECT n FROM load WHERE n < 3 ORDER BY n"), connection)["n"]), [0, 1, 2])
 

@@ -8,7 +8,9 @@
 
 mod alerts;
 mod bad_input;
+mod comments;
 mod demo;
+mod differential;
 mod doors;
 mod doors_limits;
 mod faults;
@@ -27,9 +29,11 @@ mod process;
 mod proxy;
 mod real_data;
 mod references;
+mod retype;
 mod rules;
 mod s3;
 mod slt;
+mod soak;
 mod sources;
 mod views;
 mod within;

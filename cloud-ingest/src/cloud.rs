@@ -22,6 +22,7 @@ use crate::http::{self, Door};
 use crate::ingest::{Done, Ingest, Job, StartError};
 use crate::maintain::Maintenance;
 use crate::metrics::Metrics;
+use crate::remarks::Remarks;
 use crate::store::Store;
 use crate::writer::Writer;
 
@@ -45,6 +46,7 @@ pub enum CloudError {
 #[derive(Debug)]
 pub struct Cloud {
     settings: Settings,
+    store: Store,
     catalogue: Arc<Catalogue>,
     metrics: Arc<Metrics>,
     door: Arc<Door>,
@@ -80,7 +82,7 @@ impl Cloud {
             .map_err(|source| CloudError::Directory { path: settings.data_dir.display().to_string(), source })?;
         let store = open_store(&settings)?;
         let (catalogue, metrics) = (Arc::new(Catalogue::default()), Arc::new(Metrics::default()));
-        let runtime = tokio::runtime::Handle::current();
+        let (runtime, of_remarks) = (tokio::runtime::Handle::current(), store.clone());
         let opening = {
             let (settings, catalogue, metrics) = (settings.clone(), Arc::clone(&catalogue), Arc::clone(&metrics));
             let store = store.clone();
@@ -118,7 +120,7 @@ impl Cloud {
             schemas: Default::default(),
             origins: Default::default(),
         });
-        Ok(Self { settings, catalogue, metrics, door, thread, upkeep })
+        Ok(Self { settings, store: of_remarks, catalogue, metrics, door, thread, upkeep })
     }
 
     /// The tables of this node.
@@ -129,6 +131,11 @@ impl Cloud {
     /// Where this node's own streams are written.
     pub fn writer(&self) -> Writer {
         Writer::new(self.door.jobs.clone(), Arc::clone(&self.door.places))
+    }
+
+    /// How something is said of its tables.
+    pub fn remarks(&self) -> Remarks {
+        Remarks::new(self.store.clone(), Arc::clone(&self.catalogue), self.door.jobs.clone())
     }
 
     /// What this node counts.

@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use wire::{DataFile, DataFiles};
 
-use self::merge::Merge;
 use self::plan::Rules;
 use crate::config::CompactSettings;
 use crate::delta::file::{FileWriter, writer_properties};
@@ -25,7 +24,7 @@ mod merge;
 mod object;
 mod plan;
 
-pub(crate) use merge::scan;
+pub(crate) use merge::{Merge, scan};
 pub use plan::small_files;
 
 /// How often the swap is tried when the store hides its outcome.
@@ -89,7 +88,7 @@ impl Pace {
     }
 
     /// Pauses as long as the work since the last pause asks for.
-    async fn breathe(&mut self) {
+    pub(crate) async fn breathe(&mut self) {
         let worked = self.since.elapsed();
         if worked >= STINT {
             if self.share < 1.0 {

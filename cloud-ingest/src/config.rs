@@ -339,6 +339,9 @@ pub struct ReaderSettings {
     /// Whether it may make and drop views; not with a scope.
     #[serde(default)]
     pub views: bool,
+    /// Whether it may say what tables and columns are, for everybody to read.
+    #[serde(default)]
+    pub comment: bool,
 }
 
 impl fmt::Debug for ReaderSettings {

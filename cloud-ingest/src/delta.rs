@@ -24,8 +24,8 @@ use buoyant_kernel::engine::arrow_conversion::TryIntoKernel;
 use buoyant_kernel::schema::StructType;
 use bytes::Bytes;
 use deltalake_core::DeltaTableError;
+use deltalake_core::kernel::Metadata;
 use deltalake_core::kernel::transaction::CommitProperties;
-use deltalake_core::kernel::{Action, Metadata, MetadataExt};
 use deltalake_core::logstore::LogStoreRef;
 use deltalake_core::operations::create::CreateBuilder;
 use deltalake_core::protocol::SaveMode;
@@ -33,13 +33,14 @@ use object_store::ObjectStoreExt;
 use wire::ack::Mark;
 use wire::ids::{Seq, SpoolId, StreamName};
 use wire::schema::{DATE, DEVICE, FieldType, StreamField, TS, provenance_fields, table_schema};
-use wire::{DataFile, DataFiles, FIELDS_MAX};
+use wire::{DataFile, DataFiles};
 
 use self::entry::{Lines, shared};
 use self::log::PutError;
 use crate::store::{Store, StoreError};
 
 mod clean;
+mod columns;
 mod entry;
 pub(crate) mod file;
 mod log;
@@ -49,6 +50,7 @@ mod txn;
 mod write;
 
 pub(crate) use self::clean::{clean, entries_since};
+pub use self::columns::Note;
 pub use self::entry::EntryError;
 pub(crate) use self::entry::{Purpose, date_text};
 pub use self::file::FileError;
@@ -191,7 +193,7 @@ impl DeltaTable {
     /// When the store does not answer.
     pub async fn create(store: &Store, stream: &StreamName, fields: &[StreamField]) -> Result<Self, TableError> {
         let delta = |source| TableError::delta(stream, source);
-        let columns = kernel_schema(&table_schema(fields)).map_err(delta)?;
+        let columns = columns::new_columns(fields).map_err(delta)?;
         let created = CreateBuilder::new()
             .with_log_store(store.log_store(stream))
             .with_table_name(stream.as_str())
@@ -238,42 +240,6 @@ impl DeltaTable {
         self.store.settle(&self.stream).await?;
         (self.snapshot, self.seen) = (next, seen);
         Ok(self.snapshot())
-    }
-
-    /// Adds those of the fields whose names the table does not have, as nullable columns, in one commit. Fields that
-    /// it has are left as they are, with their type; those above the limit of a stream are left out, and their
-    /// values are rescued.
-    ///
-    /// # Errors
-    /// [`CommitError::Moved`] when somebody else committed: reload and try again.
-    pub async fn add_fields(&mut self, fields: &[StreamField]) -> Result<TableSnapshot, CommitError> {
-        let mut all = self.snapshot.fields.to_vec();
-        for field in fields {
-            if all.len() < FIELDS_MAX && !all.iter().any(|known| known.name == field.name) {
-                all.push(field.clone());
-            }
-        }
-        if all.len() == self.snapshot.fields.len() {
-            return Ok(self.snapshot());
-        }
-        let bytes = self.new_columns(&all).map_err(|source| self.rows(source.into()))?;
-        match self.put_next(bytes).await? {
-            Ok(()) => {}
-            Err(PutError::Taken) => return Err(self.moved()),
-            Err(PutError::Unknown(source)) => return Err(self.unknown(source)),
-        }
-        let old = &self.snapshot;
-        self.snapshot = TableSnapshot::load(&self.stream, &old.log_store, None).await?;
-        Ok(self.snapshot())
-    }
-
-    fn new_columns(&self, fields: &[StreamField]) -> Result<Bytes, DeltaTableError> {
-        let schema = kernel_schema(&table_schema(fields))?;
-        let metadata = self.snapshot.metadata.as_ref().clone().with_schema(&schema)?;
-        let now_ms = chrono::Utc::now().timestamp_millis();
-        let mut lines = Lines::of("ADD COLUMNS", serde_json::json!({}), false, now_ms, self.snapshot.version);
-        lines.push(&serde_json::to_value(Action::Metadata(metadata))?);
-        Ok(lines.into_bytes())
     }
 
     /// Commits the batches `marks` = (spool, first, last) with their rows, in the table's columns but `_date`.

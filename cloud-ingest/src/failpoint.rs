@@ -4,7 +4,7 @@
 //! release build has none of it. An abort runs no destructor and flushes nothing, so what is on disk is what a kill leaves.
 
 /// Every place there is.
-pub const NAMES: [&str; 12] = [
+pub const NAMES: [&str; 16] = [
     "store.staged",
     "store.named",
     "log.before_put",
@@ -14,6 +14,10 @@ pub const NAMES: [&str; 12] = [
     "compact.file",
     "compact.done",
     "retain.planned",
+    "retype.planned",
+    "retype.writing",
+    "retype.file",
+    "retype.done",
     "checkpoint.before",
     "checkpoint.after",
     "delete.between",

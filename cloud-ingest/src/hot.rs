@@ -287,6 +287,18 @@ impl HotSet {
         self.grace.push(Grace { version, until, chunks: covered });
     }
 
+    /// Columns have other types from this version on: rows are fitted to them, and older versions are not answered for,
+    /// because their readers want the types of before.
+    pub fn refit(&mut self, version: u64, refit: impl Fn(&RecordBatch) -> RecordBatch) {
+        for chunk in &mut self.chunks {
+            let chunk = Arc::make_mut(chunk);
+            chunk.rows.rows = refit(&chunk.rows.rows);
+            chunk.bytes = chunk.rows.rows.get_array_memory_size();
+        }
+        self.grace.clear();
+        self.answers_from = self.answers_from.max(version);
+    }
+
     /// Forgets what has been in its grace time long enough. Says whether anything was.
     pub fn expire(&mut self, now: Instant) -> bool {
         let expired = self.grace.iter().take_while(|grace| grace.until <= now).count();

@@ -27,6 +27,8 @@ use crate::{retain, vacuum};
 const TICK: Duration = Duration::from_secs(1);
 const RETRY_MIN: Duration = Duration::from_secs(5);
 const RETRY_MAX: Duration = Duration::from_secs(600);
+/// So often, at least, it is looked for what others have committed to a table.
+const FOLLOW: Duration = Duration::from_secs(10);
 /// A table that had nothing to merge is looked at again when it has another version, or so much later: its day may be over.
 const LOOK_AGAIN: Duration = Duration::from_secs(600);
 
@@ -51,6 +53,7 @@ struct Care {
     left: Option<TableSnapshot>,
     /// The version of its newest checkpoint, once that was looked up.
     checkpoint: Option<u64>,
+    followed: Instant,
     looked_at: Option<Instant>,
     vacuumed: Instant,
     /// The version that had nothing to merge, when, and its small files.
@@ -155,6 +158,7 @@ impl Maintenance {
             compactor: Compactor::new(compact),
             left: None,
             checkpoint: None,
+            followed: Instant::now(),
             looked_at: None,
             vacuumed: Instant::now(),
             nothing: None,
@@ -187,8 +191,9 @@ impl Maintenance {
         (self.adopt)(stream.clone(), table);
     }
 
-    /// Checkpoint, and now and then retention, the log, and unused files.
+    /// What others did, checkpoint, and now and then retention, the log, and unused files.
     async fn look_after(&mut self, stream: &StreamName) -> Result<(), Failure> {
+        self.follow(stream).await?;
         let Some(snapshot) = self.snapshot(stream) else { return Ok(()) };
         let every = self.settings.lake.checkpoint_commits;
         let known = self.care(stream).checkpoint;
@@ -217,6 +222,21 @@ impl Maintenance {
             self.vacuum(stream).await?;
             self.care(stream).vacuumed = now;
         }
+        Ok(())
+    }
+
+    /// A table that nobody sends to is changed by others all the same: by another node, or by hand.
+    async fn follow(&mut self, stream: &StreamName) -> Result<(), Failure> {
+        let (now, every) = (Instant::now(), self.settings.lake.every.0.min(FOLLOW));
+        if self.care(stream).followed + every > now {
+            return Ok(());
+        }
+        let Some(mut table) = self.table(stream) else { return Ok(()) };
+        let before = table.snapshot().version;
+        if table.reload().await?.version > before {
+            self.leave(stream, table);
+        }
+        self.care(stream).followed = now;
         Ok(())
     }
 

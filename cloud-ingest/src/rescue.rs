@@ -1,29 +1,41 @@
 //! Fits a batch into its table's columns: what does not fit goes to `_rescued`, and the row says so (rule 6).
 //!
-//! Columns are matched by name. A column that the batch lacks is null. A value of another type than its column's is
-//! null there, stands in the JSON object `_rescued`, and its row's `quality` gets `type:<field>`. A float that is not
-//! finite likewise, with `nonfinite:<field>`, because Parquet statistics hide NaN. A value of a field that the table
-//! does not have (yet) stands in `_rescued` too; `quality` stays. In `_rescued` a float that is not finite is text
-//! (`"NaN"`, `"Infinity"`, `"-Infinity"`), a timestamp is its number of µs, bytes are hexadecimal.
+//! Columns are matched by name. A column that the batch lacks is null. A value of another type than its column's is taken
+//! in if it fits ([`fit`]); otherwise it is null there, stands in the JSON object `_rescued`, and its row's `quality` gets
+//! `type:<field>`. A float that is not finite likewise, with `nonfinite:<field>`, because Parquet statistics hide NaN. A
+//! value of a field that the table does not have (yet) stands in `_rescued` too; `quality` stays. In `_rescued` a float that
+//! is not finite is text (`"NaN"`, `"Infinity"`, `"-Infinity"`), a timestamp is its number of µs, bytes are hexadecimal.
 //!
 //! The result is a pure function of the batch, its provenance and the table's fields, so the hot scan and the writer
-//! always agree. A batch in which everything fits, nearly all, shares its columns with the result.
+//! always agree. When a column gets another type, rows that are rescued already are fitted again ([`refit`]), and come out
+//! as the batch would (decision 0013). A batch in which everything fits, nearly all, shares its columns with the result.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{Float64Type, Int64Type, TimestampMicrosecondType};
+use arrow_array::types::Float64Type;
 use arrow_array::{
     Array, ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray, new_null_array,
 };
 use arrow_buffer::{Buffer, NullBuffer, OffsetBuffer};
 use arrow_schema::{DataType, Schema, SchemaRef};
-use serde_json::{Map, Value};
+use serde_json::value::RawValue;
 use wire::ids::{EdgeId, Seq, SpoolId};
 use wire::schema::{DATE, DEVICE, FieldType, QUALITY, StreamField, TS, table_schema};
 
+use self::fit::{Fitting, Given};
+
+mod fit;
+mod refit;
+
+pub use refit::refit;
+
 /// Quality of a row that nothing is wrong with.
 const GOOD: &str = "good";
+/// Reasons that stand before a field's name, with a colon between.
+const TYPE: &str = "type";
+const NONFINITE: &str = "nonfinite";
 
 /// Where a batch came from, and when this node wrote it to its WAL.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,10 +66,7 @@ pub fn rescue(rows: &RecordBatch, provenance: &Provenance, fields: &[StreamField
         let name = field.name.as_str();
         let column = match rows.column_by_name(name) {
             None => new_null_array(&field.kind.arrow(), count),
-            Some(column) if *column.data_type() != field.kind.arrow() => {
-                rescued.whole(name, column, Some("type"));
-                new_null_array(&field.kind.arrow(), count)
-            }
+            Some(column) if *column.data_type() != field.kind.arrow() => rescued.fitted(name, column, field.kind),
             Some(column) if field.kind == FieldType::Float64 => rescued.finite(name, column),
             Some(column) => column.clone(),
         };
@@ -67,7 +76,7 @@ pub fn rescue(rows: &RecordBatch, provenance: &Provenance, fields: &[StreamField
         let name = field.name().as_str();
         let known = matches!(name, TS | DEVICE | QUALITY) || fields.iter().any(|known| known.name.as_str() == name);
         if !known {
-            rescued.whole(name, column, None);
+            rescued.whole(name, column);
         }
     }
     let quality = own_column(rows, QUALITY, &DataType::Utf8);
@@ -95,11 +104,14 @@ fn constant_text(text: &str, count: usize) -> ArrayRef {
     Arc::new(StringArray::new(offsets, Buffer::from(text.repeat(count).into_bytes()), None))
 }
 
+/// Values of `_rescued` of one row, by field.
+type Values = BTreeMap<String, Box<RawValue>>;
+
 /// What was found that does not fit; empty, and without any allocation per row, in nearly all batches.
 struct Rescued {
     count: usize,
     /// Per row: its values, and the reasons in order. Empty while everything fits.
-    rows: Vec<(Map<String, Value>, Vec<String>)>,
+    rows: Vec<(Values, Vec<String>)>,
 }
 
 impl Rescued {
@@ -107,24 +119,36 @@ impl Rescued {
         Self { count, rows: Vec::new() }
     }
 
-    fn add(&mut self, row: usize, name: &str, value: Value, reason: Option<&str>) {
+    fn add(&mut self, row: usize, name: &str, value: &Given<'_>, reason: Option<&str>) {
         if self.rows.is_empty() {
             self.rows.resize_with(self.count, Default::default);
         }
         let (values, reasons) = &mut self.rows[row];
-        values.insert(name.to_owned(), value);
+        values.insert(name.to_owned(), value.json());
         reasons.extend(reason.map(|reason| format!("{reason}:{name}")));
     }
 
     /// Takes every value of a column.
-    fn whole(&mut self, name: &str, column: &ArrayRef, reason: Option<&str>) {
+    fn whole(&mut self, name: &str, column: &ArrayRef) {
         for row in (0..column.len()).filter(|row| column.is_valid(*row)) {
-            let reason = match reason {
-                Some(_) if is_not_finite(column, row) => Some("nonfinite"),
-                reason => reason,
-            };
-            self.add(row, name, json(column, row), reason);
+            if let Some(given) = Given::of(column, row) {
+                self.add(row, name, &given, None);
+            }
         }
+    }
+
+    /// Gives a column of this type with the values that fit it, and takes the others.
+    fn fitted(&mut self, name: &str, column: &ArrayRef, kind: FieldType) -> ArrayRef {
+        let mut fitting = Fitting::new(kind, column.len());
+        for row in 0..column.len() {
+            let given = if column.is_valid(row) { Given::of(column, row) } else { None };
+            if !fitting.take(given.as_ref())
+                && let Some(given) = given
+            {
+                self.add(row, name, &given, Some(why(&given)));
+            }
+        }
+        fitting.finish()
     }
 
     /// Takes the values of a float column that are not finite, and gives the column without them.
@@ -135,7 +159,7 @@ impl Rescued {
         }
         for row in (0..floats.len()).filter(|row| floats.is_valid(*row)) {
             if !floats.value(row).is_finite() {
-                self.add(row, name, json(column, row), Some("nonfinite"));
+                self.add(row, name, &Given::Float(floats.value(row)), Some(NONFINITE));
             }
         }
         let kept = (0..floats.len()).map(|row| floats.is_valid(row) && floats.value(row).is_finite());
@@ -164,42 +188,19 @@ impl Rescued {
         }
         let objects = self.rows.into_iter().map(|(values, _)| match values.is_empty() {
             true => None,
-            false => Some(Value::Object(values).to_string()),
+            false => Some(object(&values)),
         });
         Arc::new(objects.collect::<StringArray>())
     }
 }
 
-fn is_not_finite(column: &ArrayRef, row: usize) -> bool {
-    column.as_primitive_opt::<Float64Type>().is_some_and(|floats| !floats.value(row).is_finite())
+/// Why a value that does not fit is not in its column.
+fn why(given: &Given<'_>) -> &'static str {
+    if given.is_finite() { TYPE } else { NONFINITE }
 }
 
-/// A value of a stream's column, which is not null, as JSON.
-fn json(column: &ArrayRef, row: usize) -> Value {
-    match FieldType::from_arrow(column.data_type()) {
-        Some(FieldType::Float64) => {
-            let value = column.as_primitive::<Float64Type>().value(row);
-            let text = || {
-                if value.is_nan() {
-                    "NaN"
-                } else if value > 0.0 {
-                    "Infinity"
-                } else {
-                    "-Infinity"
-                }
-            };
-            serde_json::Number::from_f64(value).map_or_else(|| Value::from(text()), Value::Number)
-        }
-        Some(FieldType::Int64) => column.as_primitive::<Int64Type>().value(row).into(),
-        Some(FieldType::Bool) => column.as_boolean().value(row).into(),
-        Some(FieldType::Text) => column.as_string::<i32>().value(row).into(),
-        Some(FieldType::Timestamp) => column.as_primitive::<TimestampMicrosecondType>().value(row).into(),
-        Some(FieldType::Binary) => {
-            let bytes = column.as_binary::<i32>().value(row);
-            bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>().into()
-        }
-        None => Value::Null,
-    }
+fn object(values: &Values) -> String {
+    serde_json::to_string(values).expect("text and JSON are JSON")
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //!
 //! `traffic FOR VERSION AS OF 17` and `traffic FOR SYSTEM_TIME AS OF '2026-05-01T00:00:00Z'` become the table names
 //! `"traffic@v17"` and `"traffic@t<µs>"`, which the catalogue knows; the same is done to every stream of a statement
-//! that is asked as of something as a whole. The answer stays the same as long as the table keeps the version's files.
+//! that is asked as of something as a whole, in which `latest('traffic')` becomes `"traffic@v17@latest"`. The answer stays the same as long as the table keeps the version's files.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -11,10 +11,10 @@ use std::fmt;
 use std::ops::ControlFlow;
 
 use arrow_cast::parse::string_to_timestamp_nanos;
-use datafusion::common::{Result, plan_err};
 use datafusion::sql::parser::Statement as Parsed;
 use datafusion::sql::sqlparser::ast::{
-    Ident, ObjectName, ObjectNamePart, Query, Statement, TableAlias, TableFactor, VisitMut, VisitorMut,
+    Expr, FunctionArg, FunctionArgExpr, Ident, ObjectName, ObjectNamePart, Query, Statement, TableAlias, TableFactor,
+    Value, VisitMut, VisitorMut,
 };
 use datafusion::sql::sqlparser::dialect::Dialect;
 use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer, Word};
@@ -76,6 +76,17 @@ pub(crate) fn parts(table: &str) -> (&str, Option<AsOf>) {
     }
 }
 
+/// What stands behind the name of a past table whose newest rows are asked for.
+const NEWEST: &str = "@latest";
+
+/// A table's name without the mark of its newest rows, and whether it had it.
+pub(crate) fn newest(table: &str) -> (&str, bool) {
+    match table.strip_suffix(NEWEST) {
+        Some(past) => (past, true),
+        None => (table, false),
+    }
+}
+
 /// The statement with `… FOR VERSION AS OF …` made part of the names.
 ///
 /// # Errors
@@ -132,29 +143,37 @@ fn find(tokens: &[Token]) -> std::result::Result<Option<(usize, usize, AsOf)>, Q
 }
 
 /// Lets every table with a state in its name be called by its stream's name; asks the others as of `whole`, if given.
-///
-/// # Errors
-/// When the statement asks `latest`, which knows the newest rows of now only, as of something.
-pub(crate) fn apply(statement: &mut Parsed, whole: Option<AsOf>, is_table: &dyn Fn(&str) -> bool) -> Result<()> {
+pub(crate) fn apply(statement: &mut Parsed, whole: Option<AsOf>, is_table: &dyn Fn(&str) -> bool) {
     let mut statement = statement;
     loop {
         match statement {
             Parsed::Statement(statement) => return apply_to(statement, whole, is_table),
             Parsed::Explain(explain) => statement = explain.statement.as_mut(),
-            _ => return Ok(()),
+            _ => return,
         }
     }
 }
 
 /// See [`apply`].
-pub(crate) fn apply_to(statement: &mut Statement, whole: Option<AsOf>, is_table: &dyn Fn(&str) -> bool) -> Result<()> {
-    let mut travel = Travel { whole, is_table, own: HashSet::new() };
-    if VisitMut::visit(statement, &mut travel).is_break() {
-        return plan_err!(
-            "latest knows the newest rows of now; as of a moment ask with last(column, ts) and GROUP BY device"
-        );
-    }
-    Ok(())
+pub(crate) fn apply_to(statement: &mut Statement, whole: Option<AsOf>, is_table: &dyn Fn(&str) -> bool) {
+    // Nothing breaks off.
+    let _ = VisitMut::visit(statement, &mut Travel { whole, is_table, own: HashSet::new() });
+}
+
+/// The stream of `latest('stream')`.
+fn asks_latest(table: &TableFactor) -> Option<String> {
+    let (name, arguments) = match table {
+        TableFactor::Table { name, args: Some(arguments), .. } => (name, &arguments.args),
+        TableFactor::Function { name, args, .. } => (name, args),
+        _ => return None,
+    };
+    let [FunctionArg::Unnamed(FunctionArgExpr::Expr(Expr::Value(value)))] = &arguments[..] else { return None };
+    let Value::SingleQuotedString(stream) = &value.value else { return None };
+    name.to_string().eq_ignore_ascii_case("latest").then(|| stream.clone())
+}
+
+fn named(name: &str) -> TableAlias {
+    TableAlias { explicit: true, name: Ident::with_quote('"', name), columns: Vec::new(), at: None }
 }
 
 struct Travel<'a> {
@@ -174,13 +193,29 @@ impl VisitorMut for Travel<'_> {
     }
 
     fn pre_visit_table_factor(&mut self, table: &mut TableFactor) -> ControlFlow<()> {
-        let called = |name: &ObjectName, function: &str| name.to_string().eq_ignore_ascii_case(function);
+        if let (Some(whole), Some(stream)) = (self.whole, asks_latest(table))
+            && (self.is_table)(&stream)
+        {
+            let (TableFactor::Table { alias, .. } | TableFactor::Function { alias, .. }) = table else {
+                return ControlFlow::Continue(());
+            };
+            let alias = Some(alias.take().unwrap_or_else(|| named("latest")));
+            let name = ObjectName::from(vec![Ident::with_quote('"', format!("{stream}@{whole}{NEWEST}"))]);
+            *table = TableFactor::Table {
+                name,
+                alias,
+                args: None,
+                with_hints: Vec::new(),
+                version: None,
+                with_ordinality: false,
+                partitions: Vec::new(),
+                json_path: None,
+                sample: None,
+                index_hints: Vec::new(),
+            };
+            return ControlFlow::Continue(());
+        }
         let (name, alias) = match table {
-            TableFactor::Table { name, args: Some(_), .. } | TableFactor::Function { name, .. }
-                if self.whole.is_some() && called(name, "latest") =>
-            {
-                return ControlFlow::Break(());
-            }
             TableFactor::Table { name, alias, args: None, .. } => (name, alias),
             _ => return ControlFlow::Continue(()),
         };
@@ -206,8 +241,7 @@ impl VisitorMut for Travel<'_> {
             _ => return ControlFlow::Continue(()),
         };
         if alias.is_none() {
-            let name = Ident::with_quote('"', base);
-            *alias = Some(TableAlias { explicit: true, name, columns: Vec::new(), at: None });
+            *alias = Some(named(&base));
         }
         ControlFlow::Continue(())
     }
@@ -249,10 +283,12 @@ mod tests {
     fn a_statement_as_of_something_asks_every_stream_of_it() {
         let check = |sql: &str, expected: &str| {
             let mut parsed = Parser::parse_sql(&GenericDialect {}, sql).unwrap().remove(0);
-            let applied = apply_to(&mut parsed, Some(AsOf::Version(3)), &|name| name == "a");
-            assert_eq!(applied.map(|()| parsed.to_string()).unwrap_or_default(), expected);
+            apply_to(&mut parsed, Some(AsOf::Version(3)), &|name| name == "a");
+            assert_eq!(parsed.to_string(), expected);
         };
-        check("SELECT * FROM latest('a')", "");
+        check("SELECT * FROM latest('a')", "SELECT * FROM \"a@v3@latest\" AS \"latest\"");
+        check("SELECT x.n FROM latest('a') x, a", "SELECT x.n FROM \"a@v3@latest\" x, \"a@v3\" AS \"a\"");
+        check("SELECT * FROM latest('b')", "SELECT * FROM latest('b')");
         check("SELECT * FROM other('a')", "SELECT * FROM other('a')");
         check("SELECT a.n FROM a", "SELECT a.n FROM \"a@v3\" AS \"a\"");
         check("SELECT * FROM a AS x, b", "SELECT * FROM \"a@v3\" AS x, b");

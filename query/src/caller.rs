@@ -41,13 +41,14 @@ pub struct Caller {
     lane: Arc<str>,
     lanes: Arc<[String]>,
     may_define: bool,
+    comments: bool,
 }
 
 impl Caller {
     /// A reader at a door. It runs in the first of its lanes; without a scope it sees every row.
     pub fn new(name: &str, door: Door, scope: Option<Arc<Scope>>, lanes: Arc<[String]>) -> Self {
         let lane = lanes.first().map_or(DEFAULT_LANE, String::as_str).into();
-        Self { name: name.into(), door, scope, lane, lanes, may_define: false }
+        Self { name: name.into(), door, scope, lane, lanes, may_define: false, comments: false }
     }
 
     /// The same caller, who may define views, too, if this says so and it sees everything: a view shows rows of everybody.
@@ -59,6 +60,12 @@ impl Caller {
     /// Whether it may make and drop views.
     pub(crate) fn may_define(&self) -> bool {
         self.may_define
+    }
+
+    /// The same caller, who may say what tables and columns are.
+    #[must_use]
+    pub fn who_may_comment(self, may: bool) -> Self {
+        Self { comments: may, ..self }
     }
 
     /// The node itself: sees everything.
@@ -97,6 +104,11 @@ impl Caller {
         }
         let names = if self.lanes.is_empty() { DEFAULT_LANE.to_owned() } else { self.lanes.join(", ") };
         Err(format!("`{}` may not run in lane `{lane}`; there are: {names}", self.name))
+    }
+
+    /// Whether it may say what tables and columns are.
+    pub(crate) fn may_comment(&self) -> bool {
+        self.comments
     }
 
     /// Whether it may see and end the statements of this reader.

@@ -4,7 +4,7 @@
 //! The catalogue holds live handles and no rows. What a handle shows is decided when a statement is executed
 //! (rule 4): until then it only knows its columns.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
@@ -21,6 +21,7 @@ use wire::{DataFiles, EdgeId, Mark, Seq, SpoolId, StreamName};
 use crate::as_of::{self, AsOf};
 use crate::fused_table::LiveTable;
 use crate::references;
+use crate::remark::{ColumnNote, Remark};
 use crate::system::SystemSchema;
 use crate::views::Views;
 
@@ -51,9 +52,9 @@ impl fmt::Debug for ColdTable {
     }
 }
 
-/// A table could not be loaded.
+/// A table could not be loaded, or not be changed.
 #[derive(Debug, Clone, thiserror::Error)]
-#[error("load table {stream}: {detail}")]
+#[error("table {stream}: {detail}")]
 pub struct TablesError {
     pub stream: StreamName,
     pub detail: String,
@@ -96,6 +97,15 @@ pub trait Tables: Send + Sync + fmt::Debug {
     fn spools(&self) -> Vec<SpoolFacts>;
     /// Tells that some table has moved on; several times may be told as one.
     fn changed(&self) -> watch::Receiver<u64>;
+    /// What is known of a table's columns, by name.
+    fn notes(&self, _stream: &StreamName) -> BTreeMap<String, ColumnNote> {
+        BTreeMap::new()
+    }
+    /// Writes what somebody says of a table, or of its column, into the table.
+    async fn say(&self, remark: &Remark) -> Result<(), TablesError> {
+        let detail = "what is said of it cannot be kept here".to_owned();
+        Err(TablesError { stream: remark.stream.clone(), detail })
+    }
     /// Where hot rows are asked for.
     fn hot(&self) -> Arc<dyn HotSource>;
 }
@@ -137,6 +147,7 @@ impl SchemaProvider for PublicSchema {
     }
 
     async fn table(&self, name: &str) -> DataFusionResult<Option<Arc<dyn TableProvider>>> {
+        let (name, newest) = as_of::newest(name);
         let (name, as_of) = as_of::parts(name);
         let Ok(stream) = name.parse::<StreamName>() else {
             return Ok(None);
@@ -145,7 +156,8 @@ impl SchemaProvider for PublicSchema {
             (Some(cold), None) => LiveTable::new(stream, cold.schema),
             (Some(_), Some(as_of)) => {
                 let past = self.tables.cold_as_of(&stream, as_of).await;
-                LiveTable::past(past.map_err(|error| DataFusionError::External(Box::new(error)))?)
+                let past = past.map_err(|error| DataFusionError::External(Box::new(error)))?;
+                if newest { LiveTable::latest_past(past) } else { LiveTable::past(past) }
             }
             (None, None) => match self.views.table(self.tables.as_ref(), name)? {
                 Some(view) => return Ok(Some(view)),
@@ -165,7 +177,7 @@ impl SchemaProvider for PublicSchema {
     }
 
     fn table_exist(&self, name: &str) -> bool {
-        let (name, _) = as_of::parts(name);
+        let (name, _) = as_of::parts(as_of::newest(name).0);
         self.views.has(name) || is_table(self.tables.as_ref(), name)
     }
 }

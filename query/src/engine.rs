@@ -7,9 +7,11 @@
 //!
 //! [`enter`]: Engine::enter
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use arrow_array::{Array, RecordBatch};
+use arrow_schema::SchemaRef;
 use datafusion::catalog::CatalogProvider;
 use datafusion::common::{DataFusionError, ParamValues};
 use datafusion::execution::context::{SQLOptions, SessionState};
@@ -31,12 +33,15 @@ use crate::as_of::{self, AsOf};
 use crate::breadth;
 use crate::caller::Caller;
 use crate::catalog::{CATALOG, PublicSchema, SCHEMA, Tables, WeirCatalog, is_table};
+use crate::columns;
 use crate::functions;
 use crate::functions::asof::syntax;
 use crate::functions::latest::cache::LatestCache;
+use crate::functions::latest::distinct_on;
 use crate::fused_table::{View, pin};
 use crate::lanes::{LaneSettings, Lanes, Place};
 use crate::names;
+use crate::remark::{self, Remark};
 use crate::sink::Sink;
 use crate::statements::{Running, State, Statements};
 use crate::system::SystemSchema;
@@ -62,6 +67,8 @@ pub struct EngineSettings {
     pub memory_bytes_max: usize,
     /// What all of them may have spilled to disk at a time, bytes.
     pub spill_bytes_max: u64,
+    /// Where they spill to: a directory of their own, which their owner empties at the start. The system's, if none is named.
+    pub spill_directory: Option<PathBuf>,
     /// Rows and bytes of one answer.
     pub result_rows_max: u64,
     pub result_bytes_max: u64,
@@ -82,6 +89,7 @@ impl Default for EngineSettings {
         Self {
             memory_bytes_max: 1 << 30,
             spill_bytes_max: 16 << 30,
+            spill_directory: None,
             result_rows_max: 1_000_000_000,
             result_bytes_max: 64 << 30,
             json_rows_max: 1_000_000,
@@ -97,12 +105,15 @@ impl Default for EngineSettings {
 #[derive(Debug, Clone)]
 pub struct Prepared {
     plan: Arc<LogicalPlan>,
+    columns: SchemaRef,
     /// What is done before its rows are given.
     command: Option<Arc<Command>>,
+    /// What it says of a table, when it is done.
+    remark: Option<Arc<Remark>>,
 }
 
 impl Prepared {
-    /// The plan over live tables: for its columns and parameters.
+    /// The plan over live tables: for its parameters.
     pub fn plan(&self) -> &LogicalPlan {
         &self.plan
     }
@@ -110,6 +121,11 @@ impl Prepared {
     /// What is answered in place of rows, when it changes something.
     pub(crate) fn tag(&self) -> Option<&'static str> {
         self.command.as_ref().map(|command| command.tag())
+    }
+
+    /// The columns of its answer.
+    pub fn columns(&self) -> &SchemaRef {
+        &self.columns
     }
 }
 
@@ -145,13 +161,17 @@ impl Engine {
         let options = config.options_mut();
         options.execution.parquet.schema_force_view_types = false;
         options.execution.parquet.pushdown_filters = true;
+        // It refuses EXCEPT and INTERSECT of columns of which one side only may be null.
+        options.execution.skip_physical_aggregate_schema_check = true;
         options.sql_parser.collect_spans = true;
         options.sql_parser.map_string_types_to_utf8view = false;
-        let runtime = RuntimeEnvBuilder::new()
+        let mut runtime = RuntimeEnvBuilder::new()
             .with_memory_pool(Arc::new(GreedyMemoryPool::new(settings.memory_bytes_max)))
-            .with_max_temp_directory_size(settings.spill_bytes_max)
-            .build_arc()
-            .map_err(|error| QueryError::Failed { message: error.to_string() })?;
+            .with_max_temp_directory_size(settings.spill_bytes_max);
+        if let Some(directory) = &settings.spill_directory {
+            runtime = runtime.with_temp_file_path(directory);
+        }
+        let runtime = runtime.build_arc().map_err(|error| QueryError::Failed { message: error.to_string() })?;
         let session = SessionContext::new_with_state(functions::state(config, runtime, settings.gapfill_rows_max));
         let views = Arc::<Views>::default();
         let public = Arc::new(PublicSchema { tables: Arc::clone(&tables), views: Arc::clone(&views) });
@@ -264,7 +284,7 @@ impl Engine {
         let parse = move || {
             let dialect = state.config().options().sql_parser.dialect;
             let mut statement = state.sql_to_statement(&sql, &dialect)?;
-            as_of::apply(&mut statement, whole, &|name| views.has(name) || is_table(tables.as_ref(), name))?;
+            as_of::apply(&mut statement, whole, &|name| views.has(name) || is_table(tables.as_ref(), name));
             Ok((state, statement))
         };
         let prepared = self.plan(running, parse).await?;
@@ -307,12 +327,20 @@ impl Engine {
     where
         F: FnOnce() -> Result<(SessionState, Statement), DataFusionError> + Send + 'static,
     {
+        let (tables, latest) = (Arc::clone(&self.tables), Arc::clone(&self.latest));
         let plan = async move {
             let (state, statement) = parse()?;
-            let plan = names::plan(&state, statement).await?;
+            if let Some(remark) = remark::of(&statement, tables.as_ref())? {
+                let plan = remark::plan()?;
+                let columns = columns::of(&state, &plan);
+                return Ok(Prepared { plan: Arc::new(plan), columns, command: None, remark: Some(Arc::new(remark)) });
+            }
+            let plan = columns::plain(names::plan(&state, statement).await?)?;
+            let plan = distinct_on::rewrite(plan, &latest)?;
             read_only(&plan)?;
             uncounted::check(&plan)?;
-            Ok(Prepared { plan: Arc::new(plan), command: None })
+            let columns = columns::of(&state, &plan);
+            Ok(Prepared { plan: Arc::new(plan), columns, command: None, remark: None })
         };
         let planned = self.aside(running, Box::pin(plan)).await?.map_err(|error| self.explain(error));
         planned.inspect_err(|error| running.ended(state_of(error)))
@@ -335,6 +363,9 @@ impl Engine {
             let done = done.await.unwrap_or_else(|error| Err(QueryError::Failed { message: error.to_string() }));
             done.inspect_err(|error| running.ended(state_of(error)))?;
         }
+        if let Some(remark) = &prepared.remark {
+            self.say(running, remark).await.inspect_err(|error| running.ended(state_of(error)))?;
+        }
         let start = Start {
             views: Arc::clone(&self.views),
             session: self.session().clone(),
@@ -354,6 +385,18 @@ impl Engine {
         };
         let rows = started.inspect_err(|error| running.ended(state_of(error)))?;
         Ok(limited(rows, Arc::clone(running), [self.settings.result_rows_max, self.settings.result_bytes_max]))
+    }
+
+    /// Writes what is said of a table into it, for a caller who may.
+    async fn say(&self, running: &Arc<Running>, remark: &Arc<Remark>) -> Result<(), QueryError> {
+        let caller = running.caller();
+        if !caller.may_comment() {
+            let message = format!("`{}` may not comment on tables", caller.name());
+            return Err(QueryError::Denied { message });
+        }
+        let (tables, remark) = (Arc::clone(&self.tables), Arc::clone(remark));
+        let said = self.aside(running, async move { tables.say(&remark).await }).await?;
+        said.map_err(|error| QueryError::Failed { message: error.to_string() })
     }
 
     /// All rows of a statement that the node itself asks.

@@ -32,6 +32,7 @@ use datafusion::prelude::{SessionConfig, SessionContext};
 
 use self::latest::cache::LatestCache;
 use crate::catalog::Tables;
+use crate::pushdown;
 
 /// The state of a session that can carry out what the functions become.
 pub(crate) fn state(config: SessionConfig, runtime: Arc<RuntimeEnv>, gapfill_rows_max: usize) -> SessionState {
@@ -43,6 +44,7 @@ pub(crate) fn state(config: SessionConfig, runtime: Arc<RuntimeEnv>, gapfill_row
         .with_runtime_env(runtime)
         .with_default_features()
         .with_optimizer_rules(rules)
+        .with_physical_optimizer_rules(pushdown::rules())
         .with_query_planner(Arc::new(planner::Planner))
         .build()
 }

@@ -41,6 +41,7 @@ use crate::catalog::{ColdTable, Tables};
 use crate::cold;
 use crate::functions::latest::PinnedLatest;
 use crate::functions::latest::cache::{Held, LatestCache};
+use crate::functions::latest::computed;
 use crate::scope;
 use crate::scope::hidden::HiddenExec;
 use crate::statements::Statements;
@@ -65,9 +66,12 @@ pub struct LiveTable {
 #[derive(Debug)]
 enum Asked {
     Stream(StreamName),
-    /// The state of the past that was asked for.
+    /// The state of the past that was asked for, or its newest rows.
     Past(Arc<Frozen>),
+    LatestPast(Arc<Frozen>),
     Latest(StreamName, Arc<LatestCache>),
+    /// The newest rows if they are kept, else all: the plan above takes the newest out of either.
+    LatestIfKept(StreamName, Arc<LatestCache>),
     System(Kind),
 }
 
@@ -82,6 +86,18 @@ impl LiveTable {
             schema: Arc::clone(&cold.schema),
             asked: Asked::Past(Arc::new(Frozen { cold, hot: Vec::new(), runs: Vec::new() })),
         }
+    }
+
+    /// The newest rows of the table as it was at this snapshot.
+    pub(crate) fn latest_past(cold: ColdTable) -> Self {
+        Self { schema: Arc::clone(&cold.schema), asked: Asked::LatestPast(Arc::new(Frozen { cold, hot: Vec::new() })) }
+    }
+
+    /// In place of a stream: its newest rows if they are kept. None when it is no stream.
+    pub(crate) fn latest_if_kept(&self, cache: &Arc<LatestCache>) -> Option<Self> {
+        let Asked::Stream(stream) = &self.asked else { return None };
+        let asked = Asked::LatestIfKept(stream.clone(), Arc::clone(cache));
+        Some(Self { schema: Arc::clone(&self.schema), asked })
     }
 
     /// The newest row of each device.
@@ -189,7 +205,7 @@ pub(crate) struct View<'a> {
 #[derive(Default)]
 struct Pinned {
     streams: HashMap<StreamName, Arc<Frozen>>,
-    latest: HashMap<StreamName, (Arc<Frozen>, Arc<Held>)>,
+    latest: HashMap<StreamName, Arc<Held>>,
     system: HashMap<Kind, Arc<dyn TableProvider>>,
 }
 
@@ -209,18 +225,19 @@ impl Pinned {
             Asked::Stream(stream) => {
                 self.frozen(stream, view).await?;
             }
-            Asked::Past(_) => {}
-            Asked::Latest(stream, _) if view.caller.scope().is_some() => {
-                return plan_err!(
-                    "latest('{stream}') is for readers without a scope: which row is the newest depends on rows of others; \
-                     ask with last(column, ts) and GROUP BY device"
-                );
+            Asked::Past(_) | Asked::LatestPast(_) => {}
+            // Which row is the newest of those that the caller sees, what is kept of all rows does not tell.
+            Asked::Latest(stream, _) | Asked::LatestIfKept(stream, _) if view.caller.scope().is_some() => {
+                self.frozen(stream, view).await?;
             }
-            Asked::Latest(stream, cache) => {
+            Asked::Latest(stream, cache) | Asked::LatestIfKept(stream, cache) => {
+                let frozen = self.frozen(stream, view).await?;
                 if !self.latest.contains_key(stream) {
-                    let frozen = self.frozen(stream, view).await?;
-                    let held = cache.at(stream, frozen.cold()).await?;
-                    self.latest.insert(stream.clone(), (frozen, held));
+                    match cache.at(stream, frozen.cold()).await {
+                        Ok(held) => drop(self.latest.insert(stream.clone(), held)),
+                        Err(_) if matches!(asked, Asked::LatestIfKept(..)) => {}
+                        Err(error) => return Err(error),
+                    }
                 }
             }
             Asked::System(kind) => {
@@ -265,25 +282,56 @@ pub(crate) async fn pin_over(
         };
         let schema = Arc::clone(&live.schema);
         let table = |frozen: &Arc<Frozen>| {
+            as_planned(&schema, &frozen.cold.schema)?;
             let scope = view.caller.scope().map(|scope| scope.filter(state, &schema)).transpose()?;
             let (schema, frozen) = (Arc::clone(&schema), Arc::clone(frozen));
             Ok::<_, DataFusionError>(Arc::new(PinnedTable { schema, frozen, scope, told }) as Arc<dyn TableProvider>)
         };
-        let fixed = match &live.asked {
-            Asked::Stream(stream) => pinned.streams.get(stream).map(table).transpose()?,
-            Asked::Past(frozen) => Some(table(frozen)?),
-            Asked::Latest(stream, _) => pinned.latest.get(stream).map(|(frozen, held)| {
-                Arc::new(PinnedLatest::new(Arc::clone(&schema), Arc::clone(frozen), Arc::clone(held))) as _
-            }),
-            Asked::System(kind) => pinned.system.get(kind).cloned(),
+        let LogicalPlan::TableScan(mut scan) = node else {
+            return internal_err!("a live table outside of a scan");
         };
-        let (LogicalPlan::TableScan(mut scan), Some(fixed)) = (node, fixed) else {
+        let fixed = match &live.asked {
+            Asked::Past(frozen) => Some(table(frozen)?),
+            Asked::LatestPast(frozen) => return Ok(Transformed::yes(computed::newest(&scan, table(frozen)?)?)),
+            Asked::System(kind) => pinned.system.get(kind).cloned(),
+            Asked::Stream(stream) => pinned.streams.get(stream).map(table).transpose()?,
+            Asked::Latest(stream, _) | Asked::LatestIfKept(stream, _) => {
+                match (pinned.streams.get(stream), pinned.latest.get(stream), &live.asked) {
+                    (Some(frozen), Some(held), _) => {
+                        as_planned(&schema, &frozen.cold.schema)?;
+                        let (schema, frozen) = (Arc::clone(&schema), Arc::clone(frozen));
+                        Some(Arc::new(PinnedLatest::new(schema, frozen, Arc::clone(held))) as _)
+                    }
+                    (Some(frozen), None, Asked::LatestIfKept(..)) => Some(table(frozen)?),
+                    (Some(frozen), None, _) => {
+                        return Ok(Transformed::yes(computed::newest(&scan, table(frozen)?)?));
+                    }
+                    (None, ..) => None,
+                }
+            }
+        };
+        let Some(fixed) = fixed else {
             return internal_err!("a live table that was not frozen");
         };
         scan.source = provider_as_source(fixed);
         Ok(Transformed::yes(LogicalPlan::TableScan(scan)))
     })?;
     Ok(fixed.data)
+}
+
+/// A plan holds for the types that it was made with: a column that has got another one since is not cast behind its back.
+fn as_planned(planned: &SchemaRef, now: &SchemaRef) -> Result<()> {
+    for field in planned.fields() {
+        let kind = now.field_with_name(field.name())?.data_type();
+        if kind != field.data_type() {
+            return plan_err!(
+                "column {} was {} when this statement was prepared, and is {kind} now: prepare it again",
+                field.name(),
+                field.data_type()
+            );
+        }
+    }
+    Ok(())
 }
 
 fn provider(node: &LogicalPlan) -> Option<Arc<dyn TableProvider>> {
@@ -403,4 +451,26 @@ fn dates(rows: &RecordBatch) -> Result<ArrayRef, ArrowError> {
         .and_then(|ts| ts.as_primitive_opt::<TimestampMicrosecondType>())
         .ok_or_else(|| ArrowError::SchemaError("hot rows have no event time".to_owned()))?;
     Ok(Arc::new(ts.unary::<_, arrow_array::types::Date32Type>(|us| us.div_euclid(DAY_US) as i32) as Date32Array))
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow_schema::{DataType, Field, Schema};
+
+    use super::*;
+
+    fn table(columns: &[(&str, DataType)]) -> SchemaRef {
+        let field = |(name, kind): &(&str, DataType)| Field::new(*name, kind.clone(), true);
+        Arc::new(Schema::new(columns.iter().map(field).collect::<Vec<_>>()))
+    }
+
+    #[test]
+    fn a_plan_is_not_run_over_columns_that_have_other_types_since() {
+        let planned = table(&[("n", DataType::Int64)]);
+        assert!(as_planned(&planned, &planned).is_ok());
+        assert!(as_planned(&planned, &table(&[("m", DataType::Utf8), ("n", DataType::Int64)])).is_ok());
+        let error = as_planned(&planned, &table(&[("n", DataType::Utf8)])).unwrap_err().to_string();
+        assert!(error.contains("column n was Int64") && error.contains("is Utf8 now: prepare it again"), "{error}");
+        assert!(as_planned(&planned, &table(&[("m", DataType::Int64)])).is_err());
+    }
 }

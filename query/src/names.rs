@@ -2,19 +2,25 @@
 //!
 //! Such a list is planned once more with other names for the later ones: `count(*)`, `count(*)_2`. Only the outermost
 //! SELECT is treated so: a subquery's columns are named to be spoken of, and two of one name could not be.
+//!
+//! A subquery in FROM that has no name keeps, in DataFusion, the names of the tables in it, so that it cannot be joined with
+//! one of them. Such a statement is planned once more with names for those subqueries.
 
 use std::collections::HashSet;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use arrow_array::{RecordBatch, RecordBatchOptions};
 use arrow_schema::{Schema, SchemaRef};
-use datafusion::common::{DataFusionError, Result};
+use datafusion::common::{DataFusionError, Result, SchemaError};
 use datafusion::execution::SendableRecordBatchStream;
 use datafusion::execution::context::SessionState;
 use datafusion::logical_expr::{Expr, LogicalPlan};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::sql::parser::Statement as Parsed;
-use datafusion::sql::sqlparser::ast::{Ident, Query, Select, SelectItem, SetExpr, Statement};
+use datafusion::sql::sqlparser::ast::{
+    Ident, Query, Select, SelectItem, SetExpr, Statement, TableAlias, TableFactor, VisitMut, VisitorMut,
+};
 use futures::StreamExt;
 
 use crate::functions::asof::syntax::nest;
@@ -22,7 +28,12 @@ use crate::functions::asof::syntax::nest;
 /// Plans a statement; columns of one name get names of their own.
 pub(crate) async fn plan(state: &SessionState, mut statement: Parsed) -> Result<LogicalPlan> {
     nest(&mut statement);
-    let refused = match state.statement_to_plan(statement.clone()).await {
+    let mut planned = state.statement_to_plan(statement.clone()).await;
+    if planned.as_ref().is_err_and(is_of_tables) {
+        name_subqueries(&mut statement);
+        planned = state.statement_to_plan(statement.clone()).await;
+    }
+    let refused = match planned {
         Err(error) if is_of_names(&error) => error,
         planned => return planned,
     };
@@ -35,6 +46,37 @@ pub(crate) async fn plan(state: &SessionState, mut statement: Parsed) -> Result<
 /// DataFusion has no other mark for it than these words.
 fn is_of_names(error: &DataFusionError) -> bool {
     matches!(error.find_root(), DataFusionError::Plan(message) if message.contains("require unique expression names"))
+}
+
+/// Whether two columns of one table and name met.
+fn is_of_tables(error: &DataFusionError) -> bool {
+    let DataFusionError::SchemaError(error, _) = error.find_root() else { return false };
+    matches!(error.as_ref(), SchemaError::DuplicateQualifiedField { .. })
+}
+
+fn name_subqueries(statement: &mut Parsed) {
+    match statement {
+        // Nothing breaks off.
+        Parsed::Statement(statement) => drop(statement.visit(&mut Unnamed(0))),
+        Parsed::Explain(explain) => name_subqueries(&mut explain.statement),
+        _ => {}
+    }
+}
+
+/// How many subqueries without a name there were.
+struct Unnamed(usize);
+
+impl VisitorMut for Unnamed {
+    type Break = ();
+
+    fn pre_visit_table_factor(&mut self, factor: &mut TableFactor) -> ControlFlow<()> {
+        if let TableFactor::Derived { alias: alias @ None, .. } = factor {
+            self.0 += 1;
+            let name = Ident::with_quote('"', format!("subquery {}", self.0));
+            *alias = Some(TableAlias { explicit: true, name, columns: Vec::new(), at: None });
+        }
+        ControlFlow::Continue(())
+    }
 }
 
 /// The statement with an alias for every column whose name was taken before it; None when it is no SELECT.

@@ -41,6 +41,8 @@ pub struct Reader {
     pub lanes: Arc<[String]>,
     /// Whether it may make and drop views.
     pub views: bool,
+    /// Whether it may say what tables and columns are.
+    pub comment: bool,
 }
 
 impl std::fmt::Debug for Reader {
@@ -52,7 +54,8 @@ impl std::fmt::Debug for Reader {
 impl Reader {
     /// This reader at a door.
     pub fn at(&self, door: Door) -> Caller {
-        Caller::new(&self.name, door, self.scope.clone(), Arc::clone(&self.lanes)).defining(self.views)
+        let caller = Caller::new(&self.name, door, self.scope.clone(), Arc::clone(&self.lanes));
+        caller.defining(self.views).who_may_comment(self.comment)
     }
 }
 
@@ -88,6 +91,7 @@ impl Readers {
     /// A caller without a name: when no reader is set, and it is on this machine.
     pub fn accept_unnamed(&self, peer: IpAddr, door: Door) -> Option<Caller> {
         let local = !self.are_set() && peer.to_canonical().is_loopback();
-        local.then(|| Caller::new(UNNAMED, door, None, Arc::clone(&self.lanes)).defining(true))
+        // Whoever is on the machine of a node without readers keeps it.
+        local.then(|| Caller::new(UNNAMED, door, None, Arc::clone(&self.lanes)).defining(true).who_may_comment(true))
     }
 }

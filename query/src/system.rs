@@ -3,6 +3,7 @@
 //! | table | a row for each |
 //! |---|---|
 //! | `streams` | stream: columns, rows and bytes in files, hot rows, first and last event time |
+//! | `columns` | column of a stream: type, unit, what it is, since when |
 //! | `files` | Parquet file of a stream's newest version |
 //! | `edges` | edge that has sent something since the node started |
 //! | `ingest` | stream and spool that has: rows, last batch, what is durable and committed |
@@ -33,6 +34,7 @@ mod views;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Kind {
     Streams,
+    Columns,
     Files,
     Edges,
     Ingest,
@@ -40,7 +42,8 @@ pub(crate) enum Kind {
     Views,
 }
 
-const KINDS: [Kind; 6] = [Kind::Streams, Kind::Files, Kind::Edges, Kind::Ingest, Kind::Queries, Kind::Views];
+const KINDS: [Kind; 7] =
+    [Kind::Streams, Kind::Columns, Kind::Files, Kind::Edges, Kind::Ingest, Kind::Queries, Kind::Views];
 /// The tables that are questions.
 const VIEWS: [&str; 2] = ["batches", "quarantine_reasons"];
 
@@ -48,6 +51,7 @@ impl Kind {
     fn name(self) -> &'static str {
         match self {
             Self::Streams => "streams",
+            Self::Columns => "columns",
             Self::Files => "files",
             Self::Edges => "edges",
             Self::Ingest => "ingest",
@@ -70,6 +74,15 @@ impl Kind {
                 ("first_ts", timestamp_type()),
                 ("last_ts", timestamp_type()),
                 ("version", Int64),
+            ],
+            Self::Columns => vec![
+                ("stream", Utf8),
+                ("name", Utf8),
+                ("position", Int64),
+                ("type", Utf8),
+                ("unit", Utf8),
+                ("description", Utf8),
+                ("since", timestamp_type()),
             ],
             Self::Files => vec![
                 ("stream", Utf8),
@@ -173,6 +186,7 @@ impl SchemaProvider for SystemSchema {
 pub(crate) async fn pinned(kind: Kind, view: View<'_>) -> Result<Arc<dyn TableProvider>> {
     let columns = match kind {
         Kind::Streams => rows::streams(view).await?,
+        Kind::Columns => rows::columns(view),
         Kind::Files => rows::files(view)?,
         Kind::Edges => rows::edges(view),
         Kind::Ingest => rows::ingest(view),

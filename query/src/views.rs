@@ -254,7 +254,7 @@ impl Views {
         if !caller.may_define() {
             let message =
                 format!("`{}` may ask and not define views: set views = true for this [[reader]]", caller.name());
-            return Err(QueryError::Forbidden { message });
+            return Err(QueryError::Denied { message });
         }
         let running = self.running.get().ok_or_else(|| refused("this node keeps no views"))?;
         let _one = self.changing.lock().await;

@@ -120,18 +120,19 @@ pub(super) struct Sender {
     edge: EdgeId,
     spool: SpoolId,
     last: Mark,
+    /// The newest request.
+    body: Vec<u8>,
     pub(super) bytes: u64,
 }
 
 impl Sender {
     pub(super) fn new(schema: Arc<StreamSchema>, spool: SpoolId) -> anyhow::Result<Self> {
         let (client, edge) = (reqwest::Client::new(), EDGE.parse::<EdgeId>()?);
-        Ok(Self { schema, client, edge, spool, last: Mark::default(), bytes: 0 })
+        Ok(Self { schema, client, edge, spool, last: Mark::default(), body: Vec::new(), bytes: 0 })
     }
 
     /// One request.
     pub(super) async fn send(&mut self, cloud: &str, batches: &[CutBatch]) -> anyhow::Result<()> {
-        let before = self.last;
         let mut body = Vec::new();
         push_frame(&mut body, KIND_SCHEMA, self.schema.canonical().as_bytes());
         for cut in batches {
@@ -140,9 +141,15 @@ impl Sender {
             push_frame(&mut body, KIND_BATCH, batch.bytes());
         }
         self.bytes += body.len() as u64;
+        self.body = body;
+        self.send_again(cloud).await
+    }
+
+    /// The newest request once more, as after an ack that was lost.
+    pub(super) async fn send_again(&self, cloud: &str) -> anyhow::Result<()> {
         let url = format!("{cloud}/v1/edges/{EDGE}/batches");
         loop {
-            let response = self.client.post(&url).bearer_auth(TOKEN).body(body.clone()).send().await?;
+            let response = self.client.post(&url).bearer_auth(TOKEN).body(self.body.clone()).send().await?;
             let status = response.status();
             if status == reqwest::StatusCode::TOO_MANY_REQUESTS {
                 // What was accepted of it is a duplicate the next time.
@@ -151,7 +158,7 @@ impl Sender {
             }
             let text = response.text().await?;
             if !status.is_success() {
-                bail!("after batch {}: {text}", before.seq);
+                bail!("up to batch {}: {text}", self.last.seq);
             }
             let acks: Acks = serde_json::from_str(&text)?;
             ensure!(acks.acks.iter().any(|ack| ack.durable == self.last), "not durable: {text}");
@@ -160,13 +167,14 @@ impl Sender {
     }
 }
 
-fn schema() -> anyhow::Result<Arc<StreamSchema>> {
+pub(super) fn schema() -> anyhow::Result<Arc<StreamSchema>> {
     let fields = [("speed", FieldType::Float64), ("vehicles", FieldType::Int64), ("occupancy", FieldType::Float64)];
     let fields = fields.map(|(name, kind)| Ok(StreamField { name: name.parse()?, kind }));
     Ok(Arc::new(StreamSchema::new(fields.into_iter().collect::<anyhow::Result<Vec<_>>>()?)?))
 }
 
-fn cut(schema: &StreamSchema, number: u64, rows: usize) -> anyhow::Result<CutBatch> {
+/// Rows of `load`: another number, other rows.
+pub(super) fn cut(schema: &StreamSchema, number: u64, rows: usize) -> anyhow::Result<CutBatch> {
     let mut random = StdRng::seed_from_u64(number);
     let first = START_US + number as i64 * rows as i64 * 1_000;
     let rounded = |value: f64| (value * 10.0).round() / 10.0;

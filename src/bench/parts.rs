@@ -120,6 +120,7 @@ async fn until_ready(part: &mut Part, url: &str) -> anyhow::Result<()> {
 pub(super) struct Cloud {
     pub(super) part: Part,
     pub(super) http: String,
+    pub(super) flight_sql: u16,
     tables: PathBuf,
 }
 
@@ -138,8 +139,9 @@ impl Cloud {
     pub(super) async fn start_with(directory: &Path, port: u16, more: &str) -> anyhow::Result<Self> {
         let data = directory.join("cloud");
         let config = directory.join("cloud.toml");
+        let flight_sql = free_port()?;
         let text = format!(
-            "data_dir = {:?}\n[listen]\nhttp = \"127.0.0.1:{port}\"\nflight_sql = \"127.0.0.1:0\"\npostgres = \"127.0.0.1:0\"\n\
+            "data_dir = {:?}\n[listen]\nhttp = \"127.0.0.1:{port}\"\nflight_sql = \"127.0.0.1:{flight_sql}\"\npostgres = \"127.0.0.1:0\"\n\
              {more}[[edge]]\nid = \"{EDGE}\"\ntoken = \"{TOKEN}\"\n",
             data.display().to_string()
         );
@@ -149,7 +151,7 @@ impl Cloud {
         let mut part = Part::start("cloud", &weir, &arguments, directory)?;
         let http = format!("http://127.0.0.1:{port}");
         until_ready(&mut part, &format!("{http}/ready")).await?;
-        Ok(Self { part, http, tables: data.join("tables") })
+        Ok(Self { part, http, flight_sql, tables: data.join("tables") })
     }
 
     /// Where a table is.

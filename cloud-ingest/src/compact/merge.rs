@@ -111,7 +111,7 @@ impl Input {
 }
 
 /// The rows of all inputs in order.
-pub(super) struct Merge {
+pub(crate) struct Merge {
     schema: SchemaRef,
     inputs: Vec<Input>,
     /// Inputs that have rows left, the one that comes next at the end.
@@ -131,7 +131,7 @@ impl std::fmt::Debug for Merge {
 impl Merge {
     /// Opens files of one table, in this order, as many as `memory_bytes` allows and at least two. How many it are is the
     /// second value.
-    pub(super) async fn open(
+    pub(crate) async fn open(
         store: &ObjectStoreRef,
         schema: &SchemaRef,
         files: &[Arc<DataFile>],
@@ -164,7 +164,7 @@ impl Merge {
     }
 
     /// The next rows; `None` when there are no more.
-    pub(super) async fn next(&mut self) -> Result<Option<RecordBatch>, CompactError> {
+    pub(crate) async fn next(&mut self) -> Result<Option<RecordBatch>, CompactError> {
         while self.taken < BATCH_ROWS {
             let Some(index) = self.order.pop() else { break };
             let second = self.order.last().copied();

@@ -10,8 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow_array::{RecordBatch, RecordBatchOptions, new_null_array};
-use arrow_schema::SchemaRef;
+use arrow_array::RecordBatch;
 use segment_log::FileLayer;
 use tokio::sync::Semaphore;
 use wire::StreamName;
@@ -22,7 +21,7 @@ use super::{Fault, Ingest, Job};
 use crate::delta::{CommitError, DeltaTable, TableError};
 use crate::errors::chain;
 use crate::hot::Taking;
-use crate::rescue::row_schema;
+use crate::rescue::refit;
 use crate::store::{Store, list_streams};
 
 /// Looks, and commits, that run at a time.
@@ -293,8 +292,9 @@ pub(super) async fn list(store: &Store, known: &BTreeSet<StreamName>) -> Result<
 
 /// Commits what was taken; after any failure reads the table again, so that what is there counts.
 pub(super) async fn commit(table: &mut DeltaTable, taking: Taking) -> CommitEnd {
-    let schema = row_schema(&table.snapshot().fields);
-    let rows: Vec<RecordBatch> = taking.rows.iter().map(|rows| widened(rows, &schema)).collect();
+    // They became hot before the table got its newest fields.
+    let fields = table.snapshot().fields;
+    let rows: Vec<RecordBatch> = taking.rows.iter().map(|rows| refit(rows, &fields)).collect();
     let count = rows.iter().map(|rows| rows.num_rows() as u64).sum();
     let error = match table.commit(&rows, &taking.marks).await {
         Ok(_) => return CommitEnd::Made { rows: count },
@@ -305,24 +305,6 @@ pub(super) async fn commit(table: &mut DeltaTable, taking: Taking) -> CommitEnd 
         (Ok(_), _) => CommitEnd::Failed { reason: chain(&error) },
         (Err(again), _) => CommitEnd::Failed { reason: format!("{}; {}", chain(&error), chain(&again)) },
     }
-}
-
-/// Rows that became hot before the table got its newest fields, with nulls for those.
-fn widened(rows: &RecordBatch, schema: &SchemaRef) -> RecordBatch {
-    if rows.schema().fields() == schema.fields() {
-        return rows.clone();
-    }
-    let columns = schema
-        .fields()
-        .iter()
-        .map(|field| match rows.column_by_name(field.name()) {
-            Some(column) => Arc::clone(column),
-            None => new_null_array(field.data_type(), rows.num_rows()),
-        })
-        .collect();
-    let options = RecordBatchOptions::new().with_row_count(Some(rows.num_rows()));
-    RecordBatch::try_new_with_options(Arc::clone(schema), columns, &options)
-        .expect("rows have the types of the table that they were rescued for; types never change")
 }
 
 #[cfg(test)]

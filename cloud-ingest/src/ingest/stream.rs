@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow_array::RecordBatch;
+use wire::schema::StreamField;
 use wire::sealed::BatchHeader;
 use wire::{Mark, SealedBatch, Seq, SpoolId, StreamName};
 
@@ -13,7 +14,7 @@ use crate::alias::{self, Aliases};
 use crate::catalog::TableState;
 use crate::delta::{DeltaTable, TableSnapshot};
 use crate::hot::{Chunk, HotSet, InWal};
-use crate::rescue::{Provenance, rescue};
+use crate::rescue::{Provenance, refit, rescue};
 use crate::sequencer::{Sequence, Sequences, Verdict};
 use crate::wal::Schemas;
 
@@ -140,6 +141,9 @@ impl Stream {
             txn.get(spool).map_or(Seq(0), |mark| mark.seq)
         };
         self.hot.committed(snapshot.version, committed, Instant::now() + grace);
+        if retyped(&self.snapshot.fields, &snapshot.fields) {
+            self.hot.refit(snapshot.version, |rows| refit(rows, &snapshot.fields));
+        }
         self.snapshot = snapshot;
     }
 
@@ -147,6 +151,11 @@ impl Stream {
     pub(super) fn state(&self) -> TableState {
         TableState { snapshot: self.snapshot.clone(), hot: self.hot.clone() }
     }
+}
+
+/// Whether a field has another type than it had.
+fn retyped(before: &[StreamField], now: &[StreamField]) -> bool {
+    before.iter().any(|field| now.iter().any(|other| other.name == field.name && other.kind != field.kind))
 }
 
 /// See [`Stream::accept`].

@@ -17,6 +17,7 @@ use crate::config::{Size, Span};
 use crate::delta::power_cut::rows_on_disk;
 use crate::store::tests::{sim_machine, sim_store, sim_store_through};
 
+mod retype;
 mod write;
 
 const SEEDS: u64 = 200;

@@ -160,6 +160,9 @@ impl Run {
             let mut next = pin!(events.next());
             loop {
                 tokio::select! {
+                    // Most events are there already: the others are not even asked then, and what they would do is done
+                    // after each event (`acknowledge`, `tell`, the caller's look at the token).
+                    biased;
                     event = &mut next => break event,
                     changed = durable.changed() => {
                         changed.map_err(|_| Closed)?;
@@ -202,6 +205,9 @@ impl Run {
             }
         }
         self.acknowledge(*durable.borrow());
+        if self.connected && !drains {
+            self.tell();
+        }
         Ok(Turn::More)
     }
 
@@ -291,9 +297,11 @@ impl Run {
     }
 
     async fn message(&mut self, mut publish: Publish, token: &CancellationToken) -> Result<(), Closed> {
-        let Connection { settings, client, known, journal, state, .. } = &mut self.connection;
+        let Connection { settings, client, known, journal, state, task } = &mut self.connection;
         let arrival_us = journal.now_us();
-        self.heard_at = Instant::now();
+        if *task == Task::Drain {
+            self.heard_at = Instant::now();
+        }
         state.last_arrival_us.store(arrival_us, Ordering::Relaxed);
         let id = publish.packet_id();
         let (mut delivery, mut crc) = (None, 0);

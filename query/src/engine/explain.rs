@@ -19,7 +19,7 @@ pub enum QueryError {
     #[error("Weir answers questions only: {message}")]
     ReadOnly { message: String },
     #[error("{message}")]
-    Forbidden { message: String },
+    Denied { message: String },
     #[error("the statement ran longer than {}", humane(*limit))]
     Timeout { limit: Duration },
     #[error("the statement needs more memory than is set aside: {message}")]

@@ -521,13 +521,13 @@ async fn columns_of_one_name_are_told_apart() {
 }
 
 /// A reader with this scope.
-fn reader(edges: Option<&[&str]>, condition: Option<&str>) -> Caller {
+pub(crate) fn reader(edges: Option<&[&str]>, condition: Option<&str>) -> Caller {
     let edges = edges.map(|edges| edges.iter().map(|edge| (*edge).to_owned()).collect());
     let scope = Scope::new(edges, condition.map(str::to_owned)).unwrap();
     Caller::new("reader", Door::Http, Some(Arc::new(scope)), Arc::new([]))
 }
 
-async fn rows_as(engine: &Engine, caller: &Caller, sql: &str) -> Result<Vec<RecordBatch>, QueryError> {
+pub(crate) async fn rows_as(engine: &Engine, caller: &Caller, sql: &str) -> Result<Vec<RecordBatch>, QueryError> {
     let running = begin_as(engine, caller).await;
     let prepared = engine.prepare(&running, sql, None).await?;
     let mut stream = engine.execute(&running, &prepared, None).await?;
@@ -612,8 +612,16 @@ async fn neither_errors_nor_plans_tell_of_rows_out_of_scope() {
             rows_as(&engine, &Caller::node(), probe).await.expect_err("it fails for who sees all");
         }
     }
-    let newest = rows_as(&engine, &own, "SELECT * FROM latest('traffic')").await.unwrap_err();
-    assert!(newest.to_string().contains("readers without a scope"), "{newest}");
+    // The newest of the rows in its scope, whichever way it asks.
+    for newest in [
+        "SELECT device, vehicle_count FROM latest('traffic') ORDER BY device",
+        "SELECT DISTINCT ON (device) device, vehicle_count FROM traffic ORDER BY device, ts DESC",
+    ] {
+        let rows = rows_as(&engine, &own, newest).await.unwrap();
+        let counts: Vec<i64> =
+            rows.iter().flat_map(|batch| batch.column(1).as_primitive::<Int64Type>().values().to_vec()).collect();
+        assert_eq!(counts, [8, 9], "{newest}");
+    }
     for explain in ["EXPLAIN", "EXPLAIN VERBOSE", "EXPLAIN ANALYZE", "EXPLAIN ANALYZE VERBOSE"] {
         let text =
             text_as(&engine, &own, &format!("{explain} SELECT count(*) FROM traffic WHERE vehicle_count >= 0")).await;
@@ -671,8 +679,13 @@ async fn a_version_of_the_past_answers_the_same_for_ever() {
     }
     let between = "SELECT (SELECT count(*) FROM traffic FOR VERSION AS OF 2) - (SELECT count(*) FROM traffic FOR VERSION AS OF 1)";
     assert_eq!(as_of(between, None).await.unwrap(), (BATCHES_PER_COMMIT * ROWS) as i64);
-    let newest = as_of("SELECT count(*) FROM latest('traffic')", Some(AsOf::Version(1))).await.unwrap_err();
-    assert!(newest.to_string().contains("newest rows of now"), "{newest}");
+    let newest = "SELECT max(l.vehicle_count) FROM latest('traffic') l JOIN traffic ON l.ts = traffic.ts";
+    let last = |version: usize| (version * BATCHES_PER_COMMIT * ROWS - 1) as i64;
+    assert_eq!(as_of(newest, Some(AsOf::Version(1))).await.unwrap(), last(1));
+    assert_eq!(
+        as_of("SELECT max(latest.vehicle_count) FROM latest('traffic')", Some(AsOf::Version(2))).await.unwrap(),
+        last(2)
+    );
     let none = as_of("SELECT count(*) FROM traffic FOR VERSION AS OF 99", None).await.unwrap_err();
     assert!(none.to_string().contains("no version 99"), "{none}");
 }
@@ -703,6 +716,17 @@ async fn a_statement_has_limits_of_its_own() {
     assert_eq!(integer_as(&engine, &roomy, sort).await, 300_000);
     let told = text_as(&engine, &Caller::node(), "SELECT state, lane FROM system.queries WHERE memory_bytes > 0").await;
     assert!(told.contains("failed") && told.contains("wide"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_into_memory_lies_in_the_directory_that_was_named() {
+    let directory = std::env::temp_dir().join(format!("weir-spill-{:032x}", rand::random::<u128>()));
+    let settings = EngineSettings { spill_directory: Some(directory.clone()), ..EngineSettings::default() };
+    let engine = Engine::new(Arc::new(Handle(Traffic::new(1, 0).await)), settings).unwrap();
+    let file = engine.session().runtime_env().disk_manager.create_tmp_file("a sort").unwrap();
+    assert!(file.path().is_some_and(|path| path.starts_with(&directory)), "{:?}", file.path());
+    drop(file);
+    std::fs::remove_dir_all(&directory).unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

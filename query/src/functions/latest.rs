@@ -5,9 +5,12 @@
 //! is pinned to, and the hot rows above it, as every other mention of the stream in that statement sees them.
 //!
 //! The cold half comes from a [`cache::LatestCache`]. A condition `device = …` or `device IN (…)` is looked up in it;
-//! other conditions are asked of all devices.
+//! other conditions are asked of all devices. For a reader with a scope, and for a table of the past, it is computed from
+//! the rows ([`computed`]). A question that asks the same in other words is answered from it, too ([`distinct_on`]).
 
 pub(crate) mod cache;
+pub(crate) mod computed;
+pub(crate) mod distinct_on;
 mod newest;
 
 use std::cmp::Ordering;

@@ -336,7 +336,7 @@ fn refuse(error: &QueryError) -> Response {
         | QueryError::UnknownColumn { .. }
         | QueryError::ReadOnly { .. }
         | QueryError::Invalid { .. } => StatusCode::BAD_REQUEST,
-        QueryError::Forbidden { .. } => StatusCode::FORBIDDEN,
+        QueryError::Denied { .. } => StatusCode::FORBIDDEN,
         QueryError::Timeout { .. } => StatusCode::REQUEST_TIMEOUT,
         QueryError::Cancelled => StatusCode::CONFLICT,
         QueryError::TooMuch { .. } => StatusCode::PAYLOAD_TOO_LARGE,

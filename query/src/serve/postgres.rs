@@ -8,6 +8,7 @@
 //! its rows too.
 
 mod copy;
+mod described;
 mod dialect;
 mod reflection;
 mod session;
@@ -103,7 +104,7 @@ fn sql_error(error: &QueryError) -> PgWireError {
         QueryError::UnknownTable { .. } => "42P01",
         QueryError::UnknownColumn { .. } => "42703",
         QueryError::ReadOnly { .. } => "25006",
-        QueryError::Forbidden { .. } => "42501",
+        QueryError::Denied { .. } => "42501",
         QueryError::Timeout { .. } | QueryError::Cancelled => "57014",
         QueryError::Memory { .. } => "53200",
         QueryError::Busy { .. } => "53300",
@@ -120,7 +121,9 @@ fn sql_error(error: &QueryError) -> PgWireError {
 fn code_of(message: &str) -> &'static str {
     let words = message.to_lowercase();
     let has = |part: &str| words.contains(part);
-    if has("divide by zero") {
+    if has("prepare it again") {
+        "0A000"
+    } else if has("divide by zero") {
         "22012"
     } else if has("overflow") || has("out of range") {
         "22003"

@@ -10,10 +10,11 @@ use arrow_array::types::TimestampMicrosecondType;
 use arrow_array::{ArrayRef, Date32Array, Float64Array, Int64Array, StringArray, TimestampMicrosecondArray};
 use datafusion::common::Result;
 use wire::DataFile;
-use wire::schema::TS;
+use wire::schema::{FieldType, TS};
 
 use crate::catalog::SpoolFacts;
 use crate::fused_table::{Frozen, View};
+use crate::remark::ColumnNote;
 use crate::views::{Doing, Progress};
 
 fn texts<T: Into<Option<String>>>(values: impl IntoIterator<Item = T>) -> ArrayRef {
@@ -83,6 +84,39 @@ pub(super) async fn streams(view: View<'_>) -> Result<Vec<ArrayRef>> {
         times(number(5)),
         integers(number(6)),
     ])
+}
+
+/// Names, types and what is said of them are for everybody who may ask.
+pub(super) fn columns(view: View<'_>) -> Vec<ArrayRef> {
+    struct Row {
+        stream: String,
+        name: String,
+        position: usize,
+        kind: String,
+        note: ColumnNote,
+    }
+    let mut rows = Vec::new();
+    for stream in view.tables.streams() {
+        let Some(cold) = view.tables.cold(&stream) else { continue };
+        let mut notes = view.tables.notes(&stream);
+        for (index, field) in cold.schema.fields().iter().enumerate() {
+            // `_date` alone has a type that no field can have.
+            let kind =
+                FieldType::from_arrow(field.data_type()).map_or_else(|| "date".to_owned(), |kind| kind.to_string());
+            let (stream, name, position) = (stream.to_string(), field.name().clone(), index + 1);
+            let note = notes.remove(&name).unwrap_or_default();
+            rows.push(Row { stream, name, position, kind, note });
+        }
+    }
+    vec![
+        texts(rows.iter().map(|row| row.stream.clone())),
+        texts(rows.iter().map(|row| row.name.clone())),
+        integers(rows.iter().map(|row| count(row.position))),
+        texts(rows.iter().map(|row| row.kind.clone())),
+        texts(rows.iter().map(|row| row.note.unit().map(str::to_owned))),
+        texts(rows.iter().map(|row| row.note.description.clone())),
+        times(rows.iter().map(|row| row.note.since_us)),
+    ]
 }
 
 pub(super) fn files(view: View<'_>) -> Result<Vec<ArrayRef>> {

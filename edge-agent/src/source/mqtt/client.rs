@@ -314,7 +314,11 @@ impl Publish {
     pub(super) fn topic(&self) -> String {
         match self {
             Self::V4(publish) => publish.topic.clone(),
-            Self::V5(publish) => String::from_utf8_lossy(&publish.topic).into_owned(),
+            // The lossy reading goes character by character.
+            Self::V5(publish) => match std::str::from_utf8(&publish.topic) {
+                Ok(topic) => topic.to_owned(),
+                Err(_) => String::from_utf8_lossy(&publish.topic).into_owned(),
+            },
         }
     }
 

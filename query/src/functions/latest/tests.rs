@@ -21,7 +21,7 @@ use wire::schema::{FieldType, StreamField, table_schema};
 use super::*;
 use crate::as_of::AsOf;
 use crate::catalog::{ColdTable, SpoolFacts, TablesError};
-use crate::engine::tests::data_files;
+use crate::engine::tests::{data_files, reader, rows_as};
 use crate::engine::{Engine, EngineSettings};
 
 const DAY: i64 = 19_000;
@@ -246,8 +246,12 @@ fn engine(world: &Arc<World>, latest_bytes_max: usize) -> Engine {
 }
 
 async fn asked(engine: &Engine, sql: &str) -> Vec<String> {
+    told(engine.rows(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}")))
+}
+
+fn told(batches: Vec<RecordBatch>) -> Vec<String> {
     let mut told = Vec::new();
-    for batch in engine.rows(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}")) {
+    for batch in batches {
         let column = |name: &str| batch.column_by_name(name).unwrap();
         for row in 0..batch.num_rows() {
             let device = column("device").as_string::<i32>();
@@ -263,6 +267,13 @@ async fn asked(engine: &Engine, sql: &str) -> Vec<String> {
 }
 
 const ALL: &str = "SELECT * FROM latest('readings')";
+/// The same question in other words.
+const DISTINCT: &str = "SELECT DISTINCT ON (device) * FROM readings ORDER BY device, ts DESC";
+
+/// What a reader is answered whose scope has every row.
+async fn asked_in_scope(engine: &Engine, sql: &str) -> Vec<String> {
+    told(rows_as(engine, &reader(None, Some("v >= 0")), sql).await.unwrap())
+}
 
 fn row(device: &str, ts: i64, received_at: i64, seq: i64, v: i64) -> Row {
     (Some(device.to_owned()), DAY * DAY_US + ts, received_at, "s".to_owned(), seq, v)
@@ -347,6 +358,45 @@ async fn what_does_not_fit_is_told() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_same_question_in_other_words_is_answered_from_what_is_kept() {
+    let world = World::new().await;
+    world.arrive(vec![row("a", 10, 1, 1, 1), row("b", 5, 1, 1, 2), row("a", 20, 1, 1, 3), row("b", 7, 1, 1, 4)]);
+    world.commit().await;
+    world.state.lock().at = 1;
+    let check = async |question: &str, from_kept: bool, expected: &[i64]| {
+        let engine = engine(&world, 1 << 24);
+        let rows = engine.rows(question).await.unwrap_or_else(|error| panic!("{question}: {error}"));
+        let values: Vec<i64> =
+            rows.iter().flat_map(|batch| batch.column(0).as_primitive::<Int64Type>().values().to_vec()).collect();
+        assert_eq!(values, expected, "{question}");
+        let read = engine.latest_cache().rebuilt.load(std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(read == 1, from_kept, "{question}");
+    };
+    let at = |us: i64| format!("arrow_cast({}, 'Timestamp(Microsecond, Some(\"UTC\"))')", DAY * DAY_US + us);
+    check("SELECT DISTINCT ON (device) v FROM readings ORDER BY device, ts DESC", true, &[3, 4]).await;
+    check("SELECT DISTINCT ON (r.device) r.v + 1 FROM readings AS r ORDER BY r.device DESC, r.ts DESC", true, &[5, 4])
+        .await;
+    let newest = "(SELECT DISTINCT ON (device) * FROM readings WHERE device <> 'b' ORDER BY device, ts DESC)";
+    check(&format!("SELECT sum(v) FROM {newest} AS n"), true, &[3]).await;
+    let since = format!("SELECT DISTINCT ON (device) v FROM readings WHERE ts >= {} ORDER BY device, ts DESC", at(8));
+    check(&since, true, &[3]).await;
+    // Other questions.
+    let until = format!("SELECT DISTINCT ON (device) v FROM readings WHERE ts < {} ORDER BY device, ts DESC", at(20));
+    check(&until, false, &[1, 4]).await;
+    check("SELECT DISTINCT ON (device) v FROM readings ORDER BY device, ts", false, &[1, 2]).await;
+    check("SELECT DISTINCT ON (device) v FROM readings WHERE v < 3 ORDER BY device, ts DESC", false, &[1, 2]).await;
+    check("SELECT DISTINCT ON (device) v FROM readings ORDER BY device, v", false, &[1, 2]).await;
+    check("SELECT DISTINCT ON (device) v FROM readings ORDER BY device, ts DESC, v", false, &[3, 4]).await;
+    let related = "SELECT DISTINCT ON (device) v FROM readings r \
+                   WHERE EXISTS (SELECT 1 FROM (VALUES (1), (2)) AS l(most) WHERE l.most = r.v) ORDER BY device, ts DESC";
+    check(related, false, &[1, 2]).await;
+    // What does not fit is read from the table.
+    let small = engine(&world, 10);
+    assert!(small.rows(ALL).await.is_err());
+    assert_eq!(asked(&small, DISTINCT).await, world.expected());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn unknown_streams_get_a_hint() {
     let world = World::new().await;
     let engine = engine(&world, 1 << 20);
@@ -389,6 +439,8 @@ async fn as_a_naive_computation_has_it() {
             world.state.lock().at = newest - random.random_range(0..3).min(newest);
             let told = || format!("round {round}, step {step}, seed {seed}");
             assert_eq!(asked(&engine, ALL).await, world.expected(), "{}", told());
+            assert_eq!(asked(&engine, DISTINCT).await, world.expected(), "{}", told());
+            assert_eq!(asked_in_scope(&engine, ALL).await, world.expected(), "{}", told());
             let one = asked(&engine, "SELECT * FROM latest('readings') WHERE device = 'd3'").await;
             let of_one: Vec<String> =
                 world.expected().into_iter().filter(|row| row.starts_with("Some(\"d3\")")).collect();

@@ -29,7 +29,7 @@ pub(super) fn status(error: &QueryError) -> Status {
     match error {
         QueryError::UnknownTable { .. } | QueryError::UnknownColumn { .. } => Status::not_found(text),
         QueryError::Syntax { .. } | QueryError::Invalid { .. } => Status::invalid_argument(text),
-        QueryError::ReadOnly { .. } | QueryError::Forbidden { .. } => Status::permission_denied(text),
+        QueryError::ReadOnly { .. } | QueryError::Denied { .. } => Status::permission_denied(text),
         QueryError::Timeout { .. } => Status::deadline_exceeded(text),
         QueryError::Cancelled => Status::cancelled(text),
         QueryError::Memory { .. } | QueryError::TooMuch { .. } | QueryError::Busy { .. } => {
@@ -49,7 +49,7 @@ pub(super) fn unknown_handle() -> Status {
 
 /// The columns of a statement as they are announced and as they are sent. What may be null is known only when it runs.
 pub(super) fn announced(prepared: &Prepared) -> SchemaRef {
-    let fields = prepared.plan().schema().fields().iter();
+    let fields = prepared.columns().fields().iter();
     Arc::new(Schema::new(
         fields.map(|field| Field::new(field.name(), field.data_type().clone(), true)).collect::<Vec<_>>(),
     ))

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use arrow_array::{RecordBatch, RecordBatchOptions};
 use arrow_flight::decode::FlightRecordBatchStream;
 use arrow_flight::error::FlightError;
 use arrow_flight::flight_service_server::FlightService;
@@ -85,7 +86,8 @@ impl Service {
         let told = Arc::clone(&schema);
         let rows = rows.map(move |batch| {
             let batch = batch.map_err(|error| FlightError::Tonic(Box::new(status(&engine.explain(error)))))?;
-            Ok(batch.with_schema(Arc::clone(&told))?)
+            let options = RecordBatchOptions::new().with_row_count(Some(batch.num_rows()));
+            Ok(RecordBatch::try_new_with_options(Arc::clone(&told), batch.columns().to_vec(), &options)?)
         });
         Ok(sent(schema, rows))
     }

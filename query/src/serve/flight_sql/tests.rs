@@ -136,6 +136,7 @@ async fn the_catalogue_is_told() {
 async fn a_reader_proves_itself_and_sees_its_scope() {
     let scope = Scope::new(Some(vec!["gw-*".to_owned()]), None).unwrap();
     let reader = |name: &str, scope: Option<Scope>| Reader {
+        comment: false,
         name: name.to_owned(),
         views: false,
         password: "right".to_owned(),

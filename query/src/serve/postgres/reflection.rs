@@ -1,18 +1,18 @@
 //! What catalogue questions of SQLAlchemy ask that DataFusion cannot plan, answered by what is known: tables have no
-//! indexes, no constraints, no defaults and no sequences.
+//! indexes, no constraints, no defaults, no sequences and no collations of their own.
 //!
-//! `LIKE … ESCAPE 'c'` becomes one with a backslash. Where the parts of an index are unfolded, no row can come out.
+//! `col_description` and `obj_description` become questions to `pg_description`. `LIKE … ESCAPE 'c'` becomes one with a backslash. Where the parts of an index are unfolded, no row can come out.
 
 use std::ops::ControlFlow;
 
 use datafusion::sql::sqlparser::ast::{
-    Expr, SelectItem, SetExpr, Statement, Value, ValueWithSpan, VisitMut, VisitorMut,
+    Expr, Function, FunctionArguments, SelectItem, SetExpr, Statement, Value, ValueWithSpan, VisitMut, VisitorMut,
 };
 use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
 use datafusion::sql::sqlparser::parser::Parser;
 
-/// Tables that have no row here.
-const EMPTY: [&str; 2] = ["pg_sequence", "pg_attrdef"];
+/// What has no row here, or is not told: sequences, defaults, and collations, of which there is one.
+const EMPTY: [&str; 4] = ["pg_sequence", "pg_attrdef", "pg_collation", "typcollation"];
 
 /// The question in words that can be planned.
 pub(super) fn rewrite(mut statement: Statement) -> Statement {
@@ -47,6 +47,22 @@ fn nothing(statement: &Statement) -> Option<Statement> {
     Parser::parse_sql(&PostgreSqlDialect {}, &sql).ok()?.pop()
 }
 
+/// What is said of a table (`obj_description(oid, 'pg_class')`) or a column (`col_description(oid, number)`).
+fn description(function: &Function) -> Option<Expr> {
+    let name = function.name.0.last()?.as_ident()?.value.to_lowercase();
+    let FunctionArguments::List(list) = &function.args else { return None };
+    let arguments = list.args.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let (object, part) = match (name.as_str(), &arguments[..]) {
+        ("col_description", [object, part]) => (object, part.as_str()),
+        ("obj_description", [object] | [object, _]) => (object, "0"),
+        _ => return None,
+    };
+    let question = format!(
+        "(SELECT max(d.description) FROM pg_catalog.pg_description d WHERE d.objoid = {object} AND d.objsubid = {part})"
+    );
+    Parser::new(&PostgreSqlDialect {}).try_with_sql(&question).ok()?.parse_expr().ok()
+}
+
 struct Rewrites;
 
 impl VisitorMut for Rewrites {
@@ -62,6 +78,11 @@ impl VisitorMut for Rewrites {
                     if let Ok(call) = parser.and_then(|mut parser| parser.parse_expr()) {
                         **pattern = call;
                     }
+                }
+            }
+            Expr::Function(function) => {
+                if let Some(question) = description(function) {
+                    *expr = question;
                 }
             }
             Expr::Subquery(query) => {
@@ -86,6 +107,16 @@ mod tests {
     }
 
     #[test]
+    fn descriptions_are_looked_up() {
+        check(
+            "SELECT pg_catalog.col_description(a.attrelid, a.attnum), obj_description(c.oid, 'pg_class') FROM t",
+            "SELECT (SELECT max(d.description) FROM pg_catalog.pg_description d WHERE d.objoid = a.attrelid AND \
+             d.objsubid = a.attnum), (SELECT max(d.description) FROM pg_catalog.pg_description d WHERE \
+             d.objoid = c.oid AND d.objsubid = 0) FROM t",
+        );
+    }
+
+    #[test]
     fn questions_about_what_there_is_not_have_no_rows() {
         check(
             "SELECT a FROM t WHERE a NOT LIKE $1 || '%' ESCAPE '/'",
@@ -95,6 +126,10 @@ mod tests {
         check(
             "SELECT CASE WHEN a THEN (SELECT b FROM pg_catalog.pg_attrdef) END AS c FROM t",
             "SELECT CASE WHEN a THEN NULL END AS c FROM t",
+        );
+        check(
+            "SELECT CASE WHEN a <> (SELECT pg_type.typcollation FROM pg_type) THEN (SELECT json_build_object('c', pg_collation.collname) FROM pg_collation) END FROM t",
+            "SELECT CASE WHEN a <> NULL THEN NULL END FROM t",
         );
         check(
             "SELECT i.a, min(i.b) AS c FROM (SELECT unnest(pg_catalog.pg_index.indkey) AS a FROM pg_catalog.pg_index) i",

@@ -33,6 +33,7 @@ use pgwire::api::{ClientInfo, ClientPortalStore, ConnectionHandle, Type};
 use pgwire::error::{PgWireError, PgWireResult};
 use pgwire::messages::PgWireBackendMessage;
 
+use super::described::Described;
 use super::dialect::Dialect;
 use super::session::Session;
 use super::{copy, refusal, sql_error};
@@ -42,6 +43,8 @@ use crate::engine::{Engine, Prepared, QueryError};
 use crate::serve::Readers;
 use crate::statements::Running;
 
+/// The schema of PostgreSQL's own tables.
+const PG_CATALOG: &str = "pg_catalog";
 /// Parameters of one statement, as many as the protocol can number.
 const PARAMETERS_MAX: usize = 65_535;
 /// The version of PostgreSQL whose catalogue is shown.
@@ -67,6 +70,11 @@ pub(super) enum Asked {
         prepared: Prepared,
         text: Arc<str>,
         tag: &'static str,
+    },
+    /// What a table or a column is.
+    Comment {
+        prepared: Prepared,
+        text: Arc<str>,
     },
     /// The session's statements go to another lane.
     Lane(String),
@@ -109,6 +117,12 @@ impl Statements {
         planner.register_catalog(CATALOG, Arc::new(catalog));
         engine.equip(&planner)?;
         setup_pg_catalog(&planner, CATALOG, EmptyContextProvider).map_err(|error| engine.explain(*error))?;
+        if let Some(catalog) = planner.catalog(CATALOG)
+            && let Some(inner) = catalog.schema(PG_CATALOG)
+        {
+            let described = Arc::new(Described::new(inner, planner.state_weak_ref()));
+            catalog.register_schema(PG_CATALOG, described).map_err(|error| engine.explain(error))?;
+        }
         planner.register_udf(version());
         planner.register_udf(current_setting());
         // No type of these names, and no column with a sequence.
@@ -128,8 +142,7 @@ impl Statements {
     }
 
     async fn plan(&self, running: &Arc<Running>, mut statement: Statement) -> PgWireResult<Prepared> {
-        let named = as_of::apply_to(&mut statement, None, &|_| false);
-        named.map_err(|error| sql_error(&self.engine.explain(error)))?;
+        as_of::apply_to(&mut statement, None, &|_| false);
         let (state, statement) = (self.planner.state(), Parsed::Statement(Box::new(statement)));
         let planned = self.engine.plan(running, move || Ok((state, statement))).await;
         planned.map_err(|error| sql_error(&error))
@@ -169,6 +182,7 @@ impl Statements {
                     None => Asked::Rows { prepared, text },
                 }
             }
+            Statement::Comment { .. } => Asked::Comment { prepared: self.plan(running, statement).await?, text },
             statement => Asked::Rows { prepared: self.plan(running, statement).await?, text },
         })
     }
@@ -205,6 +219,12 @@ impl Statements {
                     batch.map_err(|error| sql_error(&self.engine.explain(error)))?;
                 }
                 Ok(Response::Execution(Tag::new(tag)))
+            }
+            Asked::Comment { prepared, text } => {
+                let running = session.begin(&self.engine, text).await?;
+                let mut none = self.rows(&running, prepared, None, format).await?.data_rows;
+                while none.next().await.transpose()?.is_some() {}
+                Ok(Response::Execution(Tag::new("COMMENT")))
             }
             Asked::Lane(lane) => session.change_lane(lane).map(|()| Response::Execution(Tag::new("SET"))),
             Asked::Done(tag) => Ok(Response::Execution(Tag::new(tag))),
@@ -489,12 +509,11 @@ impl QueryParser for Parser {
     fn get_result_schema(&self, asked: &Asked, format: Option<&Format>) -> PgWireResult<Vec<FieldInfo>> {
         let format = format.unwrap_or(&Format::UnifiedText);
         match asked {
-            Asked::Rows { prepared, .. } => {
-                arrow_schema_to_pg_fields(prepared.plan().schema().as_arrow(), format, None)
-            }
+            Asked::Rows { prepared, .. } => arrow_schema_to_pg_fields(prepared.columns(), format, None),
             Asked::Setting { name, .. } => Ok(vec![setting_field(name, format.format_for(0))]),
             Asked::Command { .. }
             | Asked::Copy { .. }
+            | Asked::Comment { .. }
             | Asked::Lane(_)
             | Asked::Done(_)
             | Asked::Begin
