@@ -1,11 +1,12 @@
 //! Views that run for ever, in a cloud that is killed: what they show is what their questions give.
 
+use std::process::Command;
 use std::time::Instant;
 
 use rand::Rng;
 use serde_json::Value;
 
-use crate::harness::{Answer, Chain, Cloud, Sender, load_rows, load_schema};
+use crate::harness::{Answer, Chain, Cloud, Sender, TOKEN, load_rows, load_schema};
 use crate::load::{a_moment, seeded};
 use crate::process::{PATIENCE, POLL};
 
@@ -97,4 +98,86 @@ async fn views_equal_their_questions_when_the_cloud_is_killed() {
     assert_eq!(left.len(), 1, "{left:#?}");
     let gone = cloud.sql("SELECT * FROM by_second").await.unwrap_err().to_string();
     assert!(gone.contains("no table `by_second`"), "{gone}");
+}
+
+/// The statements of docs/views.md, in their order.
+fn of_the_docs() -> Vec<&'static str> {
+    let block = include_str!("../docs/views.md").split("```sql").nth(1).and_then(|rest| rest.split("```").next());
+    block.unwrap().split(';').map(str::trim).filter(|statement| !statement.is_empty()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_makes_views_with_the_words_of_the_docs() {
+    let directory = tempfile::tempdir().unwrap();
+    let files = directory.path().join("views");
+    std::fs::create_dir(&files).unwrap();
+    let fast = "SELECT ts, device, avg_speed FROM traffic WHERE avg_speed > 25";
+    std::fs::write(files.join("fast.sql"), format!("CREATE MATERIALIZED VIEW fast AS\n{fast};\n")).unwrap();
+    let more = format!(
+        "[views]\ndirectory = {files:?}\n[[reader]]\nname = \"asks\"\npassword = \"pa\"\n\
+         [[reader]]\nname = \"makes\"\npassword = \"pm\"\nrights = [\"views\"]\n"
+    );
+    let cloud = Cloud::start(directory.path(), "a", &more).await;
+    let client = reqwest::Client::new();
+    // Speeds of two devices, a minute apart, from 2026-05-01 on.
+    let line = |minute: u64| {
+        let (device, speed, at) = (minute % 2, minute % 37, 1_777_593_600 + minute * 60);
+        format!("traffic,device=d{device} avg_speed={speed} {at}\n")
+    };
+    let lines: String = (0..600).map(line).collect();
+    let write = client.post(format!("{}/api/v2/write?precision=s", cloud.http)).bearer_auth(TOKEN);
+    assert!(write.body(lines).send().await.unwrap().status().is_success());
+
+    let say = async |name: &str, password: &str, statement: &str| {
+        let request = client.post(format!("{}/v1/sql", cloud.http)).basic_auth(name, Some(password));
+        let answer = request.header("accept", "application/json").body(statement.to_owned()).send().await.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    };
+    let psql = |statement: &str| {
+        let port = cloud.postgres.to_string();
+        let arguments = ["-h", "127.0.0.1", "-p", &port, "-U", "makes", "-d", "weir", "-At", "-c", statement];
+        Command::new("psql").args(arguments).env("PGPASSWORD", "pm").output().ok()
+    };
+    let [create, select, show, drop] = of_the_docs()[..] else { panic!("{:?}", of_the_docs()) };
+    let (status, text) = say("asks", "pa", create).await;
+    assert!(status == 403 && text.contains("rights = ["), "{status} {text}");
+    match psql(create) {
+        Some(made) => {
+            let told = (String::from_utf8_lossy(&made.stdout), String::from_utf8_lossy(&made.stderr));
+            assert_eq!((told.0.trim(), told.1.trim()), ("CREATE MATERIALIZED VIEW", ""));
+        }
+        None => {
+            println!("psql is not installed: by HTTP alone");
+            assert_eq!(say("makes", "pm", create).await.0, 200);
+        }
+    }
+    let question = create.split_once(" AS\n").unwrap().1;
+    let asked = format!(
+        "SELECT * FROM ({question}) AS q WHERE window < (SELECT time_bucket('5 minutes', max(ts) - INTERVAL '10 minutes') \
+         FROM traffic) ORDER BY window, device"
+    );
+    let same = async |view: &str, question: &str| {
+        let started = Instant::now();
+        loop {
+            let (shown, asked) = (say("asks", "pa", view).await, say("asks", "pa", question).await);
+            assert_eq!(asked.0, 200, "{asked:?}");
+            if shown == asked && asked.1.len() > 100 {
+                return;
+            }
+            assert!(started.elapsed() < PATIENCE, "{view}: {shown:?}\n{asked:?}");
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    same(&format!("{select}, device"), &asked).await;
+    same("SELECT * FROM fast ORDER BY ts", &format!("{fast} ORDER BY ts")).await;
+    let (status, shown) = say("asks", "pa", show).await;
+    assert!(status == 200 && shown.contains("calm_5m") && shown.contains("fast"), "{shown}");
+    let (status, text) = say("asks", "pa", drop).await;
+    assert_eq!(status, 403, "{text}");
+    let (status, text) = say("makes", "pm", "DROP MATERIALIZED VIEW fast").await;
+    assert!(status == 400 && text.contains("[views] directory"), "{status} {text}");
+    let (status, text) = say("makes", "pm", drop).await;
+    assert_eq!(status, 200, "{text}");
+    let (status, text) = say("asks", "pa", select).await;
+    assert!(status == 404 || status == 400, "{status} {text}");
 }

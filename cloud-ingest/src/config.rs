@@ -531,7 +531,10 @@ mod tests {
         check("[[query.lane]]\nname = \"views\"", "the lane of views");
         check("[views]\nthreads = 0", "at least 1");
         check("[views]\nanswer_rows = 1", "at least 1000");
-        check("[[reader]]\nname = \"a\"\npassword = \"x\"\nedges = [\"b\"]\nrights = [\"views\"]", "leave \"views\" out");
+        check(
+            "[[reader]]\nname = \"a\"\npassword = \"x\"\nedges = [\"b\"]\nrights = [\"views\"]",
+            "leave \"views\" out",
+        );
         check("[[reader]]\nname = \"a\"\npassword = \"x\"\nlanes = [\"fast\"]", "no [[query.lane]] `fast`");
     }
 

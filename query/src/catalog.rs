@@ -4,7 +4,7 @@
 //! The catalogue holds live handles and no rows. What a handle shows is decided when a statement is executed
 //! (rule 4): until then it only knows its columns.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
@@ -143,7 +143,8 @@ impl SchemaProvider for PublicSchema {
     fn table_names(&self) -> Vec<String> {
         let streams = self.tables.streams();
         let views = self.views.names(self.tables.as_ref()).into_iter().chain(references::names(&streams));
-        streams.iter().map(ToString::to_string).chain(views).collect()
+        let names: BTreeSet<String> = streams.iter().map(ToString::to_string).chain(views).collect();
+        names.into_iter().collect()
     }
 
     async fn table(&self, name: &str) -> DataFusionResult<Option<Arc<dyn TableProvider>>> {
@@ -152,6 +153,13 @@ impl SchemaProvider for PublicSchema {
         let Ok(stream) = name.parse::<StreamName>() else {
             return Ok(None);
         };
+        // A stream that comes later does not take the name of a view.
+        if self.views.has(name) {
+            if as_of.is_some() {
+                return plan_err!("{name} is a view: what it showed when is in {name}_changes, by view_revision");
+            }
+            return self.views.table(self.tables.as_ref(), name);
+        }
         let table = match (self.tables.cold(&stream), as_of) {
             (Some(cold), None) => LiveTable::new(stream, cold.schema),
             (Some(_), Some(as_of)) => {
@@ -159,14 +167,8 @@ impl SchemaProvider for PublicSchema {
                 let past = past.map_err(|error| DataFusionError::External(Box::new(error)))?;
                 if newest { LiveTable::latest_past(past) } else { LiveTable::past(past) }
             }
-            (None, None) => match self.views.table(self.tables.as_ref(), name)? {
-                Some(view) => return Ok(Some(view)),
-                None => return references::view(self.tables.as_ref(), name),
-            },
+            (None, None) => return references::view(self.tables.as_ref(), name),
             (None, Some(_)) if self.table_exist(name) => {
-                if self.views.has(name) {
-                    return plan_err!("{name} is a view: what it showed when is in {name}_changes, by view_revision");
-                }
                 return plan_err!(
                     "{name} is a reference table: what held when is in its history, valid_from to valid_to"
                 );

@@ -1,16 +1,16 @@
 //! Plans a statement once, and runs it as often as it is asked, each time over fresh frozen tables.
 //!
 //! Read only: statements that would write, define or change something are refused when they are planned and again
-//! when they run; but for those that make and drop views, which are carried out when they run, if the caller may. Each statement has a caller, whose rows alone it sees, and a place in the caller's lane ([`enter`]),
-//! which limits its time from parsing to the last row and its memory; it spills to disk when it can. Dropping a result
-//! stream cancels its statement.
+//! when they run; but for those that make and drop views, which are carried out when they run, if the caller may. Each
+//! statement has a caller, whose rows alone it sees, and a place in the caller's lane ([`enter`]), which limits its time from
+//! parsing to the last row and its memory; it spills to disk when it can. Dropping a result stream cancels its statement.
 //!
 //! [`enter`]: Engine::enter
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use arrow_array::{Array, RecordBatch};
+use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
 use datafusion::catalog::CatalogProvider;
 use datafusion::common::{DataFusionError, ParamValues};
@@ -25,8 +25,6 @@ use datafusion::prelude::{SessionConfig, SessionContext};
 use datafusion::sql::parser::Statement;
 use datafusion::sql::sqlparser::dialect::{Dialect, GenericDialect};
 use futures::StreamExt;
-use futures::stream;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::as_of::{self, AsOf};
@@ -51,11 +49,14 @@ use crate::views::{ViewSettings, Views};
 
 mod ask;
 mod explain;
+mod limited;
 
 pub(crate) use ask::States;
 pub use ask::VIEWS_LANE;
 pub use explain::QueryError;
 use explain::{Changes, Stopped};
+pub(crate) use limited::bytes_of;
+use limited::limited;
 
 /// Longest statement in bytes.
 pub const SQL_BYTES_MAX: usize = 1 << 20;
@@ -478,58 +479,6 @@ impl Start {
 fn read_only(plan: &LogicalPlan) -> Result<(), DataFusionError> {
     let options = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
     options.verify_plan(plan).map_err(|error| DataFusionError::External(Box::new(Changes(error.strip_backtrace()))))
-}
-
-/// The rows within the limits of the statement: its time, somebody's word, and the size of its answer.
-fn limited(
-    rows: SendableRecordBatchStream,
-    running: Arc<Running>,
-    [rows_max, bytes_max]: [u64; 2],
-) -> SendableRecordBatchStream {
-    let schema = rows.schema();
-    let limited = stream::unfold(Some((rows, running)), move |state| async move {
-        let (mut rows, running) = state?;
-        let stop = |running: &Running, stopped: Stopped| {
-            running.ended(state_of(&stopped.told()));
-            Some((Err(DataFusionError::from(stopped)), None))
-        };
-        let (deadline, limit) = (running.deadline(), running.timeout());
-        // Also when the next rows are ready: a slow reader must not get more time than the others.
-        if Instant::now() >= deadline {
-            return stop(&running, Stopped::Overdue(limit));
-        }
-        let next = tokio::select! {
-            biased;
-            () = running.cancelled().cancelled() => return stop(&running, Stopped::Cancelled),
-            next = tokio::time::timeout_at(deadline, rows.next()) => next,
-        };
-        match next {
-            Ok(Some(Ok(batch))) => {
-                let (rows_given, bytes_given) = running.gave(batch.num_rows(), bytes_of(&batch));
-                if rows_given > rows_max || bytes_given > bytes_max {
-                    let message = format!("the answer has more than {rows_max} rows or {bytes_max} bytes: add a LIMIT");
-                    return stop(&running, Stopped::TooMuch(message));
-                }
-                Some((Ok(batch), Some((rows, running))))
-            }
-            Ok(Some(Err(error))) => {
-                running.ended(State::Failed);
-                Some((Err(error), None))
-            }
-            // The statement's own task ends at the deadline, too: what it sent is then not all.
-            Ok(None) if Instant::now() < deadline => {
-                running.ended(State::Done);
-                None
-            }
-            Ok(None) | Err(_) => stop(&running, Stopped::Overdue(limit)),
-        }
-    });
-    Box::pin(RecordBatchStreamAdapter::new(schema, limited))
-}
-
-/// Bytes of the rows themselves: a batch may be a slice of larger columns.
-fn bytes_of(batch: &RecordBatch) -> usize {
-    batch.columns().iter().map(|column| column.to_data().get_slice_memory_size().unwrap_or(0)).sum()
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::Int64Type;
+use arrow_array::types::{Int64Type, TimestampMicrosecondType};
 use arrow_array::{BooleanArray, RecordBatch};
 use arrow_schema::{Schema, SchemaRef};
 use arrow_select::filter::filter_record_batch;
@@ -19,8 +19,8 @@ use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use futures::{StreamExt, stream};
 use serde::{Deserialize, Serialize};
 use wire::hot::{HotAnswer, HotRun};
-use wire::schema::{SEQ, SPOOL};
-use wire::{DataFiles, Seq, SpoolId, StreamName};
+use wire::schema::{SEQ, SPOOL, TS};
+use wire::{DataFile, DataFiles, Seq, SpoolId, StreamName};
 
 use crate::catalog::ColdTable;
 use crate::cold;
@@ -64,10 +64,23 @@ impl Position {
         self.spools.get(&spool).is_some_and(|read| seq <= *read)
     }
 
+    /// Whether a file may have rows that were not read.
+    fn may_lack(&self, file: &DataFile) -> bool {
+        file.modified_ms >= self.files_ms.saturating_sub(CLOCK_MS)
+    }
+
     /// Whether all that is in files was read.
     fn covers_files(&self, cold: &ColdTable) -> bool {
         cold.txn.iter().all(|(spool, mark)| self.covers(*spool, mark.seq))
     }
+}
+
+/// Rows of one batch that are behind a position.
+#[derive(Debug, Clone)]
+pub(crate) struct Unread {
+    pub(crate) spool: SpoolId,
+    pub(crate) seq: Seq,
+    pub(crate) rows: RecordBatch,
 }
 
 /// The rows of a frozen state of a stream that are behind a position, in these columns, in batches as they come. Files are
@@ -82,50 +95,81 @@ pub(crate) async fn behind(
     position: &Position,
     wanted: &SchemaRef,
 ) -> Result<SendableRecordBatchStream> {
-    let given = |hot: Vec<RecordBatch>| stream::iter(hot.into_iter().map(Ok));
-    let is_new = |run: &HotRun| !position.covers(run.spool, run.seq);
-    if !position.covers_files(frozen.cold()) {
-        // What was hot then and was committed since is still told for a while; what came after the frozen state, too.
-        let shown = Position::of(frozen);
-        let hot = engine.tables().hot().hot(stream, position.version).await;
-        let mut rows = Vec::new();
-        match hot.map_err(|error| DataFusionError::External(Box::new(error)))? {
-            HotAnswer::Rows(hot) => {
-                for hot in &hot {
-                    let of_both = |run: &HotRun| is_new(run) && shown.covers(run.spool, run.seq);
-                    rows.extend(parts(&hot.rows, &hot.runs, of_both, wanted)?);
-                }
-                return Ok(Box::pin(RecordBatchStreamAdapter::new(Arc::clone(wanted), given(rows))));
-            }
-            HotAnswer::Stale(_) => {}
-        }
+    let given = |unread: Vec<Unread>| stream::iter(unread.into_iter().map(|unread| Ok(unread.rows)));
+    if let Some(unread) = in_memory(engine, stream, frozen, position, wanted).await? {
+        return Ok(Box::pin(RecordBatchStreamAdapter::new(Arc::clone(wanted), given(unread))));
     }
-    let mut rows = Vec::new();
-    for (hot, runs) in frozen.hot().iter().zip(frozen.runs()) {
-        rows.extend(parts(hot, runs, is_new, wanted)?);
-    }
-    if position.covers_files(frozen.cold()) {
-        return Ok(Box::pin(RecordBatchStreamAdapter::new(Arc::clone(wanted), given(rows))));
-    }
+    let hot = hot_behind(frozen, position, wanted)?;
     let cold = in_files(engine, frozen.cold(), position, wanted)?;
-    Ok(Box::pin(RecordBatchStreamAdapter::new(Arc::clone(wanted), cold.chain(given(rows)))))
+    Ok(Box::pin(RecordBatchStreamAdapter::new(Arc::clone(wanted), cold.chain(given(hot)))))
 }
 
-/// The rows of the batches that are chosen, neighbours together.
+/// As [`behind`], batch by batch, of what the node has in memory; None when some of it is in files alone.
+///
+/// # Errors
+/// When hot rows cannot be asked for.
+pub(crate) async fn in_memory(
+    engine: &Engine,
+    stream: &StreamName,
+    frozen: &Frozen,
+    position: &Position,
+    wanted: &SchemaRef,
+) -> Result<Option<Vec<Unread>>> {
+    if position.covers_files(frozen.cold()) {
+        return hot_behind(frozen, position, wanted).map(Some);
+    }
+    // What was hot then and was committed since is still told for a while; what came after the frozen state, too.
+    let shown = Position::of(frozen);
+    let hot = engine.tables().hot().hot(stream, position.version).await;
+    let HotAnswer::Rows(hot) = hot.map_err(|error| DataFusionError::External(Box::new(error)))? else {
+        return Ok(None);
+    };
+    let mut unread = Vec::new();
+    for hot in &hot {
+        let of_both = |run: &HotRun| !position.covers(run.spool, run.seq) && shown.covers(run.spool, run.seq);
+        parts(&hot.rows, &hot.runs, of_both, wanted, &mut unread)?;
+    }
+    Ok(Some(unread))
+}
+
+/// Event times between which the rows lie that are behind a position, the last included, in no order; files that may have
+/// such rows count with all of theirs.
+pub(crate) fn times_behind(frozen: &Frozen, position: &Position) -> Vec<(i64, i64)> {
+    let cold = frozen.cold();
+    let files = cold.files.iter().filter(|file| !position.covers_files(cold) && position.may_lack(file));
+    let mut times: Vec<_> = files.map(|file| (file.earliest_us(), file.latest_us())).collect();
+    for (rows, runs) in frozen.hot().iter().zip(frozen.runs()) {
+        let ts = rows.column_by_name(TS).and_then(|ts| ts.as_primitive_opt::<TimestampMicrosecondType>());
+        let Some(ts) = ts else { continue };
+        for run in runs.iter().filter(|run| run.rows > 0 && !position.covers(run.spool, run.seq)) {
+            let ts = ts.slice(run.start, run.rows);
+            times.extend(arrow::compute::min(&ts).zip(arrow::compute::max(&ts)));
+        }
+    }
+    times
+}
+
+fn hot_behind(frozen: &Frozen, position: &Position, wanted: &SchemaRef) -> Result<Vec<Unread>> {
+    let mut unread = Vec::new();
+    for (hot, runs) in frozen.hot().iter().zip(frozen.runs()) {
+        parts(hot, runs, |run| !position.covers(run.spool, run.seq), wanted, &mut unread)?;
+    }
+    Ok(unread)
+}
+
+/// Adds the rows of the batches that are chosen.
 fn parts(
     rows: &RecordBatch,
     runs: &[HotRun],
     chosen: impl Fn(&HotRun) -> bool,
     wanted: &SchemaRef,
-) -> Result<Vec<RecordBatch>> {
-    let mut ranges: Vec<(usize, usize)> = Vec::new();
+    unread: &mut Vec<Unread>,
+) -> Result<()> {
     for run in runs.iter().filter(|run| run.rows > 0 && chosen(run)) {
-        match ranges.last_mut() {
-            Some((start, rows)) if *start + *rows == run.start => *rows += run.rows,
-            _ => ranges.push((run.start, run.rows)),
-        }
+        let rows = hot_columns(&rows.slice(run.start, run.rows), wanted)?;
+        unread.push(Unread { spool: run.spool, seq: run.seq, rows });
     }
-    ranges.into_iter().map(|(start, count)| hot_columns(&rows.slice(start, count), wanted)).collect()
+    Ok(())
 }
 
 fn in_files(
@@ -134,8 +178,7 @@ fn in_files(
     position: &Position,
     wanted: &SchemaRef,
 ) -> Result<SendableRecordBatchStream> {
-    let oldest_ms = position.files_ms.saturating_sub(CLOCK_MS);
-    let newer = cold.files.iter().filter(|file| file.modified_ms >= oldest_ms).cloned();
+    let newer = cold.files.iter().filter(|file| position.may_lack(file)).cloned();
     let cold = ColdTable { files: DataFiles::default().with(newer, &[]), ..cold.clone() };
     let lacking = [SPOOL, SEQ].into_iter().filter(|name| wanted.index_of(name).is_err());
     let lacking = lacking.map(|name| cold.schema.field_with_name(name).cloned().map(Arc::new));

@@ -33,6 +33,7 @@ mod kept;
 mod run;
 pub(crate) mod shape;
 mod state;
+mod steady;
 mod view;
 mod watermark;
 
@@ -40,6 +41,7 @@ use definition::{Command, Definition};
 pub(crate) use run::Progress;
 use run::{Round, RunLimits, Runner, ViewError};
 use shape::Known;
+use steady::Steady;
 use view::View;
 
 /// How soon a view that cannot go on is tried again: from the first of these to the last.
@@ -101,15 +103,33 @@ pub(crate) struct Entry {
     pub(crate) definition: Definition,
     /// It comes from a file that an operator wrote.
     is_configured: bool,
-    view: OnceLock<Arc<View>>,
+    /// As it was planned last; planned anew when its tables have got other types.
+    view: RwLock<Option<Arc<View>>>,
+    sink: Arc<Steady>,
     doing: Mutex<Doing>,
     task: Mutex<Option<JoinHandle<()>>>,
     stop: CancellationToken,
 }
 
 impl Entry {
+    fn new(running: &Running, definition: Definition, is_configured: bool) -> Arc<Self> {
+        Arc::new(Self {
+            is_configured,
+            view: RwLock::default(),
+            sink: Arc::new(Steady::new(Arc::clone(&running.sink))),
+            doing: Mutex::default(),
+            task: Mutex::default(),
+            stop: running.token.child_token(),
+            definition,
+        })
+    }
+
     pub(crate) fn doing(&self) -> Doing {
         self.doing.lock().clone()
+    }
+
+    fn planned(&self) -> Option<Arc<View>> {
+        self.view.read().clone()
     }
 
     fn settled(&self) -> Option<i64> {
@@ -144,7 +164,7 @@ impl Views {
 
     /// Names of the views that can be asked.
     pub(crate) fn names(&self, tables: &dyn Tables) -> Vec<String> {
-        let shown = |entry: &&Arc<Entry>| entry.view.get().is_some_and(|view| tables.cold(&view.changes).is_some());
+        let shown = |entry: &&Arc<Entry>| entry.planned().is_some_and(|view| tables.cold(&view.changes).is_some());
         self.entries.read().values().filter(shown).map(|entry| entry.definition.name.to_string()).collect()
     }
 
@@ -162,7 +182,7 @@ impl Views {
 
     fn planned(&self, name: &str) -> Option<Arc<View>> {
         let name: StreamName = name.parse().ok()?;
-        self.entries.read().get(&name).and_then(|entry| entry.view.get().cloned())
+        self.entries.read().get(&name).and_then(|entry| entry.planned())
     }
 
     /// What a name in FROM is, when the plan under it is that of a view or a reference table.
@@ -207,29 +227,17 @@ impl Views {
         }
         let running = Running { engine: Arc::downgrade(engine), sink, settings, token };
         self.running.set(running).map_err(|_| "views run already".to_owned())?;
+        let running = self.running.get().expect("it was just set");
         for (definition, is_configured) in definitions {
             let name = definition.name.clone();
             if self.entries.read().contains_key(&name) {
-                return Err(format!("view {name} is defined twice"));
+                return Err(format!("view {name} is defined twice: by statement, and in a file of [views] directory"));
             }
-            let entry = self.enlist(definition, is_configured);
+            let entry = Entry::new(running, definition, is_configured);
+            self.entries.write().insert(name, Arc::clone(&entry));
             self.spawn(&entry, None);
         }
         Ok(())
-    }
-
-    fn enlist(&self, definition: Definition, is_configured: bool) -> Arc<Entry> {
-        let stop = self.running.get().map_or_else(CancellationToken::new, |running| running.token.child_token());
-        let entry = Arc::new(Entry {
-            is_configured,
-            view: OnceLock::new(),
-            doing: Mutex::default(),
-            task: Mutex::default(),
-            stop,
-            definition,
-        });
-        self.entries.write().insert(entry.definition.name.clone(), Arc::clone(&entry));
-        entry
     }
 
     fn spawn(self: &Arc<Self>, entry: &Arc<Entry>, runner: Option<Runner>) {
@@ -252,10 +260,8 @@ impl Views {
             return Ok(());
         }
         if !caller.may(Right::Views) {
-            let message = format!(
-                "`{}` may ask and not make views: give this [[reader]] rights = [\"views\"]",
-                caller.name()
-            );
+            let message =
+                format!("`{}` may ask and not make views: give this [[reader]] rights = [\"views\"]", caller.name());
             return Err(QueryError::Denied { message });
         }
         let running = self.running.get().ok_or_else(|| refused("this node keeps no views"))?;
@@ -284,6 +290,13 @@ impl Views {
         if is_taken {
             return Err(refused(format!("{name} is a table already: choose another name")));
         }
+        let (changes, below) = (view::changes(name), name.as_str().strip_suffix(view::CHANGES));
+        let is_results = |of: &str| self.has(of);
+        if changes.as_ref().is_ok_and(|changes| self.has(changes.as_str())) || below.is_some_and(is_results) {
+            return Err(refused(format!(
+                "{name} and its results would be mixed up with another view: choose another name"
+            )));
+        }
         if self.entries.read().len() >= settings.count_max {
             return Err(refused(format!("there are {} views, as many as [views] max allows", settings.count_max)));
         }
@@ -299,11 +312,11 @@ impl Views {
         let kept = (settings.kept.clone(), definition.clone());
         let saved = tokio::task::spawn_blocking(move || kept::save(&kept.0, &kept.1)).await;
         saved.map_err(|error| failed(error.to_string()))?.map_err(failed)?;
-        match self.open(running, &engine, &view).await {
+        let entry = Entry::new(running, definition.clone(), false);
+        match self.open(running, &engine, &entry, &view).await {
             Ok(runner) => {
-                let entry = self.enlist(definition.clone(), false);
-                // It was just made, so nobody else has set it.
-                let _ = entry.view.set(view);
+                *entry.view.write() = Some(view);
+                self.entries.write().insert(name.clone(), Arc::clone(&entry));
                 self.spawn(&entry, Some(runner));
                 tracing::info!(view = %name, "view created");
                 Ok(())
@@ -329,7 +342,7 @@ impl Views {
         let others = self.all();
         let over = others
             .iter()
-            .find(|other| other.view.get().is_some_and(|view| view.shape.views.values().any(|source| source == name)));
+            .find(|other| other.planned().is_some_and(|view| view.shape.views.values().any(|source| source == name)));
         if let Some(over) = over {
             return Err(refused(format!("view {} reads {name}: drop it first", over.definition.name)));
         }
@@ -339,6 +352,7 @@ impl Views {
             // Ended by the word above; that it was in the middle of something does not matter.
             let _ = task.await;
         }
+        entry.sink.idle().await;
         kept::remove(&running.settings.kept, name).map_err(|message| QueryError::Failed { message })?;
         self.entries.write().remove(name);
         tracing::info!(view = %name, "view dropped; its stream stays");
@@ -349,6 +363,7 @@ impl Views {
         self: &Arc<Self>,
         running: &Running,
         engine: &Arc<Engine>,
+        entry: &Entry,
         view: &Arc<View>,
     ) -> Result<Runner, ViewError> {
         let settings = &running.settings;
@@ -364,7 +379,7 @@ impl Views {
             let entry = views.entries.read().get(name).cloned();
             entry.and_then(|entry| entry.settled())
         });
-        let sink = Arc::clone(&running.sink);
+        let sink = Arc::clone(&entry.sink);
         Runner::open(Arc::clone(engine), sink, Arc::clone(view), settled, limits, now_us()).await
     }
 
@@ -412,16 +427,25 @@ impl Views {
     ) -> Option<Result<Round, ViewError>> {
         let engine = running.engine.upgrade()?;
         let turn = async {
-            let view = match entry.view.get() {
-                Some(view) => Arc::clone(view),
-                None => {
-                    let planned = self.plan(&engine, &entry.definition).await?;
-                    Arc::clone(entry.view.get_or_init(|| planned))
+            let view = match entry.planned() {
+                Some(view) if view.is_current(engine.tables().as_ref()) => view,
+                before => {
+                    *runner = None;
+                    let view = self.plan(&engine, &entry.definition).await?;
+                    // Whoever asks it sees what is there, whether it goes on or not.
+                    if before.is_none() {
+                        *entry.view.write() = Some(Arc::clone(&view));
+                    }
+                    view
                 }
             };
             let open = match runner {
                 Some(runner) => runner,
-                None => runner.insert(self.open(running, &engine, &view).await?),
+                None => {
+                    let open = self.open(running, &engine, entry, &view).await?;
+                    *entry.view.write() = Some(view);
+                    runner.insert(open)
+                }
             };
             let round = open.round(now_us()).await?;
             *entry.doing.lock() = Doing::Running(open.progress().clone());

@@ -53,6 +53,21 @@ impl Engine {
         prepared
     }
 
+    /// Computes something for a view in the lane of views, within its time.
+    ///
+    /// # Errors
+    /// When it fails, or takes too long.
+    pub(crate) async fn compute_for_view<T, F>(&self, name: &str, work: F) -> Result<T, QueryError>
+    where
+        T: Send + 'static,
+        F: Future<Output = Result<T, DataFusionError>> + Send + 'static,
+    {
+        let caller = caller();
+        let running = self.begin(&caller, &self.enter(&caller).await?, name);
+        running.planned();
+        self.aside(&running, work).await?.map_err(|error| self.explain(error))
+    }
+
     /// All rows of a plan over these states, as the node sees them; at most so many rows and bytes.
     ///
     /// # Errors

@@ -245,6 +245,6 @@ pub(super) fn views(view: View<'_>) -> Vec<ArrayRef> {
         number(|progress| progress.rows_out),
         number(|progress| progress.revisions),
         number(|progress| progress.memory_bytes),
-        Arc::new(progress().map(|progress| sees.then(|| progress.computed.as_secs_f64())).collect::<Float64Array>()),
+        Arc::new(progress().map(|progress| sees.then_some(progress.computed.as_secs_f64())).collect::<Float64Array>()),
     ]
 }

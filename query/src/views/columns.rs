@@ -126,6 +126,29 @@ impl Columns {
         &self.schema
     }
 
+    /// Whether this table of its stream can hold its rows.
+    ///
+    /// # Errors
+    /// Why not, for people.
+    pub(crate) fn check(&self, changes: &StreamName, table: &SchemaRef) -> std::result::Result<(), String> {
+        if table.index_of(POSITION).is_err() {
+            return Err(format!("{changes} is a stream of its own: choose another name"));
+        }
+        let other = self.schema.arrow().fields().iter().find_map(|field| {
+            let stored = table.field_with_name(field.name()).ok()?;
+            (stored.data_type() != field.data_type()).then(|| (field, stored.data_type().clone()))
+        });
+        match other {
+            None => Ok(()),
+            Some((field, stored)) => Err(format!(
+                "column {} is {} now, and {changes} has it as {stored}: a column that the question reads has got another \
+                 type; drop the view, and create it under another name",
+                field.name(),
+                field.data_type()
+            )),
+        }
+    }
+
     /// The column of the question that holds the window, or the event time.
     pub(crate) fn time(&self) -> usize {
         self.time
@@ -189,15 +212,11 @@ impl Columns {
     pub(crate) fn plan(&self, changes: &StreamName, table: &SchemaRef) -> Result<LogicalPlan> {
         let live = LiveTable::new(changes.clone(), Arc::clone(table));
         let scan = LogicalPlanBuilder::scan(changes.as_str(), provider_as_source(Arc::new(live)), None)?;
-        let own = scan.filter(col(EDGE).eq(lit(OWN_EDGE)))?;
-        let shown = if self.of_windows {
-            let highest = Expr::from(WindowFunction::new(max_udaf(), vec![col(REVISION)]));
-            let newest = highest.partition_by(vec![col(TS)]).build()?.alias("newest");
-            let revisions = own.filter(col(WINDOW).is_not_null())?.window(vec![newest])?;
-            revisions.filter(col(REVISION).eq(col("newest")).and(col(EMPTY).is_false()))?
-        } else {
-            own.filter(col(EMPTY).is_false())?
+        let shown = match self.of_windows {
+            true => newest(scan)?,
+            false => scan.filter(col(EDGE).eq(lit(OWN_EDGE)))?,
         };
+        let shown = shown.filter(col(EMPTY).is_false())?;
         let columns = self.columns.iter().map(|column| {
             let shown = |expr: Expr| match (&column.stored_kind, &column.kind) {
                 (stored, kind) if stored == kind => expr,
@@ -207,6 +226,14 @@ impl Columns {
         });
         shown.project(columns.collect::<Vec<_>>())?.build()
     }
+}
+
+/// Of a scan of a view's stream the rows of each window's highest revision.
+pub(crate) fn newest(scan: LogicalPlanBuilder) -> Result<LogicalPlanBuilder> {
+    let own = scan.filter(col(EDGE).eq(lit(OWN_EDGE)).and(col(WINDOW).is_not_null()))?;
+    let highest = Expr::from(WindowFunction::new(max_udaf(), vec![col(REVISION)]));
+    let newest = highest.partition_by(vec![col(TS)]).build()?.alias("newest");
+    own.window(vec![newest])?.filter(col(REVISION).eq(col("newest")))
 }
 
 /// What the bookkeeping columns of one row are.

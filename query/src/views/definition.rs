@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use datafusion::sql::sqlparser::ast::{
-    CreateTableOptions, CreateView, Expr, ObjectName, ObjectType, SqlOption, Statement, Value,
+    CreateTableOptions, CreateView, Expr, ObjectName, ObjectType, SelectItem, SetExpr, SqlOption, Statement, Value,
 };
 use datafusion::sql::sqlparser::dialect::Dialect;
 use datafusion::sql::sqlparser::parser::Parser;
@@ -128,6 +128,9 @@ fn create(view: CreateView, sql: &str) -> Result<Command, QueryError> {
     if !view.columns.is_empty() || view.to.is_some() || view.temporary {
         return Err(invalid("a view is CREATE MATERIALIZED VIEW name [WITH (…)] AS SELECT …, and nothing else".into()));
     }
+    if has_wildcard(&view.query.body) {
+        return Err(invalid("name the columns of a view: `*` stands for others when a stream gets a field".to_owned()));
+    }
     let mut definition = Definition {
         name: name(&view.name)?,
         text: sql.trim().trim_end_matches(';').to_owned(),
@@ -149,6 +152,17 @@ fn create(view: CreateView, sql: &str) -> Result<Command, QueryError> {
         set(&mut definition, &key.value.to_lowercase(), &value)?;
     }
     Ok(Command::Create { definition: Box::new(definition), if_not_exists: view.if_not_exists })
+}
+
+/// Whether the columns of a question are not all named.
+fn has_wildcard(body: &SetExpr) -> bool {
+    let is_wildcard = |item: &SelectItem| matches!(item, SelectItem::Wildcard(_) | SelectItem::QualifiedWildcard(..));
+    match body {
+        SetExpr::Select(select) => select.projection.iter().any(is_wildcard),
+        SetExpr::Query(query) => has_wildcard(&query.body),
+        SetExpr::SetOperation { left, right, .. } => has_wildcard(left) || has_wildcard(right),
+        _ => false,
+    }
 }
 
 fn set(definition: &mut Definition, key: &str, value: &Expr) -> Result<(), QueryError> {
@@ -230,6 +244,8 @@ mod tests {
             ("CREATE MATERIALIZED VIEW v WITH (emit = 'often') AS SELECT 1", "'final' or 'update'"),
             ("CREATE OR REPLACE MATERIALIZED VIEW v AS SELECT 1", "not replaced"),
             ("CREATE MATERIALIZED VIEW v (a, b) AS SELECT 1, 2", "nothing else"),
+            ("CREATE MATERIALIZED VIEW v AS SELECT * FROM s", "name the columns"),
+            ("CREATE MATERIALIZED VIEW v AS SELECT ts FROM s UNION ALL (SELECT s.* FROM s)", "name the columns"),
             ("CREATE MATERIALIZED VIEW v AS SELECT 1; DROP TABLE v", "sent alone"),
             ("CREATE MATERIALIZED VIEW _v AS SELECT 1", "is not a name"),
             ("DROP MATERIALIZED VIEW a, b", "one view"),

@@ -2,7 +2,7 @@
 //!
 //! `time_bucket(width, ts …)`, `date_bin(width, ts [, origin])` and `date_trunc(part, ts)` of the event time all cut the
 //! time line into windows without holes, so one kind of grid serves the three. Whether the grid and the function agree
-//! is looked at in every row that a view gets (`evaluate.rs`).
+//! is looked at in every row that a view gets (`run/windows.rs`).
 
 use datafusion::common::ScalarValue;
 use datafusion::logical_expr::Expr;
@@ -60,9 +60,9 @@ impl Grid {
         }
     }
 
-    /// Hours, for pieces of time of a view that has no windows.
-    pub(crate) fn hours() -> Self {
-        Self(Buckets::new(Width::Micros(3_600_000_000), None, None, (0, 0)).expect("an hour is a width"))
+    /// Seconds, for pieces of time of a view that has no windows.
+    pub(crate) fn seconds() -> Self {
+        Self(Buckets::new(Width::Micros(1_000_000), None, None, (0, 0)).expect("a second is a width"))
     }
 
     /// The argument of such a function that is the event time.

@@ -12,15 +12,14 @@ use std::time::Duration;
 use arrow_array::cast::AsArray;
 use arrow_array::types::TimestampMicrosecondType;
 use arrow_array::{Array, RecordBatch};
-use arrow_schema::SchemaRef;
 use datafusion::datasource::provider_as_source;
-use datafusion::logical_expr::LogicalPlanBuilder;
+use datafusion::functions_aggregate::first_last::last_value_udaf;
+use datafusion::logical_expr::{ExprFunctionExt, LogicalPlanBuilder};
 use datafusion::prelude::{col, lit};
-use futures::TryStreamExt;
 use wire::StreamName;
 use wire::ids::OWN_EDGE;
 use wire::reference::VALID_FROM;
-use wire::schema::{EDGE, RECEIVED_AT, SEQ, TS};
+use wire::schema::{EDGE, SEQ, SPOOL, TS};
 
 use super::columns::{EMPTY, POSITION, WINDOW};
 #[cfg(test)]
@@ -33,7 +32,7 @@ use super::state::{Record, State};
 use super::view::View;
 use super::watermark;
 use crate::engine::{Engine, QueryError, States};
-use crate::follow::{self, Position};
+use crate::follow::Position;
 use crate::fused_table::{Frozen, LiveTable};
 use crate::sink::{Sink, SinkError};
 
@@ -43,8 +42,6 @@ mod write;
 
 /// Pieces of what is due that one round asks, before it writes down how far it came.
 const PIECES_MAX: usize = 16;
-/// Newest rows of the own stream that are looked at for the newest record: several may have come at one moment.
-const RECORDS_READ: usize = 16;
 /// A piece that took less is followed by one twice as long, and one that took more by a shorter one.
 const PIECE_SHORT: Duration = Duration::from_millis(200);
 const PIECE_LONG: Duration = Duration::from_secs(2);
@@ -162,10 +159,10 @@ impl Runner {
                 "{changes} holds the results of another question that was called {name}: choose another name"
             )));
         }
-        let is_new = record.is_none();
+        let (is_new, begun) = (record.is_none(), record.as_ref().is_some_and(Record::begun));
         let (grid, lateness_us) = match &view.shape.kept {
             Kept::Windows { grid, .. } => (grid.clone(), view.definition.lateness_us),
-            Kept::Rows { .. } => (Grid::hours(), 0),
+            Kept::Rows { .. } => (Grid::seconds(), 0),
         };
         let mut runner = Self {
             state: State::new(id, grid, lateness_us, record),
@@ -180,11 +177,32 @@ impl Runner {
             settled,
             limits,
         };
+        runner.over_these_columns(begun)?;
         if is_new {
             // Its stream is there from now on, for other views and for who follows it.
             runner.note(now_us).await?;
         }
         Ok(runner)
+    }
+
+    /// Goes on over columns that have other types than those of the newest record: everything is asked again.
+    fn over_these_columns(&mut self, begun: bool) -> Result<(), ViewError> {
+        let read = &self.view.read;
+        let before = std::mem::replace(self.state.columns(), read.clone());
+        let other = before.iter().find_map(|(column, kind)| {
+            let now = read.get(column).filter(|now| *now != kind)?;
+            Some(format!("{column} was {kind}, and is {now} now"))
+        });
+        match (&self.view.shape.kept, other) {
+            (Kept::Rows { .. }, Some(other)) if begun => Err(ViewError::Stuck(format!(
+                "{other}: rows that it has told stay as they were; drop it, and create it under another name"
+            ))),
+            (Kept::Windows { .. }, _) if before != *read => {
+                self.state.ask_again();
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What it tells of itself.
@@ -262,31 +280,11 @@ impl Runner {
         Ok(Seen { states, span: whole })
     }
 
-    /// Rows of a stream since it was read last, in those of these columns that it has, all when none are named; and up to
-    /// where it is read then. None when nothing has changed.
-    async fn news(
-        &self,
-        seen: &Seen,
-        stream: &StreamName,
-        columns: &[&str],
-    ) -> Result<Option<(Vec<RecordBatch>, Position)>, ViewError> {
-        let Some(frozen) = seen.states.get(stream) else { return Ok(None) };
+    /// From where to where a stream has moved since it was read; None when it has not.
+    fn moved(&self, seen: &Seen, stream: &StreamName) -> Option<[Position; 2]> {
+        let after = Position::of(seen.states.get(stream)?);
         let before = self.state.position(stream).cloned().unwrap_or_default();
-        let after = Position::of(frozen);
-        if after == before {
-            return Ok(None);
-        }
-        let all = &frozen.cold().schema;
-        let wanted: SchemaRef = if columns.is_empty() {
-            Arc::clone(all)
-        } else {
-            let known: Vec<usize> = columns.iter().filter_map(|name| all.index_of(name).ok()).collect();
-            Arc::new(all.project(&known).map_err(ViewError::table)?)
-        };
-        let rows = follow::behind(&self.engine, stream, frozen, &before, &wanted).await;
-        let rows = async { rows?.try_collect::<Vec<RecordBatch>>().await };
-        let rows = rows.await.map_err(|error| self.engine.explain(error))?;
-        Ok(Some((rows, after)))
+        (after != before).then_some([before, after])
     }
 
     fn tell(&mut self, seen: &Seen) {
@@ -320,9 +318,7 @@ impl Runner {
 
     /// A piece that was too much is tried again in smaller ones. Whether there are any.
     fn shorten(&mut self, error: &QueryError) -> bool {
-        let too_much =
-            matches!(error, QueryError::TooMuch { .. } | QueryError::Memory { .. } | QueryError::Timeout { .. });
-        if !too_much || self.piece == 1 {
+        if !error.is_too_much() || self.piece == 1 {
             return false;
         }
         self.piece = (self.piece / 4).max(1);
@@ -371,25 +367,20 @@ fn times(rows: &RecordBatch) -> impl Iterator<Item = i64> {
     ts.into_iter().flat_map(|ts| ts.values().iter().copied())
 }
 
-/// The newest record of the view's stream, if it has one.
+/// The newest record of the view's stream, if it has one. Numbers of batches tell which it is, and of several spools the
+/// round: clocks go back.
 async fn newest_record(engine: &Arc<Engine>, view: &View) -> Result<Option<Record>, ViewError> {
     let Some(cold) = engine.tables().cold(&view.changes) else { return Ok(None) };
-    if cold.schema.index_of(POSITION).is_err() {
-        return Err(ViewError::Stuck(format!("{} is a stream of its own: choose another name", view.changes)));
-    }
-    let explain = |error| ViewError::Query(engine.explain(error));
-    let scan = || {
-        let live = Arc::new(LiveTable::new(view.changes.clone(), Arc::clone(&cold.schema)));
+    view.columns.check(&view.changes, &cold.schema).map_err(ViewError::Stuck)?;
+    let live = Arc::new(LiveTable::new(view.changes.clone(), Arc::clone(&cold.schema)));
+    let last = last_value_udaf().call(vec![col(POSITION)]).order_by(vec![col(SEQ).sort(true, false)]).build();
+    let plan = last.and_then(|last| {
         let scan = LogicalPlanBuilder::scan(view.changes.as_str(), provider_as_source(live), None)?;
-        scan.filter(col(EDGE).eq(lit(OWN_EDGE)).and(col(POSITION).is_not_null()))
-    };
-    // The newest by arrival, and what came at the same time.
-    let last = vec![col(RECEIVED_AT).sort(false, false), col(SEQ).sort(false, false)];
-    let plan = scan()
-        .and_then(|scan| scan.sort_with_limit(last, Some(RECORDS_READ))?.project(vec![col(POSITION)])?.build())
-        .map_err(explain)?;
-    let limits = [RECORDS_READ, usize::MAX];
-    let answered = engine.ask("where a view was", plan, States::new(), limits).await?;
+        let records = scan.filter(col(EDGE).eq(lit(OWN_EDGE)).and(col(POSITION).is_not_null()))?;
+        records.aggregate(vec![col(SPOOL)], vec![last.alias("newest")])?.project(vec![col("newest")])?.build()
+    });
+    let plan = plan.map_err(|error| engine.explain(error))?;
+    let answered = engine.ask("where a view was", plan, States::new(), [usize::MAX; 2]).await?;
     let texts = answered.rows.iter().flat_map(|rows| rows.column(0).as_string::<i32>().iter().flatten());
     let mut newest: Option<Record> = None;
     for text in texts {

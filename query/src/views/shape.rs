@@ -79,8 +79,11 @@ pub(crate) enum Kept {
 /// What is known of the columns of a node, by index.
 #[derive(Debug, Clone, Default)]
 struct Flow {
-    /// Hold the event time of every source row that a row depends on.
+    /// Hold the event time of every source row that a row depends on; or, with `only`, one that lies in their window.
     times: BTreeSet<usize>,
+    /// Rows depend on all rows of their window of this grid: a window function went over them. Shorter windows of
+    /// `times` say nothing any more.
+    only: Option<Grid>,
     /// Hold the beginning of the window, in this grid, of every source row that a row depends on.
     windows: Vec<(usize, Grid)>,
     /// May not be looked at any more.
@@ -149,8 +152,12 @@ impl Found<'_> {
                 None => self.flow(&alias.input),
             },
             LogicalPlan::Filter(filter) => {
-                let flow = self.flow(&filter.input)?;
-                check(&filter.predicate, &flow, filter.input.schema())?;
+                let (flow, schema) = (self.flow(&filter.input)?, filter.input.schema());
+                check(&filter.predicate, &flow, schema)?;
+                let to = flow.history.and_then(|history| history.to);
+                if to.is_some_and(|to| mentions(&filter.predicate, schema, to)) {
+                    return plan_err!("valid_to of a reference table changes afterwards: use it in the join only");
+                }
                 Ok(flow)
             }
             LogicalPlan::Projection(projection) => {
@@ -243,6 +250,10 @@ impl Found<'_> {
             all = Some(match all {
                 None => flow,
                 Some(mut all) => {
+                    if all.only.is_some() && flow.only.is_some() && all.only != flow.only {
+                        all.times.clear();
+                    }
+                    all.only = all.only.or(flow.only);
                     all.times.retain(|index| flow.times.contains(index));
                     all.windows.retain(|window| flow.windows.contains(window));
                     all.hidden.extend(flow.hidden);
@@ -265,29 +276,26 @@ impl Flow {
             }
             Expr::ScalarFunction(function) => {
                 let grid = Grid::of(function)?;
-                self.time_of(Grid::time(function)?, schema).map(|_| grid)
+                let is_time = self.is_time(Grid::time(function)?, schema);
+                (is_time && self.only.as_ref().is_none_or(|only| *only == grid)).then_some(grid)
             }
             _ => None,
         }
     }
 
-    /// The event time that an expression is, by its column.
-    fn time_of(&self, expr: &Expr, schema: &DFSchema) -> Option<usize> {
-        match expr {
-            Expr::Alias(alias) => self.time_of(&alias.expr, schema),
-            Expr::Column(column) => schema.maybe_index_of_column(column).filter(|index| self.times.contains(index)),
-            _ => None,
-        }
+    /// Whether an expression is one of the columns of event times.
+    fn is_time(&self, expr: &Expr, schema: &DFSchema) -> bool {
+        column_of(expr, schema).is_some_and(|index| self.times.contains(&index))
     }
 
-    /// Whether rows that agree in this expression come from one window.
-    fn keeps_windows(&self, expr: &Expr, schema: &DFSchema) -> bool {
-        self.window_of(expr, schema).is_some() || self.time_of(expr, schema).is_some()
+    /// Whether an expression is the event time of all source rows.
+    fn is_own_time(&self, expr: &Expr, schema: &DFSchema) -> bool {
+        self.only.is_none() && self.is_time(expr, schema)
     }
 
     /// What is known of columns that are computed so.
     fn through(&self, columns: &[Expr], schema: &DFSchema) -> Result<Self> {
-        let mut next = Self { rows: self.rows, ..Self::default() };
+        let mut next = Self { rows: self.rows, only: self.only.clone(), ..Self::default() };
         if let Some(history) = self.history {
             let at = |wanted: Option<usize>| {
                 let is = |expr: &Expr| column_of(expr, schema).is_some_and(|index| Some(index) == wanted);
@@ -310,7 +318,7 @@ impl Flow {
             if let Some(grid) = self.window_of(expr, schema) {
                 next.windows.push((index, grid));
             }
-            if self.time_of(expr, schema).is_some() {
+            if self.is_time(expr, schema) {
                 next.times.insert(index);
             }
         }
@@ -339,6 +347,7 @@ impl Flow {
         if self.history.is_some() {
             return plan_err!("a reference table is joined by event time before anything is counted of it");
         }
+        let mut only = self.only.clone();
         for expr in &window.window_expr {
             check(expr, self, schema)?;
             let mut inner = expr;
@@ -348,19 +357,33 @@ impl Flow {
             let Expr::WindowFunction(function) = inner else {
                 return plan_err!("a window function of an unknown kind: {expr}");
             };
-            if !function.params.partition_by.iter().any(|expr| self.keeps_windows(expr, schema)) {
+            let partition = &function.params.partition_by;
+            if partition.iter().any(|expr| self.is_own_time(expr, schema)) {
+                continue;
+            }
+            let grid = partition.iter().find_map(|expr| self.window_of(expr, schema));
+            if only.is_some() && only != grid {
+                return plan_err!("window functions of one question have PARTITION BY windows of one size");
+            }
+            let Some(grid) = grid else {
                 return plan_err!(
                     "{} goes over rows of all times: add PARTITION BY time_bucket('5 minutes', ts)",
                     function.fun.name()
                 );
-            }
+            };
+            only = Some(grid);
         }
-        Ok(Self { rows: false, ..self.clone() })
+        // A row depends on all rows of the window now: shorter windows, which it lies in too, do not hold them.
+        let windows = self.windows.iter().filter(|(_, grid)| only.as_ref().is_none_or(|only| only == grid));
+        Ok(Self { rows: false, windows: windows.cloned().collect(), only, ..self.clone() })
     }
 
     /// What is left when rows become one that agree in all columns that are known.
     fn grouped(self, what: &str) -> Result<Self> {
         if self.windows.is_empty() && self.times.is_empty() {
+            if self.only.is_some() {
+                return plan_err!("{what} over a window function must be by the window that this is partitioned by");
+            }
             return plan_err!("{what} goes over rows of all times: add time_bucket('5 minutes', ts) to GROUP BY");
         }
         Ok(Self { rows: false, ..self })

@@ -6,9 +6,10 @@
 //! it are all that is needed; what was emitted after the record is asked again, found equal, and not emitted twice.
 //!
 //! As JSON: `{"view": id of the question, "round": n, "watermark": µs or null, "sources": {stream: position},
-//! "base": {…}, "live": [[from, to], …], "past": [[from, to], …]}`. `live` is what new rows touched, `past` history that
-//! was not asked yet and what a back-dated revision of a reference table touched; `base` is where a view of single rows
-//! began, as long as its `past` is not empty.
+//! "base": {…}, "since": {…}, "live": [[from, to], …], "past": [[from, to], …], "columns": {column: type}}`. `live` is what
+//! new rows touched, `past` history that was not asked yet and what a back-dated revision of a reference table touched.
+//! For a view of single rows `past` are rows that `base` covers and `since` does not: what was there when it began, or was
+//! committed while it did not look. `columns` are those that the question reads, as `stream.column`.
 
 use std::collections::BTreeMap;
 
@@ -20,7 +21,7 @@ use super::intervals::Intervals;
 use crate::follow::Position;
 
 /// Stretches of time that are kept apart. Of more the nearest become one: it costs asking what lies between.
-const STRETCHES_MAX: usize = 512;
+pub(crate) const STRETCHES_MAX: usize = 512;
 
 /// Windows are not counted beyond this: it would take as long as it is useless.
 const COUNT_MAX: u64 = 10_000;
@@ -38,8 +39,19 @@ pub(crate) struct Record {
     pub(crate) sources: Positions,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) base: Positions,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) since: Positions,
     pub(crate) live: Intervals,
     pub(crate) past: Intervals,
+    #[serde(default)]
+    pub(crate) columns: BTreeMap<String, String>,
+}
+
+impl Record {
+    /// Whether the view knew what its past is. The first record of all only says that it is there.
+    pub(crate) fn begun(&self) -> bool {
+        !self.sources.is_empty()
+    }
 }
 
 /// What of a view's time may be asked now.
@@ -66,8 +78,7 @@ pub(crate) struct State {
 impl State {
     /// Of a new view, or from the newest record of an older one.
     pub(crate) fn new(view: String, grid: Grid, lateness_us: i64, record: Option<Record>) -> Self {
-        // The first record of all only says that the view is there.
-        let begun = record.as_ref().is_some_and(|record| !record.sources.is_empty());
+        let begun = record.as_ref().is_some_and(Record::begun);
         let now = record.unwrap_or_else(|| Record { view, ..Record::default() });
         Self { grid, lateness_us, recorded: now.clone(), now, begun }
     }
@@ -87,14 +98,39 @@ impl State {
         self.begun = true;
     }
 
-    /// A view of single rows begins: what is there, in this span of event time, is its past.
-    pub(crate) fn begin_rows(&mut self, stream: &StreamName, position: Position, span: Option<(i64, i64)>) {
-        if let Some((first, last)) = span {
-            self.now.past = Intervals::of(self.grid.window(first).0, self.grid.window(last).1);
-            self.now.base = BTreeMap::from([(stream.clone(), position.clone())]);
+    /// A view of single rows has its past before it: what `to` covers and `since` does not, all of which lies between these
+    /// event times, the last included.
+    pub(crate) fn catch_up(
+        &mut self,
+        stream: &StreamName,
+        [since, to]: [Position; 2],
+        times: impl IntoIterator<Item = (i64, i64)>,
+    ) {
+        for (first, last) in times {
+            let (from, to) = (self.grid.window(first).0, self.grid.window(last).1);
+            self.now.past.insert(from, to);
         }
-        self.now.sources = BTreeMap::from([(stream.clone(), position)]);
+        self.now.past.merge_to(STRETCHES_MAX);
+        if !self.now.past.is_empty() {
+            self.now.base = BTreeMap::from([(stream.clone(), to.clone())]);
+            self.now.since = BTreeMap::from([(stream.clone(), since)]);
+        }
+        self.now.sources = BTreeMap::from([(stream.clone(), to)]);
         self.begun = true;
+    }
+
+    /// Everything is asked again.
+    pub(crate) fn ask_again(&mut self) {
+        if self.begun {
+            let closing = self.closing().unwrap_or(i64::MAX);
+            self.now.past = Intervals::of(i64::MIN, closing);
+            self.now.live = Intervals::of(closing, i64::MAX);
+        }
+    }
+
+    /// The columns that the question reads, by the newest record; and from now on.
+    pub(crate) fn columns(&mut self) -> &mut BTreeMap<String, String> {
+        &mut self.now.columns
     }
 
     /// A view of single rows has read these batches, too.
@@ -108,9 +144,10 @@ impl State {
         self.now.sources.insert(stream.clone(), position);
     }
 
-    /// Where a view of single rows began.
-    pub(crate) fn base(&self, stream: &StreamName) -> Position {
-        self.now.base.get(stream).cloned().unwrap_or_default()
+    /// Whether a batch is part of the past of a view of single rows.
+    pub(crate) fn is_past(&self, stream: &StreamName, spool: SpoolId, seq: Seq) -> bool {
+        let covers = |positions: &Positions| positions.get(stream).is_some_and(|position| position.covers(spool, seq));
+        covers(&self.now.base) && !covers(&self.now.since)
     }
 
     /// Time goes on, and never back.
@@ -133,17 +170,11 @@ impl State {
         self.now.sources.get(stream)
     }
 
-    /// A stream was read up to here; the rows since then have these times.
-    pub(crate) fn saw(&mut self, stream: &StreamName, position: Position, times: impl Iterator<Item = i64>) {
-        let mut last = None;
-        for time in times {
-            // Rows of one window come together, mostly.
-            if last.is_some_and(|(start, end)| (start..end).contains(&time)) {
-                continue;
-            }
-            let (start, end) = self.grid.window(time);
-            self.now.live.insert(start, end);
-            last = Some((start, end));
+    /// A stream was read up to here; the rows since then lie between these times, the last included.
+    pub(crate) fn saw(&mut self, stream: &StreamName, position: Position, times: impl IntoIterator<Item = (i64, i64)>) {
+        for (first, last) in times {
+            let (from, to) = (self.grid.window(first).0, self.grid.window(last).1);
+            self.now.live.insert(from, to);
         }
         self.now.live.merge_to(STRETCHES_MAX);
         self.now.sources.insert(stream.clone(), position);
@@ -178,7 +209,13 @@ impl State {
         }
         if self.now.past.is_empty() {
             self.now.base.clear();
+            self.now.since.clear();
         }
+    }
+
+    /// Its windows.
+    pub(crate) fn grid(&self) -> &Grid {
+        &self.grid
     }
 
     /// The window of an instant.

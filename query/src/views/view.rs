@@ -1,6 +1,10 @@
 //! One view, planned: its question over live tables, what it reads, how it is kept, and its columns.
 
-use datafusion::common::tree_node::{Transformed, TreeNode};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use arrow_schema::{FieldRef, SchemaRef};
+use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
 use datafusion::common::{Column, Result, ScalarValue};
 use datafusion::datasource::source_as_provider;
 use datafusion::logical_expr::{Expr, LogicalPlan, LogicalPlanBuilder};
@@ -12,6 +16,7 @@ use super::columns::Columns;
 use super::definition::Definition;
 use super::intervals::Intervals;
 use super::shape::{self, Kept, Look, Shape, ViewSource};
+use crate::catalog::Tables;
 use crate::engine::{Engine, QueryError};
 use crate::fused_table::LiveTable;
 
@@ -27,11 +32,18 @@ pub(crate) struct View {
     pub(crate) columns: Columns,
     /// The stream of its results.
     pub(crate) changes: StreamName,
+    /// The columns that the question reads, as `stream.column`, and their types.
+    pub(crate) read: BTreeMap<String, String>,
+    /// The tables as it was planned over them.
+    planned: Vec<(StreamName, SchemaRef)>,
 }
+
+/// Ends the name of the stream of a view's results.
+pub(crate) const CHANGES: &str = "_changes";
 
 /// The stream of a view's results.
 pub(crate) fn changes(view: &StreamName) -> std::result::Result<StreamName, NameError> {
-    format!("{view}_changes").parse()
+    format!("{view}{CHANGES}").parse()
 }
 
 impl View {
@@ -50,7 +62,19 @@ impl View {
         let plan = prepared.plan().clone();
         let shape = shape::of(&plan, look).map_err(|error| engine.explain(error))?;
         let columns = Columns::of(plan.schema().as_arrow(), &shape.kept).map_err(|error| engine.explain(error))?;
-        Ok(Self { definition, plan, shape, columns, changes })
+        let (planned, read) = read(&plan).map_err(|error| engine.explain(error))?;
+        Ok(Self { definition, plan, shape, columns, changes, read, planned })
+    }
+
+    /// Whether its tables still have the types that it was planned with.
+    pub(crate) fn is_current(&self, tables: &dyn Tables) -> bool {
+        self.planned.iter().all(|(stream, planned)| {
+            let Some(now) = tables.cold(stream).map(|cold| cold.schema) else { return true };
+            let same = |field: &FieldRef| {
+                now.field_with_name(field.name()).is_ok_and(|now| now.data_type() == field.data_type())
+            };
+            Arc::ptr_eq(&now, planned) || planned.fields().iter().all(same)
+        })
     }
 
     /// This view as a source of another.
@@ -81,6 +105,30 @@ impl View {
         })?;
         Ok(narrowed.data)
     }
+}
+
+/// The tables of a plan, and the columns of them that it names.
+#[expect(clippy::type_complexity, reason = "two lists that are taken apart at once")]
+fn read(plan: &LogicalPlan) -> Result<(Vec<(StreamName, SchemaRef)>, BTreeMap<String, String>)> {
+    let (mut tables, mut names) = (Vec::new(), BTreeSet::from([TS.to_owned()]));
+    plan.apply(|node| {
+        node.apply_expressions(|expr| {
+            names.extend(expr.column_refs().into_iter().map(|column| column.name.clone()));
+            Ok(TreeNodeRecursion::Continue)
+        })?;
+        if let LogicalPlan::TableScan(scan) = node {
+            let provider = source_as_provider(&scan.source)?;
+            let stream = provider.downcast_ref::<LiveTable>().and_then(LiveTable::stream);
+            tables.extend(stream.map(|stream| (stream.clone(), scan.source.schema())));
+        }
+        Ok(TreeNodeRecursion::Continue)
+    })?;
+    let of_table = |(stream, schema): &(StreamName, SchemaRef)| {
+        let named = schema.fields().iter().filter(|field| names.contains(field.name()));
+        named.map(|field| (format!("{stream}.{}", field.name()), field.data_type().to_string())).collect::<Vec<_>>()
+    };
+    let read = tables.iter().flat_map(of_table).collect();
+    Ok((tables, read))
 }
 
 /// Whether a time lies in one of these; None for no condition at all.

@@ -11,22 +11,50 @@ use arrow_array::{Array, ArrayRef, RecordBatch, UInt32Array};
 use arrow_select::take::take;
 use datafusion::datasource::provider_as_source;
 use datafusion::logical_expr::LogicalPlanBuilder;
-use datafusion::prelude::{col, lit};
-use wire::ids::OWN_EDGE;
+use datafusion::prelude::col;
+use futures::TryStreamExt;
+use wire::StreamName;
 use wire::reference::VALID_FROM;
-use wire::schema::{EDGE, TS};
+use wire::schema::TS;
 
 use super::write::{Changed, Writer};
 use super::{PIECES_MAX, Round, Runner, Seen, ViewError, holds_from, is_result, times};
 use crate::engine::States;
-use crate::follow::Position;
+use crate::follow::{self, Position};
 use crate::fused_table::LiveTable;
 use crate::views::columns::{self, EMPTY, REVISION, WINDOW};
 use crate::views::definition::Emit;
 use crate::views::emitted::{Digest, Told};
+use crate::views::grid::Grid;
 use crate::views::intervals::Intervals;
-use crate::views::state::Due;
+use crate::views::state::{Due, STRETCHES_MAX};
 use crate::views::view::among;
+
+/// The windows of some rows.
+struct Touched {
+    grid: Grid,
+    /// The rows are those of another view.
+    is_view: bool,
+    windows: Intervals,
+    rows: u64,
+}
+
+impl Touched {
+    fn add(&mut self, rows: &RecordBatch) {
+        self.rows += rows.num_rows() as u64;
+        let mut last = None;
+        for (row, time) in times(rows).enumerate() {
+            // Rows of one window come together, mostly.
+            if last.is_some_and(|(start, end)| (start..end).contains(&time)) || self.is_view && !is_result(rows, row) {
+                continue;
+            }
+            let (start, end) = self.grid.window(time);
+            self.windows.insert(start, end);
+            last = Some((start, end));
+        }
+        self.windows.merge_to(STRETCHES_MAX);
+    }
+}
 
 impl Runner {
     pub(super) async fn windows(&mut self, seen: &Seen, now_us: i64) -> Result<Round, ViewError> {
@@ -68,21 +96,65 @@ impl Runner {
     async fn follow(&mut self, seen: &Seen) -> Result<(), ViewError> {
         let view = Arc::clone(&self.view);
         for stream in &view.shape.streams {
-            let Some((rows, position)) = self.news(seen, stream, &[TS, WINDOW, EMPTY]).await? else { continue };
-            self.progress.rows_in += rows.iter().map(|rows| rows.num_rows() as u64).sum::<u64>();
+            let Some([before, after]) = self.moved(seen, stream) else { continue };
             let is_view = view.shape.views.contains_key(stream);
-            let of_rows = rows.iter().flat_map(|rows| {
-                let kept = move |index: &usize| !is_view || is_result(rows, *index);
-                times(rows).enumerate().filter(move |(index, _)| kept(index)).map(|(_, time)| time)
-            });
-            self.state.saw(stream, position, of_rows);
+            let touched = Touched { grid: self.state.grid().clone(), is_view, windows: Intervals::default(), rows: 0 };
+            let times = match self.fold(seen, stream, &before, &[TS, WINDOW, EMPTY], touched, Touched::add).await {
+                Ok(touched) => {
+                    self.progress.rows_in += touched.rows;
+                    touched.windows.iter().map(|(from, to)| (from, to - 1)).collect()
+                }
+                // Too many to look at each: whatever their files may touch is asked again.
+                Err(ViewError::Query(error)) if error.is_too_much() => match seen.states.get(stream) {
+                    Some(frozen) => follow::times_behind(frozen, &before),
+                    None => Vec::new(),
+                },
+                Err(error) => return Err(error),
+            };
+            self.state.saw(stream, after, times);
         }
         for stream in &view.shape.references {
-            let Some((rows, position)) = self.news(seen, stream, &[VALID_FROM]).await? else { continue };
-            let from = rows.iter().filter_map(holds_from).min();
-            self.state.changed_from(stream, position, from);
+            let Some([before, after]) = self.moved(seen, stream) else { continue };
+            let earliest = |from: &mut Option<i64>, rows: &RecordBatch| {
+                if let Some(since) = holds_from(rows) {
+                    *from = Some(from.map_or(since, |from| from.min(since)));
+                }
+            };
+            let from = self.fold(seen, stream, &before, &[VALID_FROM], None, earliest).await?;
+            self.state.changed_from(stream, after, from);
         }
         Ok(())
+    }
+
+    /// Goes over the rows of a stream behind a position, in those of these columns that it has.
+    async fn fold<T: Send + 'static>(
+        &self,
+        seen: &Seen,
+        stream: &StreamName,
+        before: &Position,
+        columns: &[&str],
+        mut folded: T,
+        add: fn(&mut T, &RecordBatch),
+    ) -> Result<T, ViewError> {
+        let Some(frozen) = seen.states.get(stream) else { return Ok(folded) };
+        let all = &frozen.cold().schema;
+        let known: Vec<usize> = columns.iter().filter_map(|name| all.index_of(name).ok()).collect();
+        let wanted = Arc::new(all.project(&known).map_err(ViewError::table)?);
+        let in_memory = follow::in_memory(&self.engine, stream, frozen, before, &wanted).await;
+        if let Some(unread) = in_memory.map_err(|error| self.engine.explain(error))? {
+            unread.iter().for_each(|unread| add(&mut folded, &unread.rows));
+            return Ok(folded);
+        }
+        let (engine, frozen) = (Arc::clone(&self.engine), Arc::clone(frozen));
+        let (stream, before) = (stream.clone(), before.clone());
+        let work = async move {
+            let mut rows = follow::behind(&engine, &stream, &frozen, &before, &wanted).await?;
+            while let Some(rows) = rows.try_next().await? {
+                add(&mut folded, &rows);
+            }
+            Ok(folded)
+        };
+        Ok(self.engine.compute_for_view("what came while a view did not look", work).await?)
     }
 
     /// What is due where there are rows. Where there are none nothing is to be asked, and that is done.
@@ -206,12 +278,12 @@ impl Runner {
             let mut names = BTreeSet::new();
             wanted.into_iter().filter(|column| names.insert(column.to_string())).collect()
         };
-        let mut own = col(EDGE).eq(lit(OWN_EDGE)).and(col(WINDOW).is_not_null());
-        if let Some(times) = among(&col(TS), windows) {
-            own = times.and(own);
-        }
         let plan = LogicalPlanBuilder::scan(view.changes.as_str(), provider_as_source(live), None)
-            .and_then(|scan| scan.filter(own)?.project(wanted)?.build())
+            .and_then(|scan| match among(&col(TS), windows) {
+                Some(times) => scan.filter(times),
+                None => Ok(scan),
+            })
+            .and_then(|scan| columns::newest(scan)?.project(wanted)?.build())
             .map_err(|error| self.engine.explain(error))?;
         let limits = [self.limits.rows_max, self.limits.bytes_max];
         let answered = self.engine.ask("what a view has told", plan, States::new(), limits).await?;

@@ -12,7 +12,7 @@ use crate::views::columns::{Book, Columns};
 use crate::views::state::Record;
 
 /// Bytes of one append: half of what a batch may have.
-const APPEND_BYTES_MAX: usize = 32 << 20;
+pub(super) const APPEND_BYTES_MAX: usize = 32 << 20;
 
 /// A window's next revision.
 #[derive(Debug)]

@@ -71,7 +71,7 @@ fn streams(join: &Join, left: Flow, right: Flow) -> Result<Flow> {
     let (schema_left, schema_right) = (join.left.schema(), join.right.schema());
     let (mut same_time, mut same_window) = (false, None::<Grid>);
     for (of_left, of_right) in equated(join) {
-        same_time |= left.time_of(of_left, schema_left).is_some() && right.time_of(of_right, schema_right).is_some();
+        same_time |= left.is_own_time(of_left, schema_left) && right.is_own_time(of_right, schema_right);
         let windows = (left.window_of(of_left, schema_left), right.window_of(of_right, schema_right));
         if let (Some(of_left), Some(of_right)) = windows
             && of_left == of_right

@@ -57,7 +57,7 @@ fn a_late_row_makes_its_window_due_again_and_no_other() {
     state.observe(Some(60 * MINUTE));
     state.begin(Some(0), Positions::new());
     state.done(&Intervals::of(i64::MIN, 55 * MINUTE));
-    state.saw(&stream(), position(2), [11 * MINUTE, 12 * MINUTE, 58 * MINUTE].into_iter());
+    state.saw(&stream(), position(2), [11, 12, 58].map(|minute| (minute * MINUTE, minute * MINUTE)));
     assert_eq!(minutes(&state.due(Due::Closed).0), [(10, 15)]);
     assert_eq!(state.settled(), Some(10 * MINUTE));
     // A reference table changed from 31 on.
@@ -71,7 +71,7 @@ fn a_record_says_all_that_a_restart_needs() {
     let mut state = state(None);
     state.observe(Some(60 * MINUTE));
     state.begin(Some(0), Positions::from([(stream(), position(1))]));
-    state.saw(&stream(), position(7), [61 * MINUTE].into_iter());
+    state.saw(&stream(), position(7), [(61 * MINUTE, 61 * MINUTE)]);
     state.done(&Intervals::of(i64::MIN, 30 * MINUTE));
     assert!(state.is_ahead());
     let record = state.record();
@@ -87,4 +87,44 @@ fn a_record_says_all_that_a_restart_needs() {
     // Whoever had told nothing yet has not begun.
     let first = Record { view: "id".to_owned(), round: 1, ..Record::default() };
     assert!(!self::state(Some(first)).begun());
+}
+
+#[test]
+fn the_past_of_single_rows_is_what_came_between_two_positions() {
+    let mut state = state(None);
+    let (spool, seqs) = (SpoolId([1; 16]), |state: &State| {
+        (1..=9).filter(|seq| state.is_past(&stream(), SpoolId([1; 16]), Seq(*seq))).collect::<Vec<_>>()
+    });
+    state.catch_up(
+        &stream(),
+        [Position::default(), position(4)],
+        [(7 * MINUTE, 11 * MINUTE), (40 * MINUTE, 40 * MINUTE)],
+    );
+    assert!(state.begun());
+    assert_eq!((minutes(state.left().1), seqs(&state)), (vec![(5, 15), (40, 45)], vec![1, 2, 3, 4]));
+    state.read(&stream(), [(spool, Seq(5))]);
+    state.done(&Intervals::of(0, 15 * MINUTE));
+    assert_eq!((minutes(state.left().1), seqs(&state)), (vec![(40, 45)], vec![1, 2, 3, 4]));
+    state.done(&Intervals::of(0, 45 * MINUTE));
+    assert_eq!(seqs(&state), Vec::<u64>::new());
+    let read = state.position(&stream()).cloned().unwrap();
+    assert_eq!(read, position(5));
+    state.catch_up(&stream(), [read, position(8)], [(MINUTE, MINUTE)]);
+    assert_eq!(seqs(&state), [6, 7, 8]);
+    // Nothing came.
+    state.done(&Intervals::of(0, 45 * MINUTE));
+    state.catch_up(&stream(), [position(8), position(9)], []);
+    assert_eq!((seqs(&state), state.position(&stream())), (vec![], Some(&position(9))));
+}
+
+#[test]
+fn what_is_asked_again_is_everything() {
+    let mut state = state(None);
+    state.ask_again();
+    assert!(!state.begun() && state.left().0.is_empty());
+    state.observe(Some(31 * MINUTE));
+    state.begin(Some(7 * MINUTE), Positions::from([(stream(), position(1))]));
+    state.done(&Intervals::of(0, 25 * MINUTE));
+    state.ask_again();
+    assert_eq!(state.left(), (&Intervals::of(25 * MINUTE, i64::MAX), &Intervals::of(i64::MIN, 25 * MINUTE)));
 }

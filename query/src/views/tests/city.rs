@@ -10,7 +10,8 @@ use arrow_array::{
     ArrayRef, Date32Array, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray, UInt32Array,
     new_null_array,
 };
-use arrow_schema::{Schema, SchemaRef};
+use arrow_cast::cast;
+use arrow_schema::{DataType, FieldRef, Schema, SchemaRef};
 use arrow_select::concat::concat_batches;
 use arrow_select::take::take_record_batch;
 use async_trait::async_trait;
@@ -37,7 +38,7 @@ use crate::sink::{Sink, SinkError};
 pub(super) struct Row {
     pub(super) ts: i64,
     pub(super) device: String,
-    pub(super) value: f64,
+    pub(super) value: Option<f64>,
     pub(super) text: Option<String>,
 }
 
@@ -45,6 +46,8 @@ pub(super) struct Row {
 struct Table {
     schema: SchemaRef,
     hot: Vec<(SpoolId, Seq, RecordBatch)>,
+    /// What the last commit took; None when the version before cannot be told any more.
+    grace: Option<Vec<(SpoolId, Seq, RecordBatch)>>,
     files: DataFiles,
     txn: HashMap<SpoolId, Seq>,
     last: BTreeMap<SpoolId, Seq>,
@@ -85,6 +88,7 @@ impl City {
         let table = Table {
             schema: Arc::new(table_schema(&fields)),
             hot: Vec::new(),
+            grace: None,
             files: DataFiles::default(),
             txn: HashMap::new(),
             last: BTreeMap::new(),
@@ -120,8 +124,8 @@ impl City {
                 ),
             ),
             ("device", Arc::new(StringArray::from_iter_values(rows.iter().map(|row| &row.device)))),
-            ("speed", Arc::new(Float64Array::from_iter_values(rows.iter().map(|row| row.value)))),
-            ("temperature", Arc::new(Float64Array::from_iter_values(rows.iter().map(|row| row.value)))),
+            ("speed", Arc::new(rows.iter().map(|row| row.value).collect::<Float64Array>())),
+            ("temperature", Arc::new(rows.iter().map(|row| row.value).collect::<Float64Array>())),
             ("road", Arc::new(rows.iter().map(|row| row.text.as_deref()).collect::<StringArray>())),
         ];
         self.append(
@@ -163,8 +167,9 @@ impl City {
         (watermark, now): (Option<i64>, i64),
     ) {
         let received_at = {
+            // Clocks are set back now and then.
             let mut state = self.state.lock();
-            state.received_at += 1;
+            state.received_at = (state.received_at * 31) % 1_009;
             state.received_at
         };
         let mut tables = self.tables.lock();
@@ -182,10 +187,10 @@ impl City {
                 DATE => Arc::new(
                     ts.unary::<_, arrow_array::types::Date32Type>(|us| us.div_euclid(DAY_US) as i32) as Date32Array
                 ),
-                name => columns
-                    .iter()
-                    .find(|(known, _)| *known == name)
-                    .map_or_else(|| new_null_array(field.data_type(), rows), |(_, column)| Arc::clone(column)),
+                name => columns.iter().find(|(known, _)| *known == name).map_or_else(
+                    || new_null_array(field.data_type(), rows),
+                    |(_, column)| cast(column, field.data_type()).unwrap(),
+                ),
             });
         let batch = RecordBatch::try_new(Arc::clone(schema), values.collect()).unwrap();
         table.hot.push((spool, seq, batch));
@@ -217,6 +222,8 @@ impl City {
             if batches.is_empty() {
                 continue;
             }
+            // A grace time that is over now and then.
+            table.grace = (table.version % 3 > 0).then(|| batches.clone());
             for (spool, seq, _) in &batches {
                 table.txn.insert(*spool, *seq);
             }
@@ -238,8 +245,35 @@ impl City {
             let rows: Vec<RecordBatch> = old.iter().map(|file| self.read(table, file)).collect();
             let files = self.write(table, &concat_batches(&table.schema, &rows).unwrap());
             table.files = table.files.with(files, &old);
+            table.grace = Some(Vec::new());
             table.version += 1;
         }
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// A column gets another type; what does not fit is null.
+    pub(super) fn retype(&self, stream: &StreamName, column: &str, kind: &DataType) {
+        let mut tables = self.tables.lock();
+        let table = tables.get_mut(stream).unwrap();
+        let field = |field: &FieldRef| match field.name() == column {
+            true => Arc::new(field.as_ref().clone().with_data_type(kind.clone())),
+            false => Arc::clone(field),
+        };
+        let schema: SchemaRef = Arc::new(Schema::new(table.schema.fields().iter().map(field).collect::<Vec<_>>()));
+        let refit = |rows: &RecordBatch| {
+            let columns = rows.columns().iter().zip(schema.fields());
+            let columns = columns.map(|(column, field)| cast(column, field.data_type()).unwrap()).collect();
+            RecordBatch::try_new(Arc::clone(&schema), columns).unwrap()
+        };
+        table.hot.iter_mut().for_each(|(_, _, rows)| *rows = refit(rows));
+        let old: Vec<Arc<DataFile>> = table.files.iter().cloned().collect();
+        let rows: Vec<RecordBatch> = old.iter().map(|file| refit(&self.read(table, file))).collect();
+        table.schema = Arc::clone(&schema);
+        if !rows.is_empty() {
+            let files = self.write(table, &concat_batches(&schema, &rows).unwrap());
+            table.files = table.files.with(files, &old);
+        }
+        (table.grace, table.version) = (None, table.version + 1);
         self.changed.send_modify(|count| *count += 1);
     }
 
@@ -311,10 +345,12 @@ impl HotSource for Handle {
     async fn hot(&self, stream: &StreamName, at: u64) -> Result<HotAnswer, HotError> {
         let tables = self.0.tables.lock();
         let table = &tables[stream];
-        if at < table.version {
-            return Ok(HotAnswer::Stale(table.version));
-        }
-        let rows = table.hot.iter().map(|(spool, seq, rows)| HotRows {
+        let grace = match &table.grace {
+            _ if at == table.version => &[][..],
+            Some(grace) if at + 1 == table.version => grace,
+            _ => return Ok(HotAnswer::Stale(table.version)),
+        };
+        let rows = grace.iter().chain(&table.hot).map(|(spool, seq, rows)| HotRows {
             rows: rows.clone(),
             runs: vec![HotRun { spool: *spool, seq: *seq, start: 0, rows: rows.num_rows() }],
         });
@@ -375,7 +411,7 @@ impl Sink for Handle {
             (fail_in, SpoolId([state.own_spool; 16]))
         };
         // Half of those that fail are there all the same: only the answer is lost.
-        let is_lost = fail_in == 0 && rows.num_rows() % 2 == 0;
+        let is_lost = fail_in == 0 && rows.num_rows().is_multiple_of(2);
         if !is_lost {
             self.0.create(stream, schema.fields().to_vec());
             let table = self.0.schema(stream).unwrap();

@@ -91,7 +91,7 @@ impl Stage {
     fn arrive(&self, minute: i64, device: &str, speed: f64) {
         let ts = START + minute * MINUTE;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_micros() as i64;
-        let row = Row { ts, device: device.to_owned(), value: speed, text: None };
+        let row = Row { ts, device: device.to_owned(), value: Some(speed), text: None };
         self.city.arrive(&words::stream("traffic"), 0, &[row], Some(ts), now);
     }
 
@@ -192,4 +192,44 @@ async fn a_later_revision_of_a_reference_table_changes_what_it_holds_for() {
     let half = select.replace(" AND (s.valid_to IS NULL OR t.ts < s.valid_to)", "");
     stage.refused(&caller(true), &create(&half), "joined by event time").await;
     let _ = std::fs::remove_dir_all(&stage.kept);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_column_of_another_type_is_asked_again_or_said() {
+    let stage = Stage::new();
+    let traffic = words::stream("traffic");
+    let arrive = |minutes: std::ops::Range<i64>| {
+        for minute in minutes {
+            let ts = START + minute * MINUTE;
+            let text = ["7", "x"][minute as usize % 2].to_owned();
+            let row = Row { ts, device: "a".to_owned(), value: Some(1.0), text: Some(text) };
+            stage.city.arrive(&traffic, 0, &[row], Some(ts), 0);
+        }
+    };
+    arrive(0..60);
+    stage.city.commit(10);
+    let select = "SELECT time_bucket('10 minutes', ts) AS b, count(road) AS n FROM traffic GROUP BY 1";
+    stage.does(&format!("CREATE MATERIALIZED VIEW counted AS {select}")).await;
+    stage.does(&format!("CREATE MATERIALIZED VIEW longest AS {}", select.replace("count", "max"))).await;
+    stage.does("CREATE MATERIALIZED VIEW lacking AS SELECT ts, road IS NULL AS lacks FROM traffic").await;
+    stage.does("CREATE MATERIALIZED VIEW speeds AS SELECT ts, speed FROM traffic").await;
+    let closed = format!("SELECT * FROM ({select}) AS q WHERE b < TIMESTAMP '2024-01-01T00:50:00Z'");
+    equal(&stage.city, &stage.engine, "SELECT * FROM counted", &closed).await;
+    let longest = closed.replace("count", "max");
+    equal(&stage.city, &stage.engine, "SELECT * FROM longest", &longest).await;
+    equal(&stage.city, &stage.engine, "SELECT * FROM speeds", "SELECT ts, speed FROM traffic").await;
+    stage.city.retype(&traffic, "road", &arrow_schema::DataType::Float64);
+    equal(&stage.city, &stage.engine, "SELECT * FROM counted", &closed).await;
+    arrive(60..80);
+    let closed = closed.replace("T00:50", "T01:10");
+    equal(&stage.city, &stage.engine, "SELECT * FROM counted", &closed).await;
+    equal(&stage.city, &stage.engine, "SELECT * FROM speeds", "SELECT ts, speed FROM traffic").await;
+    let reasons = "SELECT name, state, reason LIKE '%another type%', reason LIKE '%stay as they were%' FROM system.views \
+                   WHERE name IN ('lacking', 'longest')";
+    let said = "SELECT * FROM (VALUES ('lacking', 'failed', false, true), ('longest', 'failed', true, false)) AS q";
+    equal(&stage.city, &stage.engine, reasons, said).await;
+    // What it told is there.
+    let before = ask(&stage.engine, &caller(false), "SELECT * FROM longest").await.unwrap();
+    assert_eq!(before.iter().map(RecordBatch::num_rows).sum::<usize>(), 5);
+    std::fs::remove_dir_all(&stage.kept).unwrap();
 }
