@@ -214,6 +214,7 @@ impl Runner {
     #[cfg(test)]
     pub(crate) fn closed(&mut self) -> Intervals {
         let end = match self.view.definition.emit {
+            _ if !self.state.begun() => i64::MIN,
             Emit::Final => self.state.closing().unwrap_or(i64::MIN),
             Emit::Update => i64::MAX,
         };
@@ -238,18 +239,16 @@ impl Runner {
         let settled: BTreeMap<StreamName, Option<i64>> =
             self.view.shape.views.iter().map(|(changes, view)| (changes.clone(), (self.settled)(view))).collect();
         let seen = self.freeze().await?;
-        let mut watermark = None;
-        for (index, stream) in self.view.shape.streams.iter().enumerate() {
-            let own = match settled.get(stream) {
-                Some(settled) => *settled,
-                None => {
-                    let facts = facts.iter().filter(|fact| fact.stream == *stream);
-                    let stored = seen.states.get(stream).and_then(|frozen| span(frozen)).map(|(_, last)| last);
-                    watermark::of_stream(facts, stored, now_us, self.view.definition.idle_us)
-                }
-            };
-            watermark = if index == 0 { own } else { watermark.min(own) };
-        }
+        let of_stream = |stream: &StreamName| match settled.get(stream) {
+            Some(settled) => Some(*settled),
+            None => {
+                let facts = facts.iter().filter(|fact| fact.stream == *stream);
+                let stored = seen.states.get(stream).and_then(|frozen| span(frozen)).map(|(_, last)| last);
+                // A stream that never had a row holds nothing back, like an edge that is silent.
+                watermark::of_stream(facts, stored, now_us, self.view.definition.idle_us).map(Some)
+            }
+        };
+        let watermark = self.view.shape.streams.iter().filter_map(of_stream).min().flatten();
         self.state.observe(watermark);
         if !self.state.begun() && self.state.watermark().is_none() {
             return Ok(Round::Done);

@@ -22,7 +22,7 @@ mod city;
 mod statements;
 mod words;
 
-use city::{City, Row};
+use city::{Arrival, City, Row};
 
 const SECOND: i64 = 1_000_000;
 const MINUTE: i64 = 60 * SECOND;
@@ -141,6 +141,8 @@ struct Case {
     view: Option<Arc<View>>,
     runner: Option<Runner>,
     checked: usize,
+    /// What arrives while the view is at work.
+    meanwhile: Vec<Arrival>,
 }
 
 impl Case {
@@ -151,7 +153,7 @@ impl Case {
         city.create(&traffic, words::traffic_fields());
         city.create(&weather, words::weather_fields());
         let random = StdRng::seed_from_u64(seed);
-        Self { random, city, engine, now: START, view: None, runner: None, checked: 0 }
+        Self { random, city, engine, now: START, view: None, runner: None, checked: 0, meanwhile: Vec::new() }
     }
 
     /// Some rows of an edge: most of now, some late, some twice.
@@ -172,7 +174,12 @@ impl Case {
             }
         }
         let watermark = self.random.random_bool(0.8).then(|| self.now - self.random.random_range(0..30) * SECOND);
-        self.city.arrive(&stream, edge, &rows, watermark, self.now);
+        let arrival = Arrival { stream, edge, rows, watermark, now: self.now };
+        if self.random.random_bool(0.3) {
+            return self.meanwhile.push(arrival);
+        }
+        let Arrival { stream, edge, rows, watermark, now } = arrival;
+        self.city.arrive(&stream, edge, &rows, watermark, now);
     }
 
     async fn open(&mut self) {
@@ -207,7 +214,13 @@ impl Case {
             self.open().await;
         }
         let runner = self.runner.as_mut()?;
-        match runner.round(self.now).await {
+        let waiting = self.meanwhile.len();
+        self.city.arrive_meanwhile(std::mem::take(&mut self.meanwhile));
+        let round = runner.round(self.now).await;
+        self.meanwhile = self.city.arrive_meanwhile(Vec::new());
+        match round {
+            // What came in the middle of it the view has not seen yet.
+            Ok(_) if self.meanwhile.len() < waiting => Some(Round::More),
             Ok(round) => {
                 self.check(round).await;
                 Some(round)
@@ -260,6 +273,29 @@ impl Case {
         let plan = self.engine.plan_for_view(told).await.unwrap().plan().clone();
         let told = self.engine.ask("told twice", plan, States::new(), LIMITS).await.unwrap().rows;
         assert_eq!(texts(&told), Vec::<String>::new());
+        // And each says something else than the one before it.
+        let Some(view) = self.view.as_ref().filter(|view| matches!(view.shape.kept, Kept::Windows { .. })) else {
+            return;
+        };
+        let columns: Vec<&str> = view.columns.stored_names().collect();
+        let told = format!(
+            "SELECT view_window, view_revision, {} FROM kept_changes WHERE view_window IS NOT NULL",
+            columns.join(", ")
+        );
+        let plan = self.engine.plan_for_view(&told).await.unwrap().plan().clone();
+        let told = self.engine.ask("what was told", plan, States::new(), LIMITS).await.unwrap().rows;
+        let mut revisions: BTreeMap<(String, i64), Vec<String>> = BTreeMap::new();
+        for row in texts(&told) {
+            let mut parts = row.splitn(3, " | ");
+            let window = parts.next().unwrap().to_owned();
+            let revision = parts.next().unwrap().parse().unwrap();
+            revisions.entry((window, revision)).or_default().push(parts.next().unwrap().to_owned());
+        }
+        for ((window, revision), rows) in &revisions {
+            let before = revisions.get(&(window.clone(), revision - 1));
+            assert!(before.is_some() == (*revision > 1), "{window}: no revision before {revision}");
+            assert!(before != Some(rows), "{window}: {revision} says nothing new: {rows:?}");
+        }
     }
 
     /// All that has come is told: nothing is left to do.

@@ -63,6 +63,18 @@ pub(super) struct City {
     store: Arc<InMemory>,
     changed: watch::Sender<u64>,
     state: Mutex<State>,
+    /// What arrives while somebody freezes tables: behind the state that was just told.
+    meanwhile: Mutex<Vec<Arrival>>,
+}
+
+/// Rows of an edge, its watermark, and when they came.
+#[derive(Debug, Clone)]
+pub(super) struct Arrival {
+    pub(super) stream: StreamName,
+    pub(super) edge: u8,
+    pub(super) rows: Vec<Row>,
+    pub(super) watermark: Option<i64>,
+    pub(super) now: i64,
 }
 
 #[derive(Debug)]
@@ -78,7 +90,13 @@ impl City {
     pub(super) fn new() -> Arc<Self> {
         let state = State { own_spool: 100, received_at: 1, files: 0, fail_in: usize::MAX };
         let (tables, state) = (Mutex::default(), Mutex::new(state));
-        Arc::new(Self { tables, store: Arc::default(), changed: watch::channel(0).0, state })
+        Arc::new(Self {
+            tables,
+            store: Arc::default(),
+            changed: watch::channel(0).0,
+            state,
+            meanwhile: Mutex::default(),
+        })
     }
 
     pub(super) fn create(&self, stream: &StreamName, fields: Vec<StreamField>) {
@@ -136,6 +154,11 @@ impl City {
             (&format!("gw-{edge}"), SpoolId([edge + 1; 16])),
             (watermark, now),
         );
+    }
+
+    /// These arrive as soon as a state of some table was told, one each time; and those of before that did not are given back.
+    pub(super) fn arrive_meanwhile(&self, arrivals: Vec<Arrival>) -> Vec<Arrival> {
+        std::mem::replace(&mut *self.meanwhile.lock(), arrivals)
     }
 
     /// A revision of the reference table `sensors`.
@@ -343,18 +366,29 @@ pub(super) struct Handle(pub(super) Arc<City>);
 #[async_trait]
 impl HotSource for Handle {
     async fn hot(&self, stream: &StreamName, at: u64) -> Result<HotAnswer, HotError> {
+        let told = self.told(stream, at);
+        let meanwhile = self.0.meanwhile.lock().pop();
+        if let Some(Arrival { stream, edge, rows, watermark, now }) = meanwhile {
+            self.0.arrive(&stream, edge, &rows, watermark, now);
+        }
+        Ok(told)
+    }
+}
+
+impl Handle {
+    fn told(&self, stream: &StreamName, at: u64) -> HotAnswer {
         let tables = self.0.tables.lock();
         let table = &tables[stream];
         let grace = match &table.grace {
             _ if at == table.version => &[][..],
             Some(grace) if at + 1 == table.version => grace,
-            _ => return Ok(HotAnswer::Stale(table.version)),
+            _ => return HotAnswer::Stale(table.version),
         };
         let rows = grace.iter().chain(&table.hot).map(|(spool, seq, rows)| HotRows {
             rows: rows.clone(),
             runs: vec![HotRun { spool: *spool, seq: *seq, start: 0, rows: rows.num_rows() }],
         });
-        Ok(HotAnswer::Rows(rows.collect()))
+        HotAnswer::Rows(rows.collect())
     }
 }
 
