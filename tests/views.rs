@@ -57,12 +57,22 @@ async fn views_equal_their_questions_when_the_cloud_is_killed() {
     let directory = tempfile::tempdir().unwrap();
     let mut cloud = Cloud::start(directory.path(), "a", "[commit]\nmax_age = \"300ms\"\n").await;
     let mut chain = Chain::new("load", load_schema());
-    deliver(&mut cloud, &mut chain, 0, 3_000).await;
-    // What was there before is their past.
+    // What is there before is their past: a minute of rows, in files and hot.
+    let mut next = 0;
+    for _ in 0..8 {
+        deliver(&mut cloud, &mut chain, next, 8_000).await;
+        next += 8_000;
+    }
+    a_moment(&mut random).await;
+    deliver(&mut cloud, &mut chain, next, 3_000).await;
+    next += 3_000;
     cloud.sql(&format!("CREATE MATERIALIZED VIEW by_second AS {BY_SECOND}")).await.unwrap();
     cloud.sql(&format!("CREATE MATERIALIZED VIEW odd AS {ODD}")).await.unwrap();
-    let mut next = 3_000;
-    for round in 0..6 {
+    // At once, in the middle of their past; then wherever they are.
+    cloud.kill();
+    cloud.run();
+    cloud.wait().await;
+    for round in 0..8 {
         for _ in 0..random.random_range(1..4) {
             let count = random.random_range(100..1_500);
             deliver(&mut cloud, &mut chain, next, count).await;
@@ -72,7 +82,7 @@ async fn views_equal_their_questions_when_the_cloud_is_killed() {
             }
             next += count as i64;
         }
-        if round % 2 == 0 {
+        if round % 3 > 0 {
             a_moment(&mut random).await;
         }
         cloud.kill();
