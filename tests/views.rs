@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::harness::{Answer, Chain, Cloud, Sender, TOKEN, load_rows, load_schema};
 use crate::load::{a_moment, seeded};
-use crate::process::{PATIENCE, POLL};
+use crate::process::{PATIENCE, POLL, Process};
 
 /// Rows of a second each: 1,000 rows of `load` a second of event time.
 const BY_SECOND: &str = "SELECT time_bucket('1 second', ts) AS b, device, count(*) AS rows, sum(n) AS s, avg(n) AS a FROM load GROUP BY 1, 2";
@@ -108,6 +108,47 @@ async fn views_equal_their_questions_when_the_cloud_is_killed() {
     assert_eq!(left.len(), 1, "{left:#?}");
     let gone = cloud.sql("SELECT * FROM by_second").await.unwrap_err().to_string();
     assert!(gone.contains("no table `by_second`"), "{gone}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_view_goes_on_over_a_column_of_another_type_or_says_why_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut cloud = Cloud::start(directory.path(), "a", "[commit]\nmax_age = \"300ms\"\n").await;
+    let mut chain = Chain::new("load", load_schema());
+    deliver(&mut cloud, &mut chain, 0, 5_000).await;
+    let counted = "SELECT time_bucket('1 second', ts) AS b, count(n) AS c FROM load GROUP BY 1";
+    cloud.sql(&format!("CREATE MATERIALIZED VIEW counted AS {counted}")).await.unwrap();
+    cloud.sql(&format!("CREATE MATERIALIZED VIEW by_second AS {BY_SECOND}")).await.unwrap();
+    let closed = |question: &str| {
+        format!("SELECT * FROM ({question}) AS q WHERE b < (SELECT time_bucket('1 second', max(ts)) FROM load)")
+    };
+    equals(&cloud, "SELECT * FROM counted", &closed(counted)).await;
+    equals(&cloud, "SELECT * FROM by_second", &closed(BY_SECOND)).await;
+    let config = cloud.config().to_str().unwrap().to_owned();
+    let arguments = ["retype", "load", "n", "float64", "--config", &config];
+    let mut retype = Process::weir("retype", &arguments, directory.path());
+    retype.start();
+    assert!(retype.succeeds(), "{}", retype.log_tail());
+    let started = Instant::now();
+    loop {
+        let failed = "SELECT reason FROM system.views WHERE name = 'by_second' AND state = 'failed'";
+        let failed = cloud.sql(failed).await.unwrap();
+        if failed.first().is_some_and(|row| row["reason"].as_str().unwrap().contains("has got another type")) {
+            break;
+        }
+        assert!(started.elapsed() < PATIENCE, "{failed:?}");
+        tokio::time::sleep(POLL).await;
+    }
+    // The edge has not heard of it.
+    deliver(&mut cloud, &mut chain, 5_000, 5_000).await;
+    equals(&cloud, "SELECT * FROM counted", &closed(counted)).await;
+    cloud.kill();
+    cloud.run();
+    cloud.wait().await;
+    deliver(&mut cloud, &mut chain, 10_000, 5_000).await;
+    equals(&cloud, "SELECT * FROM counted", &closed(counted)).await;
+    // What the other told is there.
+    assert_eq!(cloud.integer("SELECT count(*) FROM by_second").await, 4 * 7);
 }
 
 /// The statements of docs/views.md, in their order.

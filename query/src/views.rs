@@ -69,6 +69,24 @@ pub struct ViewSettings {
     pub record_every: Duration,
 }
 
+#[cfg(test)]
+impl ViewSettings {
+    /// Of tests.
+    pub(crate) fn in_directory(kept: &std::path::Path) -> Self {
+        Self {
+            kept: kept.to_owned(),
+            directory: None,
+            pause: Duration::from_millis(5),
+            count_max: 4,
+            definition_bytes_max: 1_000,
+            answer_rows_max: 100_000,
+            answer_bytes_max: 64 << 20,
+            windows_max: 1_000,
+            record_every: Duration::from_secs(1),
+        }
+    }
+}
+
 /// See the module.
 #[derive(Debug, Default)]
 pub struct Views {

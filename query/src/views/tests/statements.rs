@@ -12,20 +12,6 @@ use crate::views::ViewSettings;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn settings(kept: &std::path::Path) -> ViewSettings {
-    ViewSettings {
-        kept: kept.to_owned(),
-        directory: None,
-        pause: Duration::from_millis(5),
-        count_max: 4,
-        definition_bytes_max: 1_000,
-        answer_rows_max: 100_000,
-        answer_bytes_max: 64 << 20,
-        windows_max: 1_000,
-        record_every: Duration::from_secs(1),
-    }
-}
-
 fn caller(may: bool) -> Caller {
     let rights: Arc<[Right]> = if may { Arc::new([Right::Views]) } else { Arc::new([]) };
     Caller::new("somebody", Door::Http, None, Arc::new([])).with_rights(rights)
@@ -75,7 +61,7 @@ impl Stage {
 
     fn start(self) -> Self {
         let sink = Arc::new(city::Handle(Arc::clone(&self.city)));
-        self.engine.keep_views(sink, settings(&self.kept), self.token.clone()).unwrap();
+        self.engine.keep_views(sink, ViewSettings::in_directory(&self.kept), self.token.clone()).unwrap();
         self
     }
 
