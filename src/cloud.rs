@@ -7,13 +7,15 @@ use std::sync::Arc;
 use anyhow::Context;
 use cloud_ingest::config::{DEFAULT_LANE, DoorName, ListenSettings, ReaderRight, ReaderSettings};
 use cloud_ingest::{Cloud, CloudHandle, Settings};
+use query::engine::VIEWS_LANE;
 use query::serve::tls::Incoming;
 use query::serve::{House, Reader, Readers};
-use query::{Engine, EngineSettings, LaneSettings, Right, Scope};
+use query::{Engine, EngineSettings, LaneSettings, Right, Scope, ViewSettings};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::embedded::{Embedded, Running};
+use crate::sink::NodeSink;
 use crate::tables::NodeTables;
 
 /// Arguments of `weir cloud`.
@@ -84,11 +86,14 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let spill = settings.data_dir.join("spill");
     let (listen, limits) = (settings.listen.clone(), limits(&settings, &spill));
     let certificate = |door: DoorName| certificate(&listen, door);
+    let kept = views(&settings);
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
     let tables = Arc::new(NodeTables(cloud.catalogue(), cloud.remarks()));
     // The directory is this node's alone since its log is open.
     empty(&spill)?;
     let engine = Arc::new(Engine::new(tables, limits).context("start the engine")?);
+    let sink = Arc::new(NodeSink(cloud.writer()));
+    engine.keep_views(sink, kept, token.clone()).map_err(anyhow::Error::msg).context("start the views")?;
     let house =
         |door| anyhow::Ok(House { engine: Arc::clone(&engine), readers: readers.clone(), tls: certificate(door)? });
 
@@ -154,6 +159,7 @@ fn readers(settings: &Settings) -> anyhow::Result<Readers> {
 fn right(right: ReaderRight) -> Right {
     match right {
         ReaderRight::Comment => Right::Comment,
+        ReaderRight::Views => Right::Views,
     }
 }
 
@@ -174,6 +180,16 @@ fn limits(settings: &Settings, spill: &Path) -> EngineSettings {
             threads: lane.threads.unwrap_or(usual.threads),
         }
     };
+    let views = &settings.views;
+    let lanes = lanes.into_iter().map(lane).chain([LaneSettings {
+        name: VIEWS_LANE.to_owned(),
+        running: views.running,
+        // Each view asks one question at a time.
+        waiting: views.max.max(views.running),
+        timeout: views.timeout.0,
+        memory_bytes_max: views.statement_bytes.bytes(),
+        threads: views.threads,
+    }]);
     EngineSettings {
         memory_bytes_max: of_all.max_bytes.bytes(),
         spill_bytes_max: of_all.spill_bytes.0,
@@ -184,7 +200,23 @@ fn limits(settings: &Settings, spill: &Path) -> EngineSettings {
         gapfill_rows_max: of_all.gapfill_rows,
         latest_bytes_max: of_all.latest_memory.bytes(),
         recent_max: of_all.recent,
-        lanes: lanes.into_iter().map(lane).collect(),
+        lanes: lanes.collect(),
+    }
+}
+
+/// What views may take, and where their definitions are.
+fn views(settings: &Settings) -> ViewSettings {
+    let views = &settings.views;
+    ViewSettings {
+        kept: settings.data_dir.join("views"),
+        directory: views.directory.clone(),
+        pause: views.pause.0,
+        count_max: views.max,
+        definition_bytes_max: views.definition_bytes.bytes(),
+        answer_rows_max: views.answer_rows,
+        answer_bytes_max: views.answer_bytes.bytes(),
+        windows_max: views.windows,
+        record_every: views.record_every.0,
     }
 }
 

@@ -35,5 +35,6 @@ mod s3;
 mod slt;
 mod soak;
 mod sources;
+mod views;
 mod within;
 mod write;

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+use wire::ids::OWN_EDGE;
 pub use wire::written::{ConfigError, Size, Span};
 use wire::written::{load, with_line, with_nearest_key};
 use wire::{BATCH_BYTES_MAX, BATCH_DATES_MAX, BATCH_DECODED_BYTES_MAX, EdgeId};
@@ -17,8 +18,10 @@ use wire::{BATCH_BYTES_MAX, BATCH_DATES_MAX, BATCH_DECODED_BYTES_MAX, EdgeId};
 use crate::store::S3Settings;
 
 mod lake;
+mod views;
 
 pub use lake::{CompactSettings, Keep, KeepSettings, LakeSettings, StreamSettings};
+pub use views::ViewsSettings;
 
 /// Batches of doors that can be remembered: some 150 bytes each, in memory and on disk.
 const REPEATS_MAX: usize = 10_000_000;
@@ -45,6 +48,8 @@ pub struct Settings {
     pub write: WriteSettings,
     #[serde(default)]
     pub query: QuerySettings,
+    #[serde(default)]
+    pub views: ViewsSettings,
     #[serde(default)]
     pub lake: LakeSettings,
     #[serde(default)]
@@ -301,6 +306,8 @@ impl LaneSettings {
 
 /// There is always a lane of this name.
 pub const DEFAULT_LANE: &str = "default";
+/// The lane that views ask in.
+pub const VIEWS_LANE: &str = "views";
 
 /// One edge that may write.
 #[derive(Clone, Deserialize)]
@@ -340,6 +347,8 @@ pub struct ReaderSettings {
 pub enum ReaderRight {
     /// Say what tables and columns are, for everybody to read.
     Comment,
+    /// Make and drop views.
+    Views,
 }
 
 impl fmt::Debug for ReaderSettings {
@@ -369,10 +378,14 @@ impl Settings {
 
     fn check(&self) -> Result<(), String> {
         self.check_lake()?;
+        self.views.check()?;
         let mut ids = HashSet::new();
         for edge in &self.edge {
             if !ids.insert(&edge.id) {
                 return Err(format!("[[edge]] `{}` is there twice", edge.id));
+            }
+            if edge.id.as_str() == OWN_EDGE {
+                return Err(format!("[[edge]] `{OWN_EDGE}` is what the cloud calls itself: choose another id"));
             }
             if edge.token.is_empty() {
                 return Err(format!("[[edge]] `{}` has an empty token", edge.id));
@@ -385,10 +398,22 @@ impl Settings {
         if let Some(reader) = self.reader.iter().find(|reader| reader.password.is_empty()) {
             return Err(format!("[[reader]] `{}` has an empty password", reader.name));
         }
+        for reader in self.reader.iter().filter(|reader| reader.edges.is_some() || reader.scope.is_some()) {
+            // A view is made of everybody's rows, and shows them.
+            if reader.rights.contains(&ReaderRight::Views) {
+                return Err(format!(
+                    "[[reader]] `{}` sees a part of the rows, and a view shows all of them: leave \"views\" out of its rights",
+                    reader.name
+                ));
+            }
+        }
         let mut lanes = HashSet::new();
         for lane in &self.query.lane {
             if !lanes.insert(lane.name.as_str()) {
                 return Err(format!("[[query.lane]] `{}` is there twice", lane.name));
+            }
+            if lane.name == VIEWS_LANE {
+                return Err(format!("[[query.lane]] `{VIEWS_LANE}` is the lane of views: set it in [views]"));
             }
             if lane.running == 0 || lane.threads == Some(0) {
                 return Err(format!("[[query.lane]] `{}`: running and threads must be at least 1", lane.name));
@@ -483,6 +508,7 @@ mod tests {
         check("[limits]\nwaiting_bytes = \"1MiB\"", "at least request_bytes");
         check("[[edge]]\nid = \"a b\"\ntoken = \"x\"", "not an edge id");
         check("[[edge]]\nid = \"a\"\ntoken = \"\"", "empty token");
+        check("[[edge]]\nid = \"weir\"\ntoken = \"x\"", "what the cloud calls itself");
         check("[[edge]]\nid = \"a\"\ntoken = \"x\"\n[[edge]]\nid = \"a\"\ntoken = \"y\"", "twice");
         check("[[reader]]\nname = \"a\"\npassword = \"\"", "empty password");
         check("[listen]\nhttp = \"nowhere\"", "http");
@@ -502,6 +528,13 @@ mod tests {
         check("[listen.tls]\ncertificate = \"a\"\nkey = \"b\"\ndoors = [\"smtp\"]", "smtp");
         check("[[query.lane]]\nname = \"a\"\n[[query.lane]]\nname = \"a\"", "twice");
         check("[[query.lane]]\nname = \"a\"\nrunning = 0", "at least 1");
+        check("[[query.lane]]\nname = \"views\"", "the lane of views");
+        check("[views]\nthreads = 0", "at least 1");
+        check("[views]\nanswer_rows = 1", "at least 1000");
+        check(
+            "[[reader]]\nname = \"a\"\npassword = \"x\"\nedges = [\"b\"]\nrights = [\"views\"]",
+            "leave \"views\" out",
+        );
         check("[[reader]]\nname = \"a\"\npassword = \"x\"\nlanes = [\"fast\"]", "no [[query.lane]] `fast`");
     }
 

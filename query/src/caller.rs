@@ -37,11 +37,13 @@ impl fmt::Display for Door {
 pub enum Right {
     /// Say what tables and columns are, for everybody to read.
     Comment,
+    /// Make and drop views.
+    Views,
 }
 
 impl Right {
     /// Every one of them.
-    pub const ALL: [Self; 1] = [Self::Comment];
+    pub const ALL: [Self; 2] = [Self::Comment, Self::Views];
 }
 
 /// One who asks. Cheap to clone.

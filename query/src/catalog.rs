@@ -4,7 +4,7 @@
 //! The catalogue holds live handles and no rows. What a handle shows is decided when a statement is executed
 //! (rule 4): until then it only knows its columns.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
@@ -14,14 +14,16 @@ use datafusion::catalog::{CatalogProvider, SchemaProvider, TableProvider};
 use datafusion::common::{DataFusionError, plan_err};
 use datafusion::error::Result as DataFusionResult;
 use deltalake_core::logstore::LogStoreRef;
+use tokio::sync::watch;
 use wire::hot::HotSource;
-use wire::{DataFiles, EdgeId, Seq, SpoolId, StreamName};
+use wire::{DataFiles, EdgeId, Mark, Seq, SpoolId, StreamName};
 
 use crate::as_of::{self, AsOf};
 use crate::fused_table::LiveTable;
 use crate::references;
 use crate::remark::{ColumnNote, Remark};
 use crate::system::SystemSchema;
+use crate::views::Views;
 
 /// Name of the one catalogue.
 pub const CATALOG: &str = "weir";
@@ -36,6 +38,8 @@ pub struct ColdTable {
     pub version: u64,
     pub log_store: LogStoreRef,
     pub files: DataFiles,
+    /// The last batch of each spool that the files have (rule 3).
+    pub txn: Arc<HashMap<SpoolId, Mark>>,
     /// What the table's owner says of it.
     pub description: Option<String>,
     /// All columns of the table in the order of `wire::schema::table_schema`.
@@ -69,6 +73,8 @@ pub struct SpoolFacts {
     pub received_at_us: i64,
     /// The latest event time.
     pub max_ts: Option<i64>,
+    /// The highest watermark that a batch carried (rule 5).
+    pub watermark: Option<i64>,
     pub durable: Seq,
     pub committed: Seq,
     /// Version of the agent that sealed the last batch, and of its configuration.
@@ -89,6 +95,8 @@ pub trait Tables: Send + Sync + fmt::Debug {
     async fn cold_as_of(&self, stream: &StreamName, as_of: AsOf) -> Result<ColdTable, TablesError>;
     /// What is known of every spool that has sent something since the node started.
     fn spools(&self) -> Vec<SpoolFacts>;
+    /// Tells that some table has moved on; several times may be told as one.
+    fn changed(&self) -> watch::Receiver<u64>;
     /// What is known of a table's columns, by name.
     fn notes(&self, _stream: &StreamName) -> BTreeMap<String, ColumnNote> {
         BTreeMap::new()
@@ -127,14 +135,16 @@ impl CatalogProvider for WeirCatalog {
 #[derive(Debug)]
 pub(crate) struct PublicSchema {
     pub(crate) tables: Arc<dyn Tables>,
+    pub(crate) views: Arc<Views>,
 }
 
 #[async_trait]
 impl SchemaProvider for PublicSchema {
     fn table_names(&self) -> Vec<String> {
         let streams = self.tables.streams();
-        let views = references::names(&streams);
-        streams.iter().map(ToString::to_string).chain(views).collect()
+        let views = self.views.names(self.tables.as_ref()).into_iter().chain(references::names(&streams));
+        let names: BTreeSet<String> = streams.iter().map(ToString::to_string).chain(views).collect();
+        names.into_iter().collect()
     }
 
     async fn table(&self, name: &str) -> DataFusionResult<Option<Arc<dyn TableProvider>>> {
@@ -143,6 +153,13 @@ impl SchemaProvider for PublicSchema {
         let Ok(stream) = name.parse::<StreamName>() else {
             return Ok(None);
         };
+        // A stream that comes later does not take the name of a view.
+        if self.views.has(name) {
+            if as_of.is_some() {
+                return plan_err!("{name} is a view: what it showed when is in {name}_changes, by view_revision");
+            }
+            return self.views.table(self.tables.as_ref(), name);
+        }
         let table = match (self.tables.cold(&stream), as_of) {
             (Some(cold), None) => LiveTable::new(stream, cold.schema),
             (Some(_), Some(as_of)) => {
@@ -163,7 +180,7 @@ impl SchemaProvider for PublicSchema {
 
     fn table_exist(&self, name: &str) -> bool {
         let (name, _) = as_of::parts(as_of::newest(name).0);
-        is_table(self.tables.as_ref(), name)
+        self.views.has(name) || is_table(self.tables.as_ref(), name)
     }
 }
 

@@ -1,16 +1,16 @@
 //! Plans a statement once, and runs it as often as it is asked, each time over fresh frozen tables.
 //!
 //! Read only: statements that would write, define or change something are refused when they are planned and again
-//! when they run. Each statement has a caller, whose rows alone it sees, and a place in the caller's lane ([`enter`]),
-//! which limits its time from parsing to the last row and its memory; it spills to disk when it can. Dropping a result
-//! stream cancels its statement.
+//! when they run; but for those that make and drop views, which are carried out when they run, if the caller may. Each
+//! statement has a caller, whose rows alone it sees, and a place in the caller's lane ([`enter`]), which limits its time from
+//! parsing to the last row and its memory; it spills to disk when it can. Dropping a result stream cancels its statement.
 //!
 //! [`enter`]: Engine::enter
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use arrow_array::{Array, RecordBatch};
+use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
 use datafusion::catalog::CatalogProvider;
 use datafusion::common::{DataFusionError, ParamValues};
@@ -25,8 +25,7 @@ use datafusion::prelude::{SessionConfig, SessionContext};
 use datafusion::sql::parser::Statement;
 use datafusion::sql::sqlparser::dialect::{Dialect, GenericDialect};
 use futures::StreamExt;
-use futures::stream;
-use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::as_of::{self, AsOf};
 use crate::breadth;
@@ -41,14 +40,23 @@ use crate::fused_table::{View, pin};
 use crate::lanes::{LaneSettings, Lanes, Place};
 use crate::names;
 use crate::remark::{self, Remark};
+use crate::sink::Sink;
 use crate::statements::{Running, State, Statements};
 use crate::system::SystemSchema;
 use crate::uncounted;
+use crate::views::definition::Command;
+use crate::views::{ViewSettings, Views};
 
+mod ask;
 mod explain;
+mod limited;
 
+pub(crate) use ask::States;
+pub use ask::VIEWS_LANE;
 pub use explain::QueryError;
 use explain::{Changes, Stopped};
+pub(crate) use limited::bytes_of;
+use limited::limited;
 
 /// Longest statement in bytes.
 pub const SQL_BYTES_MAX: usize = 1 << 20;
@@ -99,6 +107,8 @@ impl Default for EngineSettings {
 pub struct Prepared {
     plan: Arc<LogicalPlan>,
     columns: SchemaRef,
+    /// What is done before its rows are given.
+    command: Option<Arc<Command>>,
     /// What it says of a table, when it is done.
     remark: Option<Arc<Remark>>,
 }
@@ -107,6 +117,11 @@ impl Prepared {
     /// The plan over live tables: for its parameters.
     pub fn plan(&self) -> &LogicalPlan {
         &self.plan
+    }
+
+    /// What is answered in place of rows, when it changes something.
+    pub(crate) fn tag(&self) -> Option<&'static str> {
+        self.command.as_ref().map(|command| command.tag())
     }
 
     /// The columns of its answer.
@@ -124,6 +139,7 @@ pub struct Engine {
     settings: EngineSettings,
     lanes: Lanes,
     statements: Arc<Statements>,
+    views: Arc<Views>,
 }
 
 struct SessionContextDebug(SessionContext);
@@ -160,7 +176,8 @@ impl Engine {
         }
         let runtime = runtime.build_arc().map_err(|error| QueryError::Failed { message: error.to_string() })?;
         let session = SessionContext::new_with_state(functions::state(config, runtime, settings.gapfill_rows_max));
-        let public = Arc::new(PublicSchema { tables: Arc::clone(&tables) });
+        let views = Arc::<Views>::default();
+        let public = Arc::new(PublicSchema { tables: Arc::clone(&tables), views: Arc::clone(&views) });
         let system = Arc::new(SystemSchema { tables: Arc::clone(&tables) });
         session.register_catalog(CATALOG, Arc::new(WeirCatalog { public, system }) as Arc<dyn CatalogProvider>);
         let lanes = Lanes::new(&settings.lanes)
@@ -168,7 +185,7 @@ impl Engine {
         let latest = Arc::new(LatestCache::new(settings.latest_bytes_max));
         let statements = Statements::new(settings.recent_max);
         let session = SessionContextDebug(session);
-        let engine = Self { session, tables, latest, settings, lanes, statements };
+        let engine = Self { session, tables, latest, settings, lanes, statements, views };
         engine.equip(engine.session())?;
         Ok(engine)
     }
@@ -190,6 +207,19 @@ impl Engine {
     /// The tables that statements may name.
     pub(crate) fn tables(&self) -> &Arc<dyn Tables> {
         &self.tables
+    }
+
+    /// Begins to keep views; they stop with the token.
+    ///
+    /// # Errors
+    /// When a definition that is kept or configured cannot be read.
+    pub fn keep_views(
+        self: &Arc<Self>,
+        sink: Arc<dyn Sink>,
+        settings: ViewSettings,
+        token: CancellationToken,
+    ) -> Result<(), String> {
+        self.views.start(self, sink, settings, token)
     }
 
     /// What `latest` keeps.
@@ -245,15 +275,23 @@ impl Engine {
         let dialect = GenericDialect {};
         let named = self.measure(&dialect, sql).and_then(|()| as_of::name(&dialect, sql));
         let sql = named.inspect_err(|_| running.ended(State::Failed))?.into_owned();
+        let command = Command::parse(&dialect, &sql).inspect_err(|_| running.ended(State::Failed))?;
+        let sql = match &command {
+            Some(Command::Show) => "SELECT * FROM system.views".to_owned(),
+            Some(command) => format!("SELECT '{}' AS done", command.tag()),
+            None => sql,
+        };
+        let command = command.filter(|command| *command != Command::Show).map(Arc::new);
         let sql = syntax::words(&dialect, &sql).unwrap_or(sql);
-        let (state, tables) = (self.session().state(), Arc::clone(&self.tables));
+        let (state, tables, views) = (self.session().state(), Arc::clone(&self.tables), Arc::clone(&self.views));
         let parse = move || {
             let dialect = state.config().options().sql_parser.dialect;
             let mut statement = state.sql_to_statement(&sql, &dialect)?;
-            as_of::apply(&mut statement, whole, &|name| is_table(tables.as_ref(), name));
+            as_of::apply(&mut statement, whole, &|name| views.has(name) || is_table(tables.as_ref(), name));
             Ok((state, statement))
         };
-        self.plan(running, parse).await
+        let prepared = self.plan(running, parse).await?;
+        Ok(Prepared { command, ..prepared })
     }
 
     /// Computes something where the statement runs, so that it holds up no door, and waits for it until its deadline.
@@ -298,14 +336,14 @@ impl Engine {
             if let Some(remark) = remark::of(&statement, tables.as_ref())? {
                 let plan = remark::plan()?;
                 let columns = columns::of(&state, &plan);
-                return Ok(Prepared { plan: Arc::new(plan), columns, remark: Some(Arc::new(remark)) });
+                return Ok(Prepared { plan: Arc::new(plan), columns, command: None, remark: Some(Arc::new(remark)) });
             }
             let plan = columns::plain(names::plan(&state, statement).await?)?;
             let plan = distinct_on::rewrite(plan, &latest)?;
             read_only(&plan)?;
             uncounted::check(&plan)?;
             let columns = columns::of(&state, &plan);
-            Ok(Prepared { plan: Arc::new(plan), columns, remark: None })
+            Ok(Prepared { plan: Arc::new(plan), columns, command: None, remark: None })
         };
         let planned = self.aside(running, Box::pin(plan)).await?.map_err(|error| self.explain(error));
         planned.inspect_err(|error| running.ended(state_of(error)))
@@ -321,10 +359,18 @@ impl Engine {
         prepared: &Prepared,
         parameters: Option<ParamValues>,
     ) -> Result<SendableRecordBatchStream, QueryError> {
+        if let Some(command) = &prepared.command {
+            let (views, caller, command) = (Arc::clone(&self.views), running.caller().clone(), Arc::clone(command));
+            // To its end, also when nobody waits for it any more.
+            let done = tokio::spawn(async move { Box::pin(views.carry_out(&caller, &command)).await });
+            let done = done.await.unwrap_or_else(|error| Err(QueryError::Failed { message: error.to_string() }));
+            done.inspect_err(|error| running.ended(state_of(error)))?;
+        }
         if let Some(remark) = &prepared.remark {
             self.say(running, remark).await.inspect_err(|error| running.ended(state_of(error)))?;
         }
         let start = Start {
+            views: Arc::clone(&self.views),
             session: self.session().clone(),
             tables: Arc::clone(&self.tables),
             statements: Arc::clone(&self.statements),
@@ -392,6 +438,7 @@ fn state_of(error: &QueryError) -> State {
 
 /// What the execution of a statement needs.
 struct Start {
+    views: Arc<Views>,
     session: SessionContext,
     tables: Arc<dyn Tables>,
     statements: Arc<Statements>,
@@ -414,7 +461,8 @@ impl Start {
         uncounted::check(&plan)?;
         let state = self.session.state();
         let caller = self.running.caller();
-        let view = View { tables: self.tables.as_ref(), statements: &self.statements, caller };
+        let views = self.views.as_ref();
+        let view = View { tables: self.tables.as_ref(), statements: &self.statements, views, caller };
         let pinned = pin(plan, &state, view).await?;
         let physical = state.create_physical_plan(&pinned).await?;
         let pool: Arc<dyn MemoryPool> = Arc::clone(self.running.pool()) as _;
@@ -433,58 +481,6 @@ impl Start {
 fn read_only(plan: &LogicalPlan) -> Result<(), DataFusionError> {
     let options = SQLOptions::new().with_allow_ddl(false).with_allow_dml(false).with_allow_statements(false);
     options.verify_plan(plan).map_err(|error| DataFusionError::External(Box::new(Changes(error.strip_backtrace()))))
-}
-
-/// The rows within the limits of the statement: its time, somebody's word, and the size of its answer.
-fn limited(
-    rows: SendableRecordBatchStream,
-    running: Arc<Running>,
-    [rows_max, bytes_max]: [u64; 2],
-) -> SendableRecordBatchStream {
-    let schema = rows.schema();
-    let limited = stream::unfold(Some((rows, running)), move |state| async move {
-        let (mut rows, running) = state?;
-        let stop = |running: &Running, stopped: Stopped| {
-            running.ended(state_of(&stopped.told()));
-            Some((Err(DataFusionError::from(stopped)), None))
-        };
-        let (deadline, limit) = (running.deadline(), running.timeout());
-        // Also when the next rows are ready: a slow reader must not get more time than the others.
-        if Instant::now() >= deadline {
-            return stop(&running, Stopped::Overdue(limit));
-        }
-        let next = tokio::select! {
-            biased;
-            () = running.cancelled().cancelled() => return stop(&running, Stopped::Cancelled),
-            next = tokio::time::timeout_at(deadline, rows.next()) => next,
-        };
-        match next {
-            Ok(Some(Ok(batch))) => {
-                let (rows_given, bytes_given) = running.gave(batch.num_rows(), bytes_of(&batch));
-                if rows_given > rows_max || bytes_given > bytes_max {
-                    let message = format!("the answer has more than {rows_max} rows or {bytes_max} bytes: add a LIMIT");
-                    return stop(&running, Stopped::TooMuch(message));
-                }
-                Some((Ok(batch), Some((rows, running))))
-            }
-            Ok(Some(Err(error))) => {
-                running.ended(State::Failed);
-                Some((Err(error), None))
-            }
-            // The statement's own task ends at the deadline, too: what it sent is then not all.
-            Ok(None) if Instant::now() < deadline => {
-                running.ended(State::Done);
-                None
-            }
-            Ok(None) | Err(_) => stop(&running, Stopped::Overdue(limit)),
-        }
-    });
-    Box::pin(RecordBatchStreamAdapter::new(schema, limited))
-}
-
-/// Bytes of the rows themselves: a batch may be a slice of larger columns.
-fn bytes_of(batch: &RecordBatch) -> usize {
-    batch.columns().iter().map(|column| column.to_data().get_slice_memory_size().unwrap_or(0)).sum()
 }
 
 #[cfg(test)]

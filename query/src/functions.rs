@@ -5,7 +5,7 @@
 //! every other session that plans statements (a door with a dialect of its own).
 
 pub(crate) mod asof;
-mod bucket_grid;
+pub(crate) mod bucket_grid;
 mod by_time;
 mod gapfill;
 mod geodesy;
@@ -15,7 +15,7 @@ pub(crate) mod latest;
 mod one_group;
 mod over_time;
 mod planner;
-mod time_bucket;
+pub(crate) mod time_bucket;
 mod utc;
 
 use std::sync::Arc;

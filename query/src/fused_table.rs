@@ -32,7 +32,7 @@ use datafusion::physical_plan::empty::EmptyExec;
 use datafusion::physical_plan::filter::FilterExec;
 use datafusion::physical_plan::projection::ProjectionExec;
 use datafusion::physical_plan::union::UnionExec;
-use wire::hot::HotAnswer;
+use wire::hot::{HotAnswer, HotRun};
 use wire::schema::{DATE, TS};
 use wire::{DAY_US, StreamName};
 
@@ -46,6 +46,7 @@ use crate::scope;
 use crate::scope::hidden::HiddenExec;
 use crate::statements::Statements;
 use crate::system::{self, Kind};
+use crate::views::Views;
 
 mod told;
 
@@ -81,12 +82,16 @@ impl LiveTable {
 
     /// The table as it was at this snapshot, without hot rows.
     pub(crate) fn past(cold: ColdTable) -> Self {
-        Self { schema: Arc::clone(&cold.schema), asked: Asked::Past(Arc::new(Frozen { cold, hot: Vec::new() })) }
+        Self {
+            schema: Arc::clone(&cold.schema),
+            asked: Asked::Past(Arc::new(Frozen { cold, hot: Vec::new(), runs: Vec::new() })),
+        }
     }
 
     /// The newest rows of the table as it was at this snapshot.
     pub(crate) fn latest_past(cold: ColdTable) -> Self {
-        Self { schema: Arc::clone(&cold.schema), asked: Asked::LatestPast(Arc::new(Frozen { cold, hot: Vec::new() })) }
+        let frozen = Arc::new(Frozen { cold, hot: Vec::new(), runs: Vec::new() });
+        Self { schema: Arc::clone(&frozen.cold.schema), asked: Asked::LatestPast(frozen) }
     }
 
     /// In place of a stream: its newest rows if they are kept. None when it is no stream.
@@ -99,6 +104,14 @@ impl LiveTable {
     /// The newest row of each device.
     pub(crate) fn latest(stream: StreamName, schema: SchemaRef, cache: Arc<LatestCache>) -> Self {
         Self { schema, asked: Asked::Latest(stream, cache) }
+    }
+
+    /// The stream that it stands for, when it shows all of it as it is now.
+    pub(crate) fn stream(&self) -> Option<&StreamName> {
+        match &self.asked {
+            Asked::Stream(stream) => Some(stream),
+            _ => None,
+        }
     }
 
     /// A table about the node itself.
@@ -136,6 +149,8 @@ impl TableProvider for LiveTable {
 pub struct Frozen {
     cold: ColdTable,
     hot: Vec<RecordBatch>,
+    /// Which batches the rows of each are of, and last those without rows.
+    runs: Vec<Vec<HotRun>>,
 }
 
 impl Frozen {
@@ -148,8 +163,10 @@ impl Frozen {
             let answer = tables.hot().hot(stream, cold.version).await;
             match answer.map_err(|error| DataFusionError::External(Box::new(error)))? {
                 HotAnswer::Rows(rows) => {
-                    let hot = rows.into_iter().map(|rows| rows.rows).filter(|rows| rows.num_rows() > 0).collect();
-                    return Ok(Self { cold, hot });
+                    let (rows, empty): (Vec<_>, Vec<_>) = rows.into_iter().partition(|hot| hot.rows.num_rows() > 0);
+                    let (hot, mut runs): (Vec<_>, Vec<_>) = rows.into_iter().map(|hot| (hot.rows, hot.runs)).unzip();
+                    runs.push(empty.into_iter().flat_map(|hot| hot.runs).collect());
+                    return Ok(Self { cold, hot, runs });
                 }
                 HotAnswer::Stale(at_least) => {
                     let reloaded = tables.reload(stream, at_least).await;
@@ -169,6 +186,11 @@ impl Frozen {
     pub(crate) fn hot(&self) -> &[RecordBatch] {
         &self.hot
     }
+
+    /// Which batches the rows of each of [`Frozen::hot`] are of, and last those without rows.
+    pub(crate) fn runs(&self) -> &[Vec<HotRun>] {
+        &self.runs
+    }
 }
 
 /// What a statement sees, and on whose behalf.
@@ -176,6 +198,7 @@ impl Frozen {
 pub(crate) struct View<'a> {
     pub(crate) tables: &'a dyn Tables,
     pub(crate) statements: &'a Statements,
+    pub(crate) views: &'a Views,
     pub(crate) caller: &'a Caller,
 }
 
@@ -231,13 +254,23 @@ impl Pinned {
 /// Replaces every live table of a plan by one frozen state per stream, of which the caller sees what it may; and every
 /// table of the schema `system` by its rows. Called each time a statement is executed.
 pub(crate) async fn pin(plan: LogicalPlan, state: &SessionState, view: View<'_>) -> Result<LogicalPlan> {
+    pin_over(plan, state, view, HashMap::new()).await
+}
+
+/// As [`pin`], with the states of some streams frozen before.
+pub(crate) async fn pin_over(
+    plan: LogicalPlan,
+    state: &SessionState,
+    view: View<'_>,
+    streams: HashMap<StreamName, Arc<Frozen>>,
+) -> Result<LogicalPlan> {
     let told = matches!(plan, LogicalPlan::Explain(_) | LogicalPlan::Analyze(_));
     let mut providers = Vec::new();
     plan.apply_with_subqueries(|node| {
         providers.extend(provider(node));
         Ok(TreeNodeRecursion::Continue)
     })?;
-    let mut pinned = Pinned::default();
+    let mut pinned = Pinned { streams, ..Pinned::default() };
     for live in providers.iter().filter_map(|provider| provider.downcast_ref::<LiveTable>()) {
         pinned.add(&live.asked, view).await?;
     }

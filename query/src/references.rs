@@ -14,7 +14,7 @@ use datafusion::common::{Result, ScalarValue};
 use datafusion::datasource::{ViewTable, provider_as_source};
 use datafusion::functions::expr_fn::{coalesce, now};
 use datafusion::functions_window::expr_fn::{lead, row_number};
-use datafusion::logical_expr::{Expr, ExprFunctionExt, LogicalPlanBuilder, when};
+use datafusion::logical_expr::{Expr, ExprFunctionExt, LogicalPlan, LogicalPlanBuilder, when};
 use datafusion::prelude::{col, lit};
 use wire::reference::{VALID_FROM, revisions};
 use wire::schema::{DATE, DEVICE, QUALITY, RECEIVED_AT, SEQ, TS};
@@ -22,6 +22,7 @@ use wire::{StreamName, TS_MIN_US};
 
 use crate::catalog::Tables;
 use crate::fused_table::LiveTable;
+use crate::views::shape::Known;
 
 const HISTORY: &str = "_history";
 const VALID_TO: &str = "valid_to";
@@ -43,6 +44,20 @@ pub(crate) fn view(tables: &dyn Tables, name: &str) -> Result<Option<Arc<dyn Tab
         Some(table) => over_revisions(tables, table, true),
         None => Ok(None),
     }
+}
+
+/// What a name in FROM is, when the plan under it is that of a reference table: for those who follow its changes.
+pub(crate) fn known(tables: &dyn Tables, name: &str, plan: &LogicalPlan) -> Result<Option<Known>> {
+    let is = |view: Option<Arc<dyn TableProvider>>| {
+        view.is_some_and(|view| view.get_logical_plan().is_some_and(|own| own.as_ref() == plan))
+    };
+    if is(over_revisions(tables, name, false)?) {
+        return Ok(Some(Known::Current));
+    }
+    let table = name.strip_suffix(HISTORY).and_then(|table| table.parse::<StreamName>().ok());
+    let Some(stream) = table.as_ref().and_then(|table| revisions(table).ok()) else { return Ok(None) };
+    let table = table.as_ref().map_or("", StreamName::as_str);
+    Ok(is(over_revisions(tables, table, true)?).then_some(Known::History(stream)))
 }
 
 fn over_revisions(tables: &dyn Tables, name: &str, history: bool) -> Result<Option<Arc<dyn TableProvider>>> {

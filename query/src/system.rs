@@ -8,6 +8,7 @@
 //! | `edges` | edge that has sent something since the node started |
 //! | `ingest` | stream and spool that has: rows, last batch, what is durable and committed |
 //! | `queries` | statement that runs, and of the last ones that ran |
+//! | `views` | view: what it does, how far it is, what it costs |
 //! | `batches` | batch that a stream's rows came in (read from the rows themselves) |
 //! | `quarantine_reasons` | reason why readings are in `quarantine`, by stream and source |
 //!
@@ -38,9 +39,11 @@ pub(crate) enum Kind {
     Edges,
     Ingest,
     Queries,
+    Views,
 }
 
-const KINDS: [Kind; 6] = [Kind::Streams, Kind::Columns, Kind::Files, Kind::Edges, Kind::Ingest, Kind::Queries];
+const KINDS: [Kind; 7] =
+    [Kind::Streams, Kind::Columns, Kind::Files, Kind::Edges, Kind::Ingest, Kind::Queries, Kind::Views];
 /// The tables that are questions.
 const VIEWS: [&str; 2] = ["batches", "quarantine_reasons"];
 
@@ -53,6 +56,7 @@ impl Kind {
             Self::Edges => "edges",
             Self::Ingest => "ingest",
             Self::Queries => "queries",
+            Self::Views => "views",
         }
     }
 
@@ -127,6 +131,22 @@ impl Kind {
                 ("bytes", Int64),
                 ("memory_bytes", Int64),
             ],
+            Self::Views => vec![
+                ("name", Utf8),
+                ("definition", Utf8),
+                ("state", Utf8),
+                ("reason", Utf8),
+                ("watermark", timestamp_type()),
+                ("lag_s", Float64),
+                ("dirty_windows", Int64),
+                ("backfill_from", timestamp_type()),
+                ("backfill_to", timestamp_type()),
+                ("rows_in", Int64),
+                ("rows_out", Int64),
+                ("revisions", Int64),
+                ("memory_bytes", Int64),
+                ("computed_s", Float64),
+            ],
         };
         Arc::new(Schema::new(columns.into_iter().map(|(name, kind)| Field::new(name, kind, true)).collect::<Vec<_>>()))
     }
@@ -171,6 +191,7 @@ pub(crate) async fn pinned(kind: Kind, view: View<'_>) -> Result<Arc<dyn TablePr
         Kind::Edges => rows::edges(view),
         Kind::Ingest => rows::ingest(view),
         Kind::Queries => rows::queries(view),
+        Kind::Views => rows::views(view),
     };
     let schema = kind.schema();
     let rows = RecordBatch::try_new(Arc::clone(&schema), columns)?;

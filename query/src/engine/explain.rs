@@ -45,6 +45,11 @@ impl QueryError {
             _ => None,
         }
     }
+
+    /// Whether less of the same could be answered.
+    pub(crate) fn is_too_much(&self) -> bool {
+        matches!(self, Self::TooMuch { .. } | Self::Memory { .. } | Self::Timeout { .. })
+    }
 }
 
 fn humane(limit: Duration) -> String {

@@ -26,6 +26,8 @@ use datafusion::logical_expr::simplify::SimplifyContext;
 use datafusion::logical_expr::sort_properties::{ExprProperties, SortProperties};
 use datafusion::logical_expr::{ColumnarValue, Expr, ScalarFunctionArgs, ScalarUDFImpl, Signature, Volatility};
 
+use wire::schema::timestamp_type;
+
 use super::bucket_grid::{Buckets, Width};
 
 const DAY_US: i64 = 86_400_000_000;
@@ -138,7 +140,8 @@ fn constant_but_instant(inputs: &[ExprProperties]) -> bool {
     inputs.iter().enumerate().all(|(index, input)| index == 1 || input.sort_properties == SortProperties::Singleton)
 }
 
-fn constant(expression: &Expr) -> Option<ScalarValue> {
+/// The value of a constant expression; None when it is none, or null.
+pub(crate) fn constant(expression: &Expr) -> Option<ScalarValue> {
     match expression {
         Expr::Literal(value, _) if !value.is_null() => Some(value.clone()),
         Expr::Cast(cast) => constant(&cast.expr)?.cast_to(cast.field.data_type()).ok(),
@@ -167,6 +170,21 @@ pub(super) fn coerce(arguments: &[DataType]) -> Result<Vec<DataType>> {
             }
         })
         .collect()
+}
+
+/// The buckets of a call whose second argument is the event time; None when another is not constant, or wrong.
+pub(crate) fn grid(arguments: &[Expr]) -> Option<Buckets> {
+    let mut constants = Vec::with_capacity(arguments.len());
+    for argument in arguments.iter().enumerate().filter(|(index, _)| *index != 1).map(|(_, argument)| argument) {
+        let value = constant(argument)?;
+        let coerced = match value.data_type() {
+            DataType::Interval(_) => value.cast_to(&DataType::Interval(IntervalUnit::MonthDayNano)).ok()?,
+            DataType::LargeUtf8 | DataType::Utf8View => value.cast_to(&DataType::Utf8).ok()?,
+            _ => value,
+        };
+        constants.push(coerced);
+    }
+    buckets(constants.first()?, &timestamp_type(), &constants[1..]).ok()
 }
 
 /// The buckets that these arguments tell; `kind` is the type of the instants.
@@ -204,7 +222,7 @@ fn neither(text: &str) -> DataFusionError {
 }
 
 /// The parts of an interval, also of a text that names its units.
-fn interval(value: &ScalarValue) -> Option<IntervalMonthDayNano> {
+pub(crate) fn interval(value: &ScalarValue) -> Option<IntervalMonthDayNano> {
     match value {
         ScalarValue::IntervalMonthDayNano(parts) => *parts,
         ScalarValue::Utf8(Some(text)) if text.contains(char::is_alphabetic) => parse_interval_month_day_nano(text).ok(),
@@ -223,7 +241,7 @@ fn offset(value: &ScalarValue) -> Result<(i64, i64)> {
 }
 
 /// An instant in microseconds, of a timestamp, a date or a text.
-pub(super) fn instant(value: &ScalarValue) -> Option<i64> {
+pub(crate) fn instant(value: &ScalarValue) -> Option<i64> {
     micros(&value.cast_to(&DataType::Timestamp(TimeUnit::Microsecond, Some("UTC".into()))).ok()?)
 }
 

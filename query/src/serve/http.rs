@@ -6,6 +6,7 @@
 //! the statement in another of the reader's lanes.
 //!
 //! `GET /v1/queries`: what runs and ran, `DELETE /v1/queries/{id}`: ends one. `GET /v1/streams`: the names of the tables.
+//! `GET /v1/views`: the views that are kept.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -48,6 +49,7 @@ pub fn router(engine: Arc<Engine>, readers: Readers) -> Router {
     Router::new()
         .route("/v1/sql", post(sql))
         .route("/v1/streams", get(streams))
+        .route("/v1/views", get(views))
         .route("/v1/queries", get(queries))
         .route("/v1/queries/{id}", delete(cancel))
         .layer(axum::extract::DefaultBodyLimit::max(BODY_BYTES_MAX))
@@ -79,6 +81,10 @@ async fn queries(
     headers: HeaderMap,
 ) -> Response {
     own(&door, peer, &headers, "SELECT * FROM system.queries").await
+}
+
+async fn views(State(door): State<Shared>, ConnectInfo(peer): ConnectInfo<SocketAddr>, headers: HeaderMap) -> Response {
+    own(&door, peer, &headers, "SELECT * FROM system.views").await
 }
 
 async fn cancel(

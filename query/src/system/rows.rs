@@ -15,6 +15,7 @@ use wire::schema::{FieldType, TS};
 use crate::catalog::SpoolFacts;
 use crate::fused_table::{Frozen, View};
 use crate::remark::ColumnNote;
+use crate::views::{Doing, Progress};
 
 fn texts<T: Into<Option<String>>>(values: impl IntoIterator<Item = T>) -> ArrayRef {
     Arc::new(values.into_iter().map(Into::into).collect::<StringArray>())
@@ -208,5 +209,42 @@ pub(super) fn queries(view: View<'_>) -> Vec<ArrayRef> {
         integers(told.iter().map(|told| count(told.rows))),
         integers(told.iter().map(|told| count(told.bytes))),
         integers(told.iter().map(|told| count(told.memory))),
+    ]
+}
+
+pub(super) fn views(view: View<'_>) -> Vec<ArrayRef> {
+    let now = us(SystemTime::now());
+    let entries = view.views.all();
+    // Numbers are of rows of everybody.
+    let sees = view.caller.scope().is_none();
+    let told: Vec<(&'static str, Option<String>, Progress)> = entries
+        .iter()
+        .map(|entry| match entry.doing() {
+            Doing::Starting => ("starting", None, Progress::default()),
+            Doing::Running(progress) if !progress.begun => ("waiting", None, progress),
+            Doing::Running(progress) if progress.past.is_some() => ("backfill", progress.refused.clone(), progress),
+            Doing::Running(progress) => ("running", progress.refused.clone(), progress),
+            Doing::Failed(reason, progress) => ("failed", Some(reason), progress),
+        })
+        .collect();
+    let progress = || told.iter().map(|(_, _, progress)| progress);
+    let number = |of: fn(&Progress) -> u64| integers(progress().map(|progress| sees.then(|| count(of(progress)))));
+    let time = |of: fn(&Progress) -> Option<i64>| times(progress().map(|progress| of(progress).filter(|_| sees)));
+    let lag = progress().map(|progress| Some((now - progress.watermark.filter(|_| sees)?) as f64 / 1e6));
+    vec![
+        texts(entries.iter().map(|entry| entry.definition.name.to_string())),
+        texts(entries.iter().map(|entry| sees.then(|| entry.definition.text.clone()))),
+        texts(told.iter().map(|(state, _, _)| (*state).to_owned())),
+        texts(told.iter().map(|(_, reason, _)| reason.clone().filter(|_| sees))),
+        time(|progress| progress.watermark),
+        Arc::new(lag.collect::<Float64Array>()),
+        number(|progress| progress.dirty_windows),
+        time(|progress| progress.past.map(|(from, _)| from)),
+        time(|progress| progress.past.map(|(_, to)| to)),
+        number(|progress| progress.rows_in),
+        number(|progress| progress.rows_out),
+        number(|progress| progress.revisions),
+        number(|progress| progress.memory_bytes),
+        Arc::new(progress().map(|progress| sees.then_some(progress.computed.as_secs_f64())).collect::<Float64Array>()),
     ]
 }

@@ -1,5 +1,7 @@
 //! What one statement may take: time, memory, rows, and how it is ended.
 
+use tokio::time::Instant;
+
 use super::*;
 
 /// Ten thousand million rows, none of which is kept.

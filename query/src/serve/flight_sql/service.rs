@@ -92,6 +92,18 @@ impl Service {
         Ok(sent(schema, rows))
     }
 
+    /// Makes or drops a view; everything else has rows that are fetched.
+    async fn change(&self, caller: &Caller, statement: &Statement) -> Result<i64, Status> {
+        if statement.prepared.tag().is_none() {
+            return Err(Status::permission_denied("Weir answers questions only: fetch the rows of this statement"));
+        }
+        let running = self.begin(caller, &statement.text).await?;
+        let rows = self.engine.execute(&running, &statement.prepared, None).await.map_err(|error| status(&error))?;
+        let done: Vec<_> = rows.try_collect().await.map_err(|error| status(&self.engine.explain(error)))?;
+        drop(done);
+        Ok(0)
+    }
+
     async fn asked<T>(&self, request: &Request<T>, question: Question) -> Result<Answer, Status> {
         self.entrance.caller(request)?;
         let schema = question.schema();
@@ -431,9 +443,10 @@ impl FlightSqlService for Service {
         asked: CommandStatementUpdate,
         request: Request<PeekableFlightDataStream>,
     ) -> Result<i64, Status> {
-        // It says why: nothing that changes something can be planned.
-        Box::pin(self.plan(&request, &asked.query)).await?;
-        Err(Status::permission_denied("Weir answers questions only: fetch the rows of this statement"))
+        // It says why: nothing but views can be changed.
+        let statement = Box::pin(self.plan(&request, &asked.query)).await?;
+        let caller = self.entrance.caller(&request)?;
+        Box::pin(self.change(&caller, &statement)).await
     }
 
     async fn do_put_statement_ingest(
@@ -447,11 +460,12 @@ impl FlightSqlService for Service {
 
     async fn do_put_prepared_statement_update(
         &self,
-        _: CommandPreparedStatementUpdate,
+        asked: CommandPreparedStatementUpdate,
         request: Request<PeekableFlightDataStream>,
     ) -> Result<i64, Status> {
-        self.entrance.caller(&request)?;
-        Err(Status::permission_denied("Weir answers questions only: fetch the rows of this statement"))
+        let caller = self.entrance.caller(&request)?;
+        let statement = self.desk.find(&asked.prepared_statement_handle, caller.name()).ok_or_else(unknown_handle)?;
+        Box::pin(self.change(&caller, &statement)).await
     }
 
     async fn register_sql_info(&self, _: i32, _: &SqlInfo) {}

@@ -11,25 +11,35 @@ use arrow_flight::sql::CommandGetTables;
 use arrow_flight::sql::client::FlightSqlServiceClient;
 use arrow_flight::{Action, CancelFlightInfoRequest, FlightInfo};
 use arrow_schema::{DataType, Field, Schema};
+use async_trait::async_trait;
 use futures::TryStreamExt;
 use prost::Message;
 use tonic::transport::{Channel, Endpoint};
+use wire::{StreamName, StreamSchema};
 
 use super::*;
+use crate::caller::Right;
 use crate::engine::tests::{Traffic, engine};
 use crate::scope::Scope;
 use crate::serve::{Reader, Readers};
+use crate::sink::{Sink, SinkError};
+use crate::views::ViewSettings;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
 async fn open(readers: Vec<Reader>, timeout: Duration) -> (FlightSqlServiceClient<Channel>, Channel, Arc<Traffic>) {
     let (engine, traffic) = engine(10, 0, timeout).await;
+    let (client, channel) = door(engine, readers).await;
+    (client, channel, traffic)
+}
+
+async fn door(engine: Arc<Engine>, readers: Vec<Reader>) -> (FlightSqlServiceClient<Channel>, Channel) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = listener.local_addr().unwrap();
     let house = House { engine, readers: Readers::new(readers, Vec::new()), tls: None };
     tokio::spawn(async move { serve(listener, house, CancellationToken::new()).await.unwrap() });
     let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
-    (FlightSqlServiceClient::new(channel.clone()), channel, traffic)
+    (FlightSqlServiceClient::new(channel.clone()), channel)
 }
 
 /// The code of a status, and its words.
@@ -182,4 +192,49 @@ async fn a_statement_ends_when_it_is_cancelled_and_when_its_time_is_over() {
     let (mut hurried, _, _traffic) = open(Vec::new(), Duration::from_millis(300)).await;
     let error = ask(&mut hurried, heavy).await.unwrap_err();
     assert!(error.contains("ran longer than"), "{error}");
+}
+
+/// Takes every row, and keeps none.
+#[derive(Debug)]
+struct Nowhere;
+
+#[async_trait]
+impl Sink for Nowhere {
+    async fn append(&self, _: &StreamName, _: &Arc<StreamSchema>, _: RecordBatch) -> Result<(), SinkError> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn views_are_made_and_dropped_by_an_update() {
+    let (engine, _traffic) = engine(10, 0, MINUTE).await;
+    let directory = std::env::temp_dir().join(format!("weir-kept-{:032x}", rand::random::<u128>()));
+    engine.keep_views(Arc::new(Nowhere), ViewSettings::in_directory(&directory), CancellationToken::new()).unwrap();
+    let reader = |name: &str, rights: &[Right]| Reader {
+        rights: rights.into(),
+        name: name.to_owned(),
+        password: "right".to_owned(),
+        scope: None,
+        lanes: Arc::new([]),
+    };
+    let (mut client, channel) = door(engine, vec![reader("makes", &[Right::Views]), reader("asks", &[])]).await;
+    client.handshake("makes", "right").await.unwrap();
+    let mut other = FlightSqlServiceClient::new(channel);
+    other.handshake("asks", "right").await.unwrap();
+    let create = "CREATE MATERIALIZED VIEW v AS SELECT ts, vehicle_count FROM traffic";
+    assert_eq!(client.execute_update(create.to_owned(), None).await.unwrap(), 0);
+    let drop = "DROP MATERIALIZED VIEW v";
+    let refused = told(other.execute_update(drop.to_owned(), None).await.unwrap_err());
+    assert!(refused.starts_with("PermissionDenied") && refused.contains("rights = ["), "{refused}");
+    let shown = async |client: &mut _| {
+        let rows = ask(client, "SHOW MATERIALIZED VIEWS").await.unwrap();
+        rows.iter().map(RecordBatch::num_rows).sum::<usize>()
+    };
+    assert_eq!(shown(&mut other).await, 1);
+    let mut prepared = client.prepare(drop.to_owned(), None).await.unwrap();
+    assert_eq!(prepared.execute_update().await.unwrap(), 0);
+    assert_eq!(shown(&mut other).await, 0);
+    let refused = told(client.execute_update("SELECT 1".to_owned(), None).await.unwrap_err());
+    assert!(refused.starts_with("PermissionDenied") && refused.contains("questions only"), "{refused}");
+    std::fs::remove_dir_all(&directory).unwrap();
 }

@@ -16,7 +16,7 @@ use datafusion::catalog::{CatalogProvider, MemoryCatalogProvider};
 use datafusion::common::ParamValues;
 use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement as Parsed;
-use datafusion::sql::sqlparser::ast::{Expr, Set, Statement};
+use datafusion::sql::sqlparser::ast::{CreateView, Expr, ObjectType, Set, Statement};
 use datafusion::sql::sqlparser::dialect::PostgreSqlDialect;
 use datafusion_pg_catalog::pg_catalog::context::EmptyContextProvider;
 use datafusion_pg_catalog::pg_catalog::setup_pg_catalog;
@@ -60,6 +60,12 @@ pub(super) enum Asked {
         prepared: Prepared,
         text: Arc<str>,
         form: copy::Form,
+    },
+    /// A view is made or dropped.
+    Command {
+        prepared: Prepared,
+        text: Arc<str>,
+        tag: &'static str,
     },
     /// What a table or a column is.
     Comment {
@@ -160,6 +166,16 @@ impl Statements {
                 let (statement, form) = copy::understand(statement)?;
                 Asked::Copy { prepared: self.plan(running, statement).await?, text, form }
             }
+            Statement::CreateView(CreateView { materialized: true, .. })
+            | Statement::Drop { object_type: ObjectType::MaterializedView, .. }
+            | Statement::ShowViews { materialized: true, .. } => {
+                let prepared = Box::pin(self.engine.prepare(running, &statement.to_string(), None)).await;
+                let prepared = prepared.map_err(|error| sql_error(&error))?;
+                match prepared.tag() {
+                    Some(tag) => Asked::Command { prepared, text, tag },
+                    None => Asked::Rows { prepared, text },
+                }
+            }
             Statement::Comment { .. } => Asked::Comment { prepared: self.plan(running, statement).await?, text },
             statement => Asked::Rows { prepared: self.plan(running, statement).await?, text },
         })
@@ -188,6 +204,15 @@ impl Statements {
                 let running = session.begin(&self.engine, text).await?;
                 let rows = self.rows(&running, prepared, parameters, &form.fields()).await?;
                 copy::send(client, form, rows).await
+            }
+            Asked::Command { prepared, text, tag } => {
+                let running = session.begin(&self.engine, text).await?;
+                let mut rows =
+                    self.engine.execute(&running, prepared, None).await.map_err(|error| sql_error(&error))?;
+                while let Some(batch) = rows.next().await {
+                    batch.map_err(|error| sql_error(&self.engine.explain(error)))?;
+                }
+                Ok(Response::Execution(Tag::new(tag)))
             }
             Asked::Comment { prepared, text } => {
                 let running = session.begin(&self.engine, text).await?;
@@ -433,7 +458,8 @@ impl QueryParser for Parser {
         match asked {
             Asked::Rows { prepared, .. } => arrow_schema_to_pg_fields(prepared.columns(), format, None),
             Asked::Setting { name, .. } => Ok(vec![setting_field(name, format.format_for(0))]),
-            Asked::Copy { .. }
+            Asked::Command { .. }
+            | Asked::Copy { .. }
             | Asked::Comment { .. }
             | Asked::Lane(_)
             | Asked::Done(_)

@@ -1,0 +1,130 @@
+use wire::{Seq, SpoolId};
+
+use super::*;
+use crate::functions::bucket_grid::{Buckets, Width};
+
+const MINUTE: i64 = 60_000_000;
+
+fn grid() -> Grid {
+    Grid::from(Buckets::new(Width::Micros(5 * MINUTE), None, Some(0), (0, 0)).unwrap())
+}
+
+fn stream() -> StreamName {
+    "s".parse().unwrap()
+}
+
+fn position(seq: u64) -> Position {
+    let mut position = Position::default();
+    position.cover(SpoolId([1; 16]), Seq(seq));
+    position
+}
+
+fn minutes(intervals: &Intervals) -> Vec<(i64, i64)> {
+    intervals.iter().map(|(from, to)| (from / MINUTE, if to == i64::MAX { to } else { to / MINUTE })).collect()
+}
+
+fn state(record: Option<Record>) -> State {
+    State::new("id".to_owned(), grid(), 2 * MINUTE, record)
+}
+
+#[test]
+fn windows_are_due_when_they_have_closed_and_lateness_is_over() {
+    let mut state = state(None);
+    assert!(!state.begun() && state.closing().is_none());
+    state.observe(Some(31 * MINUTE));
+    state.begin(Some(7 * MINUTE), Positions::from([(stream(), position(1))]));
+    // 31 - 2 = 29: the window of 20 to 25 has closed.
+    assert_eq!(minutes(state.left().1), [(5, 25)]);
+    assert_eq!(minutes(state.left().0), [(25, i64::MAX)]);
+    let (live, past) = state.due(Due::Closed);
+    assert!(live.is_empty());
+    assert_eq!(minutes(&past), [(5, 25)]);
+    assert_eq!(state.settled(), Some(5 * MINUTE));
+    state.done(&past);
+    assert_eq!(state.settled(), Some(25 * MINUTE));
+    state.observe(Some(32 * MINUTE));
+    assert_eq!(minutes(&state.due(Due::Closed).0), [(25, 30)]);
+    assert_eq!(minutes(&state.due(Due::All).0), [(25, i64::MAX)]);
+    // Time never goes back.
+    state.observe(Some(3 * MINUTE));
+    state.observe(None);
+    assert_eq!(state.watermark(), Some(32 * MINUTE));
+}
+
+#[test]
+fn a_late_row_makes_its_window_due_again_and_no_other() {
+    let mut state = state(None);
+    state.observe(Some(60 * MINUTE));
+    state.begin(Some(0), Positions::new());
+    state.done(&Intervals::of(i64::MIN, 55 * MINUTE));
+    state.saw(&stream(), position(2), [11, 12, 58].map(|minute| (minute * MINUTE, minute * MINUTE)));
+    assert_eq!(minutes(&state.due(Due::Closed).0), [(10, 15)]);
+    assert_eq!(state.settled(), Some(10 * MINUTE));
+    // A reference table changed from 31 on.
+    state.changed_from(&"r".parse().unwrap(), position(3), Some(31 * MINUTE));
+    let (live, past) = state.due(Due::Closed);
+    assert_eq!((minutes(&live), minutes(&past)), (vec![(10, 15)], vec![(30, 55)]));
+}
+
+#[test]
+fn a_record_says_all_that_a_restart_needs() {
+    let mut state = state(None);
+    state.observe(Some(60 * MINUTE));
+    state.begin(Some(0), Positions::from([(stream(), position(1))]));
+    state.saw(&stream(), position(7), [(61 * MINUTE, 61 * MINUTE)]);
+    state.done(&Intervals::of(i64::MIN, 30 * MINUTE));
+    assert!(state.is_ahead());
+    let record = state.record();
+    state.recorded(record.clone());
+    assert!(!state.is_ahead());
+    let text = serde_json::to_string(&record).unwrap();
+    let again: Record = serde_json::from_str(&text).unwrap();
+    assert_eq!(again, record);
+    let again = self::state(Some(again));
+    assert!(again.begun());
+    assert_eq!(again.position(&stream()), Some(&position(7)));
+    assert_eq!((again.left(), again.watermark()), (state.left(), state.watermark()));
+    // Whoever had told nothing yet has not begun.
+    let first = Record { view: "id".to_owned(), round: 1, ..Record::default() };
+    assert!(!self::state(Some(first)).begun());
+}
+
+#[test]
+fn the_past_of_single_rows_is_what_came_between_two_positions() {
+    let mut state = state(None);
+    let (spool, seqs) = (SpoolId([1; 16]), |state: &State| {
+        (1..=9).filter(|seq| state.is_past(&stream(), SpoolId([1; 16]), Seq(*seq))).collect::<Vec<_>>()
+    });
+    state.catch_up(
+        &stream(),
+        [Position::default(), position(4)],
+        [(7 * MINUTE, 11 * MINUTE), (40 * MINUTE, 40 * MINUTE)],
+    );
+    assert!(state.begun());
+    assert_eq!((minutes(state.left().1), seqs(&state)), (vec![(5, 15), (40, 45)], vec![1, 2, 3, 4]));
+    state.read(&stream(), [(spool, Seq(5))]);
+    state.done(&Intervals::of(0, 15 * MINUTE));
+    assert_eq!((minutes(state.left().1), seqs(&state)), (vec![(40, 45)], vec![1, 2, 3, 4]));
+    state.done(&Intervals::of(0, 45 * MINUTE));
+    assert_eq!(seqs(&state), Vec::<u64>::new());
+    let read = state.position(&stream()).cloned().unwrap();
+    assert_eq!(read, position(5));
+    state.catch_up(&stream(), [read, position(8)], [(MINUTE, MINUTE)]);
+    assert_eq!(seqs(&state), [6, 7, 8]);
+    // Nothing came.
+    state.done(&Intervals::of(0, 45 * MINUTE));
+    state.catch_up(&stream(), [position(8), position(9)], []);
+    assert_eq!((seqs(&state), state.position(&stream())), (vec![], Some(&position(9))));
+}
+
+#[test]
+fn what_is_asked_again_is_everything() {
+    let mut state = state(None);
+    state.ask_again();
+    assert!(!state.begun() && state.left().0.is_empty());
+    state.observe(Some(31 * MINUTE));
+    state.begin(Some(7 * MINUTE), Positions::from([(stream(), position(1))]));
+    state.done(&Intervals::of(0, 25 * MINUTE));
+    state.ask_again();
+    assert_eq!(state.left(), (&Intervals::of(25 * MINUTE, i64::MAX), &Intervals::of(i64::MIN, 25 * MINUTE)));
+}

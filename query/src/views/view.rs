@@ -1,0 +1,152 @@
+//! One view, planned: its question over live tables, what it reads, how it is kept, and its columns.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use arrow_schema::{FieldRef, SchemaRef};
+use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
+use datafusion::common::{Column, Result, ScalarValue};
+use datafusion::datasource::source_as_provider;
+use datafusion::logical_expr::{Expr, LogicalPlan, LogicalPlanBuilder};
+use datafusion::prelude::lit;
+use wire::schema::TS;
+use wire::{NameError, StreamName};
+
+use super::columns::Columns;
+use super::definition::Definition;
+use super::intervals::Intervals;
+use super::shape::{self, Kept, Look, Shape, ViewSource};
+use crate::catalog::Tables;
+use crate::engine::{Engine, QueryError};
+use crate::fused_table::LiveTable;
+
+/// Stretches of time that a scan is told; of more the nearest become one, and what lies between is dropped afterwards.
+const STRETCHES_MAX: usize = 16;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct View {
+    pub(crate) definition: Definition,
+    pub(crate) plan: LogicalPlan,
+    pub(crate) shape: Shape,
+    pub(crate) columns: Columns,
+    /// The stream of its results.
+    pub(crate) changes: StreamName,
+    /// The columns that the question reads, as `stream.column`, and their types.
+    pub(crate) read: BTreeMap<String, String>,
+    /// The tables as it was planned over them.
+    planned: Vec<(StreamName, SchemaRef)>,
+}
+
+/// Ends the name of the stream of a view's results.
+pub(crate) const CHANGES: &str = "_changes";
+
+/// The stream of a view's results.
+pub(crate) fn changes(view: &StreamName) -> std::result::Result<StreamName, NameError> {
+    format!("{view}{CHANGES}").parse()
+}
+
+impl View {
+    /// Plans a definition and proves that it can be kept.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) async fn of(
+        engine: &Engine,
+        definition: Definition,
+        look: Look<'_>,
+    ) -> std::result::Result<Self, QueryError> {
+        let changes = changes(&definition.name);
+        let changes = changes.map_err(|error| QueryError::Invalid { message: format!("name of the view: {error}") })?;
+        let prepared = engine.plan_for_view(&definition.select).await?;
+        let plan = prepared.plan().clone();
+        let shape = shape::of(&plan, look).map_err(|error| engine.explain(error))?;
+        let columns = Columns::of(plan.schema().as_arrow(), &shape.kept).map_err(|error| engine.explain(error))?;
+        let (planned, read) = read(&plan).map_err(|error| engine.explain(error))?;
+        Ok(Self { definition, plan, shape, columns, changes, read, planned })
+    }
+
+    /// Whether its tables still have the types that it was planned with.
+    pub(crate) fn is_current(&self, tables: &dyn Tables) -> bool {
+        self.planned.iter().all(|(stream, planned)| {
+            let Some(now) = tables.cold(stream).map(|cold| cold.schema) else { return true };
+            let same = |field: &FieldRef| {
+                now.field_with_name(field.name()).is_ok_and(|now| now.data_type() == field.data_type())
+            };
+            Arc::ptr_eq(&now, planned) || planned.fields().iter().all(same)
+        })
+    }
+
+    /// This view as a source of another.
+    pub(crate) fn as_source(&self) -> ViewSource {
+        let (windows, time) = match &self.shape.kept {
+            Kept::Windows { column, grid } => (Some((*column, grid.clone())), None),
+            Kept::Rows { column } => (None, Some(*column)),
+        };
+        ViewSource { name: self.definition.name.clone(), changes: self.changes.clone(), windows, time }
+    }
+
+    /// The question over rows of these times alone.
+    pub(crate) fn within(&self, times: &Intervals) -> Result<LogicalPlan> {
+        let mut times = times.clone();
+        times.merge_to(STRETCHES_MAX);
+        let narrowed = self.plan.clone().transform_up(|node| {
+            let LogicalPlan::TableScan(scan) = &node else { return Ok(Transformed::no(node)) };
+            let provider = source_as_provider(&scan.source)?;
+            let stream = provider.downcast_ref::<LiveTable>().and_then(LiveTable::stream);
+            if !stream.is_some_and(|stream| self.shape.streams.contains(stream)) {
+                return Ok(Transformed::no(node));
+            }
+            let ts = Expr::Column(Column::new(Some(scan.table_name.clone()), TS));
+            match among(&ts, &times) {
+                Some(filter) => Ok(Transformed::yes(LogicalPlanBuilder::from(node).filter(filter)?.build()?)),
+                None => Ok(Transformed::no(node)),
+            }
+        })?;
+        Ok(narrowed.data)
+    }
+}
+
+/// The tables of a plan, and the columns of them that it names.
+#[expect(clippy::type_complexity, reason = "two lists that are taken apart at once")]
+fn read(plan: &LogicalPlan) -> Result<(Vec<(StreamName, SchemaRef)>, BTreeMap<String, String>)> {
+    let (mut tables, mut names) = (Vec::new(), BTreeSet::from([TS.to_owned()]));
+    plan.apply(|node| {
+        node.apply_expressions(|expr| {
+            names.extend(expr.column_refs().into_iter().map(|column| column.name.clone()));
+            Ok(TreeNodeRecursion::Continue)
+        })?;
+        if let LogicalPlan::TableScan(scan) = node {
+            let provider = source_as_provider(&scan.source)?;
+            let stream = provider.downcast_ref::<LiveTable>().and_then(LiveTable::stream);
+            tables.extend(stream.map(|stream| (stream.clone(), scan.source.schema())));
+        }
+        Ok(TreeNodeRecursion::Continue)
+    })?;
+    let of_table = |(stream, schema): &(StreamName, SchemaRef)| {
+        let named = schema.fields().iter().filter(|field| names.contains(field.name()));
+        named.map(|field| (format!("{stream}.{}", field.name()), field.data_type().to_string())).collect::<Vec<_>>()
+    };
+    let read = tables.iter().flat_map(of_table).collect();
+    Ok((tables, read))
+}
+
+/// Whether a time lies in one of these; None for no condition at all.
+pub(crate) fn among(ts: &Expr, times: &Intervals) -> Option<Expr> {
+    let moment = |us: i64| lit(ScalarValue::TimestampMicrosecond(Some(us), Some("UTC".into())));
+    let one = |(from, to): (i64, i64)| {
+        let since = (from > i64::MIN).then(|| ts.clone().gt_eq(moment(from)));
+        let until = (to < i64::MAX).then(|| ts.clone().lt(moment(to)));
+        since.into_iter().chain(until).reduce(Expr::and)
+    };
+    let mut all = times.iter();
+    let first = all.next()?;
+    let Some(last) = all.next_back() else { return one(first) };
+    // From the first to the last leaves out files; which of it, the rows.
+    let around = one((first.0, last.1));
+    let each = times.iter().filter_map(one).reduce(Expr::or);
+    match (around, each) {
+        (Some(around), Some(each)) => Some(around.and(each)),
+        (around, each) => around.or(each),
+    }
+}

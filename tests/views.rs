@@ -1,0 +1,234 @@
+//! Views that run for ever, in a cloud that is killed: what they show is what their questions give.
+
+use std::process::Command;
+use std::time::Instant;
+
+use rand::Rng;
+use serde_json::Value;
+
+use crate::harness::{Answer, Chain, Cloud, Sender, TOKEN, load_rows, load_schema};
+use crate::load::{a_moment, seeded};
+use crate::process::{PATIENCE, POLL, Process};
+
+/// Rows of a second each: 1,000 rows of `load` a second of event time.
+const BY_SECOND: &str = "SELECT time_bucket('1 second', ts) AS b, device, count(*) AS rows, sum(n) AS s, avg(n) AS a FROM load GROUP BY 1, 2";
+const ODD: &str = "SELECT ts, device, n * 2 AS twice FROM load WHERE n % 2 = 1";
+
+/// Sends rows until the node has them, through its deaths.
+async fn deliver(cloud: &mut Cloud, chain: &mut Chain, first: i64, count: usize) {
+    let batch = chain.seal(&load_rows(first, count));
+    let schema = load_schema();
+    let started = Instant::now();
+    loop {
+        if let Answer::Acks(_) = Sender::to(cloud).send(&schema, std::slice::from_ref(&batch)).await {
+            return;
+        }
+        assert!(started.elapsed() < PATIENCE, "the batch is not taken");
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+async fn sorted(cloud: &Cloud, statement: &str) -> Vec<String> {
+    let rows = cloud.sql(statement).await.unwrap();
+    let mut rows: Vec<String> = rows.iter().map(Value::to_string).collect();
+    rows.sort();
+    rows
+}
+
+/// Waits until the view shows what its question gives.
+async fn equals(cloud: &Cloud, view: &str, question: &str) {
+    let started = Instant::now();
+    loop {
+        let (shown, asked) = (sorted(cloud, view).await, sorted(cloud, question).await);
+        if shown == asked && !asked.is_empty() {
+            return;
+        }
+        if started.elapsed() > PATIENCE {
+            let state = cloud.sql("SELECT * FROM system.views").await.unwrap();
+            panic!("{view}: {} rows, and {question}: {} rows; {state:#?}", shown.len(), asked.len());
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn views_equal_their_questions_when_the_cloud_is_killed() {
+    let mut random = seeded();
+    let directory = tempfile::tempdir().unwrap();
+    let mut cloud = Cloud::start(directory.path(), "a", "[commit]\nmax_age = \"300ms\"\n").await;
+    let mut chain = Chain::new("load", load_schema());
+    // What is there before is their past: a minute of rows, in files and hot.
+    let mut next = 0;
+    for _ in 0..8 {
+        deliver(&mut cloud, &mut chain, next, 8_000).await;
+        next += 8_000;
+    }
+    a_moment(&mut random).await;
+    deliver(&mut cloud, &mut chain, next, 3_000).await;
+    next += 3_000;
+    cloud.sql(&format!("CREATE MATERIALIZED VIEW by_second AS {BY_SECOND}")).await.unwrap();
+    cloud.sql(&format!("CREATE MATERIALIZED VIEW odd AS {ODD}")).await.unwrap();
+    // At once, in the middle of their past; then wherever they are.
+    cloud.kill();
+    cloud.run();
+    cloud.wait().await;
+    for round in 0..8 {
+        for _ in 0..random.random_range(1..4) {
+            let count = random.random_range(100..1_500);
+            deliver(&mut cloud, &mut chain, next, count).await;
+            // Some come late, and twice.
+            if random.random_bool(0.5) {
+                deliver(&mut cloud, &mut chain, random.random_range(0..next), 50).await;
+            }
+            next += count as i64;
+        }
+        if round % 3 > 0 {
+            a_moment(&mut random).await;
+        }
+        cloud.kill();
+        cloud.run();
+        cloud.wait().await;
+    }
+    // Closes all windows before it.
+    let last = next + 60_000;
+    deliver(&mut cloud, &mut chain, last, 1).await;
+    let open =
+        format!("SELECT * FROM ({BY_SECOND}) AS q WHERE b < (SELECT time_bucket('1 second', max(ts)) FROM load)");
+    equals(&cloud, "SELECT * FROM by_second", &open).await;
+    equals(&cloud, "SELECT * FROM odd", ODD).await;
+    // Nobody was told the same revision of a window twice, and no row of the other twice.
+    let twice = "SELECT count(*) FROM (SELECT view_window, view_revision, device, count(*) AS n FROM by_second_changes \
+                 WHERE view_window IS NOT NULL GROUP BY 1, 2, 3 HAVING count(*) > 1) AS q";
+    assert_eq!(cloud.integer(twice).await, 0);
+    cloud.sql("DROP MATERIALIZED VIEW by_second").await.unwrap();
+    cloud.kill();
+    cloud.run();
+    cloud.wait().await;
+    let left = cloud.sql("SHOW MATERIALIZED VIEWS").await.unwrap();
+    assert_eq!(left.len(), 1, "{left:#?}");
+    let gone = cloud.sql("SELECT * FROM by_second").await.unwrap_err().to_string();
+    assert!(gone.contains("no table `by_second`"), "{gone}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_view_goes_on_over_a_column_of_another_type_or_says_why_not() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut cloud = Cloud::start(directory.path(), "a", "[commit]\nmax_age = \"300ms\"\n").await;
+    let mut chain = Chain::new("load", load_schema());
+    deliver(&mut cloud, &mut chain, 0, 5_000).await;
+    let counted = "SELECT time_bucket('1 second', ts) AS b, count(n) AS c FROM load GROUP BY 1";
+    cloud.sql(&format!("CREATE MATERIALIZED VIEW counted AS {counted}")).await.unwrap();
+    cloud.sql(&format!("CREATE MATERIALIZED VIEW by_second AS {BY_SECOND}")).await.unwrap();
+    let closed = |question: &str| {
+        format!("SELECT * FROM ({question}) AS q WHERE b < (SELECT time_bucket('1 second', max(ts)) FROM load)")
+    };
+    equals(&cloud, "SELECT * FROM counted", &closed(counted)).await;
+    equals(&cloud, "SELECT * FROM by_second", &closed(BY_SECOND)).await;
+    let config = cloud.config().to_str().unwrap().to_owned();
+    let arguments = ["retype", "load", "n", "float64", "--config", &config];
+    let mut retype = Process::weir("retype", &arguments, directory.path());
+    retype.start();
+    assert!(retype.succeeds(), "{}", retype.log_tail());
+    let started = Instant::now();
+    loop {
+        let failed = "SELECT reason FROM system.views WHERE name = 'by_second' AND state = 'failed'";
+        let failed = cloud.sql(failed).await.unwrap();
+        if failed.first().is_some_and(|row| row["reason"].as_str().unwrap().contains("has got another type")) {
+            break;
+        }
+        assert!(started.elapsed() < PATIENCE, "{failed:?}");
+        tokio::time::sleep(POLL).await;
+    }
+    // The edge has not heard of it.
+    deliver(&mut cloud, &mut chain, 5_000, 5_000).await;
+    equals(&cloud, "SELECT * FROM counted", &closed(counted)).await;
+    cloud.kill();
+    cloud.run();
+    cloud.wait().await;
+    deliver(&mut cloud, &mut chain, 10_000, 5_000).await;
+    equals(&cloud, "SELECT * FROM counted", &closed(counted)).await;
+    // What the other told is there.
+    assert_eq!(cloud.integer("SELECT count(*) FROM by_second").await, 4 * 7);
+}
+
+/// The statements of docs/views.md, in their order.
+fn of_the_docs() -> Vec<&'static str> {
+    let block = include_str!("../docs/views.md").split("```sql").nth(1).and_then(|rest| rest.split("```").next());
+    block.unwrap().split(';').map(str::trim).filter(|statement| !statement.is_empty()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_makes_views_with_the_words_of_the_docs() {
+    let directory = tempfile::tempdir().unwrap();
+    let files = directory.path().join("views");
+    std::fs::create_dir(&files).unwrap();
+    let fast = "SELECT ts, device, avg_speed FROM traffic WHERE avg_speed > 25";
+    std::fs::write(files.join("fast.sql"), format!("CREATE MATERIALIZED VIEW fast AS\n{fast};\n")).unwrap();
+    let more = format!(
+        "[views]\ndirectory = {files:?}\n[[reader]]\nname = \"asks\"\npassword = \"pa\"\n\
+         [[reader]]\nname = \"makes\"\npassword = \"pm\"\nrights = [\"views\"]\n"
+    );
+    let cloud = Cloud::start(directory.path(), "a", &more).await;
+    let client = reqwest::Client::new();
+    // Speeds of two devices, a minute apart, from 2026-05-01 on.
+    let line = |minute: u64| {
+        let (device, speed, at) = (minute % 2, minute % 37, 1_777_593_600 + minute * 60);
+        format!("traffic,device=d{device} avg_speed={speed} {at}\n")
+    };
+    let lines: String = (0..600).map(line).collect();
+    let write = client.post(format!("{}/api/v2/write?precision=s", cloud.http)).bearer_auth(TOKEN);
+    assert!(write.body(lines).send().await.unwrap().status().is_success());
+
+    let say = async |name: &str, password: &str, statement: &str| {
+        let request = client.post(format!("{}/v1/sql", cloud.http)).basic_auth(name, Some(password));
+        let answer = request.header("accept", "application/json").body(statement.to_owned()).send().await.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    };
+    let psql = |statement: &str| {
+        let port = cloud.postgres.to_string();
+        let arguments = ["-h", "127.0.0.1", "-p", &port, "-U", "makes", "-d", "weir", "-At", "-c", statement];
+        Command::new("psql").args(arguments).env("PGPASSWORD", "pm").output().ok()
+    };
+    let [create, select, show, drop] = of_the_docs()[..] else { panic!("{:?}", of_the_docs()) };
+    let (status, text) = say("asks", "pa", create).await;
+    assert!(status == 403 && text.contains("rights = ["), "{status} {text}");
+    match psql(create) {
+        Some(made) => {
+            let told = (String::from_utf8_lossy(&made.stdout), String::from_utf8_lossy(&made.stderr));
+            assert_eq!((told.0.trim(), told.1.trim()), ("CREATE MATERIALIZED VIEW", ""));
+        }
+        None => {
+            println!("psql is not installed: by HTTP alone");
+            assert_eq!(say("makes", "pm", create).await.0, 200);
+        }
+    }
+    let question = create.split_once(" AS\n").unwrap().1;
+    let asked = format!(
+        "SELECT * FROM ({question}) AS q WHERE window < (SELECT time_bucket('5 minutes', max(ts) - INTERVAL '10 minutes') \
+         FROM traffic) ORDER BY window, device"
+    );
+    let same = async |view: &str, question: &str| {
+        let started = Instant::now();
+        loop {
+            let (shown, asked) = (say("asks", "pa", view).await, say("asks", "pa", question).await);
+            assert_eq!(asked.0, 200, "{asked:?}");
+            if shown == asked && asked.1.len() > 100 {
+                return;
+            }
+            assert!(started.elapsed() < PATIENCE, "{view}: {shown:?}\n{asked:?}");
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    same(&format!("{select}, device"), &asked).await;
+    same("SELECT * FROM fast ORDER BY ts", &format!("{fast} ORDER BY ts")).await;
+    let (status, shown) = say("asks", "pa", show).await;
+    assert!(status == 200 && shown.contains("calm_5m") && shown.contains("fast"), "{shown}");
+    let (status, text) = say("asks", "pa", drop).await;
+    assert_eq!(status, 403, "{text}");
+    let (status, text) = say("makes", "pm", "DROP MATERIALIZED VIEW fast").await;
+    assert!(status == 400 && text.contains("[views] directory"), "{status} {text}");
+    let (status, text) = say("makes", "pm", drop).await;
+    assert_eq!(status, 200, "{text}");
+    let (status, text) = say("asks", "pa", select).await;
+    assert!(status == 404 || status == 400, "{status} {text}");
+}
