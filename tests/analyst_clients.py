@@ -83,6 +83,8 @@ check(inspector.get_table_names(), ["load"])
 columns = {column["name"]: (str(column["type"]), column["nullable"]) for column in inspector.get_columns("load")}
 check(columns["ts"], ("TIMESTAMP", False))
 check((columns["n"], columns["device"]), (("BIGINT", True), ("TEXT", True)))
+load = sqlalchemy.Table("load", sqlalchemy.MetaData(), autoload_with=engine)
+check(list(load.columns.keys())[:3], ["ts", "device", "n"])
 with engine.connect() as connection:
     check(list(pandas.read_sql(sqlalchemy.text("SELECT n FROM load WHERE n < 3 ORDER BY n"), connection)["n"]), [0, 1, 2])
 

@@ -117,6 +117,25 @@ async fn psql_logs_in_with_its_password_and_only_asks() {
     let table =
         psql("right", "SELECT table_name FROM information_schema.tables WHERE table_schema = 'public'").unwrap();
     assert_eq!(String::from_utf8_lossy(&table.stdout).trim(), "load");
+    for (command, words) in [
+        ("\\d", "public|load|table"),
+        ("\\d load", "device|text"),
+        ("\\d+ load", "n|bigint"),
+        ("\\dt+", "public|load|table|"),
+        ("\\d+", "system|streams|view"),
+        ("\\l+", "weir|"),
+        ("\\dn+", "system|"),
+        ("\\du", ""),
+        ("\\df", ""),
+        ("\\dv", "system|queries|view"),
+        ("\\dp", "load|table"),
+        ("\\dT", ""),
+        ("\\db", ""),
+    ] {
+        let output = psql("right", command).unwrap();
+        let [told, error] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned());
+        assert!(output.status.success() && error.is_empty() && told.contains(words), "{command}: {told}{error}");
+    }
 }
 
 /// The script says what is asked and what must come back.

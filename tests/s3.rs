@@ -172,3 +172,43 @@ async fn a_store_that_is_down_fills_what_is_set_and_then_pushes_back() {
     numbers.committed(&cloud).await;
     numbers.check(&cloud).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retype_on_s3_that_fails_beside_commits_keeps_every_value() {
+    let mut random = seeded();
+    let directory = tempfile::tempdir().unwrap();
+    let Some(moto) = Moto::start(directory.path()).await else { return };
+    let proxy = Proxy::to(moto.port).await;
+    let cloud = Cloud::start_on(directory.path(), "a", &store(proxy.port), &KEYS, QUICK).await;
+    let mut numbers = Numbers::new();
+    for _ in 0..5 {
+        numbers.send(&cloud, 50).await;
+        numbers.committed(&cloud).await;
+    }
+    let config = cloud.config().to_str().unwrap().to_owned();
+    for harm in [None, Some(Harm::FailAnswers), Some(Harm::CutAnswers)] {
+        for kind in ["text", "float64", "int64"] {
+            if let Some(harm) = harm {
+                proxy.harm(harm, &mut random);
+            }
+            let arguments = ["retype", "load", "n", kind, "--config", &config];
+            let mut retype = Process::weir("retype", &arguments, directory.path()).with(&KEYS);
+            retype.start();
+            for _ in 0..5 {
+                numbers.send(&cloud, 20).await;
+            }
+            // It may give up where the store fails too often; then nothing has changed, or all of it.
+            if !retype.succeeds() {
+                assert!(harm.is_some(), "{}", retype.log_tail());
+                proxy.heal();
+                retype.start();
+                assert!(retype.succeeds(), "{}", retype.log_tail());
+            }
+            proxy.heal();
+            // The node sees the type with its next commit.
+            numbers.send(&cloud, 20).await;
+            numbers.committed(&cloud).await;
+        }
+        numbers.check(&cloud).await;
+    }
+}

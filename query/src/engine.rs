@@ -165,6 +165,8 @@ impl Engine {
         // It refuses EXCEPT and INTERSECT of columns of which one side only may be null.
         options.execution.skip_physical_aggregate_schema_check = true;
         options.sql_parser.collect_spans = true;
+        // Each sort of each thread sets so much aside for merging: the usual 10 MB are more than small lanes have.
+        options.execution.sort_spill_reservation_bytes = 1 << 20;
         options.sql_parser.map_string_types_to_utf8view = false;
         let mut runtime = RuntimeEnvBuilder::new()
             .with_memory_pool(Arc::new(GreedyMemoryPool::new(settings.memory_bytes_max)))

@@ -1,6 +1,9 @@
 //! The memory of one statement: a limit of its own, shared out fairly among its operators, within that of all
 //! statements together. An operator that can spill to disk does so when either is reached; one that cannot ends the
 //! statement.
+//!
+//! Operators that can spill have half of it between them. The rest is for those that cannot: a sort gives its room for
+//! merging back and asks for it anew each time it spills, and would end with an error where another sort had grown into it.
 
 use std::fmt::{Display, Formatter, Result as FmtResult};
 use std::sync::Arc;
@@ -15,18 +18,33 @@ pub(crate) struct StatementPool {
     own: FairSpillPool,
     all: Arc<dyn MemoryPool>,
     bytes_max: usize,
+    /// What operators that can spill have.
+    spillable: AtomicUsize,
     peak: AtomicUsize,
 }
 
 impl StatementPool {
     /// At most so many bytes of these.
     pub(crate) fn new(bytes_max: usize, all: Arc<dyn MemoryPool>) -> Self {
-        Self { own: FairSpillPool::new(bytes_max), all, bytes_max, peak: AtomicUsize::new(0) }
+        Self {
+            own: FairSpillPool::new(bytes_max),
+            all,
+            bytes_max,
+            spillable: AtomicUsize::new(0),
+            peak: AtomicUsize::new(0),
+        }
     }
 
     /// The most that it has had at a time, bytes.
     pub(crate) fn peak(&self) -> usize {
         self.peak.load(Ordering::Relaxed)
+    }
+
+    /// Takes so much of the share of operators that can spill, if they have it.
+    fn take_of_share(&self, additional: usize) -> bool {
+        let share = self.bytes_max / 2;
+        let taken = |now: usize| now.checked_add(additional).filter(|then| *then <= share);
+        self.spillable.fetch_update(Ordering::Relaxed, Ordering::Relaxed, taken).is_ok()
     }
 
     fn note(&self) {
@@ -58,22 +76,42 @@ impl MemoryPool for StatementPool {
     fn grow(&self, reservation: &MemoryReservation, additional: usize) {
         self.own.grow(reservation, additional);
         self.all.grow(reservation, additional);
+        if reservation.consumer().can_spill() {
+            self.spillable.fetch_add(additional, Ordering::Relaxed);
+        }
         self.note();
     }
 
     fn shrink(&self, reservation: &MemoryReservation, shrink: usize) {
         self.own.shrink(reservation, shrink);
         self.all.shrink(reservation, shrink);
+        if reservation.consumer().can_spill() {
+            self.spillable.fetch_sub(shrink, Ordering::Relaxed);
+        }
     }
 
     fn try_grow(&self, reservation: &MemoryReservation, additional: usize) -> Result<()> {
         let name = || reservation.consumer().name().to_owned();
-        self.own.try_grow(reservation, additional).map_err(|_| {
+        let spillable = reservation.consumer().can_spill();
+        let full = || {
             let limit = self.bytes_max;
             DataFusionError::ResourcesExhausted(format!("{} more bytes for {} of {limit}", additional, name()))
-        })?;
+        };
+        if spillable && !self.take_of_share(additional) {
+            return Err(full());
+        }
+        let give_back = || {
+            if spillable {
+                self.spillable.fetch_sub(additional, Ordering::Relaxed);
+            }
+        };
+        if self.own.try_grow(reservation, additional).is_err() {
+            give_back();
+            return Err(full());
+        }
         if self.all.try_grow(reservation, additional).is_err() {
             self.own.shrink(reservation, additional);
+            give_back();
             let message = format!("{additional} more bytes for {}, and other statements have the rest", name());
             return Err(DataFusionError::ResourcesExhausted(message));
         }
@@ -116,5 +154,19 @@ mod tests {
         assert_eq!((first.peak(), second.peak(), all.reserved()), (100, 100, 100));
         drop(b);
         assert_eq!(all.reserved(), 0);
+    }
+
+    #[test]
+    fn operators_that_spill_leave_room_for_those_that_cannot() {
+        let all: Arc<dyn MemoryPool> = Arc::new(GreedyMemoryPool::new(1_000));
+        let pool: Arc<dyn MemoryPool> = Arc::new(StatementPool::new(100, all));
+        let sort = MemoryConsumer::new("sort").with_can_spill(true).register(&pool);
+        let merge = MemoryConsumer::new("merge").register(&pool);
+        sort.try_grow(50).unwrap();
+        assert!(sort.try_grow(1).unwrap_err().to_string().contains("of 100"));
+        merge.try_grow(50).unwrap();
+        sort.shrink(20);
+        sort.try_grow(20).unwrap();
+        assert_eq!(pool.reserved(), 100);
     }
 }

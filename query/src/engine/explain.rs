@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use datafusion::common::{DataFusionError, SchemaError};
+use geoarrow_schema::error::GeoArrowError;
 
 use super::Engine;
 use crate::as_of;
@@ -93,6 +94,9 @@ impl Engine {
                 QueryError::Invalid { message: message.clone() }
             }
             DataFusionError::ArrowError(arrow, _) => QueryError::Invalid { message: arrow.to_string() },
+            DataFusionError::External(external) if external.is::<GeoArrowError>() => {
+                QueryError::Invalid { message: external.to_string() }
+            }
             other => QueryError::Failed { message: other.strip_backtrace() },
         }
     }

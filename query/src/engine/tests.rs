@@ -374,6 +374,15 @@ async fn statements_that_change_something_are_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_function_cannot_read_is_the_fault_of_who_asked() {
+    let (engine, _traffic) = engine(1, 0, MINUTE).await;
+    for sql in ["SELECT ST_AsText(ST_GeomFromText('nonsense'))", "SELECT CAST(device AS BIGINT) FROM traffic"] {
+        let error = engine.rows(sql).await.unwrap_err();
+        assert!(matches!(error, QueryError::Invalid { .. }), "{sql}: {error:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn misspelt_names_get_a_hint() {
     let (engine, _traffic) = engine(1, 0, MINUTE).await;
     let table = engine.rows("SELECT * FROM trafic").await.unwrap_err();

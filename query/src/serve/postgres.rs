@@ -10,6 +10,7 @@
 mod copy;
 mod described;
 mod dialect;
+mod functions;
 mod reflection;
 mod session;
 mod startup;

@@ -114,7 +114,7 @@ async fn a_statement_has_limits_of_its_own() {
     let settings = EngineSettings {
         result_rows_max: 1_000,
         result_bytes_max: 1 << 20,
-        lanes: vec![lane("default", 1 << 20), lane("wide", 512 << 20)],
+        lanes: vec![lane("default", 1 << 20), lane("wide", 512 << 20), lane("narrow", 24 << 20)],
         ..EngineSettings::default()
     };
     let engine = Engine::new(Arc::new(Handle(traffic)), settings).unwrap();
@@ -130,6 +130,11 @@ async fn a_statement_has_limits_of_its_own() {
     let lanes: Arc<[String]> = Arc::new(["wide".to_owned()]);
     let roomy = Caller::new("roomy", Door::Http, None, lanes);
     assert_eq!(integer_as(&engine, &roomy, sort).await, 300_000);
+    // Sorts side by side, far beyond what they have together.
+    let many = "SELECT CAST(sum(r) AS BIGINT) FROM (SELECT row_number() OVER (PARTITION BY v % 7 ORDER BY v * 7919 % 1000003) AS r \
+                FROM generate_series(1, 3000000) AS a(v))";
+    let narrow = Caller::new("narrow", Door::Http, None, Arc::new(["narrow".to_owned()]));
+    assert_eq!(integer_as(&engine, &narrow, many).await, 642_858_642_858);
     let told = text_as(&engine, &Caller::node(), "SELECT state, lane FROM system.queries WHERE memory_bytes > 0").await;
     assert!(told.contains("failed") && told.contains("wide"), "{told}");
 }

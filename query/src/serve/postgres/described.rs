@@ -1,20 +1,19 @@
-//! `pg_catalog.pg_description`: what is said of tables and columns, as PostgreSQL's clients look for it.
+//! The schema `pg_catalog`: that of `datafusion-pg-catalog` but for two tables.
 //!
-//! The schema is that of `datafusion-pg-catalog` but for this one table, which is a question about `system.streams` and
-//! `system.columns`.
+//! `pg_description`, what is said of tables and columns, is a question about `system.streams` and `system.columns`. `pg_class`
+//! has two more columns that clients ask for, `reloptions` and `relacl`: no table has any.
 
 use std::sync::{Arc, Weak};
 
 use async_trait::async_trait;
 use datafusion::catalog::{SchemaProvider, TableProvider};
-use datafusion::common::Result;
-use datafusion::datasource::ViewTable;
+use datafusion::common::{Result, ScalarValue};
+use datafusion::datasource::{ViewTable, provider_as_source};
 use datafusion::execution::context::SessionState;
 use datafusion::logical_expr::LogicalPlanBuilder;
-use datafusion::prelude::{cast, col};
+use datafusion::prelude::{cast, col, ident, lit};
 use parking_lot::RwLock;
 
-const TABLE: &str = "pg_description";
 /// 1259 is `pg_class`, in every PostgreSQL.
 const QUESTION: &str = "SELECT c.oid AS objoid, 1259 AS classoid, d.position AS objsubid, d.description AS description \
                         FROM pg_catalog.pg_class c JOIN system.columns d ON d.stream = c.relname \
@@ -44,17 +43,37 @@ impl SchemaProvider for Described {
     }
 
     async fn table(&self, name: &str) -> Result<Option<Arc<dyn TableProvider>>> {
-        let inner = self.inner.table(name).await?;
-        let (Some(empty), TABLE, Some(session)) = (&inner, name, self.session.upgrade()) else { return Ok(inner) };
-        let state = session.read().clone();
-        let plan = LogicalPlanBuilder::from(state.create_logical_plan(QUESTION).await?);
-        let as_before =
-            |field: &Arc<arrow_schema::Field>| cast(col(field.name()), field.data_type().clone()).alias(field.name());
-        let columns: Vec<_> = empty.schema().fields().iter().map(as_before).collect();
-        Ok(Some(Arc::new(ViewTable::new(plan.project(columns)?.build()?, None))))
+        let Some(inner) = self.inner.table(name).await? else { return Ok(None) };
+        let session = self.session.upgrade();
+        Ok(Some(match (name, session) {
+            ("pg_description", Some(session)) => {
+                let state = session.read().clone();
+                descriptions(&state, inner.as_ref()).await?
+            }
+            ("pg_class", _) => classes(inner)?,
+            _ => inner,
+        }))
     }
 
     fn table_exist(&self, name: &str) -> bool {
         self.inner.table_exist(name)
     }
+}
+
+/// What is said, in the columns of the table that it stands for.
+async fn descriptions(state: &SessionState, empty: &dyn TableProvider) -> Result<Arc<dyn TableProvider>> {
+    let plan = LogicalPlanBuilder::from(state.create_logical_plan(QUESTION).await?);
+    let as_before =
+        |field: &Arc<arrow_schema::Field>| cast(col(field.name()), field.data_type().clone()).alias(field.name());
+    let columns: Vec<_> = empty.schema().fields().iter().map(as_before).collect();
+    Ok(Arc::new(ViewTable::new(plan.project(columns)?.build()?, None)))
+}
+
+/// The tables, without options.
+fn classes(inner: Arc<dyn TableProvider>) -> Result<Arc<dyn TableProvider>> {
+    let fields = inner.schema();
+    let none = ["reloptions", "relacl"].map(|name| lit(ScalarValue::Utf8(None)).alias(name));
+    let columns = fields.fields().iter().map(|field| ident(field.name())).chain(none);
+    let plan = LogicalPlanBuilder::scan("pg_class", provider_as_source(inner), None)?.project(columns)?.build()?;
+    Ok(Arc::new(ViewTable::new(plan, None)))
 }

@@ -1,8 +1,10 @@
-//! What catalogue questions of SQLAlchemy ask that DataFusion cannot plan, answered by what is known: tables have no
+//! What catalogue questions of psql and SQLAlchemy ask that DataFusion cannot plan, answered by what is known: tables have no
 //! indexes, no constraints, no defaults, no sequences and no collations of their own.
 //!
-//! `col_description` and `obj_description` become questions to `pg_description`. `LIKE … ESCAPE 'c'` becomes one with a
-//! backslash. Where the parts of an index are unfolded, no row can come out.
+//! `col_description` and `obj_description` become questions to `pg_description`, and `pg_table_size` one to `system.streams`.
+//! `array(SELECT …)`, by which psql asks for policies, memberships and options, is null: there is none. `LIKE … ESCAPE 'c'`
+//! becomes one with a backslash. Lists of options and of privileges have no words. Where the parts of an index are unfolded, or
+//! PostgreSQL's own functions and types listed, no row comes out.
 
 use std::ops::ControlFlow;
 
@@ -24,11 +26,16 @@ pub(super) fn rewrite(mut statement: Statement) -> Statement {
     statement
 }
 
-/// For a question about the columns of indexes: its columns, and no rows.
+/// Words of a question that has no rows here: columns of indexes, and the functions, types and tablespaces of PostgreSQL.
+const ROWLESS: [&str; 4] =
+    ["unnest(pg_catalog.pg_index.indkey)", "pg_function_is_visible(", "pg_type_is_visible(", "pg_tablespace_location("];
+
+/// For a question without rows: its columns.
 fn nothing(statement: &Statement) -> Option<Statement> {
     let Statement::Query(query) = statement else { return None };
     let SetExpr::Select(select) = query.body.as_ref() else { return None };
-    if !statement.to_string().to_lowercase().contains("unnest(pg_catalog.pg_index.indkey)") {
+    let text = statement.to_string().to_lowercase();
+    if !ROWLESS.iter().any(|words| text.contains(words)) {
         return None;
     }
     let columns: Option<Vec<String>> = select
@@ -48,20 +55,42 @@ fn nothing(statement: &Statement) -> Option<Statement> {
     Parser::parse_sql(&PostgreSqlDialect {}, &sql).ok()?.pop()
 }
 
-/// What is said of a table (`obj_description(oid, 'pg_class')`) or a column (`col_description(oid, number)`).
-fn description(function: &Function) -> Option<Expr> {
+/// What is said of a table (`obj_description(oid, 'pg_class')`) or a column (`col_description(oid, number)`), the bytes of its
+/// files, or what an array of rows holds: nothing.
+fn answer(function: &Function) -> Option<Expr> {
     let name = function.name.0.last()?.as_ident()?.value.to_lowercase();
-    let FunctionArguments::List(list) = &function.args else { return None };
-    let arguments = list.args.iter().map(ToString::to_string).collect::<Vec<_>>();
-    let (object, part) = match (name.as_str(), &arguments[..]) {
-        ("col_description", [object, part]) => (object, part.as_str()),
-        ("obj_description", [object] | [object, _]) => (object, "0"),
+    let list = match &function.args {
+        FunctionArguments::List(list) => list,
+        FunctionArguments::Subquery(_) if name == "array" => return Some(null()),
         _ => return None,
     };
-    let question = format!(
-        "(SELECT max(d.description) FROM pg_catalog.pg_description d WHERE d.objoid = {object} AND d.objsubid = {part})"
-    );
+    let arguments = list.args.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let described = |object: &str, part: &str| {
+        format!(
+            "(SELECT max(d.description) FROM pg_catalog.pg_description d WHERE d.objoid = {object} AND d.objsubid = {part})"
+        )
+    };
+    let question = match (name.as_str(), &arguments[..]) {
+        ("col_description", [object, part]) => described(object, part),
+        ("obj_description", [object] | [object, _]) => described(object, "0"),
+        ("array_to_string", [list, ..])
+            if ["acl", "reloptions", "array(select"].iter().any(|none| list.to_lowercase().contains(none)) =>
+        {
+            return Some(null());
+        }
+        ("shobj_description", [_, _]) => return Some(null()),
+        ("pg_database_size", [_]) => "(SELECT sum(s.bytes) FROM system.streams s)".to_owned(),
+        ("pg_table_size" | "pg_total_relation_size", [object]) => format!(
+            "(SELECT max(s.bytes) FROM system.streams s JOIN pg_catalog.pg_class q ON q.relname = s.name \
+             WHERE q.oid = {object})"
+        ),
+        _ => return None,
+    };
     Parser::new(&PostgreSqlDialect {}).try_with_sql(&question).ok()?.parse_expr().ok()
+}
+
+fn null() -> Expr {
+    Expr::Value(ValueWithSpan::from(Value::Null))
 }
 
 struct Rewrites;
@@ -82,14 +111,14 @@ impl VisitorMut for Rewrites {
                 }
             }
             Expr::Function(function) => {
-                if let Some(question) = description(function) {
-                    *expr = question;
+                if let Some(answer) = answer(function) {
+                    *expr = answer;
                 }
             }
             Expr::Subquery(query) => {
                 let text = query.to_string();
                 if EMPTY.iter().any(|table| text.contains(table)) {
-                    *expr = Expr::Value(ValueWithSpan::from(Value::Null));
+                    *expr = null();
                 }
             }
             _ => {}
@@ -114,6 +143,24 @@ mod tests {
             "SELECT (SELECT max(d.description) FROM pg_catalog.pg_description d WHERE d.objoid = a.attrelid AND \
              d.objsubid = a.attnum), (SELECT max(d.description) FROM pg_catalog.pg_description d WHERE \
              d.objoid = c.oid AND d.objsubid = 0) FROM t",
+        );
+    }
+
+    #[test]
+    fn what_psql_asks_of_sizes_and_arrays() {
+        check(
+            "SELECT pg_catalog.pg_size_pretty(pg_catalog.pg_table_size(c.oid)) FROM pg_catalog.pg_class c",
+            "SELECT pg_catalog.pg_size_pretty((SELECT max(s.bytes) FROM system.streams s JOIN pg_catalog.pg_class q ON \
+             q.relname = s.name WHERE q.oid = c.oid)) FROM pg_catalog.pg_class c",
+        );
+        check(
+            "SELECT pg_catalog.array_to_string(c.relacl, E'\\n') AS a FROM pg_catalog.pg_class c",
+            "SELECT NULL AS a FROM pg_catalog.pg_class c",
+        );
+        check("SELECT ARRAY(SELECT b.r FROM b WHERE b.m = r.oid) AS m FROM r", "SELECT NULL AS m FROM r");
+        check(
+            "SELECT p.proname AS \"Name\" FROM pg_catalog.pg_proc p WHERE pg_catalog.pg_function_is_visible(p.oid)",
+            "SELECT CAST(NULL AS TEXT) AS \"Name\" WHERE false",
         );
     }
 

@@ -13,8 +13,7 @@ use arrow_pg::datatypes::{arrow_schema_to_pg_fields, encode_recordbatch, into_pg
 use arrow_schema::DataType;
 use async_trait::async_trait;
 use datafusion::catalog::{CatalogProvider, MemoryCatalogProvider};
-use datafusion::common::{ParamValues, ScalarValue};
-use datafusion::logical_expr::{ColumnarValue, ScalarUDF, Volatility, create_udf};
+use datafusion::common::ParamValues;
 use datafusion::prelude::SessionContext;
 use datafusion::sql::parser::Statement as Parsed;
 use datafusion::sql::sqlparser::ast::{CreateView, Expr, ObjectType, Set, Statement};
@@ -36,7 +35,7 @@ use pgwire::messages::PgWireBackendMessage;
 use super::described::Described;
 use super::dialect::Dialect;
 use super::session::Session;
-use super::{copy, refusal, sql_error};
+use super::{copy, functions, refusal, sql_error};
 use crate::as_of;
 use crate::catalog::{CATALOG, SCHEMA, SYSTEM};
 use crate::engine::{Engine, Prepared, QueryError};
@@ -47,9 +46,6 @@ use crate::statements::Running;
 const PG_CATALOG: &str = "pg_catalog";
 /// Parameters of one statement, as many as the protocol can number.
 const PARAMETERS_MAX: usize = 65_535;
-/// The version of PostgreSQL whose catalogue is shown.
-const SERVER_VERSION: &str = "16.6";
-const SERVER_VERSION_NUM: &str = "160006";
 /// `weir.lane`, as the words of a setting are joined.
 const LANE_SETTING: &str = "weir_lane";
 
@@ -123,11 +119,9 @@ impl Statements {
             let described = Arc::new(Described::new(inner, planner.state_weak_ref()));
             catalog.register_schema(PG_CATALOG, described).map_err(|error| engine.explain(error))?;
         }
-        planner.register_udf(version());
-        planner.register_udf(current_setting());
-        // No type of these names, and no column with a sequence.
-        planner.register_udf(unknown("to_regtype", 1, DataType::Int32));
-        planner.register_udf(unknown("pg_get_serial_sequence", 2, DataType::Utf8));
+        for function in functions::all() {
+            planner.register_udf(function);
+        }
         let dialect = Arc::new(Dialect::new(Arc::clone(engine.tables())));
         Ok(Self { engine, readers, planner, dialect })
     }
@@ -260,20 +254,6 @@ impl Statements {
     }
 }
 
-/// What drivers read the server's version from: SQLAlchemy takes no other name than PostgreSQL's.
-fn version() -> ScalarUDF {
-    let text = format!("PostgreSQL {SERVER_VERSION} (Weir {})", env!("CARGO_PKG_VERSION"));
-    let answer = move |_: &[ColumnarValue]| Ok(ColumnarValue::Scalar(ScalarValue::Utf8(Some(text.clone()))));
-    create_udf("version", Vec::new(), DataType::Utf8, Volatility::Immutable, Arc::new(answer))
-}
-
-/// A function of texts that knows of nothing.
-fn unknown(name: &str, texts: usize, kind: DataType) -> ScalarUDF {
-    let null = ScalarValue::try_from(&kind).unwrap_or(ScalarValue::Null);
-    let answer = move |_: &[ColumnarValue]| Ok(ColumnarValue::Scalar(null.clone()));
-    create_udf(name, vec![DataType::Utf8; texts], kind, Volatility::Stable, Arc::new(answer))
-}
-
 /// The lane that `SET weir.lane = …` names.
 fn lane(set: &Set) -> Option<String> {
     let Set::SingleAssignment { variable, values, .. } = set else {
@@ -290,47 +270,14 @@ fn lane(set: &Set) -> Option<String> {
     })
 }
 
-/// The settings that drivers ask for, and that are the same for everybody.
-fn fixed(name: &str) -> Option<&'static str> {
-    Some(match name {
-        "server_version" => SERVER_VERSION,
-        "server_version_num" => SERVER_VERSION_NUM,
-        "server_encoding" | "client_encoding" => "UTF8",
-        "search_path" => "public",
-        "timezone" | "time_zone" => "UTC",
-        "datestyle" => "ISO, MDY",
-        "intervalstyle" => "postgres",
-        "standard_conforming_strings" | "integer_datetimes" | "transaction_read_only" => "on",
-        "default_transaction_read_only" => "on",
-        "transaction_isolation" | "transaction_isolation_level" | "default_transaction_isolation" => "read committed",
-        "lock_timeout" => "0",
-        "max_identifier_length" => "63",
-        "application_name" => "",
-        _ => return None,
-    })
-}
-
 /// What `SHOW` answers.
 fn setting(name: &str, timeout: Duration) -> PgWireResult<Asked> {
     let value = match name {
         "statement_timeout" => Some(span(timeout)),
-        _ => fixed(name).map(str::to_owned),
+        _ => functions::fixed(name).map(str::to_owned),
     };
     let value = value.ok_or_else(|| refusal("ERROR", "42704", format!("no setting `{name}`")))?;
     Ok(Asked::Setting { name: name.to_owned(), value })
-}
-
-/// `current_setting('name')`: as `SHOW` has it, and null where that has none.
-fn current_setting() -> ScalarUDF {
-    let answer = |arguments: &[ColumnarValue]| {
-        let name = match arguments {
-            [ColumnarValue::Scalar(name)] => name.try_as_str().flatten().map(str::to_lowercase),
-            _ => None,
-        };
-        let value = name.and_then(|name| fixed(&name)).map(str::to_owned);
-        Ok(ColumnarValue::Scalar(ScalarValue::Utf8(value)))
-    };
-    create_udf("current_setting", vec![DataType::Utf8], DataType::Utf8, Volatility::Stable, Arc::new(answer))
 }
 
 /// A time as PostgreSQL writes it: in the largest unit that leaves a whole number.
