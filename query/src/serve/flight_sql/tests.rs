@@ -19,6 +19,7 @@ use wire::{StreamName, StreamSchema};
 
 use super::*;
 use crate::caller::Right;
+use crate::engine::Engine;
 use crate::engine::tests::{Traffic, engine};
 use crate::scope::Scope;
 use crate::serve::{Reader, Readers};
