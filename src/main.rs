@@ -8,6 +8,7 @@ mod lake;
 mod load;
 mod publish;
 mod replay;
+mod sink;
 mod sql;
 mod tables;
 

@@ -7,6 +7,7 @@ use cloud_ingest::delta::TableSnapshot;
 use cloud_ingest::ledger::Entry;
 use cloud_ingest::{Catalogue, Moment};
 use query::{AsOf, ColdTable, SpoolFacts, Tables, TablesError};
+use tokio::sync::watch;
 use wire::hot::HotSource;
 use wire::{Seq, StreamName};
 
@@ -19,6 +20,7 @@ fn cold(snapshot: &TableSnapshot) -> ColdTable {
         version: snapshot.version,
         log_store: Arc::clone(&snapshot.log_store),
         files: snapshot.files.clone(),
+        txn: Arc::clone(&snapshot.txn),
         description: snapshot.description().map(str::to_owned),
         schema: Arc::clone(&snapshot.schema),
     }
@@ -67,6 +69,7 @@ impl Tables for NodeTables {
                 batches: entry.batches,
                 received_at_us: entry.received_at_us,
                 max_ts: entry.max_ts,
+                watermark: entry.watermark,
                 durable: entry.durable.max(committed),
                 committed,
                 agent: entry.agent,
@@ -74,6 +77,10 @@ impl Tables for NodeTables {
             }
         };
         self.0.ledger().entries().into_iter().map(facts).collect()
+    }
+
+    fn changed(&self) -> watch::Receiver<u64> {
+        self.0.changed()
     }
 
     fn hot(&self) -> Arc<dyn HotSource> {

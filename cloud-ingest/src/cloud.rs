@@ -23,6 +23,7 @@ use crate::ingest::{Done, Ingest, Job, StartError};
 use crate::maintain::Maintenance;
 use crate::metrics::Metrics;
 use crate::store::Store;
+use crate::writer::Writer;
 
 /// The exit code after a failed sync (`EX_IOERR`).
 const EXIT_FAULT: i32 = 74;
@@ -123,6 +124,11 @@ impl Cloud {
     /// The tables of this node.
     pub fn catalogue(&self) -> Arc<Catalogue> {
         Arc::clone(&self.catalogue)
+    }
+
+    /// Where this node's own streams are written.
+    pub fn writer(&self) -> Writer {
+        Writer::new(self.door.jobs.clone(), Arc::clone(&self.door.places))
     }
 
     /// What this node counts.

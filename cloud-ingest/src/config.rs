@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+use wire::ids::OWN_EDGE;
 pub use wire::written::{ConfigError, Size, Span};
 use wire::written::{load, with_line, with_nearest_key};
 use wire::{BATCH_BYTES_MAX, BATCH_DATES_MAX, BATCH_DECODED_BYTES_MAX, EdgeId};
@@ -363,6 +364,9 @@ impl Settings {
             if !ids.insert(&edge.id) {
                 return Err(format!("[[edge]] `{}` is there twice", edge.id));
             }
+            if edge.id.as_str() == OWN_EDGE {
+                return Err(format!("[[edge]] `{OWN_EDGE}` is what the cloud calls itself: choose another id"));
+            }
             if edge.token.is_empty() {
                 return Err(format!("[[edge]] `{}` has an empty token", edge.id));
             }
@@ -472,6 +476,7 @@ mod tests {
         check("[limits]\nwaiting_bytes = \"1MiB\"", "at least request_bytes");
         check("[[edge]]\nid = \"a b\"\ntoken = \"x\"", "not an edge id");
         check("[[edge]]\nid = \"a\"\ntoken = \"\"", "empty token");
+        check("[[edge]]\nid = \"weir\"\ntoken = \"x\"", "what the cloud calls itself");
         check("[[edge]]\nid = \"a\"\ntoken = \"x\"\n[[edge]]\nid = \"a\"\ntoken = \"y\"", "twice");
         check("[[reader]]\nname = \"a\"\npassword = \"\"", "empty password");
         check("[listen]\nhttp = \"nowhere\"", "http");

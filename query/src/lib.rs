@@ -2,7 +2,7 @@
 //!
 //! A table is Delta files and hot rows behind one frozen state ([`fused_table`]); [`engine`] plans a statement once
 //! and pins its tables each time it runs; [`serve`] are the doors. Hot rows come through the contract in
-//! `wire::hot`, and cold ones from Delta snapshots that [`catalog::Tables`] hands out; nothing here writes. `functions` has
+//! `wire::hot`, and cold ones from Delta snapshots that [`catalog::Tables`] hands out; nothing here writes but through [`sink`]. `functions` has
 //! what people who work with time series expect beside DataFusion's own.
 
 pub mod as_of;
@@ -12,6 +12,7 @@ pub mod catalog;
 mod cold;
 pub mod engine;
 mod execution;
+pub mod follow;
 mod functions;
 pub mod fused_table;
 pub mod lanes;
@@ -20,6 +21,7 @@ mod names;
 mod references;
 pub mod scope;
 pub mod serve;
+pub mod sink;
 pub mod statements;
 mod system;
 mod uncounted;
@@ -28,5 +30,7 @@ pub use as_of::AsOf;
 pub use caller::{Caller, Door};
 pub use catalog::{ColdTable, SpoolFacts, Tables, TablesError};
 pub use engine::{Engine, EngineSettings, Prepared, QueryError};
+pub use follow::Position;
 pub use lanes::LaneSettings;
 pub use scope::Scope;
+pub use sink::{Sink, SinkError};
