@@ -8,6 +8,7 @@
 
 mod alerts;
 mod bad_input;
+mod cloud_alerts;
 mod demo;
 mod doors;
 mod doors_limits;

@@ -17,8 +17,10 @@ use wire::{BATCH_BYTES_MAX, BATCH_DATES_MAX, BATCH_DECODED_BYTES_MAX, EdgeId};
 
 use crate::store::S3Settings;
 
+mod alerts;
 mod lake;
 
+pub use alerts::{AlertSettings, PublishKind, PublishSettings};
 pub use lake::{CompactSettings, Keep, KeepSettings, LakeSettings, StreamSettings};
 
 /// Batches of doors that can be remembered: some 150 bytes each, in memory and on disk.
@@ -56,6 +58,8 @@ pub struct Settings {
     /// By name of a stream, or a pattern with one `*`.
     #[serde(default)]
     pub stream: BTreeMap<String, StreamSettings>,
+    #[serde(default)]
+    pub alerts: AlertSettings,
     /// An edge agent in the same process.
     #[serde(default)]
     pub agent: Option<AgentSettings>,
@@ -330,6 +334,19 @@ pub struct ReaderSettings {
     /// The lanes that it may use, its own first; `default` when none is set.
     #[serde(default)]
     pub lanes: Vec<String>,
+    /// What it may do beside asking.
+    #[serde(default)]
+    pub rights: Vec<ReaderRight>,
+}
+
+/// What a reader may do beside asking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReaderRight {
+    /// Change the rules of alerts.
+    Rules,
+    /// Acknowledge alerts, and silence them.
+    Alerts,
 }
 
 impl fmt::Debug for ReaderSettings {
@@ -359,6 +376,7 @@ impl Settings {
 
     fn check(&self) -> Result<(), String> {
         self.check_lake()?;
+        self.alerts.check()?;
         let mut ids = HashSet::new();
         for edge in &self.edge {
             if !ids.insert(&edge.id) {
@@ -377,6 +395,13 @@ impl Settings {
         }
         if let Some(reader) = self.reader.iter().find(|reader| reader.password.is_empty()) {
             return Err(format!("[[reader]] `{}` has an empty password", reader.name));
+        }
+        let limited = |reader: &&ReaderSettings| reader.edges.is_some() || reader.scope.is_some();
+        if let Some(reader) = self.reader.iter().filter(limited).find(|reader| !reader.rights.is_empty()) {
+            return Err(format!(
+                "[[reader]] `{}`: a rule sees every row, so rights go without edges and scope",
+                reader.name
+            ));
         }
         let mut lanes = HashSet::new();
         for lane in &self.query.lane {
@@ -495,6 +520,12 @@ mod tests {
         check("[listen]\nhttp_connections = 0", "at least 1");
         check("[listen.tls]\ncertificate = \"a\"\nkey = \"b\"\ndoors = [\"smtp\"]", "smtp");
         check("[[query.lane]]\nname = \"a\"\n[[query.lane]]\nname = \"a\"", "twice");
+        let target = |more: &str| format!("[[alerts.publish]]\nname = \"a\"\n{more}");
+        check(&target("kind = \"webhook\"\nurl = \"mqtt://b\""), "http:// or https://");
+        check(&target("kind = \"mqtt\"\nurl = \"mqtt://b\"\nsecret = \"x\""), "of a webhook");
+        check(&target("kind = \"fax\"\nurl = \"mqtt://b\""), "fax");
+        check("[alerts]\ndirektory = \"x\"", "did you mean `directory`?");
+        check("[[reader]]\nname = \"a\"\npassword = \"x\"\nscope = \"true\"\nrights = [\"rules\"]", "sees every row");
         check("[[query.lane]]\nname = \"a\"\nrunning = 0", "at least 1");
         check("[[reader]]\nname = \"a\"\npassword = \"x\"\nlanes = [\"fast\"]", "no [[query.lane]] `fast`");
     }

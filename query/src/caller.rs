@@ -32,6 +32,24 @@ impl fmt::Display for Door {
     }
 }
 
+/// What one may do beside asking.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Right {
+    /// Change the rules of alerts.
+    Rules,
+    /// Speak about alerts, and silence them.
+    Alerts,
+}
+
+impl fmt::Display for Right {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Rules => "rules",
+            Self::Alerts => "alerts",
+        })
+    }
+}
+
 /// One who asks. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Caller {
@@ -40,13 +58,24 @@ pub struct Caller {
     scope: Option<Arc<Scope>>,
     lane: Arc<str>,
     lanes: Arc<[String]>,
+    rights: Arc<[Right]>,
 }
 
 impl Caller {
     /// A reader at a door. It runs in the first of its lanes; without a scope it sees every row.
     pub fn new(name: &str, door: Door, scope: Option<Arc<Scope>>, lanes: Arc<[String]>) -> Self {
         let lane = lanes.first().map_or(DEFAULT_LANE, String::as_str).into();
-        Self { name: name.into(), door, scope, lane, lanes }
+        Self { name: name.into(), door, scope, lane, lanes, rights: Arc::new([]) }
+    }
+
+    /// The same caller, who may do this beside asking.
+    pub fn with_rights(self, rights: Arc<[Right]>) -> Self {
+        Self { rights, ..self }
+    }
+
+    /// Whether it may do this.
+    pub fn may(&self, right: Right) -> bool {
+        self.rights.contains(&right)
     }
 
     /// The node itself: sees everything.

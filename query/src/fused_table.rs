@@ -83,6 +83,11 @@ impl LiveTable {
         }
     }
 
+    /// The stream whose present it is; None for everything else that may be asked.
+    pub(crate) fn stream(&self) -> Option<&StreamName> {
+        if let Asked::Stream(stream) = &self.asked { Some(stream) } else { None }
+    }
+
     /// The newest row of each device.
     pub(crate) fn latest(stream: StreamName, schema: SchemaRef, cache: Arc<LatestCache>) -> Self {
         Self { schema, asked: Asked::Latest(stream, cache) }

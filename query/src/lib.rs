@@ -5,6 +5,7 @@
 //! `wire::hot`, and cold ones from Delta snapshots that [`catalog::Tables`] hands out; nothing here writes but through [`sink`]. `functions` has
 //! what people who work with time series expect beside DataFusion's own.
 
+pub mod alerts;
 pub mod as_of;
 mod breadth;
 pub mod caller;
@@ -18,6 +19,7 @@ pub mod fused_table;
 pub mod lanes;
 mod memory;
 mod names;
+pub mod publish;
 mod references;
 pub mod scope;
 pub mod serve;
@@ -26,8 +28,9 @@ pub mod statements;
 mod system;
 mod uncounted;
 
+pub use alerts::Alerts;
 pub use as_of::AsOf;
-pub use caller::{Caller, Door};
+pub use caller::{Caller, Door, Right};
 pub use catalog::{ColdTable, SpoolFacts, Tables, TablesError};
 pub use engine::{Engine, EngineSettings, Prepared, QueryError};
 pub use follow::Position;

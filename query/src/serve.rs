@@ -3,6 +3,7 @@
 //! With no reader set, only callers on this machine may ask. With readers set, every door asks for name and password. Each
 //! door speaks TLS when a certificate is set, and then nothing else.
 
+pub mod alerts;
 pub mod flight_sql;
 pub mod http;
 pub mod postgres;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use subtle::ConstantTimeEq;
 use tokio_rustls::rustls::ServerConfig;
 
-use crate::caller::{Caller, Door};
+use crate::caller::{Caller, Door, Right};
 use crate::engine::Engine;
 use crate::scope::Scope;
 
@@ -39,6 +40,8 @@ pub struct Reader {
     pub scope: Option<Arc<Scope>>,
     /// The lanes that it may use, its own first.
     pub lanes: Arc<[String]>,
+    /// What it may do beside asking.
+    pub rights: Arc<[Right]>,
 }
 
 impl std::fmt::Debug for Reader {
@@ -50,7 +53,7 @@ impl std::fmt::Debug for Reader {
 impl Reader {
     /// This reader at a door.
     pub fn at(&self, door: Door) -> Caller {
-        Caller::new(&self.name, door, self.scope.clone(), Arc::clone(&self.lanes))
+        Caller::new(&self.name, door, self.scope.clone(), Arc::clone(&self.lanes)).with_rights(Arc::clone(&self.rights))
     }
 }
 
@@ -86,6 +89,7 @@ impl Readers {
     /// A caller without a name: when no reader is set, and it is on this machine.
     pub fn accept_unnamed(&self, peer: IpAddr, door: Door) -> Option<Caller> {
         let local = !self.are_set() && peer.to_canonical().is_loopback();
-        local.then(|| Caller::new(UNNAMED, door, None, Arc::clone(&self.lanes)))
+        let all = || Arc::new([Right::Rules, Right::Alerts]);
+        local.then(|| Caller::new(UNNAMED, door, None, Arc::clone(&self.lanes)).with_rights(all()))
     }
 }

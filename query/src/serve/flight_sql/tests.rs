@@ -140,6 +140,7 @@ async fn a_reader_proves_itself_and_sees_its_scope() {
         password: "right".to_owned(),
         scope: scope.map(Arc::new),
         lanes: Arc::new([]),
+        rights: Arc::new([]),
     };
     let (mut client, channel, _traffic) = open(vec![reader("north", Some(scope)), reader("all", None)], MINUTE).await;
     let count = "SELECT count(*) FROM traffic";
