@@ -479,3 +479,6 @@ pub(crate) fn inhibits_itself<'r>(rules: impl Iterator<Item = &'r RuleSettings> 
     }
     None
 }
+
+#[cfg(test)]
+mod tests;
