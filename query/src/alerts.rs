@@ -2,7 +2,7 @@
 //!
 //! [`rule`] reads a rule, [`rows`] and [`statement`] find what it is about, [`episodes`] decides (pure), [`log`] is the stream
 //! that everything is written to, and `runner` is the one task that owns all of it. What is told goes through
-//! [`crate::publish`]. decision 0017.
+//! [`crate::publish`]. Decision 0017.
 
 mod claims;
 pub(crate) mod episode;
