@@ -172,11 +172,11 @@ async fn a_subscriber_misses_nothing_and_hears_nothing_twice_through_kill_9_of_t
     for round in 0..6 {
         let device = format!("d{}", 2 + round);
         // Decided, and perhaps not heard: the cloud is killed at once.
-        readings.send(&[(&device, 500)]).await;
+        readings.send(&[(device.as_str(), 500)]).await;
         cloud.kill();
         cloud.run();
         cloud.wait().await;
-        readings.send(&[(&device, 5)]).await;
+        readings.send(&[(device.as_str(), 5)]).await;
         assert_eq!(listener.word().await, format!("{device} firing"));
         assert_eq!(listener.word().await, format!("{device} resolved"));
     }
@@ -277,7 +277,7 @@ async fn a_target_that_hangs_holds_up_no_other_and_gets_everything_when_it_answe
     put(&cloud, "high", RULE).await;
     let begun = Instant::now();
     for n in 0..20 {
-        readings.send(&[(&format!("d{n}"), 200)]).await;
+        readings.send(&[(format!("d{n}").as_str(), 200)]).await;
     }
     while got.lock().unwrap().len() < 40 {
         assert!(begun.elapsed() < PATIENCE, "{} of 40", got.lock().unwrap().len());
@@ -320,15 +320,8 @@ async fn a_target_that_hangs_holds_up_no_other_and_gets_everything_when_it_answe
     cloud.run();
     cloud.wait().await;
     let begun = Instant::now();
-    let first = |got: &Got| {
-        let unsigned = got
-            .lock()
-            .unwrap()
-            .iter()
-            .filter(|(headers, body)| !headers.contains("x-weir-signature") && body.is_object())
-            .count();
-        unsigned
-    };
+    let is_plain = |(head, body): &&(String, Value)| !head.contains("x-weir-signature") && body.is_object();
+    let first = |got: &Got| got.lock().unwrap().iter().filter(is_plain).count();
     while first(&got) < 20 {
         assert!(begun.elapsed() < PATIENCE, "{} of 20", first(&got));
         tokio::time::sleep(POLL).await;

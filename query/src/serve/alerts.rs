@@ -398,5 +398,9 @@ async fn stream(
     let Some(newest) = wait_for_hub(&hub, &token).await else {
         return told(StatusCode::SERVICE_UNAVAILABLE, "the node stops");
     };
-    sse::answer(hub, Subscription { topic, severities, after: last.unwrap_or(newest) }, token)
+    sse::answer(
+        hub,
+        Subscription { topic, severities, after: last.map_or(newest, |last: i64| last.min(newest)) },
+        token,
+    )
 }
