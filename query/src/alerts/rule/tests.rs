@@ -93,3 +93,17 @@ async fn a_rule_over_history_fires_when_it_would_have() {
     let minutes = found.alerts.iter().filter_map(|alert| Some(alert.to? - alert.from)).map(|us| us / 60_000_000);
     assert_eq!(minutes.collect::<Vec<_>>(), vec![4; batches]);
 }
+
+#[test]
+fn the_shipped_rules_are_rules_and_a_hash_is_that_of_the_edge() {
+    let rules = RuleSettings::parse_file(include_str!("../../../../configs/rules/traffic.toml")).unwrap();
+    assert_eq!(rules.len(), 4);
+    // As edge-agent/src/rules/rule.rs has it: the SHA-256 of this text, its first 16 bytes.
+    let rule = RuleSettings::parse("r", "on = \"s\"\nwhen = \"v > 1\"\nfor = \"1s\"\nlabels = { a = \"b\" }").unwrap();
+    let text = r#"["r","s","v > 1",null,1000000,null,{"a":"b"}]"#;
+    let expected: String =
+        digest(&SHA256, text.as_bytes()).as_ref()[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(rule.hash(), expected);
+    let louder = RuleSettings { severity: Severity::Critical, message: "other".to_owned(), ..rule.clone() };
+    assert_eq!(louder.hash(), rule.hash(), "what it says may change while it fires");
+}
