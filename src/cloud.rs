@@ -210,10 +210,11 @@ fn limits(settings: &Settings) -> EngineSettings {
     if !lanes.iter().any(|lane| lane.name == DEFAULT_LANE) {
         lanes.push(cloud_ingest::config::LaneSettings::default_lane());
     }
-    // Rules ask in a lane of their own, so that no reader holds them up, nor they a reader.
+    // Rules ask in a lane of their own, so that no reader holds them up, nor they a reader. Two are asked at a time: the other
+    // places are for rules that are being understood.
     if !lanes.iter().any(|lane| lane.name == query::alerts::LANE) {
         let mut own = cloud_ingest::config::LaneSettings::default_lane();
-        (own.name, own.running, own.threads) = (query::alerts::LANE.to_owned(), 2, Some(1));
+        (own.name, own.running, own.threads) = (query::alerts::LANE.to_owned(), 4, Some(1));
         lanes.push(own);
     }
     let lane = |lane: cloud_ingest::config::LaneSettings| {

@@ -72,6 +72,7 @@ impl Server {
 }
 
 /// Asks, and prints what was said; an error when a rule is refused.
+#[allow(clippy::print_stdout, reason = "the answer")]
 pub(crate) async fn rules(command: RulesCommand) -> anyhow::Result<()> {
     match command {
         RulesCommand::Check { files, server } => {
