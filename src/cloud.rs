@@ -5,15 +5,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
-use cloud_ingest::config::{DEFAULT_LANE, DoorName, ListenSettings, ReaderRight, ReaderSettings};
+use cloud_ingest::config::{
+    DEFAULT_LANE, DoorName, ListenSettings, PublishKind, PublishSettings, ReaderRight, ReaderSettings,
+};
 use cloud_ingest::{Cloud, CloudHandle, Settings};
+use query::alerts::{Severity, TopicFilter};
+use query::publish::target::{TargetKind, TargetSettings};
 use query::serve::tls::Incoming;
 use query::serve::{House, Reader, Readers};
-use query::{Engine, EngineSettings, LaneSettings, Right, Scope};
+use query::{Alerts, Engine, EngineSettings, LaneSettings, Right, Scope};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::embedded::{Embedded, Running};
+use crate::sink::NodeSink;
 use crate::tables::NodeTables;
 
 /// Arguments of `weir cloud`.
@@ -82,10 +87,11 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
         tracing::warn!("no [[edge]] is set: nobody may write");
     }
     let spill = settings.data_dir.join("spill");
-    let (listen, limits) = (settings.listen.clone(), limits(&settings, &spill));
+    let (listen, limits, alerts) = (settings.listen.clone(), limits(&settings, &spill), alert_settings(&settings)?);
     let certificate = |door: DoorName| certificate(&listen, door);
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
     let tables = Arc::new(NodeTables(cloud.catalogue(), cloud.remarks()));
+    let sink = Arc::new(NodeSink(cloud.writer()));
     // The directory is this node's alone since its log is open.
     empty(&spill)?;
     let engine = Arc::new(Engine::new(tables, limits).context("start the engine")?);
@@ -116,7 +122,9 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address} for HTTP"))?;
     let tls = certificate(DoorName::Http)?.map(|tls| query::serve::tls::speaking(&tls, "http/1.1"));
     let incoming = Incoming::new(listener, tls, listen.http_connections)?;
-    let questions = query::serve::http::router(engine, readers);
+    let alerts = Alerts::start(Arc::clone(&engine), sink, alerts, token.clone()).map_err(anyhow::Error::msg)?;
+    let questions =
+        query::serve::http::router(engine, readers.clone()).merge(query::serve::alerts::router(alerts, readers));
     let cloud = cloud.listen(incoming, questions, token)?;
     tracing::info!(http = %cloud.http, "ready");
     Ok(Node { http: cloud.http, postgres, cloud })
@@ -154,7 +162,46 @@ fn readers(settings: &Settings) -> anyhow::Result<Readers> {
 fn right(right: ReaderRight) -> Right {
     match right {
         ReaderRight::Comment => Right::Comment,
+        ReaderRight::Rules => Right::Rules,
+        ReaderRight::Alerts => Right::Alerts,
     }
+}
+
+/// What `[alerts]` says, as the room wants it.
+fn alert_settings(settings: &Settings) -> anyhow::Result<query::alerts::AlertSettings> {
+    let of = &settings.alerts;
+    let target = |target: &PublishSettings| {
+        let here = || format!("[[alerts.publish]] `{}`", target.name);
+        let (timeout, attempts) = (target.timeout.0, target.attempts);
+        let kind = match target.kind {
+            PublishKind::Webhook => {
+                let secret = target.secret.clone();
+                TargetKind::Webhook { url: target.url.clone(), secret, timeout, attempts }
+            }
+            PublishKind::Alertmanager => TargetKind::Alertmanager { url: target.url.clone(), timeout, attempts },
+            PublishKind::Mqtt => TargetKind::Mqtt {
+                host: target.url.host_str().with_context(here)?.to_owned(),
+                port: target.url.port().unwrap_or(1883),
+                client_id: target.client_id.clone().unwrap_or_else(|| format!("weir-{}", target.name)),
+                username: target.username.clone(),
+                password: target.password.clone(),
+            },
+        };
+        let topic = TopicFilter::parse(&target.topic).map_err(anyhow::Error::msg).with_context(here)?;
+        let severities = target.severity.iter().map(|word| {
+            Severity::of(word)
+                .with_context(|| format!("{}: severity `{word}` is none of info, warning, critical", here()))
+        });
+        let severities = severities.collect::<anyhow::Result<_>>()?;
+        Ok(TargetSettings { name: target.name.clone(), kind, topic, severities, max_age: target.max_age.0 })
+    };
+    Ok(query::alerts::AlertSettings {
+        data_dir: settings.data_dir.clone(),
+        directory: of.directory.clone(),
+        horizon: of.horizon.0,
+        devices_max: of.devices_max,
+        targets: of.publish.iter().map(target).collect::<anyhow::Result<_>>()?,
+    })
 }
 
 fn limits(settings: &Settings, spill: &Path) -> EngineSettings {
@@ -162,6 +209,13 @@ fn limits(settings: &Settings, spill: &Path) -> EngineSettings {
     let mut lanes = of_all.lane.clone();
     if !lanes.iter().any(|lane| lane.name == DEFAULT_LANE) {
         lanes.push(cloud_ingest::config::LaneSettings::default_lane());
+    }
+    // Rules ask in a lane of their own, so that no reader holds them up, nor they a reader. Two are asked at a time: the other
+    // places are for rules that are being understood.
+    if !lanes.iter().any(|lane| lane.name == query::alerts::LANE) {
+        let mut own = cloud_ingest::config::LaneSettings::default_lane();
+        (own.name, own.running, own.threads) = (query::alerts::LANE.to_owned(), 4, Some(1));
+        lanes.push(own);
     }
     let lane = |lane: cloud_ingest::config::LaneSettings| {
         let usual = LaneSettings::default();

@@ -9,6 +9,7 @@ use cloud_ingest::ledger::Entry;
 use cloud_ingest::remarks::Remarks;
 use cloud_ingest::{Catalogue, Moment};
 use query::{AsOf, ColdTable, ColumnNote, Remark, SpoolFacts, Tables, TablesError};
+use tokio::sync::watch;
 use wire::hot::HotSource;
 use wire::{Seq, StreamName};
 
@@ -21,6 +22,7 @@ fn cold(snapshot: &TableSnapshot) -> ColdTable {
         version: snapshot.version,
         log_store: Arc::clone(&snapshot.log_store),
         files: snapshot.files.clone(),
+        txn: Arc::clone(&snapshot.txn),
         description: snapshot.description().map(str::to_owned),
         schema: Arc::clone(&snapshot.schema),
     }
@@ -69,6 +71,7 @@ impl Tables for NodeTables {
                 batches: entry.batches,
                 received_at_us: entry.received_at_us,
                 max_ts: entry.max_ts,
+                watermark: entry.watermark,
                 durable: entry.durable.max(committed),
                 committed,
                 agent: entry.agent,
@@ -76,6 +79,10 @@ impl Tables for NodeTables {
             }
         };
         self.0.ledger().entries().into_iter().map(facts).collect()
+    }
+
+    fn changed(&self) -> watch::Receiver<u64> {
+        self.0.changed()
     }
 
     fn notes(&self, stream: &StreamName) -> BTreeMap<String, ColumnNote> {

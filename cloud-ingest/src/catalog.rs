@@ -2,7 +2,7 @@
 //!
 //! [`TableState`] is {snapshot, hot}. The ingest thread alone replaces it; a commit swaps both halves at once. Readers
 //! load it without waiting. [`Catalogue`] is also the in-process implementation of the hot contract: it answers for
-//! every version that its grace time still covers, and `Stale` otherwise.
+//! every version that its grace time still covers, and `Stale` otherwise. Who follows a stream waits for [`Catalogue::changed`].
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use std::sync::Arc;
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use parking_lot::RwLock;
+use tokio::sync::watch;
 use wire::StreamName;
 use wire::hot::{HotAnswer, HotError, HotSource};
 
@@ -29,6 +30,7 @@ pub struct TableState {
 pub struct Catalogue {
     tables: RwLock<BTreeMap<StreamName, Arc<ArcSwap<TableState>>>>,
     ledger: Ledger,
+    changes: watch::Sender<u64>,
 }
 
 impl Catalogue {
@@ -47,14 +49,22 @@ impl Catalogue {
         self.tables.read().get(stream).map(|state| state.load_full())
     }
 
+    /// Tells that a state was replaced; several times may be told as one.
+    pub fn changed(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
     /// Replaces the state of a table, or adds it. For the ingest thread.
     pub(crate) fn replace(&self, stream: &StreamName, state: TableState) {
         let state = Arc::new(state);
-        if let Some(known) = self.tables.read().get(stream) {
-            known.store(state);
-            return;
+        let known = self.tables.read().get(stream).cloned();
+        match known {
+            Some(known) => known.store(state),
+            None => {
+                self.tables.write().insert(stream.clone(), Arc::new(ArcSwap::new(state)));
+            }
         }
-        self.tables.write().insert(stream.clone(), Arc::new(ArcSwap::new(state)));
+        self.changes.send_modify(|count| *count += 1);
     }
 }
 

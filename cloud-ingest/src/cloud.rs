@@ -24,6 +24,7 @@ use crate::maintain::Maintenance;
 use crate::metrics::Metrics;
 use crate::remarks::Remarks;
 use crate::store::Store;
+use crate::writer::Writer;
 
 /// The exit code after a failed sync (`EX_IOERR`).
 const EXIT_FAULT: i32 = 74;
@@ -125,6 +126,11 @@ impl Cloud {
     /// The tables of this node.
     pub fn catalogue(&self) -> Arc<Catalogue> {
         Arc::clone(&self.catalogue)
+    }
+
+    /// Where this node's own streams are written.
+    pub fn writer(&self) -> Writer {
+        Writer::new(self.door.jobs.clone(), Arc::clone(&self.door.places))
     }
 
     /// How something is said of its tables.

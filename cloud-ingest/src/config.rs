@@ -10,14 +10,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+use wire::ids::OWN_EDGE;
 pub use wire::written::{ConfigError, Size, Span};
 use wire::written::{load, with_line, with_nearest_key};
 use wire::{BATCH_BYTES_MAX, BATCH_DATES_MAX, BATCH_DECODED_BYTES_MAX, EdgeId};
 
 use crate::store::S3Settings;
 
+mod alerts;
 mod lake;
 
+pub use alerts::{AlertSettings, PublishKind, PublishSettings};
 pub use lake::{CompactSettings, Keep, KeepSettings, LakeSettings, StreamSettings};
 
 /// Batches of doors that can be remembered: some 150 bytes each, in memory and on disk.
@@ -55,6 +58,8 @@ pub struct Settings {
     /// By name of a stream, or a pattern with one `*`.
     #[serde(default)]
     pub stream: BTreeMap<String, StreamSettings>,
+    #[serde(default)]
+    pub alerts: AlertSettings,
     /// An edge agent in the same process.
     #[serde(default)]
     pub agent: Option<AgentSettings>,
@@ -340,6 +345,10 @@ pub struct ReaderSettings {
 pub enum ReaderRight {
     /// Say what tables and columns are, for everybody to read.
     Comment,
+    /// Change the rules of alerts.
+    Rules,
+    /// Acknowledge alerts, and silence them.
+    Alerts,
 }
 
 impl fmt::Debug for ReaderSettings {
@@ -369,10 +378,14 @@ impl Settings {
 
     fn check(&self) -> Result<(), String> {
         self.check_lake()?;
+        self.alerts.check()?;
         let mut ids = HashSet::new();
         for edge in &self.edge {
             if !ids.insert(&edge.id) {
                 return Err(format!("[[edge]] `{}` is there twice", edge.id));
+            }
+            if edge.id.as_str() == OWN_EDGE {
+                return Err(format!("[[edge]] `{OWN_EDGE}` is what the cloud calls itself: choose another id"));
             }
             if edge.token.is_empty() {
                 return Err(format!("[[edge]] `{}` has an empty token", edge.id));
@@ -384,6 +397,14 @@ impl Settings {
         }
         if let Some(reader) = self.reader.iter().find(|reader| reader.password.is_empty()) {
             return Err(format!("[[reader]] `{}` has an empty password", reader.name));
+        }
+        let limited = |reader: &&ReaderSettings| reader.edges.is_some() || reader.scope.is_some();
+        let sees_all = |right: &ReaderRight| *right != ReaderRight::Comment;
+        if let Some(reader) = self.reader.iter().filter(limited).find(|reader| reader.rights.iter().any(sees_all)) {
+            return Err(format!(
+                "[[reader]] `{}`: a rule sees every row, so rights = [\"rules\", \"alerts\"] go without edges and scope",
+                reader.name
+            ));
         }
         let mut lanes = HashSet::new();
         for lane in &self.query.lane {
@@ -483,6 +504,7 @@ mod tests {
         check("[limits]\nwaiting_bytes = \"1MiB\"", "at least request_bytes");
         check("[[edge]]\nid = \"a b\"\ntoken = \"x\"", "not an edge id");
         check("[[edge]]\nid = \"a\"\ntoken = \"\"", "empty token");
+        check("[[edge]]\nid = \"weir\"\ntoken = \"x\"", "what the cloud calls itself");
         check("[[edge]]\nid = \"a\"\ntoken = \"x\"\n[[edge]]\nid = \"a\"\ntoken = \"y\"", "twice");
         check("[[reader]]\nname = \"a\"\npassword = \"\"", "empty password");
         check("[listen]\nhttp = \"nowhere\"", "http");
@@ -501,6 +523,12 @@ mod tests {
         check("[listen]\nhttp_connections = 0", "at least 1");
         check("[listen.tls]\ncertificate = \"a\"\nkey = \"b\"\ndoors = [\"smtp\"]", "smtp");
         check("[[query.lane]]\nname = \"a\"\n[[query.lane]]\nname = \"a\"", "twice");
+        let target = |more: &str| format!("[[alerts.publish]]\nname = \"a\"\n{more}");
+        check(&target("kind = \"webhook\"\nurl = \"mqtt://b\""), "http:// or https://");
+        check(&target("kind = \"mqtt\"\nurl = \"mqtt://b\"\nsecret = \"x\""), "of a webhook");
+        check(&target("kind = \"fax\"\nurl = \"mqtt://b\""), "fax");
+        check("[alerts]\ndirektory = \"x\"", "did you mean `directory`?");
+        check("[[reader]]\nname = \"a\"\npassword = \"x\"\nscope = \"true\"\nrights = [\"rules\"]", "sees every row");
         check("[[query.lane]]\nname = \"a\"\nrunning = 0", "at least 1");
         check("[[reader]]\nname = \"a\"\npassword = \"x\"\nlanes = [\"fast\"]", "no [[query.lane]] `fast`");
     }

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use parking_lot::Mutex;
-use wire::sealed::BatchHeader;
+use wire::sealed::{BatchHeader, NO_WATERMARK};
 use wire::{EdgeId, Seq, SpoolId, StreamName};
 
 /// So many spools are told of; of more, those that were silent longest are forgotten.
@@ -25,6 +25,8 @@ pub struct Entry {
     pub received_at_us: i64,
     /// The latest event time.
     pub max_ts: Option<i64>,
+    /// The highest watermark that a batch of it carried.
+    pub watermark: Option<i64>,
     /// The last batch taken.
     pub durable: Seq,
     /// Version of the agent that sealed it, and of its configuration.
@@ -55,6 +57,7 @@ impl Ledger {
             batches: 0,
             received_at_us,
             max_ts: None,
+            watermark: None,
             durable: Seq(0),
             agent: String::new(),
             configuration: 0,
@@ -64,6 +67,9 @@ impl Ledger {
         entry.received_at_us = received_at_us;
         if header.rows > 0 {
             entry.max_ts = entry.max_ts.max(Some(header.max_ts));
+        }
+        if header.watermark != NO_WATERMARK {
+            entry.watermark = entry.watermark.max(Some(header.watermark));
         }
         entry.durable = entry.durable.max(header.seq);
         if entry.agent != header.agent {

@@ -25,8 +25,10 @@ pub mod store;
 pub mod vacuum;
 pub mod verify;
 pub mod wal;
+pub mod writer;
 
 pub use catalog::{Catalogue, TableState};
 pub use cloud::{Cloud, CloudHandle, open_store};
 pub use config::Settings;
 pub use delta::past::Moment;
+pub use writer::{WriteError, Writer};

@@ -37,11 +37,25 @@ impl fmt::Display for Door {
 pub enum Right {
     /// Say what tables and columns are, for everybody to read.
     Comment,
+    /// Change the rules of alerts.
+    Rules,
+    /// Speak about alerts, and silence them.
+    Alerts,
 }
 
 impl Right {
     /// Every one of them.
-    pub const ALL: [Self; 1] = [Self::Comment];
+    pub const ALL: [Self; 3] = [Self::Comment, Self::Rules, Self::Alerts];
+}
+
+impl fmt::Display for Right {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Comment => "comment",
+            Self::Rules => "rules",
+            Self::Alerts => "alerts",
+        })
+    }
 }
 
 /// One who asks. Cheap to clone.

@@ -4,7 +4,7 @@
 //! The catalogue holds live handles and no rows. What a handle shows is decided when a statement is executed
 //! (rule 4): until then it only knows its columns.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
@@ -14,8 +14,9 @@ use datafusion::catalog::{CatalogProvider, SchemaProvider, TableProvider};
 use datafusion::common::{DataFusionError, plan_err};
 use datafusion::error::Result as DataFusionResult;
 use deltalake_core::logstore::LogStoreRef;
+use tokio::sync::watch;
 use wire::hot::HotSource;
-use wire::{DataFiles, EdgeId, Seq, SpoolId, StreamName};
+use wire::{DataFiles, EdgeId, Mark, Seq, SpoolId, StreamName};
 
 use crate::as_of::{self, AsOf};
 use crate::fused_table::LiveTable;
@@ -36,6 +37,8 @@ pub struct ColdTable {
     pub version: u64,
     pub log_store: LogStoreRef,
     pub files: DataFiles,
+    /// The last batch of each spool that the files have (rule 3).
+    pub txn: Arc<HashMap<SpoolId, Mark>>,
     /// What the table's owner says of it.
     pub description: Option<String>,
     /// All columns of the table in the order of `wire::schema::table_schema`.
@@ -69,6 +72,8 @@ pub struct SpoolFacts {
     pub received_at_us: i64,
     /// The latest event time.
     pub max_ts: Option<i64>,
+    /// The highest watermark that a batch carried (rule 5).
+    pub watermark: Option<i64>,
     pub durable: Seq,
     pub committed: Seq,
     /// Version of the agent that sealed the last batch, and of its configuration.
@@ -89,6 +94,8 @@ pub trait Tables: Send + Sync + fmt::Debug {
     async fn cold_as_of(&self, stream: &StreamName, as_of: AsOf) -> Result<ColdTable, TablesError>;
     /// What is known of every spool that has sent something since the node started.
     fn spools(&self) -> Vec<SpoolFacts>;
+    /// Tells that some table has moved on; several times may be told as one.
+    fn changed(&self) -> watch::Receiver<u64>;
     /// What is known of a table's columns, by name.
     fn notes(&self, _stream: &StreamName) -> BTreeMap<String, ColumnNote> {
         BTreeMap::new()

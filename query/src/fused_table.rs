@@ -32,7 +32,7 @@ use datafusion::physical_plan::empty::EmptyExec;
 use datafusion::physical_plan::filter::FilterExec;
 use datafusion::physical_plan::projection::ProjectionExec;
 use datafusion::physical_plan::union::UnionExec;
-use wire::hot::HotAnswer;
+use wire::hot::{HotAnswer, HotRun};
 use wire::schema::{DATE, TS};
 use wire::{DAY_US, StreamName};
 
@@ -81,7 +81,10 @@ impl LiveTable {
 
     /// The table as it was at this snapshot, without hot rows.
     pub(crate) fn past(cold: ColdTable) -> Self {
-        Self { schema: Arc::clone(&cold.schema), asked: Asked::Past(Arc::new(Frozen { cold, hot: Vec::new() })) }
+        Self {
+            schema: Arc::clone(&cold.schema),
+            asked: Asked::Past(Arc::new(Frozen { cold, hot: Vec::new(), runs: Vec::new() })),
+        }
     }
 
     /// The newest rows of the table as it was at this snapshot.
@@ -99,6 +102,14 @@ impl LiveTable {
     /// The newest row of each device.
     pub(crate) fn latest(stream: StreamName, schema: SchemaRef, cache: Arc<LatestCache>) -> Self {
         Self { schema, asked: Asked::Latest(stream, cache) }
+    }
+
+    /// The stream that it stands for, when it shows all of it as it is now.
+    pub(crate) fn stream(&self) -> Option<&StreamName> {
+        match &self.asked {
+            Asked::Stream(stream) => Some(stream),
+            _ => None,
+        }
     }
 
     /// A table about the node itself.
@@ -136,6 +147,8 @@ impl TableProvider for LiveTable {
 pub struct Frozen {
     cold: ColdTable,
     hot: Vec<RecordBatch>,
+    /// Which batches the rows of each are of, and last those without rows.
+    runs: Vec<Vec<HotRun>>,
 }
 
 impl Frozen {
@@ -148,8 +161,10 @@ impl Frozen {
             let answer = tables.hot().hot(stream, cold.version).await;
             match answer.map_err(|error| DataFusionError::External(Box::new(error)))? {
                 HotAnswer::Rows(rows) => {
-                    let hot = rows.into_iter().map(|rows| rows.rows).filter(|rows| rows.num_rows() > 0).collect();
-                    return Ok(Self { cold, hot });
+                    let (rows, empty): (Vec<_>, Vec<_>) = rows.into_iter().partition(|hot| hot.rows.num_rows() > 0);
+                    let (hot, mut runs): (Vec<_>, Vec<_>) = rows.into_iter().map(|hot| (hot.rows, hot.runs)).unzip();
+                    runs.push(empty.into_iter().flat_map(|hot| hot.runs).collect());
+                    return Ok(Self { cold, hot, runs });
                 }
                 HotAnswer::Stale(at_least) => {
                     let reloaded = tables.reload(stream, at_least).await;
@@ -168,6 +183,11 @@ impl Frozen {
     /// The hot half: batches that have rows.
     pub(crate) fn hot(&self) -> &[RecordBatch] {
         &self.hot
+    }
+
+    /// Which batches the rows of each of [`Frozen::hot`] are of, and last those without rows.
+    pub(crate) fn runs(&self) -> &[Vec<HotRun>] {
+        &self.runs
     }
 }
 

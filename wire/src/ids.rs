@@ -76,6 +76,9 @@ macro_rules! text_id {
     };
 }
 
+/// The edge that a node's own streams come from: results of views, alerts.
+pub const OWN_EDGE: &str = "weir";
+
 text_id!(StreamName, "A stream, and so a table: `[a-z][a-z0-9_]{0,62}`.");
 text_id!(FieldName, "A field of a stream that the user named; never one of Weir's own columns.");
 text_id!(EdgeId, "One edge agent, as its operator calls it: `[A-Za-z0-9][A-Za-z0-9._-]{0,62}`.");

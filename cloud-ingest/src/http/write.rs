@@ -258,10 +258,11 @@ async fn take(
 }
 
 /// An id for each batch. The same request has the same ones, unless its rows have the time of their arrival.
-fn with_ids(batches: Vec<Gathered>, by_arrival: bool, parts: &[&[u8]]) -> Vec<(WriteId, Gathered)> {
+fn with_ids(batches: Vec<Gathered>, by_arrival: bool, parts: &[&[u8]]) -> Vec<(Option<WriteId>, Gathered)> {
     let request = if by_arrival { WriteId(random()) } else { doors::request_id(parts) };
     let id = |(number, batch): (usize, Gathered)| {
-        (doors::request_id(&[&request.0, batch.cut.stream.as_str().as_bytes(), &number.to_le_bytes()]), batch)
+        let id = doors::request_id(&[&request.0, batch.cut.stream.as_str().as_bytes(), &number.to_le_bytes()]);
+        (Some(id), batch)
     };
     batches.into_iter().enumerate().map(id).collect()
 }

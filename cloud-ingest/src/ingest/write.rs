@@ -39,7 +39,7 @@ pub(crate) struct Written {
 #[derive(Debug)]
 pub(crate) struct Writing {
     edge: EdgeId,
-    batches: Vec<(WriteId, Gathered)>,
+    batches: Vec<(Option<WriteId>, Gathered)>,
     looked: Option<Result<(), String>>,
     written: Written,
     back: Option<RefusedRequest>,
@@ -47,7 +47,8 @@ pub(crate) struct Writing {
 }
 
 impl Writing {
-    pub(crate) fn new(edge: EdgeId, batches: Vec<(WriteId, Gathered)>, reply: WriteReply) -> Self {
+    /// A batch without an id is never taken for one that was seen before.
+    pub(crate) fn new(edge: EdgeId, batches: Vec<(Option<WriteId>, Gathered)>, reply: WriteReply) -> Self {
         Self { edge, batches, looked: None, written: Written::default(), back: None, reply }
     }
 
@@ -91,8 +92,9 @@ impl<L: FileLayer> Ingest<L> {
         writing: &mut Writing,
         staged: &mut BTreeSet<StreamName>,
     ) -> Result<Option<Vec<Ticket>>, Fault> {
-        let (seen, batches): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut writing.batches).into_iter().partition(|(id, _)| self.repeats.contains(*id));
+        let (seen, batches): (Vec<_>, Vec<_>) = std::mem::take(&mut writing.batches)
+            .into_iter()
+            .partition(|(id, _)| id.is_some_and(|id| self.repeats.contains(id)));
         writing.batches = batches;
         writing.written.repeated += seen.iter().map(|(_, batch)| u64::from(batch.cut.rows)).sum::<u64>();
         let wanted = writing.wanted(|name| self.aliases(name));
@@ -132,18 +134,20 @@ impl<L: FileLayer> Ingest<L> {
     }
 
     /// Appends a batch with the next number of its sequence; false when there is no room for it after all.
-    fn append_own(&mut self, edge: &EdgeId, id: WriteId, gathered: &Gathered) -> Result<bool, Fault> {
+    fn append_own(&mut self, edge: &EdgeId, id: Option<WriteId>, gathered: &Gathered) -> Result<bool, Fault> {
         let spool = self.repeats.spool();
         let Some(stream) = self.streams.get_mut(&gathered.cut.stream) else { return Ok(false) };
         let last = stream.sequence(spool).durable();
         let batch = gathered.cut.number(edge, spool, last.seq.next(), last.crc);
         let received_at_us = chrono::Utc::now().timestamp_micros();
-        let wal_from = match self.wal.append(&batch, &gathered.schema, received_at_us, Some(id)) {
+        let wal_from = match self.wal.append(&batch, &gathered.schema, received_at_us, id) {
             Ok(position) => position,
             Err(AppendError::Full | AppendError::TooLarge { .. }) => return Ok(false),
             Err(error) => return Err(Fault::Append(error)),
         };
-        self.repeats.insert(id, received_at_us).map_err(Fault::Append)?;
+        if let Some(id) = id {
+            self.repeats.insert(id, received_at_us).map_err(Fault::Append)?;
+        }
         let (schema, rows) = (&gathered.schema, &gathered.rows);
         let chunk = stream.accept(Accepted { batch: &batch, schema, rows, received_at_us, wal_from });
         stream.hot.push(chunk);

@@ -1,3 +1,4 @@
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -12,9 +13,10 @@ use datafusion::datasource::physical_plan::FileScanConfig;
 use datafusion::datasource::source::DataSourceExec;
 use deltalake_core::kernel::{DataType as DeltaType, PrimitiveType};
 use deltalake_core::operations::create::CreateBuilder;
+use tokio::sync::watch;
 use wire::hot::{HotAnswer, HotError, HotRows, HotRun, HotSource};
 use wire::schema::{FieldType, StreamField, table_schema};
-use wire::{DAY_US, DataFile, DataFiles, Seq, SpoolId, StreamName};
+use wire::{DAY_US, DataFile, DataFiles, Mark, Seq, SpoolId, StreamName};
 
 use super::*;
 use crate::caller::Door;
@@ -112,6 +114,12 @@ pub(crate) fn data_files(table: &deltalake_core::DeltaTable) -> DataFiles {
     DataFiles::default().with(files.collect::<Vec<_>>(), &[])
 }
 
+/// What the files hold after so many commits.
+fn committed(commits: usize) -> HashMap<SpoolId, Mark> {
+    let seq = Seq((commits * BATCHES_PER_COMMIT) as u64);
+    HashMap::from([(SpoolId([1; 16]), Mark { seq, crc: 0 })])
+}
+
 impl Traffic {
     /// With `arrived` batches, and `step` more at every question.
     pub(crate) async fn new(arrived: usize, step: usize) -> Arc<Self> {
@@ -129,6 +137,7 @@ impl Traffic {
             version: table.version().unwrap(),
             log_store: table.log_store(),
             files: data_files(table),
+            txn: Arc::new(committed(table.version().unwrap() as usize)),
             description: None,
             schema: Arc::clone(&schema),
         };
@@ -202,12 +211,17 @@ impl Tables for Handle {
             batches: 1,
             received_at_us: 1,
             max_ts: None,
+            watermark: None,
             durable: Seq(1),
             committed: Seq(0),
             agent: "test".to_owned(),
             configuration: 1,
         };
         vec![facts("gw-1", 1), facts("other", 2)]
+    }
+
+    fn changed(&self) -> watch::Receiver<u64> {
+        watch::channel(0).1
     }
 
     fn hot(&self) -> Arc<dyn HotSource> {

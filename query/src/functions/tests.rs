@@ -57,6 +57,10 @@ impl Tables for NoTables {
         Vec::new()
     }
 
+    fn changed(&self) -> tokio::sync::watch::Receiver<u64> {
+        tokio::sync::watch::channel(0).1
+    }
+
     fn hot(&self) -> Arc<dyn HotSource> {
         Arc::new(Self)
     }

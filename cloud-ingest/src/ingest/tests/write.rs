@@ -41,7 +41,8 @@ impl Sent {
     fn send(&mut self, node: &mut Node) -> Result<Option<Written>, Fault> {
         let (reply, mut answered) = oneshot::channel();
         let _place = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        let writing = Box::new(Writing::new("gw".parse().unwrap(), self.batches.clone(), reply));
+        let batches = self.batches.iter().cloned().map(|(id, batch)| (Some(id), batch)).collect();
+        let writing = Box::new(Writing::new("gw".parse().unwrap(), batches, reply));
         node.jobs.send(Job::Write { writing, _place }).unwrap();
         loop {
             node.ingest.turn()?;

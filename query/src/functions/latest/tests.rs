@@ -90,6 +90,7 @@ impl World {
             version: table.version().unwrap(),
             log_store: table.log_store(),
             files: data_files(table),
+            txn: Arc::default(),
             description: None,
             schema: Arc::clone(schema),
         }
@@ -228,6 +229,10 @@ impl Tables for Handle {
 
     fn spools(&self) -> Vec<SpoolFacts> {
         Vec::new()
+    }
+
+    fn changed(&self) -> tokio::sync::watch::Receiver<u64> {
+        tokio::sync::watch::channel(0).1
     }
 
     fn hot(&self) -> Arc<dyn HotSource> {
