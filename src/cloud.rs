@@ -70,6 +70,7 @@ pub(crate) async fn cloud(arguments: CloudArguments) -> anyhow::Result<()> {
             signal
         }
         error = Running::ended(&mut agent) => Err(error),
+        () = token.cancelled() => Err(anyhow::anyhow!("a part of the node has ended: the log says which")),
     };
     tracing::info!("stopping: what is hot is committed");
     token.cancel();
@@ -185,6 +186,7 @@ fn alert_settings(settings: &Settings) -> anyhow::Result<query::alerts::AlertSet
                 client_id: target.client_id.clone().unwrap_or_else(|| format!("weir-{}", target.name)),
                 username: target.username.clone(),
                 password: target.password.clone(),
+                attempts,
             },
         };
         let topic = TopicFilter::parse(&target.topic).map_err(anyhow::Error::msg).with_context(here)?;
@@ -200,6 +202,7 @@ fn alert_settings(settings: &Settings) -> anyhow::Result<query::alerts::AlertSet
         directory: of.directory.clone(),
         horizon: of.horizon.0,
         devices_max: of.devices_max,
+        subscribers_max: of.subscribers_max,
         targets: of.publish.iter().map(target).collect::<anyhow::Result<_>>()?,
     })
 }

@@ -1,12 +1,13 @@
 //! Alerts of the cloud, with real processes: rules by HTTP, server-sent events through kill -9, targets that hang, a broker, and
 //! an edge that raises the same alert.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arrow::array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
 use futures::StreamExt;
+use rand::Rng;
 use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::Packet;
 use rumqttc::v5::{AsyncClient, Event};
@@ -15,7 +16,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use wire::{FieldType, StreamField, StreamSchema};
 
-use crate::harness::{Chain, Cloud, Edge, Mosquitto, Sender, mqtt_source, publish};
+use crate::harness::{Answer, Chain, Cloud, Edge, Mosquitto, Sender, mqtt_source, publish};
+use crate::load::seeded;
 use crate::process::{PATIENCE, POLL};
 
 const RULE: &str = "on = \"field\"\nwhen = \"n > 100\"\nmessage = \"{{ device }} has {{ n }}\"\n\
@@ -57,10 +59,7 @@ impl Readings {
     async fn send(&mut self, all: &[(&str, i64)]) {
         let batch = self.chain.seal(&readings(all));
         let begun = Instant::now();
-        while !matches!(
-            self.sender.send(&schema(), std::slice::from_ref(&batch)).await,
-            crate::harness::Answer::Acks(_)
-        ) {
+        while !matches!(self.sender.send(&schema(), std::slice::from_ref(&batch)).await, Answer::Acks(_)) {
             assert!(begun.elapsed() < PATIENCE, "the batch is not taken");
             tokio::time::sleep(POLL).await;
         }
@@ -354,12 +353,10 @@ async fn edge_and_cloud_raise_one_alert_and_the_broker_retains_it_while_it_fires
     client.subscribe("city/#", QoS::AtLeastOnce).await.unwrap();
     while !matches!(events.poll().await.unwrap(), Event::Incoming(Packet::SubAck(_))) {}
     let mut next = async || loop {
-        match tokio::time::timeout(PATIENCE, events.poll()).await.expect("a message comes").unwrap() {
-            Event::Incoming(Packet::Publish(message)) => {
-                assert_eq!(&message.topic[..], b"city/d1/high");
-                return serde_json::from_slice::<Value>(&message.payload).ok();
-            }
-            _ => {}
+        let event = tokio::time::timeout(PATIENCE, events.poll()).await.expect("a message comes").unwrap();
+        if let Event::Incoming(Packet::Publish(message)) = event {
+            assert_eq!(&message.topic[..], b"city/d1/high");
+            return serde_json::from_slice::<Value>(&message.payload).ok();
         }
     };
     send(200).await;
@@ -384,4 +381,98 @@ async fn edge_and_cloud_raise_one_alert_and_the_broker_retains_it_while_it_fires
     let told = cloud.integer("SELECT count(*) FROM alert_log WHERE told").await;
     assert_eq!((ids, told), (1, 2));
     edge.stop();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_alert_is_recorded_once_and_delivered_through_kill_9_at_any_moment() {
+    const DEVICES: usize = 50;
+    const ROUNDS: usize = 8;
+    let mut random = seeded();
+    let directory = tempfile::tempdir().unwrap();
+    let got: Got = Arc::default();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(serve(listener, Arc::clone(&got)));
+    let target = format!(
+        "[commit]\nmax_age = \"1s\"\n[[alerts.publish]]\nname = \"all\"\nkind = \"webhook\"\nurl = \"http://{address}/\"\n"
+    );
+    let mut cloud = Cloud::start(directory.path(), "a", &target).await;
+    let mut readings = Readings::to(&cloud);
+    readings.send(&[("d0", 1)]).await;
+    put(&cloud, "high", RULE).await;
+    let devices: Vec<String> = (0..DEVICES).map(|device| format!("d{device}")).collect();
+    let sending = tokio::spawn(async move {
+        for _ in 0..ROUNDS {
+            for value in [500, 5] {
+                readings.send(&devices.iter().map(|device| (device.as_str(), value)).collect::<Vec<_>>()).await;
+            }
+        }
+    });
+    let mut kills = 0;
+    while !sending.is_finished() || kills < 4 {
+        tokio::time::sleep(Duration::from_millis(random.random_range(0..700))).await;
+        cloud.kill();
+        cloud.run();
+        cloud.wait().await;
+        kills += 1;
+    }
+    sending.await.unwrap();
+    let begun = Instant::now();
+    let resolved = "SELECT count(*) FROM alert_log WHERE transition = 'resolved'";
+    while cloud.integer(resolved).await < (DEVICES * ROUNDS) as i64 {
+        assert!(begun.elapsed() < PATIENCE, "{} resolved", cloud.integer(resolved).await);
+        tokio::time::sleep(POLL).await;
+    }
+    println!("{kills} times killed");
+    let rows = "SELECT transition, count(*) AS n, count(DISTINCT alert_id) AS ids FROM alert_log \
+                WHERE alert_id IS NOT NULL GROUP BY transition ORDER BY transition";
+    let all = DEVICES * ROUNDS;
+    let expected = ["firing", "resolved"].map(|word| json!({ "transition": word, "n": all, "ids": all }));
+    assert_eq!(cloud.sql(rows).await.unwrap(), expected);
+    let sequences = cloud.sql("SELECT count(*) AS n, count(DISTINCT sequence) AS d FROM alert_log").await.unwrap();
+    assert_eq!(sequences[0]["n"], sequences[0]["d"]);
+    // Delivered: each at least once, and repeats have the id of the first.
+    let ids = |got: &Got| {
+        let all = got.lock().unwrap();
+        all.iter().map(|(_, body)| body["id"].as_str().unwrap().to_owned()).collect::<BTreeSet<_>>()
+    };
+    while ids(&got).len() < 2 * all {
+        assert!(begun.elapsed() < PATIENCE, "{} of {}", ids(&got).len(), 2 * all);
+        tokio::time::sleep(POLL).await;
+    }
+    println!("{} deliveries of {} changes", got.lock().unwrap().len(), 2 * all);
+    let rows = cloud.sql("SELECT alert_id, sequence FROM alert_log WHERE told").await.unwrap();
+    let recorded = rows.iter().map(|row| format!("{}/{}", row["alert_id"].as_str().unwrap(), row["sequence"]));
+    assert_eq!(ids(&got), recorded.collect::<BTreeSet<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_device_stays_silent_over_a_restart_and_nobody_else_writes_the_record() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut cloud = Cloud::start(directory.path(), "a", "[commit]\nmax_age = \"1s\"\n").await;
+    let mut readings = Readings::to(&cloud);
+    readings.send(&[("d1", 1)]).await;
+    put(&cloud, "silent", "on = \"field\"\nabsent = \"3s\"\nevery = \"1s\"\n").await;
+    let mut listener = Listener::new(&cloud, "?after=0");
+    assert_eq!(listener.word().await, "d1 firing");
+    cloud.kill();
+    cloud.run();
+    cloud.wait().await;
+    // It is asked some times, first before the node can know, then when it does.
+    let asked = "SELECT count(*) FROM system.queries WHERE text LIKE 'SELECT CAST(\"device\"%' AND state = 'done'";
+    let begun = Instant::now();
+    while cloud.integer(asked).await < 5 {
+        assert!(begun.elapsed() < PATIENCE, "{} times", cloud.integer(asked).await);
+        tokio::time::sleep(POLL).await;
+    }
+    let recorded = "SELECT count(*) FROM alert_log WHERE alert_id IS NOT NULL";
+    assert_eq!(cloud.integer(recorded).await, 1, "only that it fires");
+    readings.send(&[("d1", 1)]).await;
+    assert_eq!(listener.word().await, "d1 resolved");
+    // Whoever has a token writes no decisions.
+    let mut chain = Chain::new("alert_log", schema());
+    let forged = chain.seal(&self::readings(&[("d1", 1)]));
+    let Answer::Acks(acks) = readings.sender.send(&schema(), &[forged]).await else { panic!() };
+    assert!(acks.acks.is_empty() && acks.refused.len() == 1, "{acks:?}");
+    assert_eq!(cloud.integer("SELECT count(*) FROM alert_log WHERE _edge <> 'weir'").await, 0);
 }

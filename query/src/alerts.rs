@@ -13,7 +13,7 @@ pub(crate) mod rule;
 mod runner;
 mod shown;
 pub(crate) mod silence;
-mod statement;
+pub(crate) mod statement;
 mod store;
 mod template;
 pub(crate) mod topic;
@@ -59,6 +59,8 @@ pub struct AlertSettings {
     pub horizon: Duration,
     /// Devices of one stream whose newest row is remembered.
     pub devices_max: usize,
+    /// Who listens to `/v1/alerts/stream` at a time.
+    pub subscribers_max: usize,
     pub targets: Vec<TargetSettings>,
 }
 
@@ -76,6 +78,8 @@ pub struct RuleStatus {
     pub configured: bool,
     /// Rows on which its condition failed, or statements that did, since the start.
     pub failed: u64,
+    /// Alerts that did not begin because it has `max_instances`, since the start.
+    pub refused: u64,
     pub last_error: Option<String>,
 }
 
@@ -124,7 +128,7 @@ impl Alerts {
         token: CancellationToken,
     ) -> Result<Arc<Self>, String> {
         let (store, loaded) = RuleStore::open(&settings.data_dir.join("rules"), settings.directory.as_deref())?;
-        let hub = Arc::new(Hub::new(Arc::clone(&engine)));
+        let hub = Arc::new(Hub::new(Arc::clone(&engine), settings.subscribers_max));
         let (commands, received) = mpsc::channel(COMMANDS_MAX);
         let rules = Arc::default();
         let runner = Runner::new(
@@ -134,12 +138,15 @@ impl Alerts {
             Arc::clone(&rules),
             received,
         );
-        let stop = token.clone();
+        let (stop, ends) = (token.clone(), Ends(token.clone()));
         std::thread::Builder::new()
             .name("weir-alerts".to_owned())
-            .spawn(move || match tokio::runtime::Builder::new_current_thread().enable_all().build() {
-                Ok(runtime) => runtime.block_on(runner.run(stop)),
-                Err(error) => tracing::error!(%error, "no runtime for alerts"),
+            .spawn(move || {
+                let _ends = ends;
+                match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                    Ok(runtime) => runtime.block_on(runner.run(stop)),
+                    Err(error) => tracing::error!(%error, "no runtime for alerts"),
+                }
             })
             .map_err(|error| format!("start the thread of alerts: {error}"))?;
         let targets = settings.targets.iter().map(|target| {
@@ -205,6 +212,7 @@ impl Alerts {
         let settings = RuleSettings::parse(name, text).map_err(AlertError::Invalid)?;
         let rule = Rule::compile(&self.engine, settings.clone()).await.map_err(|error| match error {
             RuleError::Waits(reason) | RuleError::Refused(reason) => AlertError::Invalid(reason),
+            RuleError::Busy(reason) => AlertError::Failed(reason),
         })?;
         let status = shown::status_of(name, Ok(&rule), false);
         let mut store = self.store.lock().await;
@@ -282,6 +290,18 @@ impl Alerts {
     }
 }
 
+/// A node whose task of alerts has ended raises none, and nobody would know: it stops, too.
+struct Ends(CancellationToken);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        if !self.0.is_cancelled() {
+            tracing::error!("the task of alerts has ended: the node stops");
+            self.0.cancel();
+        }
+    }
+}
+
 /// Starts the task of a target.
 fn serve(kind: &TargetKind, place: Place, token: CancellationToken) {
     match kind.clone() {
@@ -296,9 +316,9 @@ fn serve(kind: &TargetKind, place: Place, token: CancellationToken) {
             let request = Request { url, secret: None, timeout, attempts, alertmanager: true };
             tokio::spawn(webhook::run(request, place, token));
         }
-        TargetKind::Mqtt { host, port, client_id, username, password } => {
+        TargetKind::Mqtt { host, port, client_id, username, password, attempts } => {
             let credentials = username.map(|username| (username, password.unwrap_or_default()));
-            tokio::spawn(mqtt::run(Broker { host, port, client_id, credentials }, place, token));
+            tokio::spawn(mqtt::run(Broker { host, port, client_id, credentials, attempts }, place, token));
         }
     }
 }

@@ -89,7 +89,10 @@ impl LiveTable {
 
     /// The newest rows of the table as it was at this snapshot.
     pub(crate) fn latest_past(cold: ColdTable) -> Self {
-        Self { schema: Arc::clone(&cold.schema), asked: Asked::LatestPast(Arc::new(Frozen { cold, hot: Vec::new() })) }
+        Self {
+            schema: Arc::clone(&cold.schema),
+            asked: Asked::LatestPast(Arc::new(Frozen { cold, hot: Vec::new(), runs: Vec::new() })),
+        }
     }
 
     /// In place of a stream: its newest rows if they are kept. None when it is no stream.

@@ -2,7 +2,8 @@
 //!
 //! The newest changes lie in one ring in memory, already as text; who is further behind reads the stream `alert_log`. Everyone
 //! who listens has a place of its own in the sequence and takes what is next when it is ready: there is no queue for anyone, so
-//! nobody slows anybody, and who was away catches up. A change is in the ring after it is durable.
+//! nobody slows anybody, and who was away catches up. Those who catch up ask one after the other, in the lane of the rules, so
+//! that many of them take no more than one. A change is in the ring after it is durable.
 
 pub mod mqtt;
 pub mod sse;
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat};
 use parking_lot::RwLock;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::alerts::episode::{Episode, Phase, Severity};
 use crate::alerts::episodes::{Change, Subject};
@@ -145,12 +146,22 @@ pub struct Hub {
     engine: Arc<Engine>,
     ring: RwLock<Ring>,
     newest: watch::Sender<i64>,
+    /// Whose turn it is to ask the stream.
+    turn: Semaphore,
+    places: Arc<Semaphore>,
 }
 
 impl Hub {
-    pub(crate) fn new(engine: Arc<Engine>) -> Self {
+    /// For so many subscribers at a time.
+    pub(crate) fn new(engine: Arc<Engine>, subscribers_max: usize) -> Self {
         let ring = RwLock::new(Ring { told: VecDeque::new(), bytes: 0, above: i64::MAX });
-        Self { engine, ring, newest: watch::Sender::new(-1) }
+        let places = Arc::new(Semaphore::new(subscribers_max.min(Semaphore::MAX_PERMITS)));
+        Self { engine, ring, newest: watch::Sender::new(-1), turn: Semaphore::new(1), places }
+    }
+
+    /// A place for a subscriber; None when there is none.
+    pub(crate) fn place(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.places).try_acquire_owned().ok()
     }
 
     /// The node has found out where the stream ended: from now on there are places in it.
@@ -198,6 +209,7 @@ impl Hub {
                 return Ok(ring.told.iter().skip(at).take(count).cloned().collect());
             }
         }
+        let Ok(_turn) = self.turn.acquire().await else { return Ok(Vec::new()) };
         let changes = log::told_after(&self.engine, sequence, count).await?;
         Ok(changes.iter().filter_map(Told::new).map(Arc::new).collect())
     }

@@ -360,10 +360,12 @@ pub mod own {
 
 /// Whether a name is that of a stream that Weir fills itself.
 pub fn is_own_stream(stream: &StreamName) -> bool {
-    matches!(
-        stream.as_str(),
-        own::QUARANTINE | own::LOSSES | own::ALERTS | own::ALERT_LOG | own::ALERT_DELIVERIES | "host"
-    )
+    matches!(stream.as_str(), own::QUARANTINE | own::LOSSES | own::ALERTS | "host") || is_cloud_stream(stream)
+}
+
+/// Whether a name is that of a stream that the cloud alone fills: nobody else may write there.
+pub fn is_cloud_stream(stream: &StreamName) -> bool {
+    matches!(stream.as_str(), own::ALERT_LOG | own::ALERT_DELIVERIES)
 }
 
 #[cfg(test)]

@@ -19,13 +19,21 @@ pub struct AlertSettings {
     pub horizon: Span,
     /// Devices of one stream whose newest row is remembered.
     pub devices_max: usize,
+    /// Who listens to `/v1/alerts/stream` at a time.
+    pub subscribers_max: usize,
     /// Who is told.
     pub publish: Vec<PublishSettings>,
 }
 
 impl Default for AlertSettings {
     fn default() -> Self {
-        Self { directory: None, horizon: Span(Duration::from_secs(3_600)), devices_max: 100_000, publish: Vec::new() }
+        Self {
+            directory: None,
+            horizon: Span(Duration::from_secs(3_600)),
+            devices_max: 100_000,
+            subscribers_max: 10_000,
+            publish: Vec::new(),
+        }
     }
 }
 
@@ -58,7 +66,7 @@ pub struct PublishSettings {
     /// Of one request.
     #[serde(default = "timeout")]
     pub timeout: Span,
-    /// Then it is a dead letter.
+    /// Then it is a dead letter. Of MQTT: connections that were lost over one change.
     #[serde(default = "attempts")]
     pub attempts: u32,
     /// What is older when the target comes back is missed.

@@ -104,6 +104,15 @@ pub(crate) struct Watch {
     pub(crate) clear: Option<i64>,
 }
 
+impl Watch {
+    /// The clock that its times are of was set by so much.
+    pub(crate) fn shift(&mut self, by: i64) {
+        self.from = self.from.saturating_add(by);
+        self.last = self.last.saturating_add(by);
+        self.clear = self.clear.map(|clear| clear.saturating_add(by));
+    }
+}
+
 /// What one origin says.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Raised {
@@ -132,7 +141,6 @@ pub(crate) struct Episode {
     pub(crate) to: Option<i64>,
     pub(crate) message: String,
     pub(crate) topic: String,
-    pub(crate) values: Words,
     pub(crate) acknowledged: Option<Acknowledged>,
     pub(crate) assigned: Option<String>,
     pub(crate) watch: Option<Watch>,
@@ -146,6 +154,37 @@ pub(crate) struct Episode {
 }
 
 impl Episode {
+    /// One that a row begins, pending.
+    pub(crate) fn new(policy: &Policy, seen: &Seen<'_>) -> Self {
+        let id = id(&policy.hash, seen.device, seen.labels, seen.from);
+        let severity = seen.severity.unwrap_or(policy.severity);
+        Self {
+            rule: policy.name.clone(),
+            hash: policy.hash.clone(),
+            stream: policy.stream.clone(),
+            labels: seen.labels.to_owned(),
+            device: seen.device.map(str::to_owned),
+            phase: Phase::Pending,
+            told: false,
+            quiet: None,
+            severity,
+            value: seen.value,
+            from: seen.from,
+            to: None,
+            message: String::new(),
+            topic: String::new(),
+            acknowledged: None,
+            assigned: None,
+            watch: None,
+            raised: BTreeMap::new(),
+            aliases: Vec::new(),
+            told_at: 0,
+            clear_at: 0,
+            unsettled_at: None,
+            id,
+        }
+    }
+
     /// Whether some origin still raises it.
     pub(crate) fn is_raised(&self) -> bool {
         self.raised.values().any(|raised| raised.to.is_none())
@@ -196,6 +235,8 @@ pub(crate) struct Policy {
     pub(crate) inhibited_by: Vec<String>,
     pub(crate) worse_by: Option<f64>,
     pub(crate) instances_max: usize,
+    /// Whether its rows are as old as the question, so that the machine's clock is their event time.
+    pub(crate) by_clock: bool,
     pub(crate) message: Message,
     pub(crate) topic: Places,
 }

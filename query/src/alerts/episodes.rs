@@ -7,22 +7,24 @@
 //! - What happened longer than the horizon ago is a backfill: recorded, nobody is told, and it fires in earnest when a row of
 //!   the present still holds.
 //! - Nobody is told while a silence holds or another alert inhibits it; when that is over and it still fires, it is told then.
-//! - Time between two ticks counts at most [`STEP_US`], so that a clock that is set repeats nothing and ends nothing.
+//! - Time between two ticks counts at most [`STEP_US`], so that a clock that is set repeats nothing and ends nothing; what a
+//!   rule saw by that clock is moved with it. Of the time that a node was away as much counts towards `keep_firing_for`.
+//! - A rule that is there and cannot run ends nothing: what it raised stays as it was.
 
 mod change;
 mod merge;
 mod people;
+mod quiet;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 pub(crate) use self::change::{Change, Subject, Transition};
 pub(crate) use self::people::Unknown;
 use super::episode::{CLOUD, Episode, Phase, Policy, Quiet, Raised, Says, Seen, Severity, Watch, id};
 use super::silence::Silence;
-use super::template::Words;
 
 /// Of the time between two ticks at most this counts.
 pub(crate) const STEP_US: i64 = 60_000_000;
@@ -31,11 +33,11 @@ const SETTLE_US: i64 = 10_000_000;
 /// Ended alerts that may still be extended.
 const ENDED_MAX: usize = 10_000;
 
-/// Which rule, as its text is.
-type RuleKey = (String, String);
+/// Which rule, as its text is: name and hash.
+pub(crate) type RuleKey = (String, String);
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Episodes {
     horizon: i64,
     policies: BTreeMap<String, Arc<Policy>>,
@@ -48,8 +50,10 @@ pub(crate) struct Episodes {
     now: i64,
     /// How long was listened, µs; `told` of an alert by that.
     heard: i64,
-    /// Alerts that did not begin because their rule has too many.
-    pub(crate) refused: u64,
+    /// Rules that are there, and do not run now.
+    waiting: BTreeSet<RuleKey>,
+    /// Alerts that did not begin because their rule has too many, by rule.
+    refused: BTreeMap<String, u64>,
     out: Vec<Change>,
 }
 
@@ -66,7 +70,8 @@ impl Episodes {
             sequence,
             now,
             heard: 0,
-            refused: 0,
+            waiting: BTreeSet::new(),
+            refused: BTreeMap::new(),
             out: Vec::new(),
         }
     }
@@ -77,7 +82,7 @@ impl Episodes {
         // Times by which something is due are distances from what was listened.
         let mut episode = episode;
         let listened = |at: i64| -(self.now - at).clamp(0, i64::MAX / 2);
-        (episode.told_at, episode.clear_at) = (listened(episode.told_at), listened(episode.clear_at));
+        (episode.told_at, episode.clear_at) = (listened(episode.told_at), listened(episode.clear_at).max(-STEP_US));
         episode.unsettled_at = episode.unsettled_at.map(|_| self.heard);
         if episode.phase == Phase::Resolved && !episode.is_raised() {
             self.keep_ended(key, episode);
@@ -90,8 +95,14 @@ impl Episodes {
         self.silences.insert(silence.id.clone(), silence);
     }
 
-    /// The rules that there are from now on. Alerts of others end.
+    /// Rules that are there, and do not run now: their alerts stay.
+    pub(crate) fn wait_for(&mut self, rules: BTreeSet<RuleKey>) {
+        self.waiting = rules;
+    }
+
+    /// The rules that run from now on. Alerts of others end, but for those that wait.
     pub(crate) fn govern(&mut self, policies: BTreeMap<String, Arc<Policy>>, now: i64) {
+        self.refused.retain(|name, _| policies.contains_key(name));
         self.policies = policies;
         let gone: Vec<RuleKey> = self.open.keys().filter(|key| !self.is_governed(key)).cloned().collect();
         for key in gone {
@@ -116,7 +127,21 @@ impl Episodes {
     }
 
     fn is_governed(&self, key: &RuleKey) -> bool {
-        self.policies.get(&key.0).is_some_and(|policy| policy.hash == key.1)
+        self.waiting.contains(key) || self.policies.get(&key.0).is_some_and(|policy| policy.hash == key.1)
+    }
+
+    /// The machine's clock was set by so much: what was seen by it is moved along.
+    pub(crate) fn clock_was_set(&mut self, by: i64) {
+        for (key, open) in &mut self.open {
+            if self.policies.get(&key.0).is_some_and(|policy| policy.by_clock && policy.hash == key.1) {
+                open.values_mut().filter_map(|episode| episode.watch.as_mut()).for_each(|watch| watch.shift(by));
+            }
+        }
+    }
+
+    /// Alerts of a rule that did not begin because it has too many.
+    pub(crate) fn refused(&self, rule: &str) -> u64 {
+        self.refused.get(rule).copied().unwrap_or_default()
     }
 
     /// The alerts of a rule that are open, by their labels.
@@ -164,16 +189,20 @@ impl Episodes {
                 Some(episode) => episode,
                 None => {
                     if self.open.get(&key).map_or(0, HashMap::len) >= policy.instances_max {
-                        self.refused += 1;
+                        *self.refused.entry(policy.name.clone()).or_default() += 1;
                         return;
                     }
-                    new_episode(policy, seen)
+                    Episode::new(policy, seen)
                 }
             },
         };
-        if episode.watch.as_ref().is_some_and(|watch| seen.to < watch.last) {
-            self.put(key, episode);
-            return;
+        if let Some(watch) = episode.watch.as_mut().filter(|watch| seen.to < watch.last) {
+            if !policy.by_clock {
+                self.put(key, episode);
+                return;
+            }
+            // The clock was set back while nobody looked.
+            watch.shift(seen.to - watch.last);
         }
         if let Some(watch) = &mut episode.watch {
             watch.last = seen.to;
@@ -214,7 +243,6 @@ impl Episodes {
             if episode.raised.is_empty() || episode.topic.is_empty() {
                 (episode.message, episode.topic) = (policy.message.fill(&words), policy.topic.fill_topic(&words));
             }
-            episode.values = words;
             self.raise(episode, CLOUD, &id, from, (seen.to, now));
             return;
         }
@@ -237,8 +265,7 @@ impl Episodes {
     }
 
     fn fill(&self, policy: &Policy, episode: &mut Episode, severity: Severity, seen: &Seen<'_>) {
-        episode.values = policy.words(&episode.id, severity, seen);
-        episode.message = policy.message.fill(&episode.values);
+        episode.message = policy.message.fill(&policy.words(&episode.id, severity, seen));
     }
 
     fn holds_not(&mut self, policy: &Policy, episode: &mut Episode, seen: &Seen<'_>, now: i64) {
@@ -366,7 +393,7 @@ impl Episodes {
         episode.quiet = if episode.quiet == Some(Quiet::Backfill) && self.is_old(ts, now) {
             Some(Quiet::Backfill)
         } else {
-            self.quiet(episode, now)
+            self.quiet(episode, now, &mut HashMap::new())
         };
         let told = episode.quiet.is_none();
         if told {
@@ -375,28 +402,12 @@ impl Episodes {
         self.record(transition, ts, now, told, episode);
     }
 
-    fn quiet(&self, episode: &Episode, now: i64) -> Option<Quiet> {
-        if self.silences.values().any(|silence| silence.holds(episode, now)) {
-            return Some(Quiet::Silenced);
-        }
-        let policy = self.policies.get(&episode.rule).filter(|policy| policy.hash == episode.hash)?;
-        let inhibits = |name: &String| {
-            let of_rule = self.open.range((name.clone(), String::new())..).take_while(|(key, _)| key.0 == *name);
-            of_rule.flat_map(|(_, open)| open.values()).any(|other| {
-                other.phase == Phase::Firing
-                    && other.quiet != Some(Quiet::Backfill)
-                    && agree(&other.labels, &episode.labels)
-            })
-        };
-        policy.inhibited_by.iter().any(inhibits).then_some(Quiet::Inhibited)
-    }
-
     /// Time passes: what is kept, repeated, or was not told and now may be.
     pub(crate) fn tick(&mut self, now: i64) {
         self.heard += now.saturating_sub(self.now).clamp(0, STEP_US);
         self.now = now;
         self.silences.retain(|_, silence| !silence.is_over(now));
-        let mut due = Vec::new();
+        let (mut due, mut firing) = (Vec::new(), HashMap::new());
         for (key, open) in &self.open {
             let policy = self.policies.get(&key.0).filter(|policy| policy.hash == key.1);
             for episode in open.values() {
@@ -404,8 +415,9 @@ impl Episodes {
                     && policy.is_some_and(|policy| self.heard - episode.clear_at >= policy.keep);
                 let unsettled = episode.unsettled_at.is_some_and(|since| self.heard - since >= SETTLE_US);
                 let quiet = episode.phase == Phase::Firing
-                    && matches!(episode.quiet, Some(Quiet::Silenced | Quiet::Inhibited))
-                    && self.quiet(episode, now).is_none();
+                    && (episode.quiet == Some(Quiet::Silenced)
+                        || episode.quiet == Some(Quiet::Inhibited) && policy.is_some())
+                    && self.quiet(episode, now, &mut firing).is_none();
                 let repeat = episode.phase == Phase::Firing
                     && episode.quiet.is_none()
                     && episode.told
@@ -470,41 +482,3 @@ impl Episodes {
 
 /// Where an alert is told when its rule says nothing of it.
 pub(crate) const USUAL_TOPIC: &str = "alerts/{stream}/{device}/{rule}";
-
-fn new_episode(policy: &Policy, seen: &Seen<'_>) -> Episode {
-    let id = id(&policy.hash, seen.device, seen.labels, seen.from);
-    let severity = seen.severity.unwrap_or(policy.severity);
-    Episode {
-        rule: policy.name.clone(),
-        hash: policy.hash.clone(),
-        stream: policy.stream.clone(),
-        labels: seen.labels.to_owned(),
-        device: seen.device.map(str::to_owned),
-        phase: Phase::Pending,
-        told: false,
-        quiet: None,
-        severity,
-        value: seen.value,
-        from: seen.from,
-        to: None,
-        message: String::new(),
-        topic: String::new(),
-        values: Words::new(),
-        acknowledged: None,
-        assigned: None,
-        watch: None,
-        raised: BTreeMap::new(),
-        aliases: Vec::new(),
-        told_at: 0,
-        clear_at: 0,
-        unsettled_at: None,
-        id,
-    }
-}
-
-/// Whether no label that both have says something else.
-fn agree(one: &str, other: &str) -> bool {
-    let read = |text: &str| serde_json::from_str::<BTreeMap<String, serde_json::Value>>(text).unwrap_or_default();
-    let (one, other) = (read(one), read(other));
-    one.iter().all(|(name, value)| other.get(name).is_none_or(|same| same == value))
-}

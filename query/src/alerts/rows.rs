@@ -25,9 +25,12 @@ use super::episode::{Policy, Says, Seen, Severity};
 use super::episodes::Episodes;
 use super::rule::RowsOnly;
 use super::template::{Places, Words};
+use super::topic::label;
 
 /// Rows of a batch on which a condition may fail before the rest of it says nothing.
 const FAILURES_MAX: usize = 64;
+/// Labels of an alert that are columns.
+pub(crate) const LABELS_MAX: usize = 64;
 const WINDOW_START: &str = "window_start";
 const WINDOW_END: &str = "window_end";
 const SEVERITY: &str = "severity";
@@ -50,8 +53,15 @@ impl Shape {
         let (device, severity) = (text(DEVICE), text(SEVERITY).filter(|_| !of_one_stream));
         let labels = match of_one_stream {
             true => device.into_iter().collect(),
-            false => (0..schema.fields().len()).filter(|index| is_text(*index) && Some(*index) != severity).collect(),
+            false => {
+                let is_label = |index: &usize| is_text(*index) && Some(*index) != severity;
+                (0..schema.fields().len()).filter(is_label).collect::<Vec<_>>()
+            }
         };
+        if labels.len() > LABELS_MAX {
+            let count = labels.len();
+            return Err(format!("{count} text columns, each a label: SELECT those that tell its alerts apart"));
+        }
         let is_number = |index: &usize| {
             let kind = schema.field(*index).data_type();
             kind.is_numeric()
@@ -85,7 +95,7 @@ impl<'r> Instances<'r> {
     }
 
     pub(crate) fn device(&self, row: usize) -> Option<String> {
-        text(self.rows.column(self.shape.device?), row)
+        text(self.rows.column(self.shape.device?), row).map(|device| label(&device).into_owned())
     }
 
     /// A JSON object, its keys in order.
@@ -93,11 +103,13 @@ impl<'r> Instances<'r> {
         let mut labels = BTreeMap::new();
         let schema = self.rows.schema_ref();
         for index in &self.shape.labels {
-            labels.insert(schema.field(*index).name().clone(), text(self.rows.column(*index), row));
+            let value = text(self.rows.column(*index), row);
+            labels.insert(schema.field(*index).name().clone(), value.map(|value| label(&value).into_owned()));
         }
         if !self.more.is_empty() {
             let words = self.values(row);
-            labels.extend(self.more.iter().map(|(name, places)| (name.clone(), Some(places.fill(&words)))));
+            let fill = |places: &Places| Some(label(&places.fill(&words)).into_owned());
+            labels.extend(self.more.iter().map(|(name, places)| (name.clone(), fill(places))));
         }
         serde_json::to_string(&labels).unwrap_or_default()
     }
@@ -194,10 +206,7 @@ impl RowRule {
         now: i64,
         failed: &mut u64,
     ) -> Result<()> {
-        let holds = match &self.predicate {
-            None => None,
-            Some(predicate) => Some(test(predicate, &rows.batch, failed)),
-        };
+        let holds = self.predicate.as_ref().map(|predicate| test(predicate, &rows.batch, failed));
         let open: Option<HashSet<String>> = episodes.open_of(policy).map(|open| {
             open.values()
                 .filter(|episode| episode.watch.is_some())
@@ -226,7 +235,9 @@ impl RowRule {
             } else {
                 let known = holds.as_ref().is_some_and(|holds| holds.is_valid(row));
                 let matters = match device {
-                    Some(device) => begun.contains(device) || open.as_ref().is_some_and(|open| open.contains(device)),
+                    Some(device) => {
+                        begun.contains(device) || open.as_ref().is_some_and(|open| open.contains(&*label(device)))
+                    }
                     None => open.is_some() || !chosen.is_empty(),
                 };
                 match (&self.until, &until) {
@@ -311,7 +322,7 @@ pub(crate) struct FreshRows {
 }
 
 /// The newest event time of each device of a stream.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Newest {
     of: HashMap<String, i64>,
     /// Devices that found no room.

@@ -27,7 +27,7 @@ use wire::written::{Span, with_nearest_key};
 
 use super::episode::{Policy, Severity};
 use super::episodes::USUAL_TOPIC;
-use super::rows::{RowRule, Shape};
+use super::rows::{LABELS_MAX, RowRule, Shape};
 use super::template::{Message, Places};
 use crate::caller::{Caller, Door};
 use crate::engine::Engine;
@@ -40,6 +40,7 @@ pub const RULE_BYTES_MAX: usize = 64 << 10;
 /// The lane in which rules ask.
 pub const LANE: &str = "alerts";
 const NAME_BYTES_MAX: usize = 63;
+const INSTANCES_MAX: u32 = 100_000;
 
 /// A rule as it is written.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -178,8 +179,11 @@ impl RuleSettings {
         if self.repeat_every.is_some_and(|every| every.0 < Duration::from_secs(10)) {
             return Err(format!("{here}: repeat_every is less than 10s"));
         }
-        if self.max_instances == 0 {
-            return Err(format!("{here}: max_instances must be at least 1"));
+        if !(1..=INSTANCES_MAX).contains(&self.max_instances) {
+            return Err(format!("{here}: max_instances is from 1 to {INSTANCES_MAX}"));
+        }
+        if self.labels.len() > LABELS_MAX {
+            return Err(format!("{here}: more than {LABELS_MAX} labels"));
         }
         if self.worse_by.is_some_and(|by| !by.is_finite() || by == 0.0) {
             return Err(format!("{here}: worse_by must be a number that is not 0"));
@@ -265,6 +269,9 @@ pub(crate) enum RuleError {
     /// Perhaps later: what it is on is not there yet.
     #[error("{0}")]
     Waits(String),
+    /// It could not be understood for now: the node has much to do.
+    #[error("{0}")]
+    Busy(String),
     #[error("{0}")]
     Refused(String),
 }
@@ -278,6 +285,11 @@ pub(crate) fn caller() -> Caller {
 async fn plan(engine: &Engine, sql: &str) -> Result<LogicalPlan, RuleError> {
     let refused = |error: crate::QueryError| match error {
         crate::QueryError::UnknownTable { .. } => RuleError::Waits(error.to_string()),
+        crate::QueryError::Timeout { .. }
+        | crate::QueryError::Memory { .. }
+        | crate::QueryError::Cancelled
+        | crate::QueryError::Busy { .. }
+        | crate::QueryError::Failed { .. } => RuleError::Busy(error.to_string()),
         error => {
             let hint = error.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
             RuleError::Refused(format!("{error}{hint}"))
@@ -385,6 +397,7 @@ impl Rule {
             inhibited_by: settings.inhibited_by.clone(),
             worse_by: settings.worse_by,
             instances_max: settings.max_instances as usize,
+            by_clock: !matches!(kind, Kind::Rows(_)),
             message,
             topic,
         };

@@ -4,24 +4,24 @@
 //! Streams are followed from a recorded position ([`crate::follow`]): each row is looked at once. A stream that no rule was on
 //! before begins with what comes next. The stream `alerts`, which edges send, is always followed.
 
-use std::collections::{BTreeMap, HashSet};
+mod follow;
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
-use arrow_select::concat::concat_batches;
-use futures::TryStreamExt;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use wire::{StreamName, StreamSchema};
 
+use self::follow::same_columns;
 use super::claims;
-use super::episodes::{Episodes, Unknown};
+use super::episodes::{Episodes, RuleKey, Unknown};
 use super::log::{self, Positions};
-use super::rows::{FreshRows, Newest};
+use super::rows::Newest;
 use super::rule::{Kind, Rule, RuleError};
 use super::shown;
 use super::silence::Silence;
@@ -29,8 +29,6 @@ use super::statement::{self, Answer};
 use super::store::Loaded;
 use super::{RuleStatus, Word, now_us};
 use crate::engine::Engine;
-use crate::follow::{Position, behind};
-use crate::fused_table::Frozen;
 use crate::publish::Hub;
 use crate::sink::{Sink, SinkError};
 
@@ -39,8 +37,10 @@ const TICK: Duration = Duration::from_secs(1);
 const MARK_EVERY: Duration = Duration::from_secs(60);
 /// Statements of rules that are asked at a time.
 const ASKED_MAX: usize = 2;
-/// Rows of batches that are looked at together.
-const ROWS_TOGETHER: usize = 16_384;
+/// A rule that could not be understood for now is tried again.
+const AGAIN: Duration = Duration::from_secs(10);
+/// The machine's clock was set when it is so far from where it should be, µs.
+const CLOCK_US: i64 = 2_000_000;
 const WAIT_MIN: Duration = Duration::from_millis(50);
 const WAIT_MAX: Duration = Duration::from_secs(5);
 
@@ -63,6 +63,8 @@ struct Kept {
     loaded: Loaded,
     /// When its statement is due, and whether it is asked now.
     due: Instant,
+    /// Not before then it is understood again.
+    retry: Option<Instant>,
     asked: bool,
     failed: u64,
 }
@@ -71,6 +73,8 @@ struct Kept {
 #[derive(Debug, Default)]
 struct Followed {
     newest: Newest,
+    /// Its columns when all of its rules were last seen to be about these.
+    columns: Option<SchemaRef>,
 }
 
 /// Answers to people, given when what they asked for is written.
@@ -99,7 +103,7 @@ pub(crate) struct Runner {
     marked: Instant,
     /// Positions moved since they were written.
     moved: bool,
-    /// The time, never back; and when the node began to listen.
+    /// The machine's time when it was last looked at, and since when it was listened by that clock.
     now: i64,
     at: Instant,
     listening: i64,
@@ -149,6 +153,7 @@ impl Runner {
             self.keep(loaded, rule);
         }
         self.govern(&mut episodes);
+        self.clock(&mut episodes);
         self.hub.open(episodes.sequence());
         let mut changed = self.engine.tables().changed();
         let mut tick = tokio::time::interval(TICK);
@@ -174,7 +179,7 @@ impl Runner {
                     self.follow(&mut episodes).await;
                 }
                 _ = tick.tick() => {
-                    let now = self.clock();
+                    let now = self.clock(&mut episodes);
                     episodes.tick(now);
                     self.wait_no_longer(&mut episodes).await;
                     self.ask(&answered);
@@ -185,23 +190,29 @@ impl Runner {
             }
         }
         if self.moved {
-            episodes.mark(self.clock());
+            episodes.mark(now_us());
             self.write_once(&mut episodes).await;
         }
     }
 
-    /// The time: that of the machine, and when that was set back it goes on from where it was.
-    fn clock(&mut self) -> i64 {
-        let passed = i64::try_from(self.at.elapsed().as_micros()).unwrap_or(0);
-        let machine = now_us();
-        self.now = if machine >= self.now { machine } else { self.now + passed };
-        self.at = Instant::now();
-        self.now
+    /// The machine's time. When its clock was set, or the machine slept, what is measured by it is moved along, and it is
+    /// listened anew.
+    fn clock(&mut self, episodes: &mut Episodes) -> i64 {
+        let passed = i64::try_from(self.at.elapsed().as_micros()).unwrap_or(i64::MAX);
+        let (machine, expected) = (now_us(), self.now.saturating_add(passed));
+        (self.now, self.at) = (machine, Instant::now());
+        let set_by = machine.saturating_sub(expected);
+        if set_by.saturating_abs() > CLOCK_US {
+            tracing::warn!(set_by_s = set_by / 1_000_000, "the clock was set");
+            episodes.clock_was_set(set_by);
+            self.listening = machine;
+        }
+        machine
     }
 
     async fn recover(&mut self, token: &CancellationToken) -> Option<Episodes> {
         loop {
-            let now = self.clock();
+            let now = now_us();
             match log::recover(&self.engine, now).await {
                 Ok(found) => {
                     let (episodes, positions) = found.into_episodes(self.horizon, now);
@@ -225,28 +236,50 @@ impl Runner {
         let status = shown::status_of(&name, rule.as_deref(), configured);
         let hash = loaded.settings.hash();
         self.statuses.lock().insert(name.clone(), RuleStatus { hash, ..status });
-        self.rules.insert(name, Kept { rule, loaded, due: Instant::now(), asked: false, failed: 0 });
+        // Whether its columns are still those of its stream is seen when that is followed.
+        if let Ok(Kind::Rows(rows)) = rule.as_ref().map(|rule| &rule.kind)
+            && let Some(followed) = self.followed.get_mut(&rows.stream)
+        {
+            followed.columns = None;
+        }
+        self.rules.insert(name, Kept { rule, loaded, due: Instant::now(), retry: None, asked: false, failed: 0 });
     }
 
     /// The rules have changed.
     fn govern(&mut self, episodes: &mut Episodes) {
         let runs = |kept: &Kept| kept.rule.as_ref().ok().map(|rule| Arc::clone(&rule.policy));
         let policies = self.rules.iter().filter_map(|(name, kept)| Some((name.clone(), runs(kept)?)));
-        // A rule whose stream is not there yet has not gone.
-        let waiting: HashSet<&String> =
-            self.rules.iter().filter(|(_, kept)| kept.rule.is_err()).map(|(name, _)| name).collect();
-        let keep = episodes.policies().filter(|(name, _)| waiting.contains(name));
+        // A rule that cannot run now has not gone.
+        let waiting: BTreeSet<RuleKey> = self
+            .rules
+            .iter()
+            .filter(|(_, kept)| kept.rule.is_err())
+            .map(|(name, kept)| (name.clone(), kept.loaded.settings.hash()))
+            .collect();
+        let keep =
+            episodes.policies().filter(|(name, policy)| waiting.contains(&((*name).clone(), policy.hash.clone())));
         let keep: Vec<_> = keep.map(|(name, policy)| (name.clone(), Arc::clone(policy))).collect();
         let policies = keep.into_iter().chain(policies).collect();
+        episodes.wait_for(waiting);
         episodes.govern(policies, self.now);
-        // What nobody follows any more is not read again from where it was left.
-        if waiting.is_empty() {
-            let mut followed: HashSet<StreamName> = HashSet::from([claims::stream()]);
-            for rule in self.rules.values().filter_map(|kept| kept.rule.as_ref().ok()) {
-                if let Kind::Rows(rows) = &rule.kind {
-                    followed.insert(rows.stream.clone());
+        // What nobody follows any more is not read again from where it was left; a rule that the node had no time for goes on.
+        let mut followed: HashSet<StreamName> = HashSet::from([claims::stream()]);
+        let mut any = false;
+        for kept in self.rules.values() {
+            match (&kept.rule, &kept.loaded.settings.on) {
+                (Ok(rule), _) => {
+                    if let Kind::Rows(rows) = &rule.kind {
+                        followed.insert(rows.stream.clone());
+                    }
                 }
+                (Err(RuleError::Busy(_)), Some(on)) => {
+                    followed.insert(on.clone());
+                }
+                (Err(RuleError::Busy(_)), None) => any = true,
+                (Err(_), _) => {}
             }
+        }
+        if !any {
             self.positions.retain(|stream, _| followed.contains(stream));
             self.followed.retain(|stream, _| followed.contains(stream));
         }
@@ -257,24 +290,29 @@ impl Runner {
     async fn wait_no_longer(&mut self, episodes: &mut Episodes) {
         let streams = self.engine.tables().streams().len();
         let changed = |rule: &Rule| match &rule.kind {
-            Kind::Rows(rows) => self
-                .engine
-                .tables()
-                .cold(&rows.stream)
-                .is_some_and(|cold| cold.schema.fields().len() != rows.input.fields().len()),
+            Kind::Rows(rows) => {
+                let cold = self.engine.tables().cold(&rows.stream);
+                cold.is_some_and(|cold| !same_columns(&cold.schema, &rows.input))
+            }
             _ => false,
         };
         let again = |kept: &Kept| match &kept.rule {
-            Ok(rule) => changed(rule),
+            Ok(rule) => kept.retry.is_none_or(|retry| retry <= Instant::now()) && changed(rule),
             Err(RuleError::Waits(_)) => streams != self.streams,
+            Err(RuleError::Busy(_)) => kept.retry.is_none_or(|retry| retry <= Instant::now()),
             Err(RuleError::Refused(_)) => false,
         };
         let names: Vec<String> =
             self.rules.iter().filter(|(_, kept)| again(kept)).map(|(name, _)| name.clone()).collect();
         for name in &names {
             let Some(loaded) = self.rules.get(name).map(|kept| kept.loaded.clone()) else { continue };
-            let waited = self.rules.get(name).is_some_and(|kept| kept.rule.is_err());
+            let waited = self.rules.get(name).is_some_and(|kept| matches!(kept.rule, Err(RuleError::Waits(_))));
             let rule = Rule::compile(&self.engine, loaded.settings.clone()).await.map(Arc::new);
+            if let (Err(RuleError::Busy(_)), Some(kept)) = (&rule, self.rules.get_mut(name)) {
+                // As it was until there is time; rows of the stream wait, too.
+                kept.retry = Some(Instant::now() + AGAIN);
+                continue;
+            }
             if let (true, Ok(Kind::Rows(rows))) = (waited, rule.as_ref().map(|rule| &rule.kind)) {
                 // The stream was not there before: all of it is new.
                 self.positions.entry(rows.stream.clone()).or_default();
@@ -287,7 +325,7 @@ impl Runner {
     }
 
     fn command(&mut self, command: Command, episodes: &mut Episodes) {
-        let now = self.clock();
+        let now = self.clock(episodes);
         match command {
             Command::Put { rule, reply } => {
                 let loaded = Loaded { settings: rule.settings.clone(), configured: false };
@@ -359,7 +397,7 @@ impl Runner {
     }
 
     fn answered(&mut self, answer: &Answer, episodes: &mut Episodes) {
-        let now = self.clock();
+        let now = self.clock(episodes);
         let Some(kept) = self.rules.get_mut(&answer.rule.policy.name) else { return };
         let current = kept.rule.as_ref().is_ok_and(|rule| Arc::ptr_eq(rule, &answer.rule));
         if !current {
@@ -367,113 +405,16 @@ impl Runner {
         }
         kept.asked = false;
         match &answer.rows {
-            Ok(rows) => statement::judge(&answer.rule, rows, episodes, now),
+            Ok(rows) => {
+                statement::judge(&answer.rule, rows, episodes, now);
+                self.refusals(&answer.rule, episodes);
+            }
             Err(error) => {
                 kept.failed += 1;
                 let mut statuses = self.statuses.lock();
                 if let Some(status) = statuses.get_mut(&answer.rule.policy.name) {
                     (status.failed, status.last_error) = (kept.failed, Some(error.to_string()));
                 }
-            }
-        }
-    }
-
-    /// Looks at what is new in every stream that a rule is on.
-    async fn follow(&mut self, episodes: &mut Episodes) {
-        let mut wanted = self.wanted();
-        let columns = |rule: &Arc<Rule>| match &rule.kind {
-            Kind::Rows(rows) => rows.input.fields().len(),
-            _ => 0,
-        };
-        // A stream that got a column between two rules: both are to be about the same rows.
-        let differ = |rules: &Vec<Arc<Rule>>| rules.windows(2).any(|two| columns(&two[0]) != columns(&two[1]));
-        if wanted.values().any(differ) {
-            self.wait_no_longer(episodes).await;
-            wanted = self.wanted();
-        }
-        for (stream, rules) in wanted {
-            if let Err(error) = self.follow_one(&stream, &rules, episodes).await {
-                tracing::warn!(%stream, %error, "its new rows cannot be read yet");
-            }
-        }
-    }
-
-    /// The streams that are followed, each with its rules; that of the edges' alerts has none.
-    fn wanted(&self) -> BTreeMap<StreamName, Vec<Arc<Rule>>> {
-        let mut wanted = BTreeMap::from([(claims::stream(), Vec::new())]);
-        for rule in self.rules.values().filter_map(|kept| kept.rule.as_ref().ok()) {
-            if let Kind::Rows(rows) = &rule.kind {
-                wanted.entry(rows.stream.clone()).or_default().push(Arc::clone(rule));
-            }
-        }
-        wanted
-    }
-
-    async fn follow_one(
-        &mut self,
-        stream: &StreamName,
-        rules: &[Arc<Rule>],
-        episodes: &mut Episodes,
-    ) -> datafusion::common::Result<()> {
-        let tables = Arc::clone(self.engine.tables());
-        let Some(cold) = tables.cold(stream) else { return Ok(()) };
-        let frozen = Frozen::take(tables.as_ref(), stream).await?;
-        let shown = Position::of(&frozen);
-        let known = match self.positions.get(stream) {
-            Some(known) => known.clone(),
-            // What edges raised is never passed over; a rule begins with what comes next.
-            None if rules.is_empty() => Position::default(),
-            None => {
-                self.positions.insert(stream.clone(), shown);
-                // Written at once: after a crash the rule begins here, too.
-                let now = self.clock();
-                episodes.mark(now);
-                return Ok(());
-            }
-        };
-        if known == shown {
-            return Ok(());
-        }
-        let wanted = match rules.first().map(|rule| &rule.kind) {
-            Some(Kind::Rows(rows)) => Arc::clone(&rows.input),
-            _ => claims::columns(&cold.schema),
-        };
-        let rows = behind(&self.engine, stream, &frozen, &known, &wanted).await?;
-        let rows: Vec<RecordBatch> = rows.try_collect().await?;
-        let now = self.clock();
-        for rows in together(&rows, &wanted)? {
-            if rules.is_empty() {
-                let mut claims = claims::read(&rows);
-                if known == Position::default() {
-                    // History from before there was a record is none of its business.
-                    claims.retain(|claim| now.saturating_sub(claim.ts) <= self.horizon);
-                }
-                claims.iter().for_each(|claim| episodes.candidate(claim, now));
-                continue;
-            }
-            let followed = self.followed.entry(stream.clone()).or_default();
-            let fresh = FreshRows::new(rows, &mut followed.newest, self.devices_max);
-            for rule in rules {
-                self.judge(rule, &fresh, episodes, now);
-            }
-        }
-        self.positions.insert(stream.clone(), shown);
-        self.moved = true;
-        Ok(())
-    }
-
-    fn judge(&mut self, rule: &Rule, fresh: &FreshRows, episodes: &mut Episodes, now: i64) {
-        let Kind::Rows(rows) = &rule.kind else { return };
-        if rows.input.fields().len() != fresh.batch.num_columns() {
-            return;
-        }
-        let mut failed = 0;
-        let judged = rows.judge((&rule.policy, &rule.labels), fresh, episodes, now, &mut failed);
-        if failed > 0 || judged.is_err() {
-            let mut statuses = self.statuses.lock();
-            if let Some(status) = statuses.get_mut(&rule.policy.name) {
-                status.failed += failed.max(1);
-                status.last_error = judged.err().map(|error| error.strip_backtrace()).or(status.last_error.take());
             }
         }
     }
@@ -522,21 +463,4 @@ impl Runner {
             }
         }
     }
-}
-
-/// Small batches together, large ones as they are.
-fn together(rows: &[RecordBatch], schema: &SchemaRef) -> datafusion::common::Result<Vec<RecordBatch>> {
-    let (mut all, mut some, mut count) = (Vec::new(), Vec::new(), 0);
-    for batch in rows {
-        some.push(batch.clone());
-        count += batch.num_rows();
-        if count >= ROWS_TOGETHER {
-            all.push(concat_batches(schema, &some)?);
-            (some, count) = (Vec::new(), 0);
-        }
-    }
-    if count > 0 {
-        all.push(concat_batches(schema, &some)?);
-    }
-    Ok(all)
 }

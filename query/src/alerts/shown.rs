@@ -9,7 +9,7 @@ use super::rule::{Kind, Rule, RuleError};
 pub(crate) fn status_of(name: &str, rule: Result<&Rule, &RuleError>, configured: bool) -> RuleStatus {
     let (state, reason) = match &rule {
         Ok(_) => ("runs", None),
-        Err(RuleError::Waits(reason)) => ("waits", Some(reason.clone())),
+        Err(RuleError::Waits(reason) | RuleError::Busy(reason)) => ("waits", Some(reason.clone())),
         Err(RuleError::Refused(reason)) => ("refused", Some(reason.clone())),
     };
     let kind = rule.ok().map(|rule| match rule.kind {
@@ -18,7 +18,7 @@ pub(crate) fn status_of(name: &str, rule: Result<&Rule, &RuleError>, configured:
         Kind::Absent { .. } => "absent",
     });
     let hash = rule.map(|rule| rule.policy.hash.clone()).unwrap_or_default();
-    RuleStatus { name: name.to_owned(), state, reason, kind, hash, configured, failed: 0, last_error: None }
+    RuleStatus { name: name.to_owned(), state, reason, kind, hash, configured, failed: 0, refused: 0, last_error: None }
 }
 
 /// The alerts that are open, the worst first.

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::episode::Episode;
+/// Labels of an alert, read.
+pub(crate) type Labels = BTreeMap<String, serde_json::Value>;
 
 /// Which alerts, and when. Times are µs since 1970 UTC.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,7 +30,7 @@ impl Silence {
     }
 
     /// Whether it holds for this alert now.
-    pub(crate) fn holds(&self, episode: &Episode, now: i64) -> bool {
+    pub(crate) fn holds(&self, rule: &str, labels: &Labels, now: i64) -> bool {
         if now < self.from || self.is_over(now) {
             return false;
         }
@@ -37,13 +38,9 @@ impl Silence {
             Some(every) if every > 0 => (now - self.from) % every < self.until - self.from,
             _ => true,
         };
-        if !within || self.rule.as_ref().is_some_and(|rule| !fits(rule, &episode.rule)) {
+        if !within || self.rule.as_ref().is_some_and(|pattern| !fits(pattern, rule)) {
             return false;
         }
-        if self.labels.is_empty() {
-            return true;
-        }
-        let labels: BTreeMap<String, serde_json::Value> = serde_json::from_str(&episode.labels).unwrap_or_default();
         self.labels.iter().all(|(name, pattern)| match labels.get(name) {
             Some(serde_json::Value::String(text)) => fits(pattern, text),
             Some(other) => fits(pattern, &other.to_string()),

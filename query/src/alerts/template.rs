@@ -80,6 +80,11 @@ impl Message {
     }
 }
 
+/// A message that somebody else has made.
+pub(crate) fn shorten(message: &str) -> String {
+    message[..message.floor_char_boundary(MESSAGE_BYTES_MAX)].to_owned()
+}
+
 fn short(words: &Words) -> Words {
     let cut = |value: &Value| match value {
         Value::String(text) => Value::String(text[..text.floor_char_boundary(VALUE_BYTES_MAX)].to_owned()),

@@ -1,12 +1,16 @@
 //! Topics as MQTT has them: levels between `/`; in a filter `+` stands for one level, and `#` at the end for all that follow.
 
+use std::borrow::Cow;
+
 use ring::digest::{SHA256, digest};
 
 /// Longest topic in bytes.
 pub(crate) const TOPIC_BYTES_MAX: usize = 1_000;
 /// Longest level that is made of a value, in bytes.
 const LEVEL_BYTES_MAX: usize = 128;
-/// Of a level that was cut: what tells it from others that begin like it.
+/// Longest value of a label, in bytes.
+const LABEL_BYTES_MAX: usize = 256;
+/// Of what was cut: what tells it from others that begin like it.
 const MARK_BYTES: usize = 9;
 
 /// What somebody subscribed to.
@@ -55,11 +59,17 @@ pub(crate) fn level(value: &str) -> String {
     if clean.is_empty() {
         return "_".to_owned();
     }
-    if clean.len() <= LEVEL_BYTES_MAX {
-        return clean;
-    }
-    let kept = &clean[..clean.floor_char_boundary(LEVEL_BYTES_MAX - MARK_BYTES)];
-    let mark = digest(&SHA256, value.as_bytes());
+    if clean.len() <= LEVEL_BYTES_MAX { clean } else { cut(&clean, value, LEVEL_BYTES_MAX) }
+}
+
+/// A value as a label: what is longer than [`LABEL_BYTES_MAX`] keeps its beginning, and a mark of all of it.
+pub(crate) fn label(value: &str) -> Cow<'_, str> {
+    if value.len() <= LABEL_BYTES_MAX { value.into() } else { cut(value, value, LABEL_BYTES_MAX).into() }
+}
+
+fn cut(text: &str, whole: &str, bytes_max: usize) -> String {
+    let kept = &text[..text.floor_char_boundary(bytes_max - MARK_BYTES)];
+    let mark = digest(&SHA256, whole.as_bytes());
     let mark: String = mark.as_ref()[..4].iter().map(|byte| format!("{byte:02x}")).collect();
     format!("{kept}~{mark}")
 }
@@ -100,5 +110,8 @@ mod tests {
         assert_eq!(long.len(), LEVEL_BYTES_MAX);
         assert_ne!(long, level(&"x".repeat(65_535)), "two that begin alike stay two");
         assert!(level(&"é".repeat(40_000)).len() <= LEVEL_BYTES_MAX);
+        assert_eq!(label("a/b"), "a/b");
+        assert_eq!(label(&"x".repeat(65_536)).len(), LABEL_BYTES_MAX);
+        assert_ne!(label(&"x".repeat(65_536)), label(&"x".repeat(65_535)));
     }
 }

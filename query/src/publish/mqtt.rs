@@ -2,7 +2,8 @@
 //! when it has ended.
 //!
 //! Payloads are CloudEvents. A change counts as delivered when the broker has acknowledged it. After a lost connection what was
-//! on its way is published again: at least once, with a stable id.
+//! on its way is published again: at least once, with a stable id. What the broker refuses, or what so many connections were
+//! lost over, is a dead letter.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use rumqttc::Outgoing;
 use rumqttc::v5::mqttbytes::QoS;
-use rumqttc::v5::mqttbytes::v5::Packet;
+use rumqttc::v5::mqttbytes::v5::{Packet, PubAckReason};
 use rumqttc::v5::{AsyncClient, Event, EventLoop, MqttOptions};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -33,6 +34,8 @@ pub(crate) struct Broker {
     pub(crate) port: u16,
     pub(crate) client_id: String,
     pub(crate) credentials: Option<(String, String)>,
+    /// Connections that may be lost over one change.
+    pub(crate) attempts: u32,
 }
 
 impl Broker {
@@ -59,6 +62,9 @@ fn messages(told: &Told) -> Vec<(String, Bytes, bool)> {
 struct Line {
     connected: bool,
     acknowledged: usize,
+    /// Of these so many were refused; why the last was.
+    refused: usize,
+    reason: String,
     /// Why it is no more.
     lost: Option<String>,
 }
@@ -68,7 +74,18 @@ async fn turn(mut events: EventLoop, line: watch::Sender<Line>) {
     let lost = loop {
         match events.poll().await {
             Ok(Event::Incoming(Packet::ConnAck(_))) => line.send_modify(|line| line.connected = true),
-            Ok(Event::Incoming(Packet::PubAck(_))) => line.send_modify(|line| line.acknowledged += 1),
+            Ok(Event::Incoming(Packet::PubAck(answer))) => match answer.reason {
+                PubAckReason::Success | PubAckReason::NoMatchingSubscribers => {
+                    line.send_modify(|line| line.acknowledged += 1);
+                }
+                PubAckReason::NotAuthorized | PubAckReason::TopicNameInvalid | PubAckReason::PayloadFormatInvalid => {
+                    line.send_modify(|line| {
+                        (line.acknowledged, line.refused) = (line.acknowledged + 1, line.refused + 1);
+                        line.reason = format!("the broker refused it: {:?}", answer.reason);
+                    })
+                }
+                reason => break format!("the broker cannot take it now: {reason:?}"),
+            },
             Ok(Event::Incoming(Packet::Disconnect(reason))) => break format!("the broker ended it: {reason:?}"),
             Ok(Event::Outgoing(Outgoing::Disconnect)) => break "it was ended".to_owned(),
             Ok(_) => {}
@@ -86,11 +103,12 @@ pub(crate) async fn run(broker: Broker, mut place: Place, token: CancellationTok
     let mut wait = BACKOFF_MIN;
     // What is not acknowledged when a connection is lost is published again.
     let mut page: VecDeque<Arc<Told>> = VecDeque::new();
+    let mut lost_over = 0;
     while !token.is_cancelled() {
         let (client, events) = broker.connect();
         let (sender, mut line) = watch::channel(Line::default());
         let turning = tokio::spawn(turn(events, sender));
-        let ended = session(&client, &mut line, &mut page, &mut place, &token).await;
+        let ended = session(&client, &mut line, &mut page, &mut place, &mut lost_over, &token).await;
         if ended.is_none() {
             // All that was taken is acknowledged; the farewell may be lost.
             let _ = client.try_disconnect();
@@ -104,6 +122,12 @@ pub(crate) async fn run(broker: Broker, mut place: Place, token: CancellationTok
         }
         let error = lost.unwrap_or_default();
         place.retried(&error);
+        if lost_over >= broker.attempts
+            && let Some(told) = page.pop_front()
+        {
+            place.dead(&told, &format!("{error}, the last of {lost_over} attempts"), &token).await;
+            lost_over = 0;
+        }
         tracing::warn!(target = place.name(), error, "no connection to the broker");
         if pause(jittered(wait), &token).await.is_none() {
             return;
@@ -112,18 +136,20 @@ pub(crate) async fn run(broker: Broker, mut place: Place, token: CancellationTok
     }
 }
 
-/// One connection. None when the node stops, and Some when it is lost.
+/// One connection. None when the node stops, and Some when it is lost; `lost_over` counts those that were while the first of
+/// the page was on its way.
 async fn session(
     client: &AsyncClient,
     line: &mut watch::Receiver<Line>,
     page: &mut VecDeque<Arc<Told>>,
     place: &mut Place,
+    lost_over: &mut u32,
     token: &CancellationToken,
 ) -> Option<()> {
     if is_lost(line, |line| line.connected, token).await? {
         return Some(());
     }
-    let mut sent = 0;
+    let (mut sent, mut refused) = (0, 0);
     loop {
         if page.is_empty() {
             let mut watched = line.clone();
@@ -133,6 +159,7 @@ async fn session(
             }
         }
         let Some(told) = page.front().cloned() else { continue };
+        *lost_over += 1;
         for (topic, payload, retain) in messages(&told) {
             if client.publish(topic, QoS::AtLeastOnce, retain, payload).await.is_err() {
                 return Some(());
@@ -142,8 +169,15 @@ async fn session(
         if is_lost(line, |line| line.acknowledged >= sent, token).await? {
             return Some(());
         }
+        *lost_over = 0;
         page.pop_front();
-        place.delivered(&told, token).await;
+        let (now, reason) = (line.borrow().refused, line.borrow().reason.clone());
+        if now > refused {
+            refused = now;
+            place.dead(&told, &reason, token).await;
+        } else {
+            place.delivered(&told, token).await;
+        }
     }
 }
 

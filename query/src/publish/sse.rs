@@ -10,6 +10,7 @@ use std::time::Duration;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures::{Stream, stream};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
 use super::{Hub, Told};
@@ -17,7 +18,7 @@ use crate::alerts::episode::Severity;
 use crate::alerts::topic::TopicFilter;
 
 /// Changes that are taken at a time.
-const PAGE: usize = 256;
+const PAGE: usize = 64;
 /// After the stream could not be asked.
 const RETRY: Duration = Duration::from_secs(1);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -43,6 +44,7 @@ struct Follower {
     subscription: Subscription,
     page: std::vec::IntoIter<Arc<Told>>,
     token: CancellationToken,
+    _place: OwnedSemaphorePermit,
 }
 
 impl Follower {
@@ -83,22 +85,28 @@ impl Follower {
 }
 
 /// The changes of a subscription, for ever.
-pub fn follow(
+fn follow(
     hub: Arc<Hub>,
     subscription: Subscription,
     token: CancellationToken,
+    place: OwnedSemaphorePermit,
 ) -> impl Stream<Item = Arc<Told>> + Send {
-    let follower = Follower { hub, subscription, page: Vec::new().into_iter(), token };
+    let follower = Follower { hub, subscription, page: Vec::new().into_iter(), token, _place: place };
     stream::unfold(follower, |mut follower| async move {
         let told = follower.next().await?;
         Some((told, follower))
     })
 }
 
-/// The answer to a subscriber.
-pub fn answer(hub: Arc<Hub>, subscription: Subscription, token: CancellationToken) -> Response {
+/// The answer to a subscriber, who keeps the place as long as it listens.
+pub(crate) fn answer(
+    hub: Arc<Hub>,
+    subscription: Subscription,
+    token: CancellationToken,
+    place: OwnedSemaphorePermit,
+) -> Response {
     use futures::StreamExt;
-    let events = follow(hub, subscription, token).map(|told| {
+    let events = follow(hub, subscription, token, place).map(|told| {
         let text = String::from_utf8_lossy(&told.body).into_owned();
         Ok::<_, Infallible>(Event::default().id(told.sequence.to_string()).event(told.transition).data(text))
     });

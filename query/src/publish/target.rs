@@ -17,6 +17,7 @@ use wire::{StreamName, StreamSchema};
 use super::sse::Subscription;
 use super::{Hub, Told};
 use crate::alerts::episode::Severity;
+use crate::alerts::statement;
 use crate::alerts::topic::TopicFilter;
 use crate::alerts::{now_us, wait_for_hub};
 use crate::engine::Engine;
@@ -41,9 +42,25 @@ pub struct TargetSettings {
 /// How it is told.
 #[derive(Clone)]
 pub enum TargetKind {
-    Webhook { url: url::Url, secret: Option<String>, timeout: Duration, attempts: u32 },
-    Alertmanager { url: url::Url, timeout: Duration, attempts: u32 },
-    Mqtt { host: String, port: u16, client_id: String, username: Option<String>, password: Option<String> },
+    Webhook {
+        url: url::Url,
+        secret: Option<String>,
+        timeout: Duration,
+        attempts: u32,
+    },
+    Alertmanager {
+        url: url::Url,
+        timeout: Duration,
+        attempts: u32,
+    },
+    Mqtt {
+        host: String,
+        port: u16,
+        client_id: String,
+        username: Option<String>,
+        password: Option<String>,
+        attempts: u32,
+    },
 }
 
 impl std::fmt::Debug for TargetKind {
@@ -110,7 +127,7 @@ impl Place {
             let known = self.engine.tables().cold(&stream()).is_some();
             let name = self.settings.name.replace('\'', "''");
             let asked = format!("SELECT max(sequence) AS sequence FROM alert_deliveries WHERE target = '{name}'");
-            let rows = if known { self.engine.rows(&asked).await } else { Ok(Vec::new()) };
+            let rows = if known { statement::rows(&self.engine, &asked, usize::MAX).await } else { Ok(Vec::new()) };
             match rows {
                 Ok(rows) => {
                     use arrow_array::cast::AsArray;

@@ -395,6 +395,10 @@ async fn stream(
         Some(None) => return told(StatusCode::BAD_REQUEST, "Last-Event-ID is the number of a change"),
         None => after,
     };
+    let Some(place) = hub.place() else {
+        let error = "as many listen as may: [alerts] subscribers_max";
+        return told(StatusCode::SERVICE_UNAVAILABLE, error);
+    };
     let Some(newest) = wait_for_hub(&hub, &token).await else {
         return told(StatusCode::SERVICE_UNAVAILABLE, "the node stops");
     };
@@ -402,5 +406,6 @@ async fn stream(
         hub,
         Subscription { topic, severities, after: last.map_or(newest, |last: i64| last.min(newest)) },
         token,
+        place,
     )
 }

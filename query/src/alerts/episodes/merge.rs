@@ -144,7 +144,6 @@ fn of_candidate(candidate: &Candidate) -> Episode {
         to: None,
         message: candidate.message.clone(),
         topic: String::new(),
-        values: Words::new(),
         acknowledged: None,
         assigned: None,
         watch: None,

@@ -2,7 +2,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::super::episode::Candidate;
-use super::super::template::{Message, Places};
+use super::super::template::{Message, Places, Words};
 use super::*;
 
 const S: i64 = 1_000_000;
@@ -29,6 +29,7 @@ fn plain(name: &str) -> Policy {
         inhibited_by: Vec::new(),
         worse_by: None,
         instances_max: 1_000,
+        by_clock: false,
         message: Message::parse("{{ rule }}: {{ device }}", None).unwrap(),
         topic: Places::parse(USUAL_TOPIC, None).unwrap(),
     }
@@ -350,7 +351,7 @@ fn a_rule_has_so_many_alerts_and_no_more() {
     for device in 0..10 {
         stage.see_as(&rule, &format!("d{device}"), NOW, true, 1.0, None);
     }
-    assert_eq!((stage.words().len(), stage.episodes.refused), (3, 7));
+    assert_eq!((stage.words().len(), stage.episodes.refused("high")), (3, 7));
 }
 
 /// When an alert fires and ends, by the definition: from rows in order of time.
@@ -416,4 +417,62 @@ fn alerts_are_those_of_the_definition_over_restarts() {
         found.sort_unstable();
         assert_eq!(found, naive(&rows, hold), "hold {hold}, rows {rows:?}");
     }
+}
+
+#[test]
+fn a_rule_that_cannot_run_now_ends_nothing() {
+    let rule = policy(|_| {});
+    let mut stage = Stage::new(&[&rule]);
+    stage.see(&rule, 0, true);
+    let open = stage.episodes.open().next().unwrap().clone();
+    // After a restart, before the rule could be understood.
+    let mut episodes = Episodes::new(HORIZON, 1, NOW);
+    episodes.restore(open);
+    episodes.wait_for(BTreeSet::from([("high".to_owned(), rule.hash.clone())]));
+    episodes.govern(BTreeMap::new(), NOW);
+    assert!(episodes.take().is_empty());
+    // And when it is gone.
+    episodes.wait_for(BTreeSet::new());
+    episodes.govern(BTreeMap::new(), NOW);
+    assert_eq!(episodes.take()[0].transition, Transition::Resolved);
+}
+
+#[test]
+fn what_is_asked_by_the_clock_lasts_as_long_when_the_clock_is_set() {
+    const DAY: i64 = 86_400 * S;
+    let rule = policy(|policy| (policy.hold, policy.by_clock) = (600 * S, true));
+    let mut stage = Stage::new(&[&rule]);
+    let see = |stage: &mut Stage, at: i64, holds: bool| {
+        stage.now = at;
+        stage.see_as(&rule, "d", at, holds, 1.0, None);
+        stage.words()
+    };
+    assert_eq!(see(&mut stage, NOW, true), ["pending"]);
+    stage.episodes.clock_was_set(DAY);
+    assert!(see(&mut stage, NOW + DAY + 10 * S, true).is_empty());
+    assert!(see(&mut stage, NOW + DAY + 599 * S, true).is_empty());
+    assert_eq!(see(&mut stage, NOW + DAY + 600 * S, true), ["firing!"]);
+    stage.episodes.clock_was_set(-2 * DAY);
+    assert!(see(&mut stage, NOW - DAY + 610 * S, true).is_empty());
+    assert_eq!(see(&mut stage, NOW - DAY + 620 * S, false), ["resolved!"]);
+    // Set back while nobody looked: it goes on from there.
+    assert_eq!(see(&mut stage, NOW, true), ["pending"]);
+    assert!(see(&mut stage, NOW - DAY, true).is_empty());
+    assert_eq!(see(&mut stage, NOW - DAY + 600 * S, true), ["firing!"]);
+}
+
+#[test]
+fn the_time_that_a_node_was_away_ends_nothing() {
+    let rule = policy(|policy| policy.keep = 600 * S);
+    let mut stage = Stage::new(&[&rule]);
+    stage.see(&rule, 0, true);
+    stage.see(&rule, 1, false);
+    let changes = stage.episodes.take();
+    stage.now += 3_600 * S;
+    stage.restarted(&changes, &[&rule]);
+    stage.tick(500);
+    assert!(stage.words().is_empty());
+    // What it held for is told by rows that come late.
+    stage.see(&rule, 300, true);
+    assert_eq!(stage.words(), ["held"]);
 }
