@@ -47,6 +47,10 @@ impl Node {
 /// Runs until SIGINT or SIGTERM.
 pub(crate) async fn cloud(arguments: CloudArguments) -> anyhow::Result<()> {
     let mut settings = Settings::load(&arguments.config)?;
+    if let Some(directory) = &mut settings.alerts.directory {
+        // Beside the file that names it, from wherever it is started.
+        *directory = arguments.config.parent().unwrap_or(Path::new("")).join(&*directory);
+    }
     let agent = Embedded::prepare(&arguments.config, &mut settings)?;
     let token = CancellationToken::new();
     let node = start(settings, token.clone()).await?;
@@ -124,6 +128,8 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let tls = certificate(DoorName::Http)?.map(|tls| query::serve::tls::speaking(&tls, "http/1.1"));
     let incoming = Incoming::new(listener, tls, listen.http_connections)?;
     let alerts = Alerts::start(Arc::clone(&engine), sink, alerts, token.clone()).map_err(anyhow::Error::msg)?;
+    let counted = Arc::clone(&alerts);
+    cloud.metrics().host(move || counted.metrics());
     let questions =
         query::serve::http::router(engine, readers.clone()).merge(query::serve::alerts::router(alerts, readers));
     let cloud = cloud.listen(incoming, questions, token)?;

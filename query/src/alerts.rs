@@ -8,6 +8,7 @@ mod claims;
 pub(crate) mod episode;
 pub(crate) mod episodes;
 pub(crate) mod log;
+mod metrics;
 mod rows;
 pub(crate) mod rule;
 mod runner;
@@ -31,6 +32,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 pub use self::episode::Severity;
+use self::metrics::Counts;
 pub use self::rule::{LANE, RULE_BYTES_MAX, RULES_MAX, RuleSettings};
 use self::rule::{Rule, RuleError};
 use self::runner::{Command, Runner};
@@ -109,6 +111,7 @@ pub struct Alerts {
     commands: mpsc::Sender<Command>,
     hub: Arc<Hub>,
     rules: Arc<Mutex<BTreeMap<String, RuleStatus>>>,
+    counts: Arc<Counts>,
     targets: Vec<Arc<Mutex<TargetStatus>>>,
     /// One change of the rules at a time: file and task agree.
     store: tokio::sync::Mutex<RuleStore>,
@@ -130,12 +133,12 @@ impl Alerts {
         let (store, loaded) = RuleStore::open(&settings.data_dir.join("rules"), settings.directory.as_deref())?;
         let hub = Arc::new(Hub::new(Arc::clone(&engine), settings.subscribers_max));
         let (commands, received) = mpsc::channel(COMMANDS_MAX);
-        let rules = Arc::default();
+        let (rules, counts) = (Arc::default(), Arc::<Counts>::default());
         let runner = Runner::new(
             (Arc::clone(&engine), Arc::clone(&sink), Arc::clone(&hub)),
             (i64::try_from(settings.horizon.as_micros()).unwrap_or(i64::MAX), settings.devices_max),
             loaded,
-            Arc::clone(&rules),
+            (Arc::clone(&rules), Arc::clone(&counts)),
             received,
         );
         let (stop, ends) = (token.clone(), Ends(token.clone()));
@@ -165,7 +168,7 @@ impl Alerts {
         let targets = targets.collect();
         let devices_max = settings.devices_max;
         let store = tokio::sync::Mutex::new(store);
-        Ok(Arc::new(Self { engine, commands, hub, rules, targets, store, token, devices_max }))
+        Ok(Arc::new(Self { engine, commands, hub, rules, counts, targets, store, token, devices_max }))
     }
 
     /// What is told.

@@ -149,19 +149,26 @@ pub struct Hub {
     /// Whose turn it is to ask the stream.
     turn: Semaphore,
     places: Arc<Semaphore>,
+    places_max: usize,
 }
 
 impl Hub {
     /// For so many subscribers at a time.
     pub(crate) fn new(engine: Arc<Engine>, subscribers_max: usize) -> Self {
         let ring = RwLock::new(Ring { told: VecDeque::new(), bytes: 0, above: i64::MAX });
-        let places = Arc::new(Semaphore::new(subscribers_max.min(Semaphore::MAX_PERMITS)));
-        Self { engine, ring, newest: watch::Sender::new(-1), turn: Semaphore::new(1), places }
+        let places_max = subscribers_max.min(Semaphore::MAX_PERMITS);
+        let (turn, places) = (Semaphore::new(1), Arc::new(Semaphore::new(places_max)));
+        Self { engine, ring, newest: watch::Sender::new(-1), turn, places, places_max }
     }
 
     /// A place for a subscriber; None when there is none.
     pub(crate) fn place(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.places).try_acquire_owned().ok()
+    }
+
+    /// How many listen.
+    pub(crate) fn subscribers(&self) -> usize {
+        self.places_max - self.places.available_permits()
     }
 
     /// The node has found out where the stream ended: from now on there are places in it.

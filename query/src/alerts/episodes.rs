@@ -54,6 +54,9 @@ pub(crate) struct Episodes {
     waiting: BTreeSet<RuleKey>,
     /// Alerts that did not begin because their rule has too many, by rule.
     refused: BTreeMap<String, u64>,
+    /// Alerts of edges that may begin, and that found no room.
+    room: usize,
+    turned_away: u64,
     out: Vec<Change>,
 }
 
@@ -72,6 +75,8 @@ impl Episodes {
             heard: 0,
             waiting: BTreeSet::new(),
             refused: BTreeMap::new(),
+            room: merge::OPEN_MAX,
+            turned_away: 0,
             out: Vec::new(),
         }
     }

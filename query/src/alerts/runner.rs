@@ -21,6 +21,7 @@ use self::follow::same_columns;
 use super::claims;
 use super::episodes::{Episodes, RuleKey, Unknown};
 use super::log::{self, Positions};
+use super::metrics::Counts;
 use super::rows::Newest;
 use super::rule::{Kind, Rule, RuleError};
 use super::shown;
@@ -94,6 +95,7 @@ pub(crate) struct Runner {
     devices_max: usize,
     loaded: Vec<Loaded>,
     statuses: Arc<Mutex<BTreeMap<String, RuleStatus>>>,
+    counts: Arc<Counts>,
     commands: mpsc::Receiver<Command>,
     rules: BTreeMap<String, Kept>,
     followed: BTreeMap<StreamName, Followed>,
@@ -115,7 +117,7 @@ impl Runner {
         (engine, sink, hub): (Arc<Engine>, Arc<dyn Sink>, Arc<Hub>),
         (horizon, devices_max): (i64, usize),
         loaded: Vec<Loaded>,
-        statuses: Arc<Mutex<BTreeMap<String, RuleStatus>>>,
+        (statuses, counts): (Arc<Mutex<BTreeMap<String, RuleStatus>>>, Arc<Counts>),
         commands: mpsc::Receiver<Command>,
     ) -> Self {
         let now = now_us();
@@ -127,6 +129,7 @@ impl Runner {
             devices_max,
             loaded,
             statuses,
+            counts,
             commands,
             rules: BTreeMap::new(),
             followed: BTreeMap::new(),
@@ -181,6 +184,7 @@ impl Runner {
                 _ = tick.tick() => {
                     let now = self.clock(&mut episodes);
                     episodes.tick(now);
+                    self.counts.set(&episodes);
                     self.wait_no_longer(&mut episodes).await;
                     self.ask(&answered);
                     if self.moved && self.marked.elapsed() >= MARK_EVERY {
@@ -440,6 +444,7 @@ impl Runner {
                 }
             }
             (self.marked, self.moved) = (Instant::now(), false);
+            self.counts.add(&changes);
             self.hub.publish(&changes, episodes.sequence());
         }
         for reply in self.replies.drain(..) {

@@ -1,12 +1,21 @@
 //! What edges raise: candidates of alerts that others may have raised, too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use super::super::episode::{Candidate, Episode, Phase, Quiet, Raised};
 use super::super::template::{Places, Words};
 use super::{Episodes, Transition, USUAL_TOPIC};
 
+/// Alerts that are open at a time when an edge raises another: whoever has a token may name as many rules and devices as it likes.
+pub(super) const OPEN_MAX: usize = 100_000;
+
 impl Episodes {
+    /// Counts what is open, before edges are heard; how many of their alerts found no room until now.
+    pub(crate) fn make_room(&mut self) -> u64 {
+        self.room = OPEN_MAX.saturating_sub(self.open.values().map(HashMap::len).sum());
+        self.turned_away
+    }
+
     /// What an edge says.
     pub(crate) fn candidate(&mut self, candidate: &Candidate, now: i64) {
         let key = (candidate.rule.clone(), candidate.hash.clone());
@@ -44,7 +53,14 @@ impl Episodes {
                     .ended
                     .remove(&(key.clone(), candidate.labels.clone()))
                     .unwrap_or_else(|| of_candidate(candidate)),
-                false => of_candidate(candidate),
+                false if self.room == 0 => {
+                    self.turned_away += 1;
+                    return;
+                }
+                false => {
+                    self.room -= 1;
+                    of_candidate(candidate)
+                }
             },
         };
         let known = episode.raised.get(&candidate.edge).filter(|raised| raised.id == candidate.id).cloned();

@@ -354,6 +354,18 @@ fn a_rule_has_so_many_alerts_and_no_more() {
     assert_eq!((stage.words().len(), stage.episodes.refused("high")), (3, 7));
 }
 
+#[test]
+fn edges_raise_so_many_alerts_and_no_more() {
+    let mut stage = Stage::new(&[]);
+    stage.episodes.room = 2;
+    for device in 0..5 {
+        let labels = format!("{{\"device\":\"{device}\"}}");
+        stage.episodes.candidate(&Candidate { labels, ..candidate(&format!("{device}"), "gw", 0, None) }, stage.now);
+    }
+    assert_eq!((stage.words().len(), stage.episodes.make_room()), (2, 3));
+    assert_eq!(stage.episodes.room, super::merge::OPEN_MAX - 2);
+}
+
 /// When an alert fires and ends, by the definition: from rows in order of time.
 fn naive(rows: &[(i64, bool)], hold: i64) -> Vec<(i64, i64, Option<i64>)> {
     let mut found = Vec::new();

@@ -154,7 +154,15 @@ impl Runner {
             if rules.is_empty() {
                 let mut claims = claims::read(rows);
                 claims.retain(|claim| since.is_none_or(|since| claim.ts >= since));
+                let before = episodes.make_room();
                 claims.iter().for_each(|claim| episodes.candidate(claim, now));
+                let turned_away = episodes.make_room() - before;
+                if turned_away > 0 {
+                    tracing::error!(
+                        turned_away,
+                        "edges raise more alerts than may be open: these are in `alerts` alone"
+                    );
+                }
                 continue;
             }
             let followed = self.followed.entry(stream.clone()).or_default();
