@@ -97,7 +97,7 @@ pub(crate) async fn rules(command: RulesCommand) -> anyhow::Result<()> {
                 }
             }
             if refused > 0 {
-                bail!("{refused} rules cannot run");
+                bail!("{} cannot run", counted(refused, "rule"));
             }
             Ok(())
         }
@@ -124,13 +124,14 @@ fn summary(rule: &Value) -> String {
     }
     let found = &rule["found"];
     let mut text = format!(
-        "{name}: {} rows, fired {} times, {} in all",
-        found["rows"],
-        found["fired"],
+        "{name}: {}, fired {}, {} in all",
+        counted(found["rows"].as_u64().unwrap_or_default(), "row"),
+        counted(found["fired"].as_u64().unwrap_or_default(), "time"),
         duration(found["firing_s"].as_f64().unwrap_or_default()),
     );
-    if found["failed"].as_u64() > Some(0) {
-        text.push_str(&format!(", failed on {} rows", found["failed"]));
+    let failed = found["failed"].as_u64().unwrap_or_default();
+    if failed > 0 {
+        text.push_str(&format!(", failed on {}", counted(failed, "row")));
     }
     for alert in found["alerts"].as_array().into_iter().flatten() {
         let time = |key: &str| {
@@ -141,6 +142,10 @@ fn summary(rule: &Value) -> String {
         text.push_str(&format!("\n  {} to {}  {message}", time("fired"), time("to")));
     }
     text
+}
+
+fn counted(count: u64, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
 fn duration(seconds: f64) -> String {

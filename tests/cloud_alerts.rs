@@ -203,6 +203,8 @@ async fn a_subscriber_misses_nothing_and_hears_nothing_twice_through_kill_9_of_t
     assert_eq!(listener.word().await, "d1 acknowledged");
     let (_, open) = request(&cloud, "GET", "/v1/alerts", "").await;
     assert_eq!((open.as_array().unwrap().len(), &open[0]["acknowledged_by"]), (1, &"eva".into()), "{open}");
+    let open = cloud.sql("SELECT alert_id, device, state FROM system.alerts").await.unwrap();
+    assert_eq!(open, [json!({ "alert_id": id, "device": "d1", "state": "firing" })]);
     let rows = cloud.sql("SELECT actor, note FROM alert_log WHERE transition = 'acknowledged'").await.unwrap();
     assert_eq!(rows, [json!({ "actor": "eva", "note": "on my way" })]);
 }
@@ -303,6 +305,10 @@ async fn a_target_that_hangs_holds_up_no_other_and_gets_everything_when_it_answe
     while cloud.integer(dead).await < 20 {
         assert!(begun.elapsed() < PATIENCE);
         tokio::time::sleep(POLL).await;
+    }
+    let metrics = reqwest::get(format!("{}/metrics", cloud.http)).await.unwrap().text().await.unwrap();
+    for line in ["weir_alert_dead_total{target=\"refuses\"} 20", "weir_alert_rules{state=\"runs\"} 1"] {
+        assert!(metrics.lines().any(|found| found == line), "{line}: {metrics}");
     }
     // The place of each target is known after kill -9, and the one that hung gets all of it.
     let place = "SELECT coalesce(max(sequence), 0) FROM alert_deliveries WHERE target = 'good'";

@@ -264,9 +264,12 @@ impl Policy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Says {
     Holds,
-    /// It ends.
+    /// It does not hold, and ends.
     Not,
-    /// It neither begins nor ends.
+    /// It does not hold: what is pending never was, what fires goes on until its end is said.
+    Lapses,
+    /// Nobody knows whether it holds, and what fires ends.
+    Ends,
     Neither,
 }
 

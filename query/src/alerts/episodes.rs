@@ -212,10 +212,13 @@ impl Episodes {
         if let Some(watch) = &mut episode.watch {
             watch.last = seen.to;
         }
+        let fires = episode.watch.as_ref().is_some_and(|watch| watch.firing);
         match seen.says {
             Says::Holds => self.holds(policy, &mut episode, seen, now),
             Says::Not => self.holds_not(policy, &mut episode, seen, now),
-            Says::Neither => {}
+            Says::Lapses if !fires => self.holds_not(policy, &mut episode, seen, now),
+            Says::Ends if fires => self.holds_not(policy, &mut episode, seen, now),
+            Says::Lapses | Says::Ends | Says::Neither => {}
         }
         self.put(key, episode);
     }

@@ -240,17 +240,22 @@ impl RowRule {
                     }
                     None => open.is_some() || !chosen.is_empty(),
                 };
-                match (&self.until, &until) {
+                let ends = match (&self.until, &until) {
                     _ if !matters => continue,
-                    (None, _) if known => Says::Not,
+                    (None, _) if known => true,
                     (None, _) => continue,
-                    (Some(_), Some(until)) if until.is_valid(row) && until.value(row) => Says::Not,
-                    // What begins in this batch is asked again for its end below.
-                    (Some(until), None) => match test(until, &rows.batch.slice(row, 1), failed) {
-                        said if said.is_valid(0) && said.value(0) => Says::Not,
-                        _ => Says::Neither,
-                    },
-                    _ => Says::Neither,
+                    (Some(_), Some(until)) => until.is_valid(row) && until.value(row),
+                    // What begins in this batch is asked for its end alone.
+                    (Some(until), None) => {
+                        let said = test(until, &rows.batch.slice(row, 1), failed);
+                        said.is_valid(0) && said.value(0)
+                    }
+                };
+                match (known, ends) {
+                    (true, true) => Says::Not,
+                    (true, false) => Says::Lapses,
+                    (false, true) => Says::Ends,
+                    (false, false) => Says::Neither,
                 }
             };
             chosen.push(row as u32);

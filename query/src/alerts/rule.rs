@@ -281,19 +281,21 @@ pub(crate) fn caller() -> Caller {
     Caller::new("weir", Door::Node, None, Arc::new([LANE.to_owned()]))
 }
 
+fn hinted(error: &crate::QueryError) -> String {
+    let hint = error.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
+    format!("{error}{hint}")
+}
+
 /// The plan of a SELECT, not pinned.
 async fn plan(engine: &Engine, sql: &str) -> Result<LogicalPlan, RuleError> {
     let refused = |error: crate::QueryError| match error {
-        crate::QueryError::UnknownTable { .. } => RuleError::Waits(error.to_string()),
+        crate::QueryError::UnknownTable { .. } => RuleError::Waits(hinted(&error)),
         crate::QueryError::Timeout { .. }
         | crate::QueryError::Memory { .. }
         | crate::QueryError::Cancelled
         | crate::QueryError::Busy { .. }
         | crate::QueryError::Failed { .. } => RuleError::Busy(error.to_string()),
-        error => {
-            let hint = error.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
-            RuleError::Refused(format!("{error}{hint}"))
-        }
+        error => RuleError::Refused(hinted(&error)),
     };
     let caller = caller();
     let place = engine.enter(&caller).await.map_err(refused)?;

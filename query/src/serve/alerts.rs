@@ -193,7 +193,8 @@ fn moment(text: &str) -> Result<i64, String> {
     let plain = format!("{text}T00:00:00Z");
     let text = if text.len() == 10 { &plain } else { text };
     let time = DateTime::parse_from_rfc3339(text);
-    time.map(|time| time.timestamp_micros()).map_err(|_| format!("`{text}` is no moment: 2026-01-31T12:00:00Z"))
+    time.map(|time| time.timestamp_micros())
+        .map_err(|_| format!("`{text:.80}` is no moment: write it as 2026-01-31, or 2026-01-31T12:00:00Z"))
 }
 
 async fn test(

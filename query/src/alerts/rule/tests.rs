@@ -92,6 +92,12 @@ async fn a_rule_over_history_fires_when_it_would_have() {
     assert_eq!(found.fired, batches as u64);
     let minutes = found.alerts.iter().filter_map(|alert| Some(alert.to? - alert.from)).map(|us| us / 60_000_000);
     assert_eq!(minutes.collect::<Vec<_>>(), vec![4; batches]);
+    // What does not hold in between has not lasted, whatever ends it once it fires: as at the edge.
+    let found = run(
+        "on = \"traffic\"\nwhen = \"vehicle_count % 10 IN (2, 6)\"\nuntil = \"vehicle_count % 10 = 8\"\nfor = \"3m\"",
+    )
+    .await;
+    assert_eq!(found.fired, 0);
 }
 
 #[test]
