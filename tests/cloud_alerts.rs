@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use arrow::array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
 use futures::StreamExt;
-use rand::Rng;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::Packet;
 use rumqttc::v5::{AsyncClient, Event};
@@ -393,7 +394,7 @@ async fn edge_and_cloud_raise_one_alert_and_the_broker_retains_it_while_it_fires
 #[tokio::test(flavor = "multi_thread")]
 async fn every_alert_is_recorded_once_and_delivered_through_kill_9_at_any_moment() {
     const DEVICES: usize = 50;
-    const ROUNDS: usize = 8;
+    const ROUNDS: usize = 20;
     let mut random = seeded();
     let directory = tempfile::tempdir().unwrap();
     let got: Got = Arc::default();
@@ -408,15 +409,18 @@ async fn every_alert_is_recorded_once_and_delivered_through_kill_9_at_any_moment
     readings.send(&[("d0", 1)]).await;
     put(&cloud, "high", RULE).await;
     let devices: Vec<String> = (0..DEVICES).map(|device| format!("d{device}")).collect();
+    // Between two kills some are sent, and others while the node is away.
+    let mut pace = StdRng::seed_from_u64(random.random());
     let sending = tokio::spawn(async move {
         for _ in 0..ROUNDS {
             for value in [500, 5] {
+                tokio::time::sleep(Duration::from_millis(pace.random_range(0..150))).await;
                 readings.send(&devices.iter().map(|device| (device.as_str(), value)).collect::<Vec<_>>()).await;
             }
         }
     });
     let mut kills = 0;
-    while !sending.is_finished() || kills < 4 {
+    while !sending.is_finished() {
         tokio::time::sleep(Duration::from_millis(random.random_range(0..700))).await;
         cloud.kill();
         cloud.run();
@@ -431,6 +435,7 @@ async fn every_alert_is_recorded_once_and_delivered_through_kill_9_at_any_moment
         tokio::time::sleep(POLL).await;
     }
     println!("{kills} times killed");
+    assert!(kills > 0);
     let rows = "SELECT transition, count(*) AS n, count(DISTINCT alert_id) AS ids FROM alert_log \
                 WHERE alert_id IS NOT NULL GROUP BY transition ORDER BY transition";
     let all = DEVICES * ROUNDS;
