@@ -100,6 +100,10 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     // The directory is this node's alone since its log is open.
     empty(&spill)?;
     let engine = Arc::new(Engine::new(tables, limits).context("start the engine")?);
+    // Rules that are wrong end it before any port opens.
+    let alerts = Alerts::start(Arc::clone(&engine), sink, alerts, token.clone()).map_err(anyhow::Error::msg)?;
+    let counted = Arc::clone(&alerts);
+    cloud.metrics().host(move || counted.metrics());
     let house =
         |door| anyhow::Ok(House { engine: Arc::clone(&engine), readers: readers.clone(), tls: certificate(door)? });
 
@@ -127,9 +131,6 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address} for HTTP"))?;
     let tls = certificate(DoorName::Http)?.map(|tls| query::serve::tls::speaking(&tls, "http/1.1"));
     let incoming = Incoming::new(listener, tls, listen.http_connections)?;
-    let alerts = Alerts::start(Arc::clone(&engine), sink, alerts, token.clone()).map_err(anyhow::Error::msg)?;
-    let counted = Arc::clone(&alerts);
-    cloud.metrics().host(move || counted.metrics());
     let questions =
         query::serve::http::router(engine, readers.clone()).merge(query::serve::alerts::router(alerts, readers));
     let cloud = cloud.listen(incoming, questions, token)?;
@@ -208,7 +209,7 @@ fn alert_settings(settings: &Settings) -> anyhow::Result<query::alerts::AlertSet
         directory: of.directory.clone(),
         horizon: of.horizon.0,
         devices_max: of.devices_max,
-        subscribers_max: of.subscribers_max,
+        subscribers_max: of.subscribers_max.unwrap_or(settings.listen.http_connections.div_ceil(2)),
         targets: of.publish.iter().map(target).collect::<anyhow::Result<_>>()?,
     })
 }

@@ -378,7 +378,7 @@ impl Settings {
 
     fn check(&self) -> Result<(), String> {
         self.check_lake()?;
-        self.alerts.check()?;
+        self.alerts.check(self.listen.http_connections)?;
         let mut ids = HashSet::new();
         for edge in &self.edge {
             if !ids.insert(&edge.id) {
@@ -521,6 +521,7 @@ mod tests {
         check("[stream.\"No Name\"]\nkeep = \"1d\"", "is no stream");
         check("[stream.traffic]\nkeeep = \"1d\"", "did you mean `keep`?");
         check("[listen]\nhttp_connections = 0", "at least 1");
+        check("[alerts]\nsubscribers_max = 4096", "less than [listen] http_connections");
         check("[listen.tls]\ncertificate = \"a\"\nkey = \"b\"\ndoors = [\"smtp\"]", "smtp");
         check("[[query.lane]]\nname = \"a\"\n[[query.lane]]\nname = \"a\"", "twice");
         let target = |more: &str| format!("[[alerts.publish]]\nname = \"a\"\n{more}");

@@ -19,8 +19,8 @@ pub struct AlertSettings {
     pub horizon: Span,
     /// Devices of one stream whose newest row is remembered.
     pub devices_max: usize,
-    /// Who listens to `/v1/alerts/stream` at a time.
-    pub subscribers_max: usize,
+    /// Who listens to `/v1/alerts/stream` at a time; half of the door's connections unless set.
+    pub subscribers_max: Option<usize>,
     /// Who is told.
     pub publish: Vec<PublishSettings>,
 }
@@ -31,7 +31,7 @@ impl Default for AlertSettings {
             directory: None,
             horizon: Span(Duration::from_secs(3_600)),
             devices_max: 100_000,
-            subscribers_max: 10_000,
+            subscribers_max: None,
             publish: Vec::new(),
         }
     }
@@ -105,7 +105,12 @@ impl fmt::Debug for PublishSettings {
 }
 
 impl AlertSettings {
-    pub(super) fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self, http_connections: usize) -> Result<(), String> {
+        if self.subscribers_max.is_some_and(|max| max >= http_connections) {
+            return Err(format!(
+                "[alerts] subscribers_max must be less than [listen] http_connections ({http_connections}): edges write there"
+            ));
+        }
         if self.horizon.0 < Duration::from_secs(1) {
             return Err("[alerts] horizon must be at least 1s".to_owned());
         }
