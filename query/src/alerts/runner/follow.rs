@@ -41,7 +41,7 @@ impl Runner {
         }
     }
 
-    /// The streams that are followed, each with its rules; that of the edges' alerts has none.
+    /// The streams that are followed, each with its rules; that of the edges' alerts always is.
     fn wanted(&self) -> BTreeMap<StreamName, Vec<Arc<Rule>>> {
         let mut wanted = BTreeMap::from([(claims::stream(), Vec::new())]);
         for rule in self.rules.values().filter_map(|kept| kept.rule.as_ref().ok()) {
@@ -84,7 +84,7 @@ impl Runner {
         let known = match self.positions.get(stream) {
             Some(known) => known.clone(),
             // What edges raised is never passed over; a rule begins with what comes next.
-            None if rules.is_empty() => Position::default(),
+            None if *stream == claims::stream() => Position::default(),
             None => {
                 self.positions.insert(stream.clone(), shown);
                 // Written at once: after a crash the rule begins here, too.
@@ -151,7 +151,7 @@ impl Runner {
     ) {
         let now = self.clock(episodes);
         for rows in rows {
-            if rules.is_empty() {
+            if *stream == claims::stream() {
                 let mut claims = claims::read(rows);
                 claims.retain(|claim| since.is_none_or(|since| claim.ts >= since));
                 let before = episodes.make_room();
@@ -163,6 +163,8 @@ impl Runner {
                         "edges raise more alerts than may be open: these are in `alerts` alone"
                     );
                 }
+            }
+            if rules.is_empty() {
                 continue;
             }
             let followed = self.followed.entry(stream.clone()).or_default();
