@@ -1,6 +1,6 @@
 //! Alerts that an operator can trust: rules as SQL, episodes, and the record of what was decided.
 //!
-//! [`rule`] reads a rule, [`rows`] and [`statement`] find what it is about, [`episodes`] decides (pure), [`log`] is the stream
+//! `rule` reads a rule, `rows` and `statement` find what it is about, `episodes` decides (pure), `log` is the stream
 //! that everything is written to, and `runner` is the one task that owns all of it. What is told goes through
 //! [`crate::publish`]. Decision 0017.
 
