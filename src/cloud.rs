@@ -5,12 +5,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
-use cloud_ingest::config::{DEFAULT_LANE, DoorName, ListenSettings, ReaderRight, ReaderSettings};
+use cloud_ingest::config::{
+    DEFAULT_LANE, DoorName, ListenSettings, PublishKind, PublishSettings, ReaderRight, ReaderSettings,
+};
 use cloud_ingest::{Cloud, CloudHandle, Settings};
+use query::alerts::{Severity, TopicFilter};
 use query::engine::VIEWS_LANE;
+use query::publish::target::{TargetKind, TargetSettings};
 use query::serve::tls::Incoming;
 use query::serve::{House, Reader, Readers};
-use query::{Engine, EngineSettings, LaneSettings, Right, Scope, ViewSettings};
+use query::{Alerts, Engine, EngineSettings, LaneSettings, Right, Scope, ViewSettings};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -44,6 +48,10 @@ impl Node {
 /// Runs until SIGINT or SIGTERM.
 pub(crate) async fn cloud(arguments: CloudArguments) -> anyhow::Result<()> {
     let mut settings = Settings::load(&arguments.config)?;
+    if let Some(directory) = &mut settings.alerts.directory {
+        // Beside the file that names it, from wherever it is started.
+        *directory = arguments.config.parent().unwrap_or(Path::new("")).join(&*directory);
+    }
     let agent = Embedded::prepare(&arguments.config, &mut settings)?;
     let token = CancellationToken::new();
     let node = start(settings, token.clone()).await?;
@@ -67,6 +75,7 @@ pub(crate) async fn cloud(arguments: CloudArguments) -> anyhow::Result<()> {
             signal
         }
         error = Running::ended(&mut agent) => Err(error),
+        () = token.cancelled() => Err(anyhow::anyhow!("a part of the node has ended: the log says which")),
     };
     tracing::info!("stopping: what is hot is committed");
     token.cancel();
@@ -84,16 +93,23 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
         tracing::warn!("no [[edge]] is set: nobody may write");
     }
     let spill = settings.data_dir.join("spill");
-    let (listen, limits) = (settings.listen.clone(), limits(&settings, &spill));
+    let (listen, limits, alerts) = (settings.listen.clone(), limits(&settings, &spill), alert_settings(&settings)?);
     let certificate = |door: DoorName| certificate(&listen, door);
     let kept = views(&settings);
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
     let tables = Arc::new(NodeTables(cloud.catalogue(), cloud.remarks()));
+    let sink = Arc::new(NodeSink(cloud.writer()));
     // The directory is this node's alone since its log is open.
     empty(&spill)?;
     let engine = Arc::new(Engine::new(tables, limits).context("start the engine")?);
-    let sink = Arc::new(NodeSink(cloud.writer()));
-    engine.keep_views(sink, kept, token.clone()).map_err(anyhow::Error::msg).context("start the views")?;
+    engine
+        .keep_views(Arc::clone(&sink) as _, kept, token.clone())
+        .map_err(anyhow::Error::msg)
+        .context("start the views")?;
+    // Rules that are wrong end it before any port opens.
+    let alerts = Alerts::start(Arc::clone(&engine), sink, alerts, token.clone()).map_err(anyhow::Error::msg)?;
+    let counted = Arc::clone(&alerts);
+    cloud.metrics().host(move || counted.metrics());
     let house =
         |door| anyhow::Ok(House { engine: Arc::clone(&engine), readers: readers.clone(), tls: certificate(door)? });
 
@@ -121,7 +137,8 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address} for HTTP"))?;
     let tls = certificate(DoorName::Http)?.map(|tls| query::serve::tls::speaking(&tls, "http/1.1"));
     let incoming = Incoming::new(listener, tls, listen.http_connections)?;
-    let questions = query::serve::http::router(engine, readers);
+    let questions =
+        query::serve::http::router(engine, readers.clone()).merge(query::serve::alerts::router(alerts, readers));
     let cloud = cloud.listen(incoming, questions, token)?;
     tracing::info!(http = %cloud.http, "ready");
     Ok(Node { http: cloud.http, postgres, cloud })
@@ -160,7 +177,48 @@ fn right(right: ReaderRight) -> Right {
     match right {
         ReaderRight::Comment => Right::Comment,
         ReaderRight::Views => Right::Views,
+        ReaderRight::Rules => Right::Rules,
+        ReaderRight::Alerts => Right::Alerts,
     }
+}
+
+/// What `[alerts]` says, as the room wants it.
+fn alert_settings(settings: &Settings) -> anyhow::Result<query::alerts::AlertSettings> {
+    let of = &settings.alerts;
+    let target = |target: &PublishSettings| {
+        let here = || format!("[[alerts.publish]] `{}`", target.name);
+        let (timeout, attempts) = (target.timeout.0, target.attempts);
+        let kind = match target.kind {
+            PublishKind::Webhook => {
+                let secret = target.secret.clone();
+                TargetKind::Webhook { url: target.url.clone(), secret, timeout, attempts }
+            }
+            PublishKind::Alertmanager => TargetKind::Alertmanager { url: target.url.clone(), timeout, attempts },
+            PublishKind::Mqtt => TargetKind::Mqtt {
+                host: target.url.host_str().with_context(here)?.to_owned(),
+                port: target.url.port().unwrap_or(1883),
+                client_id: target.client_id.clone().unwrap_or_else(|| format!("weir-{}", target.name)),
+                username: target.username.clone(),
+                password: target.password.clone(),
+                attempts,
+            },
+        };
+        let topic = TopicFilter::parse(&target.topic).map_err(anyhow::Error::msg).with_context(here)?;
+        let severities = target.severity.iter().map(|word| {
+            Severity::of(word)
+                .with_context(|| format!("{}: severity `{word}` is none of info, warning, critical", here()))
+        });
+        let severities = severities.collect::<anyhow::Result<_>>()?;
+        Ok(TargetSettings { name: target.name.clone(), kind, topic, severities, max_age: target.max_age.0 })
+    };
+    Ok(query::alerts::AlertSettings {
+        data_dir: settings.data_dir.clone(),
+        directory: of.directory.clone(),
+        horizon: of.horizon.0,
+        devices_max: of.devices_max,
+        subscribers_max: of.subscribers_max.unwrap_or(settings.listen.http_connections.div_ceil(2)),
+        targets: of.publish.iter().map(target).collect::<anyhow::Result<_>>()?,
+    })
 }
 
 fn limits(settings: &Settings, spill: &Path) -> EngineSettings {
@@ -168,6 +226,13 @@ fn limits(settings: &Settings, spill: &Path) -> EngineSettings {
     let mut lanes = of_all.lane.clone();
     if !lanes.iter().any(|lane| lane.name == DEFAULT_LANE) {
         lanes.push(cloud_ingest::config::LaneSettings::default_lane());
+    }
+    // Rules ask in a lane of their own, so that no reader holds them up, nor they a reader. Two are asked at a time: the other
+    // places are for rules that are being understood.
+    if !lanes.iter().any(|lane| lane.name == query::alerts::LANE) {
+        let mut own = cloud_ingest::config::LaneSettings::default_lane();
+        (own.name, own.running, own.threads) = (query::alerts::LANE.to_owned(), 4, Some(1));
+        lanes.push(own);
     }
     let lane = |lane: cloud_ingest::config::LaneSettings| {
         let usual = LaneSettings::default();

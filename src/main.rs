@@ -8,6 +8,7 @@ mod lake;
 mod load;
 mod publish;
 mod replay;
+mod rules;
 mod sink;
 mod sql;
 mod tables;
@@ -31,6 +32,9 @@ enum Command {
     Cloud(cloud::CloudArguments),
     /// Ask one SQL statement
     Sql(sql::SqlArguments),
+    /// Try rules of alerts before they run
+    #[command(subcommand)]
+    Rules(rules::RulesCommand),
     /// Show what each table consists of
     Tables(lake::TablesArguments),
     /// Merge small files of tables into large ones
@@ -67,6 +71,7 @@ async fn main() -> anyhow::Result<()> {
         Command::Edge(command) => edge_agent::command::execute(command).await,
         Command::Cloud(arguments) => cloud::cloud(arguments).await,
         Command::Sql(arguments) => sql::sql(arguments).await,
+        Command::Rules(command) => rules::rules(command).await,
         Command::Tables(arguments) => lake::tables(arguments).await,
         Command::Compact(arguments) => lake::compact(arguments).await,
         Command::Retype(arguments) => lake::retype(arguments).await,

@@ -8,6 +8,7 @@
 
 mod alerts;
 mod bad_input;
+mod cloud_alerts;
 mod comments;
 mod demo;
 mod differential;

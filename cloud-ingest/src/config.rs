@@ -17,9 +17,11 @@ use wire::{BATCH_BYTES_MAX, BATCH_DATES_MAX, BATCH_DECODED_BYTES_MAX, EdgeId};
 
 use crate::store::S3Settings;
 
+mod alerts;
 mod lake;
 mod views;
 
+pub use alerts::{AlertSettings, PublishKind, PublishSettings};
 pub use lake::{CompactSettings, Keep, KeepSettings, LakeSettings, StreamSettings};
 pub use views::ViewsSettings;
 
@@ -60,6 +62,8 @@ pub struct Settings {
     /// By name of a stream, or a pattern with one `*`.
     #[serde(default)]
     pub stream: BTreeMap<String, StreamSettings>,
+    #[serde(default)]
+    pub alerts: AlertSettings,
     /// An edge agent in the same process.
     #[serde(default)]
     pub agent: Option<AgentSettings>,
@@ -349,6 +353,10 @@ pub enum ReaderRight {
     Comment,
     /// Make and drop views.
     Views,
+    /// Change the rules of alerts.
+    Rules,
+    /// Acknowledge alerts, and silence them.
+    Alerts,
 }
 
 impl fmt::Debug for ReaderSettings {
@@ -379,6 +387,7 @@ impl Settings {
     fn check(&self) -> Result<(), String> {
         self.check_lake()?;
         self.views.check()?;
+        self.alerts.check(self.listen.http_connections)?;
         let mut ids = HashSet::new();
         for edge in &self.edge {
             if !ids.insert(&edge.id) {
@@ -398,14 +407,14 @@ impl Settings {
         if let Some(reader) = self.reader.iter().find(|reader| reader.password.is_empty()) {
             return Err(format!("[[reader]] `{}` has an empty password", reader.name));
         }
-        for reader in self.reader.iter().filter(|reader| reader.edges.is_some() || reader.scope.is_some()) {
-            // A view is made of everybody's rows, and shows them.
-            if reader.rights.contains(&ReaderRight::Views) {
-                return Err(format!(
-                    "[[reader]] `{}` sees a part of the rows, and a view shows all of them: leave \"views\" out of its rights",
-                    reader.name
-                ));
-            }
+        let limited = |reader: &&ReaderSettings| reader.edges.is_some() || reader.scope.is_some();
+        let sees_all = |right: &ReaderRight| *right != ReaderRight::Comment;
+        if let Some(reader) = self.reader.iter().filter(limited).find(|reader| reader.rights.iter().any(sees_all)) {
+            return Err(format!(
+                "[[reader]] `{}` sees a part of the rows, and views and rules are made of all: leave edges and scope out, \
+                 or every right but \"comment\"",
+                reader.name
+            ));
         }
         let mut lanes = HashSet::new();
         for lane in &self.query.lane {
@@ -525,16 +534,20 @@ mod tests {
         check("[stream.\"No Name\"]\nkeep = \"1d\"", "is no stream");
         check("[stream.traffic]\nkeeep = \"1d\"", "did you mean `keep`?");
         check("[listen]\nhttp_connections = 0", "at least 1");
+        check("[alerts]\nsubscribers_max = 4096", "less than [listen] http_connections");
         check("[listen.tls]\ncertificate = \"a\"\nkey = \"b\"\ndoors = [\"smtp\"]", "smtp");
         check("[[query.lane]]\nname = \"a\"\n[[query.lane]]\nname = \"a\"", "twice");
+        let target = |more: &str| format!("[[alerts.publish]]\nname = \"a\"\n{more}");
+        check(&target("kind = \"webhook\"\nurl = \"mqtt://b\""), "http:// or https://");
+        check(&target("kind = \"mqtt\"\nurl = \"mqtt://b\"\nsecret = \"x\""), "of a webhook");
+        check(&target("kind = \"fax\"\nurl = \"mqtt://b\""), "fax");
+        check("[alerts]\ndirektory = \"x\"", "did you mean `directory`?");
+        check("[[reader]]\nname = \"a\"\npassword = \"x\"\nscope = \"true\"\nrights = [\"rules\"]", "sees a part");
         check("[[query.lane]]\nname = \"a\"\nrunning = 0", "at least 1");
         check("[[query.lane]]\nname = \"views\"", "the lane of views");
         check("[views]\nthreads = 0", "at least 1");
         check("[views]\nanswer_rows = 1", "at least 1000");
-        check(
-            "[[reader]]\nname = \"a\"\npassword = \"x\"\nedges = [\"b\"]\nrights = [\"views\"]",
-            "leave \"views\" out",
-        );
+        check("[[reader]]\nname = \"a\"\npassword = \"x\"\nedges = [\"b\"]\nrights = [\"views\"]", "sees a part");
         check("[[reader]]\nname = \"a\"\npassword = \"x\"\nlanes = [\"fast\"]", "no [[query.lane]] `fast`");
     }
 

@@ -1,7 +1,7 @@
 //! What this node counts, by name. Rule 6 at the door: rows received = durable + duplicate + refused + pushed back.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
@@ -61,9 +61,25 @@ pub struct Metrics {
     pub maintenance_failed: Counter,
     /// Requests that were answered with an error, by its kind; rows of those that could not be read count nowhere.
     requests_refused: Mutex<BTreeMap<&'static str, u64>>,
+    guests: Guests,
+}
+
+/// What others in this process count, as text.
+#[derive(Default)]
+struct Guests(Mutex<Vec<Box<dyn Fn() -> String + Send + Sync>>>);
+
+impl fmt::Debug for Guests {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Guests").field("count", &self.0.lock().len()).finish()
+    }
 }
 
 impl Metrics {
+    /// Tells what others count along with what the node does: names of their own, as Prometheus reads them.
+    pub fn host(&self, text: impl Fn() -> String + Send + Sync + 'static) {
+        self.guests.0.lock().push(Box::new(text));
+    }
+
     pub(crate) fn refuse(&self, kind: &'static str) {
         *self.requests_refused.lock().entry(kind).or_default() += 1;
     }
@@ -107,6 +123,7 @@ impl Metrics {
         for (kind, count) in self.requests_refused.lock().iter() {
             writeln!(text, "weir_cloud_requests_refused_total{{error=\"{kind}\"}} {count}").ok();
         }
+        self.guests.0.lock().iter().for_each(|guest| text.push_str(&guest()));
         text
     }
 }

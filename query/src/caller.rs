@@ -39,11 +39,26 @@ pub enum Right {
     Comment,
     /// Make and drop views.
     Views,
+    /// Change the rules of alerts.
+    Rules,
+    /// Speak about alerts, and silence them.
+    Alerts,
 }
 
 impl Right {
     /// Every one of them.
-    pub const ALL: [Self; 2] = [Self::Comment, Self::Views];
+    pub const ALL: [Self; 4] = [Self::Comment, Self::Views, Self::Rules, Self::Alerts];
+}
+
+impl fmt::Display for Right {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Comment => "comment",
+            Self::Views => "views",
+            Self::Rules => "rules",
+            Self::Alerts => "alerts",
+        })
+    }
 }
 
 /// One who asks. Cheap to clone.

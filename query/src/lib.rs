@@ -5,6 +5,7 @@
 //! `wire::hot`, and cold ones from Delta snapshots that [`catalog::Tables`] hands out; nothing here writes but through [`sink`]. `functions` has
 //! what people who work with time series expect beside DataFusion's own.
 
+pub mod alerts;
 pub mod as_of;
 mod breadth;
 pub mod caller;
@@ -19,6 +20,7 @@ pub mod fused_table;
 pub mod lanes;
 mod memory;
 mod names;
+pub mod publish;
 mod pushdown;
 mod references;
 mod remark;
@@ -30,6 +32,7 @@ mod system;
 mod uncounted;
 pub mod views;
 
+pub use alerts::Alerts;
 pub use as_of::AsOf;
 pub use caller::{Caller, Door, Right};
 pub use catalog::{ColdTable, SpoolFacts, Tables, TablesError};

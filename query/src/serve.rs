@@ -3,6 +3,7 @@
 //! With no reader set, only callers on this machine may ask. With readers set, every door asks for name and password. Each
 //! door speaks TLS when a certificate is set, and then nothing else.
 
+pub mod alerts;
 pub mod flight_sql;
 pub mod http;
 pub mod postgres;

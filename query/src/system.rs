@@ -11,8 +11,9 @@
 //! | `views` | view: what it does, how far it is, what it costs |
 //! | `batches` | batch that a stream's rows came in (read from the rows themselves) |
 //! | `quarantine_reasons` | reason why readings are in `quarantine`, by stream and source |
+//! | `alerts` | alert that is pending or fires, as `alert_log` last says |
 //!
-//! The last two are questions about tables of `public` and see what the caller may see there. Of the others a caller
+//! The last three are questions about tables of `public` and see what the caller may see there. Of the others a caller
 //! with a scope sees what is told of edges that are wholly its own, its own statements, and of streams that they exist.
 
 use std::sync::Arc;
@@ -45,7 +46,7 @@ pub(crate) enum Kind {
 const KINDS: [Kind; 7] =
     [Kind::Streams, Kind::Columns, Kind::Files, Kind::Edges, Kind::Ingest, Kind::Queries, Kind::Views];
 /// The tables that are questions.
-const VIEWS: [&str; 2] = ["batches", "quarantine_reasons"];
+const VIEWS: [&str; 3] = ["alerts", "batches", "quarantine_reasons"];
 
 impl Kind {
     fn name(self) -> &'static str {
@@ -171,6 +172,7 @@ impl SchemaProvider for SystemSchema {
             return Ok(Some(Arc::new(LiveTable::system(kind))));
         }
         match name {
+            "alerts" => views::alerts(self.tables.as_ref()).map(Some),
             "batches" => views::batches(self.tables.as_ref()).map(Some),
             "quarantine_reasons" => views::quarantine_reasons(self.tables.as_ref()).map(Some),
             _ => Ok(None),

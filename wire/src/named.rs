@@ -6,12 +6,17 @@
 //! [`other_field`]. Pure, so that every node gives the same name.
 
 use crate::ids::{FieldName, NAME_BYTES_MAX, RESERVED_FIELDS, StreamName};
+use crate::schema::is_cloud_stream;
 
 const KEPT_BYTES: usize = 54;
 
-/// The stream of that name.
+/// The stream of that name; never one that the cloud alone fills.
 pub fn stream(text: &str) -> StreamName {
-    text.parse().unwrap_or_else(|_| shaped(text).parse().expect("it was shaped to be one"))
+    let name: StreamName = text.parse().unwrap_or_else(|_| shaped(text).parse().expect("it was shaped to be one"));
+    if !is_cloud_stream(&name) {
+        return name;
+    }
+    format!("{name}_").parse().expect("they are short")
 }
 
 /// The field of that name.
@@ -72,6 +77,7 @@ mod tests {
         assert_ne!(field(&long), field(&format!("{long}2")), "both are cut, and told apart");
         assert_eq!(stream("Device").as_str(), "device");
         assert_eq!(stream("quarantine").as_str(), "quarantine");
+        assert_eq!(stream("Alert Log").as_str(), "alert_log_");
         assert_eq!(other_field("host", "tag").as_str(), "host_tag");
         assert!(other_field(&"a".repeat(63), "tag").as_str().len() <= NAME_BYTES_MAX);
     }

@@ -255,6 +255,10 @@ pub mod own {
     pub const LOSSES: &str = "losses";
     /// The stream of what rules found.
     pub const ALERTS: &str = "alerts";
+    /// The stream of what the cloud decided about alerts, in order.
+    pub const ALERT_LOG: &str = "alert_log";
+    /// The stream of what was delivered to whom, and what was not.
+    pub const ALERT_DELIVERIES: &str = "alert_deliveries";
 
     fn schema(fields: &[(&str, FieldType)]) -> StreamSchema {
         let fields = fields
@@ -307,11 +311,61 @@ pub mod own {
             ("to_ts", FieldType::Timestamp),
         ])
     }
+
+    /// `alert_log`: a change of an alert, or of a silence, at event time `ts`; `at` is when the cloud decided it, and `sequence`
+    /// its place among all of them. `told` says whether it went to subscribers, `quiet` why not. `detail` is the alert behind
+    /// the change as JSON, from which a restarted node goes on; `position` (of the last row of a batch) how far each stream had
+    /// been read by then.
+    pub fn alert_log() -> StreamSchema {
+        schema(&[
+            ("sequence", FieldType::Int64),
+            ("transition", FieldType::Text),
+            ("state", FieldType::Text),
+            ("alert_id", FieldType::Text),
+            ("rule", FieldType::Text),
+            ("rule_hash", FieldType::Text),
+            ("severity", FieldType::Text),
+            ("stream", FieldType::Text),
+            ("labels", FieldType::Text),
+            ("message", FieldType::Text),
+            ("topic", FieldType::Text),
+            ("value", FieldType::Float64),
+            ("told", FieldType::Bool),
+            ("quiet", FieldType::Text),
+            ("actor", FieldType::Text),
+            ("note", FieldType::Text),
+            ("at", FieldType::Timestamp),
+            ("from_ts", FieldType::Timestamp),
+            ("to_ts", FieldType::Timestamp),
+            ("aliases", FieldType::Text),
+            ("detail", FieldType::Text),
+            ("position", FieldType::Text),
+        ])
+    }
+
+    /// `alert_deliveries`: how far `target` has everything (`state` is `delivered`), the change of that `sequence` that it
+    /// never took (`dead`), or `count` changes up to it that were too old when it came back (`missed`).
+    pub fn alert_deliveries() -> StreamSchema {
+        schema(&[
+            ("target", FieldType::Text),
+            ("sequence", FieldType::Int64),
+            ("state", FieldType::Text),
+            ("count", FieldType::Int64),
+            ("alert_id", FieldType::Text),
+            ("reason", FieldType::Text),
+            ("body", FieldType::Text),
+        ])
+    }
 }
 
 /// Whether a name is that of a stream that Weir fills itself.
 pub fn is_own_stream(stream: &StreamName) -> bool {
-    matches!(stream.as_str(), own::QUARANTINE | own::LOSSES | own::ALERTS | "host")
+    matches!(stream.as_str(), own::QUARANTINE | own::LOSSES | own::ALERTS | "host") || is_cloud_stream(stream)
+}
+
+/// Whether a name is that of a stream that the cloud alone fills: nobody else may write there.
+pub fn is_cloud_stream(stream: &StreamName) -> bool {
+    matches!(stream.as_str(), own::ALERT_LOG | own::ALERT_DELIVERIES)
 }
 
 #[cfg(test)]

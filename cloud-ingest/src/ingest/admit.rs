@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use segment_log::{AppendError, FileLayer};
-use wire::schema::StreamField;
+use wire::schema::{StreamField, is_cloud_stream};
 use wire::{FIELDS_MAX, RefusedRequest, StreamName};
 
 use super::errand::{Subject, Ticket};
@@ -58,6 +58,11 @@ impl<L: FileLayer> Ingest<L> {
             Ok(rows) => rows,
             Err(error) => return Ok(Outcome::Refused(error.to_string())),
         };
+        if is_cloud_stream(name) {
+            return Ok(Outcome::Refused(format!(
+                "{name} is what the cloud alone writes: give the stream another name"
+            )));
+        }
         if let Some(Err(reason)) = &looked {
             tracing::warn!(stream = %name, reason, "stream is pushed back");
             return Ok(pushed_back(name));

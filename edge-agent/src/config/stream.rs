@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use wire::schema::{StreamField, StreamSchema, own};
+use wire::schema::{StreamField, StreamSchema, is_own_stream};
 use wire::{FieldName, FieldType, StreamName};
 
 use super::{Allowed, Conversion, Duplicates, FieldCheck, Fill, Number, Size, Span, StreamCheck, Unit, WindowSettings};
@@ -189,7 +189,7 @@ impl StreamSettings {
     }
 
     pub(super) fn check(&self, name: &StreamName) -> Result<(), String> {
-        if matches!(name.as_str(), own::QUARANTINE | own::LOSSES | own::ALERTS | "host") {
+        if is_own_stream(name) {
             return Err(format!("[stream.{name}]: the name belongs to Weir; give the stream another"));
         }
         let fields = self.fields.iter().map(|(name, field)| StreamField { name: name.clone(), kind: field.kind });

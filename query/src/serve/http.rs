@@ -150,7 +150,7 @@ async fn sql(
 
 /// Name and password by HTTP Basic when readers are set; otherwise a caller on this machine.
 #[expect(clippy::result_large_err, reason = "the error is the response that is sent")]
-fn admit(readers: &Readers, peer: SocketAddr, headers: &HeaderMap) -> Result<Caller, Response> {
+pub(super) fn admit(readers: &Readers, peer: SocketAddr, headers: &HeaderMap) -> Result<Caller, Response> {
     if let Some(caller) = readers.accept_unnamed(peer.ip(), Door::Http) {
         return Ok(caller);
     }

@@ -8,11 +8,11 @@ use datafusion::catalog::TableProvider;
 use datafusion::catalog::view::ViewTable;
 use datafusion::common::Result;
 use datafusion::datasource::provider_as_source;
-use datafusion::functions_aggregate::expr_fn::{count, max, min};
+use datafusion::functions_aggregate::expr_fn::{count, last_value, max, min};
 use datafusion::logical_expr::{Expr, LogicalPlan, LogicalPlanBuilder};
 use datafusion::prelude::{col, lit};
 use wire::StreamName;
-use wire::schema::own::QUARANTINE;
+use wire::schema::own::{ALERT_LOG, QUARANTINE};
 use wire::schema::{EDGE, RECEIVED_AT, SEQ, SPOOL, TS, timestamp_type};
 
 use crate::catalog::Tables;
@@ -100,6 +100,43 @@ pub(super) fn quarantine_reasons(tables: &dyn Tables) -> Result<Arc<dyn TablePro
             ("first_ts", timestamp_type()),
             ("last_ts", timestamp_type()),
         ])?,
+    };
+    Ok(Arc::new(ViewTable::new(plan, None)))
+}
+
+/// A row for each alert that is open: what the last row of `alert_log` about it says.
+pub(super) fn alerts(tables: &dyn Tables) -> Result<Arc<dyn TableProvider>> {
+    const COLUMNS: [(&str, DataType); 11] = [
+        ("rule", DataType::Utf8),
+        ("state", DataType::Utf8),
+        ("severity", DataType::Utf8),
+        ("device", DataType::Utf8),
+        ("labels", DataType::Utf8),
+        ("message", DataType::Utf8),
+        ("topic", DataType::Utf8),
+        ("value", DataType::Float64),
+        ("quiet", DataType::Utf8),
+        ("from_ts", DataType::Null),
+        ("sequence", DataType::Int64),
+    ];
+    let log: StreamName = ALERT_LOG.parse().expect("own names are valid");
+    let plan = match scan(tables, &log)? {
+        Some(scan) => {
+            let by_sequence = || vec![col("sequence").sort(true, false)];
+            let last = |name: &str| last_value(col(name), by_sequence()).alias(name);
+            let newest = COLUMNS.iter().map(|(name, _)| last(name)).chain([last("to_ts")]);
+            let open = col("state").in_list(vec![lit("pending"), lit("firing"), lit("backfill")], false);
+            let open = open.and(col("to_ts").is_null());
+            let found = scan.filter(col("alert_id").is_not_null())?.aggregate(vec![col("alert_id")], newest)?;
+            let columns = std::iter::once("alert_id").chain(COLUMNS.iter().map(|(name, _)| *name));
+            found.filter(open)?.project(columns.map(col))?.build()?
+        }
+        None => {
+            let of = |(name, kind): (&'static str, DataType)| {
+                (name, if kind == DataType::Null { timestamp_type() } else { kind })
+            };
+            empty(std::iter::once(("alert_id", DataType::Utf8)).chain(COLUMNS.map(of)).collect())?
+        }
     };
     Ok(Arc::new(ViewTable::new(plan, None)))
 }

@@ -1,0 +1,172 @@
+//! What edges raise: candidates of alerts that others may have raised, too.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::super::episode::{Candidate, Episode, Phase, Quiet, Raised};
+use super::super::template::{Places, Words};
+use super::{Episodes, Transition, USUAL_TOPIC};
+
+/// Alerts that are open at a time when an edge raises another: whoever has a token may name as many rules and devices as it likes.
+pub(super) const OPEN_MAX: usize = 100_000;
+
+impl Episodes {
+    /// Counts what is open, before edges are heard; how many of their alerts found no room until now.
+    pub(crate) fn make_room(&mut self) -> u64 {
+        self.room = OPEN_MAX.saturating_sub(self.open.values().map(HashMap::len).sum());
+        self.turned_away
+    }
+
+    /// What an edge says.
+    pub(crate) fn candidate(&mut self, candidate: &Candidate, now: i64) {
+        let key = (candidate.rule.clone(), candidate.hash.clone());
+        let slack = self.policies.get(&key.0).filter(|policy| policy.hash == key.1).map_or(0, |policy| policy.slack);
+        let open = self.open.get_mut(&key).and_then(|open| open.remove(&candidate.labels));
+        let of_origin = |episode: &Episode| episode.raised.get(&candidate.edge).map(|raised| raised.id.clone());
+        let fits = |episode: &Episode| match of_origin(episode) {
+            // An edge's next episode is another alert.
+            Some(id) => id == candidate.id,
+            None => episode.meets(candidate.from, candidate.to, slack),
+        };
+        let mut episode = match open {
+            Some(episode) if fits(&episode) || episode.phase == Phase::Pending => episode,
+            Some(mut episode) if of_origin(&episode).is_some() => {
+                // Its end was lost on the way: what it says now is something else.
+                let edge = candidate.edge.clone();
+                let to = episode.raised.get(&edge).and_then(|raised| raised.to).unwrap_or(candidate.from);
+                self.lower(&mut episode, &edge, to, candidate.ts, now);
+                if episode.is_raised() {
+                    episode.raised.remove(&edge);
+                    episode
+                } else {
+                    self.keep_ended(key.clone(), episode);
+                    of_candidate(candidate)
+                }
+            }
+            // It is about a time before the one that is open.
+            Some(episode) => {
+                self.put(key.clone(), episode);
+                self.tell_of_the_past(candidate, now);
+                return;
+            }
+            None => match self.ended.get(&(key.clone(), candidate.labels.clone())).is_some_and(fits) {
+                true => self
+                    .ended
+                    .remove(&(key.clone(), candidate.labels.clone()))
+                    .unwrap_or_else(|| of_candidate(candidate)),
+                false if self.room == 0 => {
+                    self.turned_away += 1;
+                    return;
+                }
+                false => {
+                    self.room -= 1;
+                    of_candidate(candidate)
+                }
+            },
+        };
+        let known = episode.raised.get(&candidate.edge).filter(|raised| raised.id == candidate.id).cloned();
+        if episode.raised.is_empty() && episode.watch.is_some() {
+            // Pending by rows of the cloud; the edge says what it knows.
+            (episode.message, episode.severity) = (candidate.message.clone(), candidate.severity);
+            episode.from = episode.from.min(candidate.from);
+        }
+        if candidate.severity > episode.severity && episode.phase == Phase::Firing {
+            episode.severity = candidate.severity;
+        }
+        if episode.topic.is_empty() {
+            episode.topic = self.topic_of(candidate, &episode.id);
+        }
+        match (known, candidate.to) {
+            (None, None) => {
+                let ts = if candidate.backfill { i64::MIN } else { candidate.ts };
+                self.raise(&mut episode, &candidate.edge, &candidate.id, candidate.from, (ts, now));
+            }
+            (None, Some(to)) => {
+                // Nothing was heard of its beginning: both are told, or neither.
+                let ts = if candidate.backfill { i64::MIN } else { candidate.ts };
+                let ended = episode.phase == Phase::Resolved;
+                if ended || episode.phase == Phase::Firing {
+                    let raised = Raised { id: candidate.id.clone(), from: candidate.from, to: Some(to) };
+                    episode.alias(&candidate.id);
+                    episode.raised.insert(candidate.edge.clone(), raised);
+                    self.record(Transition::Merged, candidate.ts, now, false, &episode);
+                } else {
+                    self.raise(&mut episode, &candidate.edge, &candidate.id, candidate.from, (ts, now));
+                    self.lower(&mut episode, &candidate.edge, to, candidate.ts, now);
+                }
+            }
+            (Some(Raised { to: None, .. }), Some(to)) => {
+                self.lower(&mut episode, &candidate.edge, to, candidate.ts, now);
+            }
+            // A backfill that the edge now finds in the present.
+            (Some(Raised { to: None, .. }), None)
+                if episode.quiet == Some(Quiet::Backfill) && !candidate.backfill && !self.is_old(candidate.ts, now) =>
+            {
+                self.tell(&mut episode, Transition::Firing, (candidate.ts, now));
+            }
+            _ => {}
+        }
+        self.put(key, episode);
+    }
+
+    /// A candidate that has nothing to do with what fires now: for the record.
+    fn tell_of_the_past(&mut self, candidate: &Candidate, now: i64) {
+        let mut episode = of_candidate(candidate);
+        episode.topic = self.topic_of(candidate, &episode.id);
+        (episode.quiet, episode.phase) = (Some(Quiet::Backfill), Phase::Firing);
+        let raised = Raised { id: candidate.id.clone(), from: candidate.from, to: candidate.to };
+        episode.raised.insert(candidate.edge.clone(), raised);
+        if candidate.to.is_some() {
+            (episode.phase, episode.to) = (Phase::Resolved, candidate.to);
+        }
+        let transition = if candidate.to.is_some() { Transition::Resolved } else { Transition::Firing };
+        self.record(transition, candidate.ts, now, false, &episode);
+    }
+
+    /// The topic of what an edge raised: that of the cloud's rule of the same text, or the usual one.
+    fn topic_of(&self, candidate: &Candidate, id: &str) -> String {
+        let mut words = Words::new();
+        let own: Words = serde_json::from_str(&candidate.labels).unwrap_or_default();
+        words.extend(own);
+        for (name, text) in [
+            ("rule", &*candidate.rule),
+            ("stream", &*candidate.stream),
+            ("severity", candidate.severity.word()),
+            ("id", id),
+            ("device", candidate.device.as_deref().unwrap_or("_")),
+        ] {
+            words.insert(name.to_owned(), text.into());
+        }
+        match self.policies.get(&candidate.rule).filter(|policy| policy.hash == candidate.hash) {
+            Some(policy) => policy.topic.fill_topic(&words),
+            None => Places::parse(USUAL_TOPIC, None).map(|topic| topic.fill_topic(&words)).unwrap_or_default(),
+        }
+    }
+}
+
+fn of_candidate(candidate: &Candidate) -> Episode {
+    Episode {
+        id: candidate.id.clone(),
+        rule: candidate.rule.clone(),
+        hash: candidate.hash.clone(),
+        stream: candidate.stream.clone(),
+        labels: candidate.labels.clone(),
+        device: candidate.device.clone(),
+        phase: Phase::Pending,
+        told: false,
+        quiet: None,
+        severity: candidate.severity,
+        value: None,
+        from: candidate.from,
+        to: None,
+        message: candidate.message.clone(),
+        topic: String::new(),
+        acknowledged: None,
+        assigned: None,
+        watch: None,
+        raised: BTreeMap::new(),
+        aliases: Vec::new(),
+        told_at: 0,
+        clear_at: 0,
+        unsettled_at: None,
+    }
+}

@@ -1,0 +1,316 @@
+//! The stream `alert_log`: every change in order, from which subscribers catch up and a restarted node goes on.
+//!
+//! A batch of changes is written whole or not at all, and its last row says how far each stream had been read when they were
+//! decided. So after a crash everything behind that position is looked at again, by alerts as they stood then: nothing is lost
+//! and nothing is decided twice. State of the node is nothing but this stream: the last row of each alert has it as JSON.
+//! Restart costs one aggregation over the stream; its retention bounds that.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use arrow_array::builder::{BooleanBuilder, Float64Builder, Int64Builder, StringBuilder};
+use arrow_array::cast::AsArray;
+use arrow_array::types::{Int64Type, TimestampMicrosecondType};
+use arrow_array::{Array, ArrayRef, RecordBatch, TimestampMicrosecondArray};
+use wire::schema::own;
+use wire::{DAY_US, StreamName, StreamSchema, TS_MIN_US};
+
+use super::episode::{Episode, Phase, Quiet};
+use super::episodes::{Change, Episodes, Subject, Transition};
+use super::silence::Silence;
+use super::statement;
+use crate::engine::{Engine, QueryError};
+use crate::follow::Position;
+
+/// Rows of one batch, their text in bytes, and dates, of which a batch may have 64.
+const ROWS_MAX: usize = 4_096;
+const BYTES_MAX: usize = 8 << 20;
+const DATES_MAX: usize = 60;
+/// Ended alerts of this age may still be extended after a restart, µs.
+const ENDED_US: i64 = 3_600_000_000;
+
+/// How far each stream was read.
+pub(crate) type Positions = BTreeMap<StreamName, Position>;
+
+/// The name of the stream.
+pub(crate) fn stream() -> StreamName {
+    own::ALERT_LOG.parse().expect("own names are valid")
+}
+
+/// Its schema.
+pub(crate) fn schema() -> Arc<StreamSchema> {
+    Arc::new(own::alert_log())
+}
+
+/// Changes as batches, in order; the last row of the last one has the position.
+pub(crate) fn batches(changes: &[Change], positions: &Positions, schema: &StreamSchema) -> Vec<RecordBatch> {
+    let mut batches = Vec::new();
+    let mut rest = changes;
+    while !rest.is_empty() {
+        let (mut dates, mut bytes) = (std::collections::HashSet::new(), 0);
+        let one_too_many = |change: &Change| {
+            bytes += size(change);
+            dates.insert(change.ts.div_euclid(DAY_US));
+            dates.len() > DATES_MAX || bytes > BYTES_MAX
+        };
+        let count = rest.iter().take(ROWS_MAX).position(one_too_many).unwrap_or(rest.len().min(ROWS_MAX));
+        let (now, later) = rest.split_at(count.max(1));
+        let position = later.is_empty().then(|| serde_json::to_string(positions).unwrap_or_default());
+        batches.push(batch(now, position.as_deref(), schema));
+        rest = later;
+    }
+    batches
+}
+
+/// What a change takes as a row, about: what is long in it is there twice, once as JSON within JSON.
+fn size(change: &Change) -> usize {
+    let said = change.note.as_ref().map_or(0, String::len);
+    let about = match &change.subject {
+        Subject::Alert(alert) => {
+            let aliases = alert.aliases.iter().map(String::len).sum::<usize>();
+            3 * alert.labels.len() + 2 * (alert.message.len() + alert.topic.len() + aliases + alert.rule.len())
+        }
+        _ => 0,
+    };
+    1_000 + said + about
+}
+
+fn batch(changes: &[Change], position: Option<&str>, schema: &StreamSchema) -> RecordBatch {
+    let alert = |change: &Change| match &change.subject {
+        Subject::Alert(episode) => Some(Episode::clone(episode)),
+        _ => None,
+    };
+    let alerts: Vec<Option<Episode>> = changes.iter().map(alert).collect();
+    let columns = schema.arrow().fields().iter().map(|field| -> ArrayRef {
+        let name = field.name().as_str();
+        let rows = || changes.iter().zip(&alerts);
+        match name {
+            "ts" | "at" | "from_ts" | "to_ts" => {
+                let time = |(change, alert): (&Change, &Option<Episode>)| match name {
+                    "ts" => Some(change.ts),
+                    "at" => Some(change.at),
+                    "from_ts" => alert.as_ref().map(|alert| alert.from),
+                    _ => alert.as_ref().and_then(|alert| alert.to),
+                };
+                let times = rows().map(|row| time(row).map(|us| us.max(TS_MIN_US)));
+                Arc::new(times.collect::<TimestampMicrosecondArray>().with_timezone("UTC"))
+            }
+            "sequence" => {
+                let mut column = Int64Builder::new();
+                changes.iter().for_each(|change| column.append_value(change.sequence));
+                Arc::new(column.finish())
+            }
+            "told" => {
+                let mut column = BooleanBuilder::new();
+                changes.iter().for_each(|change| column.append_value(change.told));
+                Arc::new(column.finish())
+            }
+            "value" => {
+                let mut column = Float64Builder::new();
+                let finite = |alert: &Option<Episode>| alert.as_ref()?.value.filter(|value| value.is_finite());
+                alerts.iter().for_each(|alert| column.append_option(finite(alert)));
+                Arc::new(column.finish())
+            }
+            _ => {
+                let mut column = StringBuilder::new();
+                for (index, (change, alert)) in rows().enumerate() {
+                    let last = index + 1 == changes.len();
+                    column.append_option(text(name, change, alert.as_ref(), position.filter(|_| last)));
+                }
+                Arc::new(column.finish())
+            }
+        }
+    });
+    let columns = columns.collect();
+    RecordBatch::try_new(Arc::clone(schema.arrow()), columns).expect("the columns are the schema's")
+}
+
+fn text(name: &str, change: &Change, alert: Option<&Episode>, position: Option<&str>) -> Option<String> {
+    let own = |text: &str| Some(text.to_owned());
+    match (name, &change.subject) {
+        ("quality", _) => own("good"),
+        ("transition", _) => own(change.transition.word()),
+        ("actor", _) => change.actor.clone(),
+        ("note", _) => change.note.clone(),
+        ("position", _) => position.and_then(own),
+        ("alert_id", Subject::Silence(silence)) => own(&silence.id),
+        ("rule", Subject::Silence(silence)) => silence.rule.clone(),
+        ("state", Subject::Silence(_)) => own("silence"),
+        ("detail", Subject::Silence(silence)) => serde_json::to_string(silence).ok(),
+        _ => {
+            let alert = alert?;
+            match name {
+                "device" => alert.device.clone(),
+                "state" => own(state(change.transition, alert)),
+                "alert_id" => own(&alert.id),
+                "rule" => own(&alert.rule),
+                "rule_hash" => own(&alert.hash),
+                "severity" => own(alert.severity.word()),
+                "stream" => own(&alert.stream),
+                "labels" => own(&alert.labels),
+                "message" => own(&alert.message),
+                "topic" => own(&alert.topic),
+                "quiet" => alert.quiet.filter(|_| !change.told).map(|quiet| quiet.word().to_owned()),
+                "aliases" => serde_json::to_string(&alert.aliases).ok(),
+                "detail" => serde_json::to_string(alert).ok(),
+                _ => None,
+            }
+        }
+    }
+}
+
+/// The word of the column `state`: as at the edge, what was found too late is `backfill`.
+pub(crate) fn state(transition: Transition, alert: &Episode) -> &'static str {
+    match transition {
+        Transition::Dropped => "dropped",
+        _ if alert.phase != Phase::Pending && !alert.told && alert.quiet == Some(Quiet::Backfill) => "backfill",
+        _ => alert.phase.word(),
+    }
+}
+
+/// What a restarted node finds.
+#[derive(Debug, Default)]
+pub(crate) struct Recovered {
+    pub(crate) sequence: i64,
+    pub(crate) positions: Positions,
+    alerts: Vec<Episode>,
+    silences: Vec<Silence>,
+}
+
+impl Recovered {
+    /// Puts back what was open.
+    pub(crate) fn into_episodes(self, horizon: i64, now: i64) -> (Episodes, Positions) {
+        let mut episodes = Episodes::new(horizon, self.sequence, now);
+        self.alerts.into_iter().for_each(|alert| episodes.restore(alert));
+        self.silences.into_iter().for_each(|silence| episodes.restore_silence(silence));
+        (episodes, self.positions)
+    }
+}
+
+/// Reads what the stream says of the last moment.
+///
+/// # Errors
+/// When it cannot be asked.
+pub(crate) async fn recover(engine: &Engine, now: i64) -> Result<Recovered, QueryError> {
+    let mut found = Recovered::default();
+    if engine.tables().cold(&stream()).is_none() {
+        return Ok(found);
+    }
+    for batch in ask(engine, "SELECT max(sequence) AS sequence FROM alert_log").await? {
+        let sequences = batch.column(0).as_primitive::<Int64Type>();
+        found.sequence = sequences.iter().flatten().max().unwrap_or(0);
+    }
+    let position = "SELECT position FROM alert_log WHERE position IS NOT NULL ORDER BY sequence DESC LIMIT 1";
+    for text in texts(&ask(engine, position).await?, 0) {
+        found.positions = serde_json::from_str(&text).unwrap_or_default();
+    }
+    let since = now - ENDED_US;
+    let last = format!(
+        "SELECT state, transition, detail FROM alert_log WHERE sequence IN \
+         (SELECT max(sequence) FROM alert_log WHERE alert_id IS NOT NULL GROUP BY alert_id) \
+         AND (state IN ('pending', 'firing', 'backfill', 'silence') \
+         OR at > to_timestamp_micros({since})) ORDER BY sequence"
+    );
+    let rows = ask(engine, &last).await?;
+    for ((state, transition), detail) in texts(&rows, 0).into_iter().zip(texts(&rows, 1)).zip(texts(&rows, 2)) {
+        match (state.as_str(), transition.as_str()) {
+            ("dropped", _) | ("silence", "unsilence") => {}
+            ("silence", _) => found.silences.extend(serde_json::from_str::<Silence>(&detail)),
+            _ => found.alerts.extend(serde_json::from_str::<Episode>(&detail)),
+        }
+    }
+    found.silences.retain(|silence| !silence.is_over(now));
+    // A record of the past that never ended is none of the present.
+    found.alerts.retain(|alert| alert.watch.is_some() || !alert.raised.is_empty());
+    Ok(found)
+}
+
+/// What was told behind a sequence, the next so many.
+///
+/// # Errors
+/// When the stream cannot be asked.
+pub(crate) async fn told_after(engine: &Engine, sequence: i64, count: usize) -> Result<Vec<Change>, QueryError> {
+    if engine.tables().cold(&stream()).is_none() {
+        return Ok(Vec::new());
+    }
+    let told = format!(
+        "SELECT transition, actor, note, detail, sequence, ts, at FROM alert_log \
+         WHERE told AND sequence > {sequence} ORDER BY sequence LIMIT {count}"
+    );
+    let rows = ask(engine, &told).await?;
+    let mut changes = Vec::new();
+    for batch in &rows {
+        let text = |column: usize, row: usize| {
+            let column = batch.column(column).as_string::<i32>();
+            column.is_valid(row).then(|| column.value(row).to_owned())
+        };
+        for row in 0..batch.num_rows() {
+            let word = text(0, row).unwrap_or_default();
+            let transition = serde_json::from_value(serde_json::Value::String(word));
+            let episode = text(3, row).and_then(|detail| serde_json::from_str::<Episode>(&detail).ok());
+            let (Ok(transition), Some(episode)) = (transition, episode) else { continue };
+            changes.push(Change {
+                sequence: batch.column(4).as_primitive::<Int64Type>().value(row),
+                transition,
+                ts: batch.column(5).as_primitive::<TimestampMicrosecondType>().value(row),
+                at: batch.column(6).as_primitive::<TimestampMicrosecondType>().value(row),
+                told: true,
+                actor: text(1, row),
+                note: text(2, row),
+                subject: Subject::Alert(Box::new(episode)),
+            });
+        }
+    }
+    Ok(changes)
+}
+
+/// In the lane of the rules: no reader holds it up.
+async fn ask(engine: &Engine, sql: &str) -> Result<Vec<RecordBatch>, QueryError> {
+    statement::rows(engine, sql, usize::MAX).await
+}
+
+fn texts(rows: &[RecordBatch], column: usize) -> Vec<String> {
+    let of = |batch: &RecordBatch| {
+        let column = batch.column(column).as_string::<i32>();
+        column.iter().map(|text| text.unwrap_or_default().to_owned()).collect::<Vec<_>>()
+    };
+    rows.iter().flat_map(of).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::episode::Severity;
+    use super::*;
+
+    #[test]
+    fn batches_are_as_large_as_a_batch_may_be() {
+        let candidate = |device: String| super::super::episode::Candidate {
+            edge: "e".to_owned(),
+            id: device.clone(),
+            rule: "r".to_owned(),
+            hash: "00".repeat(16),
+            stream: "s".to_owned(),
+            labels: serde_json::json!({ "device": device, "text": "\"".repeat(10_000) }).to_string(),
+            device: Some(device),
+            severity: Severity::Warning,
+            message: "m".repeat(4_096),
+            backfill: false,
+            ts: TS_MIN_US,
+            from: TS_MIN_US,
+            to: None,
+        };
+        let mut episodes = Episodes::new(i64::MAX, 0, TS_MIN_US);
+        for device in 0..3_000 {
+            episodes.candidate(&candidate(format!("d{device}")), TS_MIN_US);
+        }
+        let (changes, schema) = (episodes.take(), schema());
+        let batches = batches(&changes, &Positions::new(), &schema);
+        assert_eq!(batches.iter().map(RecordBatch::num_rows).sum::<usize>(), 3_000);
+        for (index, batch) in batches.iter().enumerate() {
+            assert!(batch.get_array_memory_size() < wire::BATCH_DECODED_BYTES_MAX / 2, "{}", batch.num_rows());
+            let positions = batch.column_by_name("position").unwrap();
+            let last = usize::from(index + 1 == batches.len());
+            assert_eq!(positions.len() - positions.null_count(), last, "the position is with the last change");
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! Alerts on a broker: one message for each change at QoS 1, on the alert's topic, retained while the alert fires and cleared
+//! when it has ended.
+//!
+//! Payloads are CloudEvents. A change counts as delivered when the broker has acknowledged it. After a lost connection what was
+//! on its way is published again: at least once, with a stable id. What the broker refuses, or what so many connections were
+//! lost over, is a dead letter.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use rumqttc::Outgoing;
+use rumqttc::v5::mqttbytes::QoS;
+use rumqttc::v5::mqttbytes::v5::{Packet, PubAckReason};
+use rumqttc::v5::{AsyncClient, Event, EventLoop, MqttOptions};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::Told;
+use super::target::{Place, jittered, pause};
+
+/// Messages on their way at a time.
+const IN_FLIGHT_MAX: u16 = 16;
+const REQUESTS: usize = 256;
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+const BACKOFF_MIN: Duration = Duration::from_millis(200);
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
+const FAREWELL: Duration = Duration::from_millis(500);
+
+/// A broker, as whom, and who is told there.
+pub(crate) struct Broker {
+    pub(crate) host: String,
+    pub(crate) port: u16,
+    pub(crate) client_id: String,
+    pub(crate) credentials: Option<(String, String)>,
+    /// Connections that may be lost over one change.
+    pub(crate) attempts: u32,
+}
+
+impl Broker {
+    fn connect(&self) -> (AsyncClient, EventLoop) {
+        let mut options = MqttOptions::new(&self.client_id, &self.host, self.port);
+        options.set_keep_alive(KEEP_ALIVE).set_clean_start(true).set_outgoing_inflight_upper_limit(IN_FLIGHT_MAX);
+        if let Some((username, password)) = &self.credentials {
+            options.set_credentials(username, password);
+        }
+        AsyncClient::new(options, REQUESTS)
+    }
+}
+
+/// The messages of one change: topic, payload, whether it is retained. An end is told, then what was retained is taken back.
+fn messages(told: &Told) -> Vec<(String, Bytes, bool)> {
+    match told.firing {
+        true => vec![(told.topic.clone(), told.body.clone(), true)],
+        false => vec![(told.topic.clone(), told.body.clone(), false), (told.topic.clone(), Bytes::new(), true)],
+    }
+}
+
+/// What one connection has come to.
+#[derive(Debug, Clone, Default)]
+struct Line {
+    connected: bool,
+    acknowledged: usize,
+    /// Of these so many were refused; why the last was.
+    refused: usize,
+    reason: String,
+    /// Why it is no more.
+    lost: Option<String>,
+}
+
+/// Turns the connection's wheel until it ends; a future of `poll` that is dropped half way might lose what it had read.
+async fn turn(mut events: EventLoop, line: watch::Sender<Line>) {
+    let lost = loop {
+        match events.poll().await {
+            Ok(Event::Incoming(Packet::ConnAck(_))) => line.send_modify(|line| line.connected = true),
+            Ok(Event::Incoming(Packet::PubAck(answer))) => match answer.reason {
+                PubAckReason::Success | PubAckReason::NoMatchingSubscribers => {
+                    line.send_modify(|line| line.acknowledged += 1);
+                }
+                PubAckReason::NotAuthorized | PubAckReason::TopicNameInvalid | PubAckReason::PayloadFormatInvalid => {
+                    line.send_modify(|line| {
+                        (line.acknowledged, line.refused) = (line.acknowledged + 1, line.refused + 1);
+                        line.reason = format!("the broker refused it: {:?}", answer.reason);
+                    })
+                }
+                reason => break format!("the broker cannot take it now: {reason:?}"),
+            },
+            Ok(Event::Incoming(Packet::Disconnect(reason))) => break format!("the broker ended it: {reason:?}"),
+            Ok(Event::Outgoing(Outgoing::Disconnect)) => break "it was ended".to_owned(),
+            Ok(_) => {}
+            Err(error) => break error.to_string(),
+        }
+    };
+    line.send_modify(|line| line.lost = Some(lost));
+}
+
+/// Tells one broker until the token ends it.
+pub(crate) async fn run(broker: Broker, mut place: Place, token: CancellationToken) {
+    if place.find(&token).await.is_none() {
+        return;
+    }
+    let mut wait = BACKOFF_MIN;
+    // What is not acknowledged when a connection is lost is published again.
+    let mut page: VecDeque<Arc<Told>> = VecDeque::new();
+    let mut lost_over = 0;
+    while !token.is_cancelled() {
+        let (client, events) = broker.connect();
+        let (sender, mut line) = watch::channel(Line::default());
+        let turning = tokio::spawn(turn(events, sender));
+        let ended = session(&client, &mut line, &mut page, &mut place, &mut lost_over, &token).await;
+        if ended.is_none() {
+            // All that was taken is acknowledged; the farewell may be lost.
+            let _ = client.try_disconnect();
+            let _ = tokio::time::timeout(FAREWELL, turning).await;
+            return;
+        }
+        turning.abort();
+        let Line { connected, lost, .. } = line.borrow().clone();
+        if connected {
+            wait = BACKOFF_MIN;
+        }
+        let error = lost.unwrap_or_default();
+        place.retried(&error);
+        if lost_over >= broker.attempts
+            && let Some(told) = page.pop_front()
+        {
+            place.dead(&told, &format!("{error}, the last of {lost_over} attempts"), &token).await;
+            lost_over = 0;
+        }
+        tracing::warn!(target = place.name(), error, "no connection to the broker");
+        if pause(jittered(wait), &token).await.is_none() {
+            return;
+        }
+        wait = (2 * wait).min(BACKOFF_MAX);
+    }
+}
+
+/// One connection. None when the node stops, and Some when it is lost; `lost_over` counts those that were while the first of
+/// the page was on its way.
+async fn session(
+    client: &AsyncClient,
+    line: &mut watch::Receiver<Line>,
+    page: &mut VecDeque<Arc<Told>>,
+    place: &mut Place,
+    lost_over: &mut u32,
+    token: &CancellationToken,
+) -> Option<()> {
+    if is_lost(line, |line| line.connected, token).await? {
+        return Some(());
+    }
+    let (mut sent, mut refused) = (0, 0);
+    loop {
+        if page.is_empty() {
+            let mut watched = line.clone();
+            tokio::select! {
+                next = place.next(token) => page.extend(next?),
+                lost = is_lost(&mut watched, |_| false, token) => return lost.map(drop),
+            }
+        }
+        let Some(told) = page.front().cloned() else { continue };
+        *lost_over += 1;
+        for (topic, payload, retain) in messages(&told) {
+            if client.publish(topic, QoS::AtLeastOnce, retain, payload).await.is_err() {
+                return Some(());
+            }
+            sent += 1;
+        }
+        if is_lost(line, |line| line.acknowledged >= sent, token).await? {
+            return Some(());
+        }
+        *lost_over = 0;
+        page.pop_front();
+        let (now, reason) = (line.borrow().refused, line.borrow().reason.clone());
+        if now > refused {
+            refused = now;
+            place.dead(&told, &reason, token).await;
+        } else {
+            place.delivered(&told, token).await;
+        }
+    }
+}
+
+/// Waits until something has come about, or the connection is lost; None when the node stops.
+async fn is_lost(
+    line: &mut watch::Receiver<Line>,
+    come: impl Fn(&Line) -> bool,
+    token: &CancellationToken,
+) -> Option<bool> {
+    tokio::select! {
+        () = token.cancelled() => None,
+        line = line.wait_for(|line| come(line) || line.lost.is_some()) => {
+            // A sender that is gone has lost it, too.
+            Some(line.map_or(true, |line| !come(&line)))
+        }
+    }
+}
