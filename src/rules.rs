@@ -10,7 +10,7 @@ use serde_json::Value;
 pub(crate) enum RulesCommand {
     /// Whether the rules of files can run on the tables that are there
     Check {
-        /// Files with [[rule]]
+        /// TOML files of rules
         #[arg(required = true)]
         files: Vec<PathBuf>,
         #[command(flatten)]
@@ -18,7 +18,7 @@ pub(crate) enum RulesCommand {
     },
     /// When the rules of a file would have fired over history, how often, and how long
     Test {
-        /// A file with [[rule]]
+        /// A TOML file of rules
         file: PathBuf,
         /// Event time: 2026-01-31, or 2026-01-31T12:00:00Z
         #[arg(long)]
