@@ -137,8 +137,9 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address} for HTTP"))?;
     let tls = certificate(DoorName::Http)?.map(|tls| query::serve::tls::speaking(&tls, "http/1.1"));
     let incoming = Incoming::new(listener, tls, listen.http_connections)?;
-    let questions =
-        query::serve::http::router(engine, readers.clone()).merge(query::serve::alerts::router(alerts, readers));
+    let questions = query::serve::http::router(Arc::clone(&engine), readers.clone())
+        .merge(query::serve::views::router(engine, readers.clone(), token.clone()))
+        .merge(query::serve::alerts::router(alerts, readers));
     let cloud = cloud.listen(incoming, questions, token)?;
     tracing::info!(http = %cloud.http, "ready");
     Ok(Node { http: cloud.http, postgres, cloud })

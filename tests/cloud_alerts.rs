@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use arrow::array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
-use futures::StreamExt;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rumqttc::v5::mqttbytes::QoS;
@@ -18,6 +17,7 @@ use tokio::net::TcpListener;
 use wire::{FieldType, StreamField, StreamSchema};
 
 use crate::harness::{Answer, Chain, Cloud, Edge, Mosquitto, Sender, mqtt_source, publish};
+use crate::listener::Listener;
 use crate::load::seeded;
 use crate::process::{PATIENCE, POLL};
 
@@ -80,73 +80,14 @@ async fn put(cloud: &Cloud, name: &str, text: &str) {
     assert_eq!(status, 200, "{answer}");
 }
 
-/// Listens to changes, as a browser does: comes back with the last id that it has.
-struct Listener {
-    url: String,
-    last: Option<i64>,
-    stream: Option<futures::stream::BoxStream<'static, reqwest::Result<Vec<u8>>>>,
-    buffer: String,
+/// Device and transition of the next change.
+async fn word(listener: &mut Listener) -> String {
+    let data = &listener.next().await["data"];
+    format!("{} {}", data["device"].as_str().unwrap_or("-"), data["transition"].as_str().unwrap())
 }
 
-impl Listener {
-    fn new(cloud: &Cloud, query: &str) -> Self {
-        Self { url: format!("{}/v1/alerts/stream{query}", cloud.http), last: None, stream: None, buffer: String::new() }
-    }
-
-    async fn connect(&mut self) {
-        let begun = Instant::now();
-        loop {
-            let mut get = reqwest::Client::new().get(&self.url);
-            if let Some(last) = self.last {
-                get = get.header("last-event-id", last.to_string());
-            }
-            match get.send().await {
-                Ok(answer) if answer.status().is_success() => {
-                    (self.stream, self.buffer) =
-                        (Some(answer.bytes_stream().map(|bytes| bytes.map(Into::into)).boxed()), String::new());
-                    return;
-                }
-                other => {
-                    assert!(begun.elapsed() < PATIENCE, "{other:?}");
-                    tokio::time::sleep(POLL).await;
-                }
-            }
-        }
-    }
-
-    /// The next change, over as many connections as it takes.
-    async fn next(&mut self) -> Value {
-        let next = async {
-            loop {
-                if let Some((event, rest)) = self.buffer.split_once("\n\n") {
-                    let line = |key: &str| {
-                        event.lines().find_map(|line| line.strip_prefix(key)).map(|text| text.trim().to_owned())
-                    };
-                    let (id, data) = (line("id:"), line("data:"));
-                    self.buffer = rest.to_owned();
-                    let (Some(id), Some(data)) = (id, data) else { continue };
-                    let id = id.parse().unwrap();
-                    assert!(self.last.is_none_or(|last| last < id), "{id} behind {:?}", self.last);
-                    self.last = Some(id);
-                    return serde_json::from_str(&data).unwrap();
-                }
-                match self.stream.as_mut() {
-                    None => self.connect().await,
-                    Some(stream) => match stream.next().await {
-                        Some(Ok(bytes)) => self.buffer.push_str(std::str::from_utf8(&bytes).unwrap()),
-                        _ => self.stream = None,
-                    },
-                }
-            }
-        };
-        tokio::time::timeout(PATIENCE, next).await.expect("a change comes")
-    }
-
-    /// Device and transition of the next change.
-    async fn word(&mut self) -> String {
-        let data = &self.next().await["data"];
-        format!("{} {}", data["device"].as_str().unwrap_or("-"), data["transition"].as_str().unwrap())
-    }
+fn listening(cloud: &Cloud, query: &str) -> Listener {
+    Listener::new(format!("{}/v1/alerts/stream{query}", cloud.http))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -159,10 +100,10 @@ async fn a_subscriber_misses_nothing_and_hears_nothing_twice_through_kill_9_of_t
     assert_eq!(status, 400, "{answer}");
     assert!(answer["error"].as_str().unwrap().contains("nn"), "{answer}");
     put(&cloud, "high", RULE).await;
-    let mut listener = Listener::new(&cloud, "?topic=alerts/%2B/high&severity=critical");
+    let mut listener = listening(&cloud, "?topic=alerts/%2B/high&severity=critical");
     listener.connect().await;
     // Who has heard nothing yet comes back without an id.
-    let mut other = Listener::new(&cloud, "?topic=alerts/d7/%23&after=0");
+    let mut other = listening(&cloud, "?topic=alerts/d7/%23&after=0");
     other.connect().await;
     let begun = Instant::now();
     readings.send(&[("d1", 200)]).await;
@@ -178,15 +119,15 @@ async fn a_subscriber_misses_nothing_and_hears_nothing_twice_through_kill_9_of_t
         cloud.run();
         cloud.wait().await;
         readings.send(&[(device.as_str(), 5)]).await;
-        assert_eq!(listener.word().await, format!("{device} firing"));
-        assert_eq!(listener.word().await, format!("{device} resolved"));
+        assert_eq!(word(&mut listener).await, format!("{device} firing"));
+        assert_eq!(word(&mut listener).await, format!("{device} resolved"));
     }
-    assert_eq!([other.word().await, other.word().await], ["d7 firing", "d7 resolved"]);
+    assert_eq!([word(&mut other).await, word(&mut other).await], ["d7 firing", "d7 resolved"]);
     // From the stream itself, for who was not there at all.
-    let mut late = Listener::new(&cloud, "?after=0");
+    let mut late = listening(&cloud, "?after=0");
     let mut all = Vec::new();
     for _ in 0..13 {
-        all.push(late.word().await);
+        all.push(word(&mut late).await);
     }
     let rows =
         cloud.sql("SELECT device, transition, sequence FROM alert_log WHERE told ORDER BY sequence").await.unwrap();
@@ -201,7 +142,7 @@ async fn a_subscriber_misses_nothing_and_hears_nothing_twice_through_kill_9_of_t
     let said = json!({ "by": "eva", "note": "on my way" }).to_string();
     let (status, answer) = request(&cloud, "POST", &format!("/v1/alerts/{id}/ack"), &said).await;
     assert_eq!(status, 200, "{answer}");
-    assert_eq!(listener.word().await, "d1 acknowledged");
+    assert_eq!(word(&mut listener).await, "d1 acknowledged");
     let (_, open) = request(&cloud, "GET", "/v1/alerts", "").await;
     assert_eq!((open.as_array().unwrap().len(), &open[0]["acknowledged_by"]), (1, &"eva".into()), "{open}");
     let open = cloud.sql("SELECT alert_id, device, state FROM system.alerts").await.unwrap();
@@ -467,8 +408,8 @@ async fn a_silent_device_stays_silent_over_a_restart() {
     let mut readings = Readings::to(&cloud);
     readings.send(&[("d1", 1)]).await;
     put(&cloud, "silent", "on = \"field\"\nabsent = \"3s\"\nevery = \"1s\"\n").await;
-    let mut listener = Listener::new(&cloud, "?after=0");
-    assert_eq!(listener.word().await, "d1 firing");
+    let mut listener = listening(&cloud, "?after=0");
+    assert_eq!(word(&mut listener).await, "d1 firing");
     cloud.kill();
     cloud.run();
     cloud.wait().await;
@@ -482,7 +423,7 @@ async fn a_silent_device_stays_silent_over_a_restart() {
     let recorded = "SELECT count(*) FROM alert_log WHERE alert_id IS NOT NULL";
     assert_eq!(cloud.integer(recorded).await, 1, "only that it fires");
     readings.send(&[("d1", 1)]).await;
-    assert_eq!(listener.word().await, "d1 resolved");
+    assert_eq!(word(&mut listener).await, "d1 resolved");
 }
 
 #[tokio::test(flavor = "multi_thread")]

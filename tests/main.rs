@@ -23,6 +23,7 @@ mod kills;
 mod known_failures;
 mod lake;
 mod links;
+mod listener;
 mod load;
 mod loading;
 mod network;

@@ -7,6 +7,7 @@ use rand::Rng;
 use serde_json::Value;
 
 use crate::harness::{Answer, Chain, Cloud, Sender, TOKEN, load_rows, load_schema};
+use crate::listener::Listener;
 use crate::load::{a_moment, seeded};
 use crate::process::{PATIENCE, POLL, Process};
 
@@ -108,6 +109,65 @@ async fn views_equal_their_questions_when_the_cloud_is_killed() {
     assert_eq!(left.len(), 1, "{left:#?}");
     let gone = cloud.sql("SELECT * FROM by_second").await.unwrap_err().to_string();
     assert!(gone.contains("no table `by_second`"), "{gone}");
+}
+
+/// The rows that a subscriber is told of, from the view's stream.
+async fn told(cloud: &Cloud, view: &str) -> Vec<String> {
+    let statement =
+        format!("SELECT * FROM {view}_changes WHERE view_empty IS NOT TRUE OR view_window IS NOT NULL ORDER BY _seq");
+    let mut rows = cloud.sql(&statement).await.unwrap();
+    for row in &mut rows {
+        row.as_object_mut().unwrap().retain(|name, _| !name.starts_with('_') && name != "view_position");
+    }
+    let mut rows: Vec<String> = rows.iter().map(Value::to_string).collect();
+    rows.sort();
+    rows
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_subscriber_hears_each_change_of_a_view_once_through_kills() {
+    let mut random = seeded();
+    let directory = tempfile::tempdir().unwrap();
+    let mut cloud = Cloud::start(directory.path(), "a", "[commit]\nmax_age = \"300ms\"\n").await;
+    let mut chain = Chain::new("load", load_schema());
+    deliver(&mut cloud, &mut chain, 0, 3_000).await;
+    cloud.sql(&format!("CREATE MATERIALIZED VIEW by_second AS {BY_SECOND}")).await.unwrap();
+    let missing = reqwest::get(format!("{}/v1/views/nobody/stream", cloud.http)).await.unwrap();
+    assert_eq!(missing.status().as_u16(), 404, "{}", missing.text().await.unwrap());
+    let url = format!("{}/v1/views/by_second/stream?after=start", cloud.http);
+    let (mut listener, mut late) = (Listener::new(url.clone()), Listener::new(url));
+    let mut heard = Vec::new();
+    let hear = |change: &Value, heard: &mut Vec<String>| {
+        assert_eq!(change["view"], "by_second");
+        heard.extend(change["rows"].as_array().unwrap().iter().map(Value::to_string));
+    };
+    let mut next = 3_000;
+    for _ in 0..4 {
+        let count = random.random_range(1_000..2_500);
+        deliver(&mut cloud, &mut chain, next, count).await;
+        next += count as i64;
+        hear(&listener.next().await, &mut heard);
+        cloud.kill();
+        cloud.run();
+        cloud.wait().await;
+    }
+    deliver(&mut cloud, &mut chain, next + 60_000, 1).await;
+    let open =
+        format!("SELECT * FROM ({BY_SECOND}) AS q WHERE b < (SELECT time_bucket('1 second', max(ts)) FROM load)");
+    equals(&cloud, "SELECT * FROM by_second", &open).await;
+    let expected = told(&cloud, "by_second").await;
+    while heard.len() < expected.len() {
+        hear(&listener.next().await, &mut heard);
+    }
+    heard.sort();
+    assert_eq!(heard, expected);
+    // Who comes when all is in the past gets the same.
+    let mut heard = Vec::new();
+    while heard.len() < expected.len() {
+        hear(&late.next().await, &mut heard);
+    }
+    heard.sort();
+    assert_eq!(heard, expected);
 }
 
 #[tokio::test(flavor = "multi_thread")]

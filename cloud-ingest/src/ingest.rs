@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use segment_log::{AppendError, FileLayer, FreeError, Options, Position, ReadError, SyncError};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use wire::sealed::BatchHeader;
 use wire::{Acks, RefusedAnswer, RefusedRequest, SpoolId, StreamAck, StreamName};
 
 use self::carry::Carry;
@@ -139,6 +140,8 @@ pub(crate) struct Ingest<L: FileLayer> {
     /// Why tables could not be opened, so that each reason is told once.
     unopened: BTreeMap<StreamName, String>,
     parked: Vec<Parked>,
+    /// Batches that are taken and not shown yet: for the ledger.
+    noted: Vec<(BatchHeader, i64)>,
     carry: Option<Carry<L>>,
     carry_not_before: Option<Instant>,
     catalogue: Arc<Catalogue>,
@@ -193,6 +196,7 @@ impl<L: FileLayer> Ingest<L> {
             looks: LookBook::default(),
             unopened: BTreeMap::new(),
             parked: Vec::new(),
+            noted: Vec::new(),
             carry: None,
             carry_not_before: None,
             catalogue,
@@ -298,6 +302,9 @@ impl<L: FileLayer> Ingest<L> {
     /// Their new rows are in the streams' own hot sets since they were appended, so that they count; readers see them now.
     fn show(&mut self, staged: &BTreeSet<StreamName>) {
         staged.iter().for_each(|name| self.publish(name));
+        // Not before: a view that hears of a batch's watermark must see its rows.
+        let ledger = self.catalogue.ledger();
+        self.noted.drain(..).for_each(|(header, received_at_us)| ledger.take(&header, received_at_us));
         self.metrics.wal_syncs.set(self.wal.syncs());
         self.metrics.wal_bytes.set(self.wal.bytes());
         self.metrics.hot_bytes.set(self.hot_bytes() as u64);

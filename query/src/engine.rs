@@ -209,6 +209,11 @@ impl Engine {
         &self.tables
     }
 
+    /// The views that are kept.
+    pub(crate) fn views(&self) -> &Views {
+        &self.views
+    }
+
     /// Begins to keep views; they stop with the token.
     ///
     /// # Errors

@@ -53,6 +53,11 @@ impl Position {
         Self { spools, version: cold.version, files_ms }
     }
 
+    /// The last batch of each spool.
+    pub(crate) fn into_seqs(self) -> BTreeMap<SpoolId, Seq> {
+        self.spools
+    }
+
     /// This batch was read, and all of its spool before it.
     pub(crate) fn cover(&mut self, spool: SpoolId, seq: Seq) {
         let read = self.spools.entry(spool).or_default();

@@ -8,6 +8,7 @@ pub mod flight_sql;
 pub mod http;
 pub mod postgres;
 pub mod tls;
+pub mod views;
 
 use std::net::IpAddr;
 use std::sync::Arc;

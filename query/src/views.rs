@@ -37,12 +37,14 @@ mod steady;
 mod view;
 mod watermark;
 
+pub(crate) use columns::{EMPTY, POSITION, WINDOW};
 use definition::{Command, Definition};
 pub(crate) use run::Progress;
 use run::{Round, RunLimits, Runner, ViewError};
 use shape::Known;
 use steady::Steady;
 use view::View;
+pub(crate) use view::changes;
 
 /// How soon a view that cannot go on is tried again: from the first of these to the last.
 const RETRY: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(30)];
@@ -449,6 +451,11 @@ impl Views {
                 Some(view) if view.is_current(engine.tables().as_ref()) => view,
                 before => {
                     *runner = None;
+                    let (tables, name) = (engine.tables(), &entry.definition.name);
+                    let began = view::changes(name).is_ok_and(|changes| tables.cold(&changes).is_some());
+                    if before.is_none() && !began && tables.cold(name).is_some() {
+                        return Err(refused(format!("{name} is a table already: choose another name")).into());
+                    }
                     let view = self.plan(&engine, &entry.definition).await?;
                     // Whoever asks it sees what is there, whether it goes on or not.
                     if before.is_none() {

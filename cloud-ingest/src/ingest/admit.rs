@@ -100,7 +100,7 @@ impl<L: FileLayer> Ingest<L> {
             }
             Err(error) => return Err(Fault::Append(error)),
         };
-        self.catalogue.ledger().take(header, received_at_us);
+        self.noted.push((header.clone(), received_at_us));
         let accepted = Accepted { batch: &arrived.batch, schema: &arrived.schema, rows, received_at_us, wal_from };
         if let Some(stream) = self.streams.get_mut(name) {
             let chunk = stream.accept(accepted);

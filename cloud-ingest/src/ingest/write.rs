@@ -148,6 +148,7 @@ impl<L: FileLayer> Ingest<L> {
         if let Some(id) = id {
             self.repeats.insert(id, received_at_us).map_err(Fault::Append)?;
         }
+        self.noted.push((batch.header().clone(), received_at_us));
         let (schema, rows) = (&gathered.schema, &gathered.rows);
         let chunk = stream.accept(Accepted { batch: &batch, schema, rows, received_at_us, wal_from });
         stream.hot.push(chunk);

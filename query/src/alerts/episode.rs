@@ -250,8 +250,11 @@ impl Policy {
         {
             words.insert(name.to_owned(), text.into());
         }
-        if let Ok(labels) = serde_json::from_str(seen.labels) {
-            words.insert("labels".to_owned(), labels);
+        if let Ok(labels) = serde_json::from_str::<serde_json::Map<_, _>>(seen.labels) {
+            for (name, value) in &labels {
+                words.entry(name.clone()).or_insert_with(|| value.clone());
+            }
+            words.insert("labels".to_owned(), labels.into());
         }
         if let Some(device) = seen.device {
             words.insert("device".to_owned(), device.into());

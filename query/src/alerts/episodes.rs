@@ -258,7 +258,8 @@ impl Episodes {
             self.record(Transition::Held, seen.to, now, false, episode);
         }
         let rose = severity > episode.severity;
-        (episode.severity, episode.value) = (severity, seen.value.or(episode.value));
+        // The worst of the episode: who hears of severe alerts alone hears of their end, too.
+        (episode.severity, episode.value) = (severity.max(episode.severity), seen.value.or(episode.value));
         if episode.phase != Phase::Firing {
             return;
         }

@@ -208,7 +208,7 @@ pub(crate) async fn recover(engine: &Engine, now: i64) -> Result<Recovered, Quer
     let last = format!(
         "SELECT state, transition, detail FROM alert_log WHERE sequence IN \
          (SELECT max(sequence) FROM alert_log WHERE alert_id IS NOT NULL GROUP BY alert_id) \
-         AND (state IN ('pending', 'firing', 'backfill', 'silence') \
+         AND (state IN ('pending', 'firing', 'silence') OR state = 'backfill' AND to_ts IS NULL \
          OR at > to_timestamp_micros({since})) ORDER BY sequence"
     );
     let rows = ask(engine, &last).await?;

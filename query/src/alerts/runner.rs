@@ -246,7 +246,8 @@ impl Runner {
         {
             followed.columns = None;
         }
-        self.rules.insert(name, Kept { rule, loaded, due: Instant::now(), retry: None, asked: false, failed: 0 });
+        let retry = rule.is_err().then(|| Instant::now() + AGAIN);
+        self.rules.insert(name, Kept { rule, loaded, due: Instant::now(), retry, asked: false, failed: 0 });
     }
 
     /// The rules have changed.
@@ -266,7 +267,7 @@ impl Runner {
         let policies = keep.into_iter().chain(policies).collect();
         episodes.wait_for(waiting);
         episodes.govern(policies, self.now);
-        // What nobody follows any more is not read again from where it was left; a rule that the node had no time for goes on.
+        // What nobody follows any more is not read again from where it was left; a rule that cannot run yet goes on.
         let mut followed: HashSet<StreamName> = HashSet::from([claims::stream()]);
         let mut any = false;
         for kept in self.rules.values() {
@@ -276,10 +277,10 @@ impl Runner {
                         followed.insert(rows.stream.clone());
                     }
                 }
-                (Err(RuleError::Busy(_)), Some(on)) => {
+                (Err(_), Some(on)) => {
                     followed.insert(on.clone());
                 }
-                (Err(RuleError::Busy(_)), None) => any = true,
+                (Err(RuleError::Busy(_) | RuleError::Waits(_)), None) => any = true,
                 (Err(_), _) => {}
             }
         }
@@ -300,11 +301,14 @@ impl Runner {
             }
             _ => false,
         };
+        let due = |kept: &Kept| kept.retry.is_none_or(|retry| retry <= Instant::now());
         let again = |kept: &Kept| match &kept.rule {
-            Ok(rule) => kept.retry.is_none_or(|retry| retry <= Instant::now()) && changed(rule),
-            Err(RuleError::Waits(_)) => streams != self.streams,
-            Err(RuleError::Busy(_)) => kept.retry.is_none_or(|retry| retry <= Instant::now()),
-            Err(RuleError::Refused(_)) => false,
+            Ok(rule) => due(kept) && changed(rule),
+            // What it asks may be a view that is not planned yet.
+            Err(RuleError::Waits(_)) => streams != self.streams || due(kept),
+            Err(RuleError::Busy(_)) => due(kept),
+            // A column may come with the next batch; what a person puts is told at once.
+            Err(RuleError::Refused(_)) => kept.loaded.configured && due(kept),
         };
         let names: Vec<String> =
             self.rules.iter().filter(|(_, kept)| again(kept)).map(|(name, _)| name.clone()).collect();
@@ -312,10 +316,12 @@ impl Runner {
             let Some(loaded) = self.rules.get(name).map(|kept| kept.loaded.clone()) else { continue };
             let waited = self.rules.get(name).is_some_and(|kept| matches!(kept.rule, Err(RuleError::Waits(_))));
             let rule = Rule::compile(&self.engine, loaded.settings.clone()).await.map(Arc::new);
-            if let (Err(RuleError::Busy(_)), Some(kept)) = (&rule, self.rules.get_mut(name)) {
-                // As it was until there is time; rows of the stream wait, too.
+            if let (Err(error), Some(kept)) = (&rule, self.rules.get_mut(name)) {
+                // As it was until there is time, or what it waits for; rows of the stream wait, too.
                 kept.retry = Some(Instant::now() + AGAIN);
-                continue;
+                if matches!(error, RuleError::Busy(_)) || kept.rule.as_ref().err() == Some(error) {
+                    continue;
+                }
             }
             if let (true, Ok(Kind::Rows(rows))) = (waited, rule.as_ref().map(|rule| &rule.kind)) {
                 // The stream was not there before: all of it is new.

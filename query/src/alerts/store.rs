@@ -39,7 +39,8 @@ impl RuleStore {
                 }
             }
         }
-        fs::create_dir_all(directory).map_err(|error| format!("make {}: {error}", directory.display()))?;
+        let made = fs::create_dir_all(directory).and_then(|()| directory.parent().map_or(Ok(()), sync));
+        made.map_err(|error| format!("make {}: {error}", directory.display()))?;
         for path in files(directory)? {
             let name = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default().to_owned();
             let settings = RuleSettings::parse(&name, &read(&path)?);
@@ -112,8 +113,12 @@ impl RuleStore {
     }
 
     fn sync(&self) -> std::io::Result<()> {
-        File::open(&self.directory)?.sync_all()
+        sync(&self.directory)
     }
+}
+
+fn sync(directory: &Path) -> std::io::Result<()> {
+    File::open(directory)?.sync_all()
 }
 
 fn read(path: &Path) -> Result<String, String> {

@@ -2,7 +2,8 @@
 //!
 //! A message is a minijinja template over the values of one row, its labels, and the words of its rule, and reaches nothing
 //! else: there is no loader and no second template, nothing is escaped, and [`FUEL`] and [`MESSAGE_BYTES_MAX`] end it. What a value
-//! holds is text and is never read as a template.
+//! holds is text and is never read as a template. Of the language it has `{{ … }}`, `{% if … %}`, comparisons, `+ - /` and the
+//! filters of [`environment`]: nothing by which a short template makes a long text in memory (no `*`, `~`, loops or widths).
 //!
 //! A topic, and a label, has places as at the edge: `"alerts/traffic/{device}/congestion"`; `{{` and `}}` are braces. A value is at
 //! most [`VALUE_BYTES_MAX`] bytes; in a topic it is one level ([`super::topic::level`]).
@@ -10,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 
-use minijinja::{AutoEscape, Environment, UndefinedBehavior};
+use minijinja::{AutoEscape, Environment, UndefinedBehavior, filters};
 use serde_json::Value;
 
 use super::topic::{self, TOPIC_BYTES_MAX};
@@ -30,11 +31,63 @@ pub(crate) type Words = BTreeMap<String, Value>;
 pub(crate) struct Message(String);
 
 fn environment() -> Environment<'static> {
-    let mut environment = Environment::new();
+    let mut environment = Environment::empty();
+    environment.add_filter("abs", filters::abs);
+    environment.add_filter("default", filters::default);
+    environment.add_filter("float", filters::float);
+    environment.add_filter("int", filters::int);
+    environment.add_filter("length", filters::length);
+    environment.add_filter("lower", filters::lower);
+    environment.add_filter("round", filters::round);
+    environment.add_filter("times", |value: f64, factor: f64| value * factor);
+    environment.add_filter("trim", filters::trim);
+    environment.add_filter("upper", filters::upper);
+    environment.add_test("defined", minijinja::tests::is_defined);
+    environment.add_test("none", minijinja::tests::is_none);
     environment.set_fuel(Some(FUEL));
     environment.set_auto_escape_callback(|_| AutoEscape::None);
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment
+}
+
+/// Refuses what could make a long text out of a short one.
+fn within_bounds(text: &str) -> Result<(), String> {
+    let mut rest = text;
+    while let Some(at) = rest.find("{{").into_iter().chain(rest.find("{%")).chain(rest.find("{#")).min() {
+        let (opening, inside) = rest[at..].split_at(2);
+        if opening == "{#" {
+            rest = inside.split_once("#}").map_or("", |(_, after)| after);
+            continue;
+        }
+        if opening == "{%" {
+            let word = inside.trim_start_matches(['-', '+', ' ', '\t', '\r', '\n']);
+            let word = &word[..word.find(|letter: char| !letter.is_ascii_alphabetic()).unwrap_or(word.len())];
+            if !["if", "elif", "else", "endif"].contains(&word) {
+                return Err(format!("message: `{{% {word:.20} %}}` is not for messages, `{{% if %}}` is"));
+            }
+        }
+        let closing = if opening == "{{" { "}}" } else { "%}" };
+        let (mut quote, mut escaped, mut end) = (None, false, inside.len());
+        for (index, letter) in inside.char_indices() {
+            match quote {
+                Some(_) if escaped => escaped = false,
+                Some(_) if letter == '\\' => escaped = true,
+                Some(open) if letter == open => quote = None,
+                Some(_) => {}
+                None if inside[index..].starts_with(closing) => {
+                    end = index + closing.len();
+                    break;
+                }
+                None if matches!(letter, '\'' | '"') => quote = Some(letter),
+                None if matches!(letter, '*' | '~' | '{' | '[') => {
+                    return Err(format!("message: `{letter}` is not for messages; `| times(3.6)` multiplies"));
+                }
+                None => {}
+            }
+        }
+        rest = &inside[end..];
+    }
+    Ok(())
 }
 
 impl Message {
@@ -46,13 +99,13 @@ impl Message {
         if text.len() > MESSAGE_BYTES_MAX {
             return Err(format!("message: more than {MESSAGE_BYTES_MAX} bytes"));
         }
+        within_bounds(text)?;
         let environment = environment();
         let template =
             environment.template_from_named_str("message", text).map_err(|error| format!("message: {error}"))?;
         if let Some(known) = known {
             for word in template.undeclared_variables(false) {
-                let is_function = ["range", "dict", "namespace"].contains(&word.as_str());
-                if !is_function && !known.contains(&word) {
+                if !known.contains(&word) {
                     let nearest = known.iter().min_by_key(|name| strsim::levenshtein(name, &word));
                     let hint = nearest.map(|name| format!("; did you mean `{name}`?")).unwrap_or_default();
                     return Err(format!("message: `{word}` is no value of its rows{hint}"));
@@ -221,16 +274,35 @@ mod tests {
 
     #[test]
     fn a_message_that_does_not_end_is_ended() {
-        let none = words(&[("rule", json!("r"))]);
-        let endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
-        assert!(message(endless, &none).starts_with("r (its message fails"));
-        let long = message("{% for a in range(3000) %}{{ 'xxxxxxxxxx' }}{% endfor %}", &none);
-        assert!(long.len() <= MESSAGE_BYTES_MAX, "{}", long.len());
+        let device = words(&[("device", json!("x".repeat(200)))]);
+        let long = message(&"{{ device }}".repeat(300), &device);
+        assert_eq!(long.len(), MESSAGE_BYTES_MAX);
+        assert!(message("{{ device / 2 }}", &device).contains("its message fails"));
         let huge = words(&[("device", json!("x".repeat(65_536)))]);
         assert_eq!(message("{{ device }}", &huge).len(), VALUE_BYTES_MAX);
-        for wrong in ["{{ device", "{% include 'other' %}", "{% import 'x' as y %}", &"x".repeat(5_000)] {
-            assert!(Message::parse(wrong, None).is_err(), "{wrong:.40}");
+        for wrong in [
+            "{{ device",
+            "{% include 'other' %}",
+            "{% import 'x' as y %}",
+            "{%- for a in device %}{% endfor %}",
+            "{% set x = device %}",
+            "{{ device * 100000000 }}",
+            "{{ '}}' * 100000000 }}",
+            "{{ '\\'' * 100000000 }}",
+            "{{ device ~ device }}",
+            "{{ {'a': {}} or device * 9 }}",
+            "{{ device | indent(99999999999999) }}",
+            "{{ '%s' | format(device) }}",
+            "{{ device | replace('a', device) }}",
+            &"x".repeat(5_000),
+        ] {
+            let read = Message::parse(wrong, None);
+            assert!(read.as_ref().is_err() || read.unwrap().fill(&device).contains("fails"), "{wrong:.40}");
         }
+        assert_eq!(
+            message("** {{ 2 | times(3.5) }} ** {# * #}{% if device is defined %}~{% endif %}", &device),
+            "** 7.0 ** ~"
+        );
     }
 
     #[test]
@@ -238,7 +310,7 @@ mod tests {
         let known = ["device".to_owned(), "avg_speed".to_owned()];
         let error = Message::parse("{{ avg_sped }}", Some(&known)).unwrap_err();
         assert!(error.contains("did you mean `avg_speed`?"), "{error}");
-        assert!(Message::parse("{% for i in range(2) %}{{ i }}{{ device }}{% endfor %}", Some(&known)).is_ok());
+        assert!(Message::parse("{% if avg_speed > 2 %}{{ device | upper }}{% endif %}", Some(&known)).is_ok());
         assert!(Places::parse("a/{lane}", Some(&known)).is_err());
         assert!(Places::parse("a/{device", Some(&known)).is_err());
         assert_eq!(Places::parse("a{{b}}", Some(&known)).unwrap().fill(&Words::new()), "a{b}");

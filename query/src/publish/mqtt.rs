@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Told;
 use super::target::{Place, jittered, pause};
+use crate::alerts::episodes::Transition;
 
 /// Messages on their way at a time.
 const IN_FLIGHT_MAX: u16 = 16;
@@ -49,11 +50,13 @@ impl Broker {
     }
 }
 
-/// The messages of one change: topic, payload, whether it is retained. An end is told, then what was retained is taken back.
+/// The messages of one change: topic, payload, whether it is retained. An end is told, then what was retained is taken back;
+/// what people say of an alert that has ended takes back nothing, because another of the same topic may fire by then.
 fn messages(told: &Told) -> Vec<(String, Bytes, bool)> {
-    match told.firing {
-        true => vec![(told.topic.clone(), told.body.clone(), true)],
-        false => vec![(told.topic.clone(), told.body.clone(), false), (told.topic.clone(), Bytes::new(), true)],
+    match (told.firing, told.transition == Transition::Resolved.word()) {
+        (true, _) => vec![(told.topic.clone(), told.body.clone(), true)],
+        (false, false) => vec![(told.topic.clone(), told.body.clone(), false)],
+        (false, true) => vec![(told.topic.clone(), told.body.clone(), false), (told.topic.clone(), Bytes::new(), true)],
     }
 }
 

@@ -15,6 +15,7 @@ use url::Url;
 
 use super::Told;
 use super::target::{Place, jittered, pause};
+use crate::alerts::episodes::Transition;
 use crate::alerts::now_us;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(200);
@@ -68,6 +69,11 @@ async fn deliver(
     place: &mut Place,
     token: &CancellationToken,
 ) -> Option<()> {
+    if request.alertmanager && !told.firing && told.transition != Transition::Resolved.word() {
+        // Its labels may be those of another alert that fires by now, which its end would end.
+        place.delivered(told, token).await;
+        return Some(());
+    }
     let mut wait = BACKOFF_MIN;
     for attempt in 1.. {
         let body = match request.alertmanager {
