@@ -235,14 +235,18 @@ async fn at_rest(cloud: &Cloud, expected: &Expected) -> anyhow::Result<u64> {
         let metrics = Metrics::read(&cloud.http).await?;
         let old = "SELECT count(*) FROM short WHERE ts < now() - INTERVAL '2 days'";
         let (committed, old) = (metrics.get("rows_committed")?, sql::integer(&cloud.http, old).await?);
-        let retired = metrics.get("rows_retired")?;
-        if committed == rows && old == 0 {
+        let (retired, all_old) = (metrics.get("rows_retired")?, expected.sent_rows());
+        // It is counted after the rows have gone.
+        if committed == rows && old == 0 && retired == all_old {
             whole(&cloud.http, expected).await?;
-            ensure!(retired == expected.sent_rows(), "{retired} rows were retired of {}", expected.sent_rows());
             return Ok(retired);
         }
         ensure!(committed <= rows, "{committed} rows are committed, and {rows} were sent");
-        ensure!(started.elapsed() < PATIENCE, "{committed} of {rows} rows are committed, {old} old ones are there");
+        ensure!(retired <= all_old, "{retired} rows were retired of {all_old}");
+        ensure!(
+            started.elapsed() < PATIENCE,
+            "{committed} of {rows} rows are committed, {retired} of {all_old} old ones retired, {old} are there",
+        );
         tokio::time::sleep(POLL).await;
     }
 }
