@@ -110,13 +110,16 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let alerts = Alerts::start(Arc::clone(&engine), sink, alerts, token.clone()).map_err(anyhow::Error::msg)?;
     let counted = Arc::clone(&alerts);
     cloud.metrics().host(move || counted.metrics());
-    let house =
-        |door| anyhow::Ok(House { engine: Arc::clone(&engine), readers: readers.clone(), tls: certificate(door)? });
+    let house = |door, connections_max| {
+        let (engine, readers) = (Arc::clone(&engine), readers.clone());
+        anyhow::Ok(House { engine, readers, tls: certificate(door)?, connections_max })
+    };
 
     let address = listen.postgres;
     let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address} for Postgres"))?;
     let postgres = listener.local_addr()?;
-    let door = query::serve::postgres::serve(listener, house(DoorName::Postgres)?, token.clone());
+    let door =
+        query::serve::postgres::serve(listener, house(DoorName::Postgres, listen.postgres_connections)?, token.clone());
     tokio::spawn(async move {
         if let Err(error) = door.await {
             tracing::error!(%error, "the postgres door ended");
@@ -125,7 +128,11 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let address = listen.flight_sql;
     let listener = TcpListener::bind(address).await.with_context(|| format!("listen on {address} for Flight SQL"))?;
     let flight_sql = listener.local_addr()?;
-    let door = query::serve::flight_sql::serve(listener, house(DoorName::FlightSql)?, token.clone());
+    let door = query::serve::flight_sql::serve(
+        listener,
+        house(DoorName::FlightSql, listen.flight_sql_connections)?,
+        token.clone(),
+    );
     tokio::spawn(async move {
         if let Err(error) = door.await {
             tracing::error!(error = %format!("{:#}", anyhow::Error::new(error)), "the Flight SQL door ended");

@@ -31,6 +31,8 @@ const BATCH_ROWS: usize = 32_768;
 const BYTES_MAX: usize = 512 << 20;
 /// Full batches that wait for the link.
 const WAITING_MAX: usize = 8;
+/// Rows that are further ahead than this go into quarantine: they will be too far ahead as long as a load may have to be resumed.
+const SOON_US: i64 = 30 * wire::DAY_US;
 /// A bad row is kept up to here.
 const PAYLOAD_BYTES_MAX: usize = 64 << 10;
 
@@ -78,6 +80,11 @@ pub(crate) async fn load(arguments: LoadArguments) -> anyhow::Result<()> {
         bar.finish_and_clear();
         let (stream, sent) = loaded.with_context(|| format!("load {}", file.display()))?;
         say(&sentence(file, &stream, &sent));
+        if arguments.reference && sent.rows == 0 && sent.known > 0 && arguments.valid_from.is_none() {
+            say(
+                "If others were loaded since, and these are to hold again: load them with --valid-from, and since when.",
+            );
+        }
     }
     Ok(())
 }
@@ -156,7 +163,8 @@ fn read(
     let quarantine = named::stream(own::QUARANTINE);
     rows.declare(quarantine.clone(), own::quarantine());
     let names: Vec<FieldName> = own::quarantine().fields().iter().map(|field| field.name.clone()).collect();
-    let ts_max = chrono::Utc::now().timestamp_micros().saturating_add(TS_FUTURE_MAX_US);
+    let now_max = chrono::Utc::now().timestamp_micros().saturating_add(TS_FUTURE_MAX_US);
+    let ts_max = now_max.saturating_add(SOON_US);
     let (mut bytes, mut newest, mut number) = (0, TS_MIN_US, 0_u64);
     let source = input.name();
     input.rows(bar, &mut |found| {
@@ -164,6 +172,11 @@ fn read(
         let (reason, detail, payload) = match found {
             Found::Bad { detail, payload } => ("malformed", detail, payload),
             Found::Row(cells) => match mapping.place(cells, ts_max) {
+                // In quarantine today and a row tomorrow: what was sent before would get another content under the same number.
+                Ok(Placed { ts, .. }) if ts > now_max => anyhow::bail!(
+                    "row {number} is of {}, which is too far ahead: mend it, or load the file again later. It goes on where it was",
+                    chrono::DateTime::from_timestamp_micros(ts).unwrap_or_default().to_rfc3339()
+                ),
                 Ok(Placed { ts, device, cells }) => {
                     newest = newest.max(ts);
                     bytes += cells.len();

@@ -11,6 +11,7 @@ use cloud_ingest::{Catalogue, Moment};
 use query::{AsOf, ColdTable, ColumnNote, Remark, SpoolFacts, Tables, TablesError};
 use tokio::sync::watch;
 use wire::hot::HotSource;
+use wire::schema::own::BATCH_ORIGINS;
 use wire::{Seq, StreamName};
 
 /// The catalogue of this process, and how something is said of its tables.
@@ -30,8 +31,9 @@ fn cold(snapshot: &TableSnapshot) -> ColdTable {
 
 #[async_trait]
 impl Tables for NodeTables {
+    /// All but that which `system.batches` shows.
     fn streams(&self) -> Vec<StreamName> {
-        self.0.streams()
+        self.0.streams().into_iter().filter(|stream| stream.as_str() != BATCH_ORIGINS).collect()
     }
 
     fn cold(&self, stream: &StreamName) -> Option<ColdTable> {

@@ -116,7 +116,50 @@ async fn garbage_and_idle_connections_hold_up_nobody() {
     let (status, answer) = text(&cloud, "SELECT count(*) AS n FROM load").await;
     assert_eq!((status, answer.as_str()), (200, r#"[{"n":100}]"#));
     println!("{} idle connections, {} MiB", idle.len(), resident(&cloud) >> 20);
+    // Who has said nothing for a while has lost its place, and others are let in.
+    for (port, words) in
+        [(cloud.postgres, SSL_REQUEST), (cloud.flight_sql, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")]
+    {
+        let started = Instant::now();
+        while !answers(port, words) {
+            assert!(started.elapsed() < PATIENCE, "port {port} lets nobody in");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
     drop(idle);
+}
+
+/// How a client of Postgres asks for TLS.
+const SSL_REQUEST: &[u8] = &[0, 0, 0, 8, 4, 210, 22, 47];
+
+/// Whether a door says anything to this.
+fn answers(port: u16, words: &[u8]) -> bool {
+    let mut socket = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    socket.write_all(words).is_ok() && socket.read(&mut [0; 1]).is_ok_and(|read| read == 1)
+}
+
+/// A header may announce a gigabyte; nobody waits for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_message_that_is_announced_too_large_is_refused_before_it_comes() {
+    let directory = tempfile::tempdir().unwrap();
+    let cloud = stage(directory.path()).await;
+    let mut socket = TcpStream::connect(("127.0.0.1", cloud.postgres)).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut startup = vec![0, 0, 0, 0, 0, 3, 0, 0];
+    startup.extend_from_slice(b"user\0somebody\0database\0weir\0\0");
+    let length = u32::try_from(startup.len()).unwrap();
+    startup[..4].copy_from_slice(&length.to_be_bytes());
+    socket.write_all(&startup).unwrap();
+    // It asks who this is.
+    let mut kind = [0];
+    socket.read_exact(&mut kind).unwrap();
+    assert_eq!(kind, *b"R");
+    socket.write_all(&[b'p', 0x3f, 0xff, 0xff, 0x00, b'S']).unwrap();
+    let mut answer = Vec::new();
+    socket.read_to_end(&mut answer).unwrap();
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.contains("54000") && answer.contains("a message has at most"), "{answer}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -204,6 +247,12 @@ async fn the_past_answers_the_same_for_ever() {
         // Times of versions are told apart by the file system's clock, whose ticks are some milliseconds long.
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    let last = seen.last().unwrap().2.clone();
+    let started = Instant::now();
+    while cloud.sql(&format!("SELECT count(*) FROM load FOR SYSTEM_TIME AS OF '{last}'")).await.is_err() {
+        assert!(started.elapsed() < PATIENCE, "the newest moment is never over");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     let client = reqwest::Client::new();
     let as_of = async |as_of: &str, statement: &str| {
         let request = client.post(format!("{}/v1/sql?as_of={as_of}", cloud.http));
@@ -223,7 +272,8 @@ async fn the_past_answers_the_same_for_ever() {
     for (wrong, words) in [
         ("99", "no version 99"),
         ("1999-01-01T00:00:00Z", "does not reach back"),
-        ("2200-01-01T00:00:00Z", "not over yet"),
+        ("2200-01-01T00:00:00Z", "not over for 5s yet"),
+        (&*chrono::Utc::now().format("%Y-%m-%dT%H:%M:%S%.6fZ").to_string(), "not over for 5s yet"),
         ("yesterday", "a version (a number) or a moment"),
     ] {
         let (status, answer) = as_of(wrong, "SELECT count(*) FROM load").await;

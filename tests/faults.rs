@@ -74,6 +74,58 @@ async fn a_lost_ack_and_a_repeated_request_store_nothing_twice() {
     whole(&cloud, 150).await;
 }
 
+/// Waits until a statement answers so.
+async fn until(cloud: &Cloud, statement: &str, expected: &[serde_json::Value]) {
+    let started = Instant::now();
+    loop {
+        let found = cloud.sql(statement).await.unwrap();
+        if found == expected {
+            return;
+        }
+        assert!(started.elapsed() < PATIENCE, "{found:?} in place of {expected:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// From a row to its batch, and from there to the agent and its configuration: through restarts, when the table is all that
+/// is left, and when the WAL is.
+#[tokio::test(flavor = "multi_thread")]
+async fn which_agent_sealed_a_batch_is_known_after_restarts() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut cloud = Cloud::start(directory.path(), "a", "").await;
+    let mut chain = Chain::new("load", load_schema());
+    let mut expected = Vec::new();
+    for (agent, configuration, ends) in [
+        ("0.1.0", 7, None),
+        ("0.1.1", 7, None),
+        ("0.1.1", 8, Some(true)),
+        ("0.1.1", 8, None),
+        ("0.1.0", 7, Some(false)),
+    ] {
+        chain.sealed_by = (agent, configuration);
+        let first = 10 * expected.len() as i64;
+        for _ in 0..2 {
+            expected
+                .push(serde_json::json!({"seq": expected.len() + 1, "agent": agent, "configuration": configuration}));
+        }
+        let sent = batches(&mut chain, first..first + 20);
+        assert_eq!(Sender::to(&cloud).send(&chain.schema, &sent).await.marks().0, Seq(expected.len() as u64));
+        let told = "SELECT b.seq, b.agent, b.configuration FROM system.batches b JOIN (SELECT DISTINCT _spool, _seq FROM load) r \
+                    ON r._spool = b.spool AND r._seq = b.seq WHERE b.stream = 'load' ORDER BY 1";
+        until(&cloud, told, &expected).await;
+        match ends {
+            Some(true) => cloud.stop(),
+            Some(false) => cloud.kill(),
+            None => continue,
+        }
+        cloud.run();
+        cloud.wait().await;
+        until(&cloud, told, &expected).await;
+    }
+    let listed = "SELECT count(*) FROM information_schema.tables WHERE table_name = 'batch_origins'";
+    assert_eq!(cloud.integer(listed).await, 0, "it stands behind system.batches");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_gap_a_fork_damage_and_a_wrong_token_change_nothing() {
     let directory = tempfile::tempdir().unwrap();

@@ -425,16 +425,21 @@ pub(crate) struct Chain {
     pub(crate) stream: String,
     pub(crate) schema: Arc<StreamSchema>,
     pub(crate) last: Mark,
+    /// Version of the agent, and of its configuration.
+    pub(crate) sealed_by: (&'static str, u64),
 }
 
 impl Chain {
     pub(crate) fn new(stream: &str, schema: Arc<StreamSchema>) -> Self {
-        Self { spool: SpoolId(rand::random()), stream: stream.into(), schema, last: Mark::default() }
+        let (spool, stream) = (SpoolId(rand::random()), stream.into());
+        Self { spool, stream, schema, last: Mark::default(), sealed_by: ("test", 0) }
     }
 
     /// The next batch of the sequence.
     pub(crate) fn seal(&mut self, rows: &RecordBatch) -> SealedBatch {
-        let cut = CutBatch::seal(self.stream.parse().unwrap(), &self.schema, rows, NO_WATERMARK, "test", 0).unwrap();
+        let (agent, configuration) = self.sealed_by;
+        let stream = self.stream.parse().unwrap();
+        let cut = CutBatch::seal(stream, &self.schema, rows, NO_WATERMARK, agent, configuration).unwrap();
         let batch = cut.number(&EDGE.parse().unwrap(), self.spool, self.last.seq.next(), self.last.crc);
         self.last = Mark { seq: batch.header().seq, crc: batch.crc() };
         batch

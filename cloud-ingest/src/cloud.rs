@@ -22,6 +22,7 @@ use crate::http::{self, Door};
 use crate::ingest::{Done, Ingest, Job, StartError};
 use crate::maintain::Maintenance;
 use crate::metrics::Metrics;
+use crate::origins;
 use crate::remarks::Remarks;
 use crate::store::Store;
 use crate::writer::Writer;
@@ -68,8 +69,16 @@ pub struct CloudHandle {
     pub http: SocketAddr,
     door: Arc<Door>,
     server: tokio::task::JoinHandle<std::io::Result<()>>,
+    origins: Origins,
     thread: JoinHandle<()>,
     upkeep: Upkeep,
+}
+
+/// The task that writes which agents sealed batches, and how it is stopped.
+#[derive(Debug)]
+struct Origins {
+    task: tokio::task::JoinHandle<()>,
+    stop: DropGuard,
 }
 
 impl Cloud {
@@ -165,7 +174,11 @@ impl Cloud {
             // Tapped, because only so a listener of any kind tells the peer.
             axum::serve(listener.tap_io(|_| {}), service).with_graceful_shutdown(stop).await
         });
-        Ok(CloudHandle { http, door: self.door, server, thread: self.thread, upkeep: self.upkeep })
+        let stop = CancellationToken::new();
+        let writer = Writer::new(self.door.jobs.clone(), Arc::clone(&self.door.places));
+        let task = tokio::spawn(origins::run(self.catalogue, writer, stop.clone()));
+        let origins = Origins { task, stop: stop.drop_guard() };
+        Ok(CloudHandle { http, door: self.door, server, origins, thread: self.thread, upkeep: self.upkeep })
     }
 }
 
@@ -196,6 +209,8 @@ impl CloudHandle {
         if tokio::time::timeout(REQUESTS_MAX, self.server).await.is_err() {
             tracing::warn!("open requests are broken off");
         }
+        drop(self.origins.stop);
+        self.origins.task.await.ok();
         let (door, thread, upkeep) = (self.door, self.thread, self.upkeep);
         let joined = tokio::task::spawn_blocking(move || {
             upkeep.stop();

@@ -93,6 +93,8 @@ pub struct ListenSettings {
     pub postgres: SocketAddr,
     /// Connections to the HTTP port at one time.
     pub http_connections: usize,
+    pub flight_sql_connections: usize,
+    pub postgres_connections: usize,
     pub tls: Option<TlsSettings>,
 }
 
@@ -123,7 +125,15 @@ fn all_doors() -> Vec<DoorName> {
 impl Default for ListenSettings {
     fn default() -> Self {
         let local = |port| SocketAddr::from(([127, 0, 0, 1], port));
-        Self { http: local(7300), flight_sql: local(7301), postgres: local(7302), http_connections: 4_096, tls: None }
+        Self {
+            http: local(7300),
+            flight_sql: local(7301),
+            postgres: local(7302),
+            http_connections: 4_096,
+            flight_sql_connections: 256,
+            postgres_connections: 256,
+            tls: None,
+        }
     }
 }
 
@@ -434,8 +444,13 @@ impl Settings {
                 return Err(format!("[[reader]] `{}`: there is no [[query.lane]] `{lane}`", reader.name));
             }
         }
-        if self.listen.http_connections == 0 {
-            return Err("[listen] http_connections must be at least 1".to_owned());
+        let connections = [
+            ("http_connections", self.listen.http_connections),
+            ("flight_sql_connections", self.listen.flight_sql_connections),
+            ("postgres_connections", self.listen.postgres_connections),
+        ];
+        if let Some((key, _)) = connections.iter().find(|(_, connections)| *connections == 0) {
+            return Err(format!("[listen] {key} must be at least 1"));
         }
         if self.commit.max_partitions < BATCH_DATES_MAX {
             return Err(format!(
@@ -533,7 +548,8 @@ mod tests {
         check("[stream.\"a*b*c\"]\nkeep = \"1d\"", "one `*`");
         check("[stream.\"No Name\"]\nkeep = \"1d\"", "is no stream");
         check("[stream.traffic]\nkeeep = \"1d\"", "did you mean `keep`?");
-        check("[listen]\nhttp_connections = 0", "at least 1");
+        check("[listen]\nhttp_connections = 0", "http_connections must be at least 1");
+        check("[listen]\npostgres_connections = 0", "postgres_connections must be at least 1");
         check("[alerts]\nsubscribers_max = 4096", "less than [listen] http_connections");
         check("[listen.tls]\ncertificate = \"a\"\nkey = \"b\"\ndoors = [\"smtp\"]", "smtp");
         check("[[query.lane]]\nname = \"a\"\n[[query.lane]]\nname = \"a\"", "twice");

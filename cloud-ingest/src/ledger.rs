@@ -6,11 +6,17 @@
 use std::collections::BTreeMap;
 
 use parking_lot::Mutex;
+use tokio::sync::Notify;
+use wire::schema::own::BATCH_ORIGINS;
 use wire::sealed::{BatchHeader, NO_WATERMARK};
 use wire::{EdgeId, Seq, SpoolId, StreamName};
 
+use crate::origins::Origin;
+
 /// So many spools are told of; of more, those that were silent longest are forgotten.
 const ENTRIES_MAX: usize = 10_000;
+/// Origins that wait to be written at most; what comes above it is not told.
+const ORIGINS_MAX: usize = 65_536;
 
 /// What is known of one spool's sequence of a stream.
 #[derive(Debug, Clone)]
@@ -38,11 +44,17 @@ pub struct Entry {
 #[derive(Debug, Default)]
 pub struct Ledger {
     entries: Mutex<BTreeMap<(StreamName, SpoolId), Entry>>,
+    /// What `origins` has not written yet.
+    origins: Mutex<Vec<Origin>>,
+    noted: Notify,
 }
 
 impl Ledger {
     /// A batch was taken.
     pub(crate) fn take(&self, header: &BatchHeader, received_at_us: i64) {
+        if header.stream.as_str() == BATCH_ORIGINS {
+            return;
+        }
         let mut entries = self.entries.lock();
         let key = (header.stream.clone(), header.spool);
         if entries.len() >= ENTRIES_MAX && !entries.contains_key(&key) {
@@ -62,6 +74,7 @@ impl Ledger {
             agent: String::new(),
             configuration: 0,
         });
+        let is_first = entry.batches == 0;
         entry.rows += u64::from(header.rows);
         entry.batches += 1;
         entry.received_at_us = received_at_us;
@@ -72,10 +85,40 @@ impl Ledger {
             entry.watermark = entry.watermark.max(Some(header.watermark));
         }
         entry.durable = entry.durable.max(header.seq);
-        if entry.agent != header.agent {
+        if is_first || entry.agent != header.agent || entry.configuration != header.configuration {
             entry.agent.clone_from(&header.agent);
+            entry.configuration = header.configuration;
+            self.note(header, received_at_us);
         }
-        entry.configuration = header.configuration;
+    }
+
+    /// From this batch on the agent or its configuration is another.
+    fn note(&self, header: &BatchHeader, received_at_us: i64) {
+        let mut origins = self.origins.lock();
+        if origins.len() >= ORIGINS_MAX {
+            tracing::warn!(stream = %header.stream, spool = %header.spool, "too many agents at once: this one is not told");
+            return;
+        }
+        origins.push(Origin {
+            stream: header.stream.clone(),
+            spool: header.spool,
+            from: header.seq,
+            edge: header.edge.clone(),
+            agent: header.agent.clone(),
+            configuration: header.configuration,
+            received_at_us,
+        });
+        self.noted.notify_one();
+    }
+
+    /// What was noted and not taken yet.
+    pub(crate) fn take_origins(&self) -> Vec<Origin> {
+        std::mem::take(&mut *self.origins.lock())
+    }
+
+    /// Waits until something was noted.
+    pub(crate) async fn noted(&self) {
+        self.noted.notified().await;
     }
 
     /// All entries, by stream and spool.

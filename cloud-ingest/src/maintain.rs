@@ -29,6 +29,8 @@ const RETRY_MIN: Duration = Duration::from_secs(5);
 const RETRY_MAX: Duration = Duration::from_secs(600);
 /// So often, at least, it is looked for what others have committed to a table.
 const FOLLOW: Duration = Duration::from_secs(10);
+/// After a start, so that a node that is started often vacuums, too.
+const FIRST_VACUUM: Duration = Duration::from_secs(900);
 /// A table that had nothing to merge is looked at again when it has another version, or so much later: its day may be over.
 const LOOK_AGAIN: Duration = Duration::from_secs(600);
 
@@ -55,7 +57,7 @@ struct Care {
     checkpoint: Option<u64>,
     followed: Instant,
     looked_at: Option<Instant>,
-    vacuumed: Instant,
+    vacuum_at: Instant,
     /// The version that had nothing to merge, when, and its small files.
     nothing: Option<(u64, Instant, usize)>,
     upkeep: Backoff,
@@ -153,14 +155,14 @@ impl Maintenance {
     }
 
     fn care(&mut self, stream: &StreamName) -> &mut Care {
-        let compact = &self.settings.compact;
+        let (compact, vacuum_every) = (&self.settings.compact, self.settings.lake.vacuum_every.0);
         self.tables.entry(stream.clone()).or_insert_with(|| Care {
             compactor: Compactor::new(compact),
             left: None,
             checkpoint: None,
             followed: Instant::now(),
             looked_at: None,
-            vacuumed: Instant::now(),
+            vacuum_at: Instant::now() + vacuum_every.min(FIRST_VACUUM),
             nothing: None,
             upkeep: Backoff::default(),
             merging: Backoff::default(),
@@ -218,9 +220,9 @@ impl Maintenance {
             self.metrics.log_objects_deleted.add(gone as u64);
             self.care(stream).looked_at = Some(now);
         }
-        if self.care(stream).vacuumed + vacuum_every <= now {
+        if self.care(stream).vacuum_at <= now {
             self.vacuum(stream).await?;
-            self.care(stream).vacuumed = now;
+            self.care(stream).vacuum_at = now + vacuum_every;
         }
         Ok(())
     }

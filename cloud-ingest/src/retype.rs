@@ -6,6 +6,7 @@
 //! files into the place of all old ones. It is compare-and-swap: when others were faster, only what they added is
 //! written, what they took away is forgotten, and it is tried again. Transactions stay as they are, so no batch is taken
 //! twice. A process that is killed leaves the table as it was, and files that nothing names, for vacuum; or as it shall be.
+//! While it runs it says so ([`crate::underway`]), or vacuum would take the first files before the last are written.
 //!
 //! It knows no node: a node that runs on the store sees the entry when it commits next, or looks next. Weir's own
 //! streams keep their types, and so do timestamps and bytes, which only Weir itself writes.
@@ -22,6 +23,7 @@ use crate::delta::file::{FileWriter, writer_properties};
 use crate::delta::{CommitError, DeltaTable, FileError, TableError, TableSnapshot, date_text};
 use crate::failpoint;
 use crate::rescue::{refit, row_schema};
+use crate::underway::Underway;
 
 /// How often the entry is tried on a newer version.
 const TRIES_MAX: usize = 200;
@@ -84,10 +86,38 @@ pub async fn retype(
     let stream = table.stream().clone();
     check(&stream, kind)?;
     failpoint::reach("retype.planned");
+    if with_kind(&table.snapshot(), &stream, column, kind)?.is_none() {
+        return Ok(Retyped::Same);
+    }
+    let failed = |error: object_store::Error| TableError::delta(&stream, error.into());
+    let store = table.snapshot().log_store.object_store(None);
+    let mut underway = Underway::begin(store).await.map_err(failed)?;
+    let mut work = Work { stream: &stream, pace, underway: &mut underway, progress };
+    let retyped = swap(table, column, kind, &mut work).await?;
+    underway.end().await;
+    Ok(retyped)
+}
+
+/// How a rewrite goes on: within its share of a core, and telling so.
+struct Work<'a> {
+    stream: &'a StreamName,
+    pace: &'a mut Pace,
+    underway: &'a mut Underway,
+    progress: &'a (dyn Fn(u64) + Send + Sync),
+}
+
+/// Writes the files, and puts them into the place of the others.
+async fn swap(
+    table: &mut DeltaTable,
+    column: &FieldName,
+    kind: FieldType,
+    work: &mut Work<'_>,
+) -> Result<Retyped, RetypeError> {
+    let stream = work.stream;
     let mut written: HashMap<String, Written> = HashMap::new();
     for _ in 0..TRIES_MAX {
         let snapshot = table.snapshot();
-        let Some(fields) = with_kind(&snapshot, &stream, column, kind)? else {
+        let Some(fields) = with_kind(&snapshot, stream, column, kind)? else {
             // Ours, when an answer got lost; or somebody else's.
             let ours = |file: &DataFile| snapshot.files.find(file.date, &file.path).is_some();
             let is_ours = !written.is_empty() && written.values().filter_map(|written| written.file.as_ref()).all(ours);
@@ -97,7 +127,7 @@ pub async fn retype(
         written.retain(|path, _| there.contains(path.as_str()));
         for file in snapshot.files.iter() {
             if !written.contains_key(&file.path) {
-                let anew = rewrite(&snapshot, file, &fields, column, pace, progress).await?;
+                let anew = rewrite(&snapshot, file, &fields, column, work).await?;
                 written.insert(file.path.clone(), anew);
                 failpoint::reach("retype.file");
             }
@@ -114,7 +144,7 @@ pub async fn retype(
         }
         table.reload().await?;
     }
-    Err(RetypeError::Busy(stream))
+    Err(RetypeError::Busy(stream.clone()))
 }
 
 fn check(stream: &StreamName, kind: FieldType) -> Result<(), RetypeError> {
@@ -163,8 +193,7 @@ async fn rewrite(
     file: &Arc<DataFile>,
     fields: &[StreamField],
     column: &FieldName,
-    pace: &mut Pace,
-    progress: &(dyn Fn(u64) + Send + Sync),
+    work: &mut Work<'_>,
 ) -> Result<Written, RetypeError> {
     let (stored, schema) = (row_schema(&snapshot.fields), row_schema(fields));
     let store = snapshot.log_store.object_store(None);
@@ -179,8 +208,10 @@ async fn rewrite(
         count += after.num_rows() as u64;
         writer.write(&after).await?;
         failpoint::reach("retype.writing");
-        progress(after.num_rows() as u64);
-        pace.breathe().await;
+        (work.progress)(after.num_rows() as u64);
+        let failed = |error: object_store::Error| TableError::delta(work.stream, error.into());
+        work.underway.goes_on().await.map_err(failed)?;
+        work.pace.breathe().await;
     }
     if let Some(expected) = file.rows.filter(|expected| *expected != count) {
         return Err(RetypeError::Rows { date: date_text(file.date), expected, got: count });

@@ -5,7 +5,7 @@
 //! whoever holds a version that was current within the grace finds its files: queries under way, and those that ask for
 //! an older version. What is left are files that compaction and retention replaced, those of commits that lost, and what
 //! a killed process had staged. Files are listed before the log is read: one that comes into the table later is young.
-//! Times are those of the store against this machine's clock; logs are kept as long as the grace at least.
+//! A rewrite that is under way ([`crate::underway`]) keeps what was written since it began. Times are those of the store against this machine's clock; logs are kept as long as the grace at least.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -20,6 +20,7 @@ use wire::schema::DATE;
 use crate::delta::{DeltaTable, TableError, entries_since, named_files};
 use crate::failpoint;
 use crate::store::Store;
+use crate::underway;
 
 /// Entries of a log that are read at a time.
 const READS_AT_ONCE: usize = 16;
@@ -63,9 +64,11 @@ pub async fn plan(store: &Store, table: &mut DeltaTable, grace: Duration) -> Res
     let failed = |error: object_store::Error| TableError::delta(&stream, error.into());
     let since = Utc::now() - grace;
     let objects = table.snapshot().log_store.object_store(None);
+    let (rewriting_since, dead) = underway::found(&objects).await.map_err(failed)?;
+    let young = rewriting_since.map_or(since, |began| began.min(since));
     let listed = objects.list(None).try_filter(|meta| std::future::ready(is_data(&meta.location)));
     let listed: Vec<_> = listed.try_collect().await.map_err(failed)?;
-    let staged = store.staged(&stream, since.into());
+    let staged = store.staged(&stream, young.into());
 
     let snapshot = table.reload().await?;
     let recent = entries_since(&stream, &snapshot, since).await?;
@@ -77,10 +80,11 @@ pub async fn plan(store: &Store, table: &mut DeltaTable, grace: Duration) -> Res
     let in_use: HashSet<Path> = snapshot.files.iter().map(|file| place(&file.path)).collect();
 
     let mut plan = VacuumPlan { staged, ..VacuumPlan::default() };
+    plan.unused.extend(dead.into_iter().map(|note| (note, 0)));
     for meta in listed {
         if in_use.contains(&meta.location) {
             plan.in_use += 1;
-        } else if meta.last_modified >= since || named.contains(&meta.location) {
+        } else if meta.last_modified >= young || named.contains(&meta.location) {
             plan.kept += 1;
         } else {
             plan.unused.push((meta.location, meta.size));

@@ -23,7 +23,7 @@ mod trial;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use parking_lot::Mutex;
 use ring::hmac;
@@ -324,12 +324,6 @@ fn serve(kind: &TargetKind, place: Place, token: CancellationToken) {
             tokio::spawn(mqtt::run(Broker { host, port, client_id, credentials, attempts }, place, token));
         }
     }
-}
-
-/// µs since 1970 UTC, by the machine's clock.
-pub(crate) fn now_us() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
 }
 
 /// Waits until the node knows where the stream of decisions ends; None when it stops before.

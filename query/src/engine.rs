@@ -10,7 +10,6 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use arrow_array::RecordBatch;
 use arrow_schema::SchemaRef;
 use datafusion::catalog::CatalogProvider;
 use datafusion::common::{DataFusionError, ParamValues};
@@ -405,22 +404,6 @@ impl Engine {
         let (tables, remark) = (Arc::clone(&self.tables), Arc::clone(remark));
         let said = self.aside(running, async move { tables.say(&remark).await }).await?;
         said.map_err(|error| QueryError::Failed { message: error.to_string() })
-    }
-
-    /// All rows of a statement that the node itself asks.
-    ///
-    /// # Errors
-    /// As [`Engine::prepare`] and [`Engine::execute`].
-    pub async fn rows(&self, sql: &str) -> Result<Vec<RecordBatch>, QueryError> {
-        let caller = Caller::node();
-        let running = self.begin(&caller, &self.enter(&caller).await?, sql);
-        let prepared = self.prepare(&running, sql, None).await?;
-        let mut stream = self.execute(&running, &prepared, None).await?;
-        let mut rows = Vec::new();
-        while let Some(batch) = stream.next().await {
-            rows.push(batch.map_err(|error| self.explain(error))?);
-        }
-        Ok(rows)
     }
 }
 

@@ -10,6 +10,7 @@ pub mod as_of;
 mod breadth;
 pub mod caller;
 pub mod catalog;
+mod clock;
 mod cold;
 mod columns;
 pub mod engine;

@@ -6,6 +6,7 @@
 pub mod alerts;
 pub mod flight_sql;
 pub mod http;
+mod places;
 pub mod postgres;
 pub mod tls;
 pub mod views;
@@ -30,6 +31,8 @@ pub struct House {
     pub readers: Readers,
     /// With it, the door speaks TLS only.
     pub tls: Option<Arc<ServerConfig>>,
+    /// Connections at one time; one more is closed at once.
+    pub connections_max: usize,
 }
 
 /// Someone who may ask.

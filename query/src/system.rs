@@ -9,7 +9,7 @@
 //! | `ingest` | stream and spool that has: rows, last batch, what is durable and committed |
 //! | `queries` | statement that runs, and of the last ones that ran |
 //! | `views` | view: what it does, how far it is, what it costs |
-//! | `batches` | batch that a stream's rows came in (read from the rows themselves) |
+//! | `batches` | batch that a stream's rows came in (read from the rows themselves), and which agent sealed it |
 //! | `quarantine_reasons` | reason why readings are in `quarantine`, by stream and source |
 //! | `alerts` | alert that is pending or fires, as `alert_log` last says |
 //!

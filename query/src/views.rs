@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use datafusion::catalog::TableProvider;
 use datafusion::common::Result as DataFusionResult;
@@ -19,6 +19,7 @@ use wire::StreamName;
 
 use crate::caller::{Caller, Right};
 use crate::catalog::Tables;
+use crate::clock::now_us;
 use crate::engine::{Engine, QueryError};
 use crate::references;
 use crate::sink::Sink;
@@ -478,12 +479,6 @@ impl Views {
         };
         Some(turn.await)
     }
-}
-
-/// Now, µs since 1970.
-fn now_us() -> i64 {
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

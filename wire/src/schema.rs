@@ -259,6 +259,8 @@ pub mod own {
     pub const ALERT_LOG: &str = "alert_log";
     /// The stream of what was delivered to whom, and what was not.
     pub const ALERT_DELIVERIES: &str = "alert_deliveries";
+    /// The stream of which agent sealed which batches.
+    pub const BATCH_ORIGINS: &str = "batch_origins";
 
     fn schema(fields: &[(&str, FieldType)]) -> StreamSchema {
         let fields = fields
@@ -356,6 +358,19 @@ pub mod own {
             ("body", FieldType::Text),
         ])
     }
+
+    /// `batch_origins`: batches of `spool` in `stream` from number `from_seq` on, until the next row of both, were sealed by
+    /// this version of the agent of `edge` with this configuration; `ts` is when the first of them was taken.
+    pub fn batch_origins() -> StreamSchema {
+        schema(&[
+            ("stream", FieldType::Text),
+            ("spool", FieldType::Text),
+            ("from_seq", FieldType::Int64),
+            ("edge", FieldType::Text),
+            ("agent", FieldType::Text),
+            ("configuration", FieldType::Int64),
+        ])
+    }
 }
 
 /// Whether a name is that of a stream that Weir fills itself.
@@ -365,7 +380,7 @@ pub fn is_own_stream(stream: &StreamName) -> bool {
 
 /// Whether a name is that of a stream that the cloud alone fills: nobody else may write there.
 pub fn is_cloud_stream(stream: &StreamName) -> bool {
-    matches!(stream.as_str(), own::ALERT_LOG | own::ALERT_DELIVERIES)
+    matches!(stream.as_str(), own::ALERT_LOG | own::ALERT_DELIVERIES | own::BATCH_ORIGINS)
 }
 
 #[cfg(test)]

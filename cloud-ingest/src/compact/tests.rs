@@ -412,8 +412,19 @@ async fn vacuum_deletes_what_nothing_names_and_nothing_else() {
         plan
     };
     check(&mut table, 0, 0, 1).await;
-    // Old, but only the orphan and the staged file are named by nothing.
+    // Old, but only the orphan and the staged file are named by nothing; and not while a rewrite goes on that has lasted longer.
     age(directory.path(), 2 * 86_400);
+    let note = directory.path().join("traffic/_underway/a");
+    std::fs::create_dir(note.parent().unwrap()).unwrap();
+    let began = chrono::Utc::now() - Duration::from_secs(3 * 86_400);
+    std::fs::write(&note, began.timestamp_micros().to_string()).unwrap();
+    check(&mut table, 0, 0, 1).await;
+    let said = |seconds| std::time::SystemTime::now() - Duration::from_secs(seconds);
+    std::fs::File::options().append(true).open(&note).unwrap().set_modified(said(3_500)).unwrap();
+    check(&mut table, 0, 0, 1).await;
+    std::fs::File::options().append(true).open(&note).unwrap().set_modified(said(3_700)).unwrap();
+    check(&mut table, 2, 1, 0).await;
+    std::fs::remove_file(&note).unwrap();
     let files = table.snapshot().files.len();
     let plan = check(&mut table, 1, 1, 0).await;
     assert_eq!((plan.in_use, plan.bytes()), (files, 22));

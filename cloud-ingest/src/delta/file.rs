@@ -156,7 +156,7 @@ impl AsyncFileWriter for Upload {
 }
 
 /// A name that nobody else gives.
-fn new_name() -> String {
+pub(crate) fn new_name() -> String {
     let number = || RandomState::new().build_hasher().finish();
     let time = chrono::Utc::now().timestamp_micros();
     format!("{time:016x}-{:016x}", number() ^ u64::from(std::process::id()).rotate_left(32) ^ number().rotate_left(17))

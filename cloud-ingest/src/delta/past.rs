@@ -1,7 +1,10 @@
 //! A table as it was at a version, or at a moment.
 //!
 //! It is read from the log, as long as that reaches back; rows can be read as long as the files of that version are
-//! kept. What it says of the past does not change: a version never does, and a moment must be over.
+//! kept. What it says of the past does not change: a version never does, and a moment must be over for [`SETTLED`]: the time of
+//! an entry is set before the entry is there, and some stores tell it in whole seconds.
+
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use object_store::ObjectStoreExt;
@@ -9,6 +12,9 @@ use object_store::path::Path;
 use wire::StreamName;
 
 use super::{TableError, TableSnapshot};
+
+/// How long a moment must be over, so that no entry of before it can still come.
+const SETTLED: Duration = Duration::from_secs(5);
 
 /// A state of the past.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,8 +46,8 @@ impl TableSnapshot {
     /// oldest on, so a few looks at the log find it.
     async fn version_at(&self, us: i64) -> Result<u64, String> {
         let time = DateTime::from_timestamp_micros(us).ok_or("this time is out of range")?;
-        if time > Utc::now() {
-            return Err(format!("{time} is not over yet"));
+        if time > Utc::now() - SETTLED {
+            return Err(format!("{time} is not over for {SETTLED:?} yet: what was there then may still come to light"));
         }
         let oldest = || format!("the log does not reach back to {time}");
         let mut found = None;

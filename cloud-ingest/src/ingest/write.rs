@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use segment_log::{AppendError, FileLayer};
 use tokio::sync::oneshot;
+use wire::ids::OWN_EDGE;
 use wire::schema::StreamField;
 use wire::{EdgeId, Mark, RefusedRequest, SealedBatch, StreamName};
 
@@ -159,10 +160,13 @@ impl<L: FileLayer> Ingest<L> {
     pub(super) fn answer_write(&self, writing: Writing) {
         let Written { rows, repeated } = writing.written;
         let left = writing.batches.iter().map(|(_, batch)| u64::from(batch.cut.rows)).sum::<u64>();
-        self.metrics.rows_received.add(rows + repeated + left);
-        self.metrics.rows_durable.add(rows);
-        self.metrics.rows_duplicate.add(repeated);
-        self.metrics.rows_pushed_back.add(left);
+        // What the node writes by itself came through no door.
+        if writing.edge.as_str() != OWN_EDGE {
+            self.metrics.rows_received.add(rows + repeated + left);
+            self.metrics.rows_durable.add(rows);
+            self.metrics.rows_duplicate.add(repeated);
+            self.metrics.rows_pushed_back.add(left);
+        }
         // A caller that has gone sends again, and is told that it is there.
         writing.reply.send(writing.back.map_or(Ok(writing.written), Err)).ok();
     }

@@ -57,8 +57,14 @@ impl ObjectStore for SimReads {
     async fn copy_opts(&self, _: &ObjectPath, _: &ObjectPath, _: CopyOptions) -> Result<()> {
         unreachable!("only reads come here")
     }
-    fn delete_stream(&self, _: BoxStream<'static, Result<ObjectPath>>) -> BoxStream<'static, Result<ObjectPath>> {
-        unreachable!("nothing is deleted")
+    fn delete_stream(&self, paths: BoxStream<'static, Result<ObjectPath>>) -> BoxStream<'static, Result<ObjectPath>> {
+        let layer = self.0.clone();
+        let remove = move |path: ObjectPath| {
+            let removed = layer.remove(&Path::new("/").join(path.as_ref()));
+            let failed = |error| object_store::Error::Generic { store: "simulated", source: Box::new(error) as _ };
+            std::future::ready(removed.map(|()| path).map_err(failed))
+        };
+        paths.and_then(remove).boxed()
     }
     async fn list_with_delimiter(&self, prefix: Option<&ObjectPath>) -> Result<ListResult> {
         let all: Vec<ObjectMeta> = self.list(prefix).try_collect().await?;

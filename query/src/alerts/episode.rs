@@ -156,20 +156,36 @@ pub(crate) struct Episode {
 impl Episode {
     /// One that a row begins, pending.
     pub(crate) fn new(policy: &Policy, seen: &Seen<'_>) -> Self {
-        let id = id(&policy.hash, seen.device, seen.labels, seen.from);
-        let severity = seen.severity.unwrap_or(policy.severity);
         Self {
             rule: policy.name.clone(),
             hash: policy.hash.clone(),
             stream: policy.stream.clone(),
             labels: seen.labels.to_owned(),
             device: seen.device.map(str::to_owned),
+            value: seen.value,
+            ..Self::begun(
+                id(&policy.hash, seen.device, seen.labels, seen.from),
+                seen.severity.unwrap_or(policy.severity),
+                seen.from,
+            )
+        }
+    }
+
+    /// One of this id, pending, of which nothing else is known yet.
+    pub(crate) fn begun(id: String, severity: Severity, from: i64) -> Self {
+        Self {
+            id,
+            rule: String::new(),
+            hash: String::new(),
+            stream: String::new(),
+            labels: String::new(),
+            device: None,
             phase: Phase::Pending,
             told: false,
             quiet: None,
             severity,
-            value: seen.value,
-            from: seen.from,
+            value: None,
+            from,
             to: None,
             message: String::new(),
             topic: String::new(),
@@ -181,7 +197,6 @@ impl Episode {
             told_at: 0,
             clear_at: 0,
             unsettled_at: None,
-            id,
         }
     }
 

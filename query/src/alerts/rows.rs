@@ -330,8 +330,6 @@ pub(crate) struct FreshRows {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Newest {
     of: HashMap<String, i64>,
-    /// Devices that found no room.
-    pub(crate) refused: u64,
 }
 
 impl FreshRows {
@@ -380,7 +378,6 @@ impl Newest {
             self.forget();
         }
         if self.of.len() >= devices_max {
-            self.refused += 1;
             return true;
         }
         self.of.insert(device.to_owned(), to);

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use arrow_array::RecordBatch;
 use arrow_array::cast::AsArray;
-use futures::StreamExt;
 
 use super::episode::{Says, Seen};
 use super::episodes::Episodes;
@@ -51,31 +50,10 @@ fn text(rule: &Rule, now: i64, listening: i64) -> Option<String> {
 /// Asks.
 pub(crate) async fn ask(engine: &Engine, rule: Arc<Rule>, now: i64, listening: i64) -> Answer {
     let rows = match text(&rule, now, listening) {
-        Some(text) => rows(engine, &text, rule.policy.instances_max).await,
+        Some(text) => engine.rows_as(&caller(), &text, rule.policy.instances_max).await,
         None => Ok(Vec::new()),
     };
     Answer { rule, rows }
-}
-
-/// The first rows of a statement, and some more when there are more than so many.
-///
-/// # Errors
-/// When it cannot be asked.
-pub(crate) async fn rows(engine: &Engine, sql: &str, rows_max: usize) -> Result<Vec<RecordBatch>, QueryError> {
-    let caller = caller();
-    let running = engine.begin(&caller, &engine.enter(&caller).await?, sql);
-    let prepared = engine.prepare(&running, sql, None).await?;
-    let mut stream = engine.execute(&running, &prepared, None).await?;
-    let (mut rows, mut count) = (Vec::new(), 0);
-    while let Some(batch) = stream.next().await {
-        let batch = batch.map_err(|error| engine.explain(error))?;
-        count += batch.num_rows();
-        rows.push(batch);
-        if count > rows_max {
-            break;
-        }
-    }
-    Ok(rows)
 }
 
 /// What an answer means: what is in it holds, what is no longer in it has ended, unless the answer was cut off.
@@ -136,6 +114,7 @@ mod tests {
 
     use super::super::rule::RuleSettings;
     use super::*;
+    use crate::clock::now_us;
     use crate::engine::tests::engine;
 
     async fn compile(engine: &Engine, text: &str) -> Arc<Rule> {
@@ -180,8 +159,8 @@ mod tests {
         assert!(judged(&rule, &mut episodes, &[("a", true), ("b", true)], 2).is_empty());
         assert_eq!(judged(&rule, &mut episodes, &[("b", true)], 3), ["a resolved"]);
         // It can be asked, both when the node has listened for long and when it has not: all devices were heard at one time.
-        for listening in [0, super::super::now_us()] {
-            let now = super::super::now_us();
+        for listening in [0, now_us()] {
+            let now = now_us();
             let found = ask(&engine, Arc::clone(&rule), now, listening).await.rows.unwrap();
             assert!(found.iter().all(|batch| batch.column_by_name(UNSURE).is_some()));
         }

@@ -1,5 +1,5 @@
-//! Questions that the node asks for its views: planned before, asked of states that were frozen before, in a lane of
-//! their own, so that views take no room from those who ask.
+//! Questions whose answers are wanted whole: those of the node itself, and of its views: planned before, asked of states that
+//! were frozen before, in a lane of their own, so that views take no room from those who ask.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -41,6 +41,38 @@ fn caller() -> Caller {
 }
 
 impl Engine {
+    /// All rows of a statement that the node itself asks.
+    ///
+    /// # Errors
+    /// As [`Engine::rows_as`].
+    pub async fn rows(&self, sql: &str) -> Result<Vec<RecordBatch>, QueryError> {
+        self.rows_as(&Caller::node(), sql, usize::MAX).await
+    }
+
+    /// The first rows of a statement, and some more when there are more than so many.
+    ///
+    /// # Errors
+    /// As [`Engine::prepare`] and [`Engine::execute`].
+    pub(crate) async fn rows_as(
+        &self,
+        caller: &Caller,
+        sql: &str,
+        rows_max: usize,
+    ) -> Result<Vec<RecordBatch>, QueryError> {
+        let running = self.begin(caller, &self.enter(caller).await?, sql);
+        let prepared = self.prepare(&running, sql, None).await?;
+        let mut stream = self.execute(&running, &prepared, None).await?;
+        let (mut rows, mut count) = (Vec::new(), 0);
+        while count <= rows_max
+            && let Some(batch) = stream.next().await
+        {
+            let batch = batch.map_err(|error| self.explain(error))?;
+            count += batch.num_rows();
+            rows.push(batch);
+        }
+        Ok(rows)
+    }
+
     /// Plans the question of a view.
     ///
     /// # Errors

@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::Int64Type;
-use arrow_array::{ArrayRef, Date32Array, Int64Array, StringArray, TimestampMicrosecondArray, new_null_array};
+use arrow_array::{
+    ArrayRef, Date32Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray, new_null_array,
+};
 use arrow_schema::SchemaRef;
 use async_trait::async_trait;
 use chrono::{DateTime, NaiveDate};
@@ -436,25 +438,14 @@ pub(crate) fn reader(edges: Option<&[&str]>, condition: Option<&str>) -> Caller 
     Caller::new("reader", Door::Http, Some(Arc::new(scope)), Arc::new([]))
 }
 
-pub(crate) async fn rows_as(engine: &Engine, caller: &Caller, sql: &str) -> Result<Vec<RecordBatch>, QueryError> {
-    let running = begin_as(engine, caller).await;
-    let prepared = engine.prepare(&running, sql, None).await?;
-    let mut stream = engine.execute(&running, &prepared, None).await?;
-    let mut rows = Vec::new();
-    while let Some(batch) = stream.next().await {
-        rows.push(batch.map_err(|error| engine.explain(error))?);
-    }
-    Ok(rows)
-}
-
 async fn integer_as(engine: &Engine, caller: &Caller, sql: &str) -> i64 {
-    let rows = rows_as(engine, caller, sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+    let rows = engine.rows_as(caller, sql, usize::MAX).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
     let batch = rows.iter().find(|batch| batch.num_rows() > 0).unwrap();
     batch.column(0).as_primitive::<Int64Type>().value(0)
 }
 
 async fn text_as(engine: &Engine, caller: &Caller, sql: &str) -> String {
-    let rows = rows_as(engine, caller, sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+    let rows = engine.rows_as(caller, sql, usize::MAX).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
     arrow::util::pretty::pretty_format_batches(&rows).unwrap().to_string()
 }
 
@@ -516,9 +507,9 @@ async fn neither_errors_nor_plans_tell_of_rows_out_of_scope() {
         "SELECT count(*) FROM traffic a JOIN (SELECT 42 AS w) b ON 1 / (a.vehicle_count - b.w) < 2",
         "SELECT count(*) FROM traffic ORDER BY 1 LIMIT 1",
     ] {
-        rows_as(&engine, &own, probe).await.unwrap_or_else(|error| panic!("{probe}: {error}"));
+        engine.rows_as(&own, probe, usize::MAX).await.unwrap_or_else(|error| panic!("{probe}: {error}"));
         if probe.contains("42") {
-            rows_as(&engine, &Caller::node(), probe).await.expect_err("it fails for who sees all");
+            engine.rows_as(&Caller::node(), probe, usize::MAX).await.expect_err("it fails for who sees all");
         }
     }
     // The newest of the rows in its scope, whichever way it asks.
@@ -526,7 +517,7 @@ async fn neither_errors_nor_plans_tell_of_rows_out_of_scope() {
         "SELECT device, vehicle_count FROM latest('traffic') ORDER BY device",
         "SELECT DISTINCT ON (device) device, vehicle_count FROM traffic ORDER BY device, ts DESC",
     ] {
-        let rows = rows_as(&engine, &own, newest).await.unwrap();
+        let rows = engine.rows_as(&own, newest, usize::MAX).await.unwrap();
         let counts: Vec<i64> =
             rows.iter().flat_map(|batch| batch.column(1).as_primitive::<Int64Type>().values().to_vec()).collect();
         assert_eq!(counts, [8, 9], "{newest}");

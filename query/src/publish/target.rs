@@ -17,9 +17,10 @@ use wire::{StreamName, StreamSchema};
 use super::sse::Subscription;
 use super::{Hub, Told};
 use crate::alerts::episode::Severity;
-use crate::alerts::statement;
+use crate::alerts::rule::caller;
 use crate::alerts::topic::TopicFilter;
-use crate::alerts::{now_us, wait_for_hub};
+use crate::alerts::wait_for_hub;
+use crate::clock::now_us;
 use crate::engine::Engine;
 use crate::sink::Sink;
 
@@ -127,7 +128,7 @@ impl Place {
             let known = self.engine.tables().cold(&stream()).is_some();
             let name = self.settings.name.replace('\'', "''");
             let asked = format!("SELECT max(sequence) AS sequence FROM alert_deliveries WHERE target = '{name}'");
-            let rows = if known { statement::rows(&self.engine, &asked, usize::MAX).await } else { Ok(Vec::new()) };
+            let rows = if known { self.engine.rows_as(&caller(), &asked, usize::MAX).await } else { Ok(Vec::new()) };
             match rows {
                 Ok(rows) => {
                     use arrow_array::cast::AsArray;

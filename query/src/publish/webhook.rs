@@ -16,7 +16,7 @@ use url::Url;
 use super::Told;
 use super::target::{Place, jittered, pause};
 use crate::alerts::episodes::Transition;
-use crate::alerts::now_us;
+use crate::clock::now_us;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(60);

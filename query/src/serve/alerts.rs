@@ -28,10 +28,9 @@ use serde_json::json;
 use wire::written::Span;
 
 use crate::alerts::silence::Silence;
-use crate::alerts::{
-    AlertError, Alerts, RULE_BYTES_MAX, RuleSettings, Severity, TopicFilter, Word, now_us, wait_for_hub,
-};
+use crate::alerts::{AlertError, Alerts, RULE_BYTES_MAX, RuleSettings, Severity, TopicFilter, Word, wait_for_hub};
 use crate::caller::{Caller, Right};
+use crate::clock::now_us;
 use crate::publish::sse::{self, Subscription};
 use crate::serve::Readers;
 use crate::serve::http::admit;

@@ -27,8 +27,6 @@ use crate::serve::House;
 use crate::serve::tls::{Incoming, speaking};
 use service::Service;
 
-/// Connections at one time; one more is closed at once.
-const CONNECTIONS_MAX: usize = 256;
 /// Calls at one time on one connection.
 const CALLS_MAX: u32 = 64;
 /// A statement or its parameters, with what is around them.
@@ -45,7 +43,7 @@ const KEEP_ALIVE: Duration = Duration::from_secs(60);
 /// When the listener is of no use.
 pub async fn serve(listener: TcpListener, house: House, token: CancellationToken) -> Result<(), FlightError> {
     let tls = house.tls.as_ref().map(|tls| speaking(tls, "h2"));
-    let incoming = Incoming::new(listener, tls, CONNECTIONS_MAX)?;
+    let incoming = Incoming::new(listener, tls, house.connections_max)?;
     let service = FlightServiceServer::new(Service::new(Arc::clone(&house.engine), house.readers))
         .max_decoding_message_size(MESSAGE_BYTES_MAX);
     Server::builder()

@@ -19,7 +19,7 @@ use arrow_schema::{ArrowError, SchemaRef};
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{ConnectInfo, Path, Query, State};
-use axum::http::{HeaderMap, HeaderName, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
@@ -348,7 +348,11 @@ fn refuse(error: &QueryError) -> Response {
     if let Some(hint) = error.hint() {
         body["hint"] = hint.into();
     }
-    (status, Json(body)).into_response()
+    let mut response = (status, Json(body)).into_response();
+    if matches!(error, QueryError::Busy { .. } | QueryError::Memory { .. }) {
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    response
 }
 
 #[cfg(test)]

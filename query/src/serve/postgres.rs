@@ -7,6 +7,7 @@
 //! DISCARD) are answered and change nothing but `weir.lane`. A cancel request ends a running statement, in the middle of
 //! its rows too.
 
+mod connection;
 mod copy;
 mod described;
 mod dialect;
@@ -22,19 +23,16 @@ use pgwire::api::cancel::{CancelHandler, DefaultCancelHandler};
 use pgwire::api::query::{ExtendedQueryHandler, SimpleQueryHandler};
 use pgwire::api::{ConnectionManager, PgWireServerHandlers};
 use pgwire::error::{ErrorInfo, PgWireError};
-use pgwire::tokio::{TlsAcceptor, process_socket};
+use pgwire::tokio::TlsAcceptor;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::QueryError;
+use crate::serve::places::Places;
 use crate::serve::tls::next;
 use crate::serve::{House, Readers};
 use startup::Startup;
 use statement::Statements;
-
-/// Connections at one time; one more is closed at once.
-const CONNECTIONS_MAX: usize = 256;
 
 /// Answers callers until the token is cancelled.
 ///
@@ -45,7 +43,7 @@ pub async fn serve(listener: TcpListener, house: House, token: CancellationToken
     let statements = Arc::new(Statements::new(house.engine, house.readers.clone())?);
     let acceptor = house.tls.map(TlsAcceptor::from);
     let door = Arc::new(Door { statements, readers: house.readers, needs_tls: acceptor.is_some(), manager });
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let places = Places::new(house.connections_max);
     loop {
         let (socket, peer, place) = tokio::select! {
             () = token.cancelled() => return Ok(()),
@@ -56,7 +54,7 @@ pub async fn serve(listener: TcpListener, house: House, token: CancellationToken
             let _place = place;
             tokio::select! {
                 () = token.cancelled() => {}
-                ended = Box::pin(process_socket(socket, acceptor, door)) => {
+                ended = Box::pin(connection::answer(socket, acceptor, door)) => {
                     if let Err(error) = ended {
                         tracing::debug!(%peer, %error, "postgres connection ended");
                     }

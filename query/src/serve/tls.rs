@@ -1,7 +1,7 @@
 //! Connections as they come in: how many at a time, and with TLS when a certificate is set.
 //!
-//! A task accepts; a handshake is made aside, within [`HANDSHAKE_MAX`], so that one who says nothing holds up nobody.
-//! A connection above the limit is closed at once.
+//! A task accepts; a handshake is made aside, within [`HANDSHAKE_MAX`], so that one who says nothing holds up nobody; and whose
+//! first word does not come within [`FIRST_BYTE_MAX`] loses the connection. One above the limit is closed at once.
 
 use std::io;
 use std::net::SocketAddr;
@@ -14,7 +14,8 @@ use std::time::Duration;
 use futures::Stream;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::mpsc;
+use tokio::time::Sleep;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::crypto::ring;
@@ -23,8 +24,12 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::{Connected, TcpConnectInfo};
 
+use super::places::{Place, Places};
+
 /// How long a handshake may take.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
+/// How long the first byte may take, so that who says nothing keeps no place.
+pub(super) const FIRST_BYTE_MAX: Duration = Duration::from_secs(10);
 /// After `accept` failed (out of descriptors), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Connections that are accepted before somebody takes them.
@@ -77,15 +82,12 @@ impl Incoming {
 }
 
 /// The next connection for which there is a place; those for which there is none are closed.
-pub(super) async fn next(
-    listener: &TcpListener,
-    places: &Arc<Semaphore>,
-) -> (TcpStream, SocketAddr, OwnedSemaphorePermit) {
+pub(super) async fn next(listener: &TcpListener, places: &Places) -> (TcpStream, SocketAddr, Place) {
     loop {
         match listener.accept().await {
-            Ok((socket, peer)) => match Arc::clone(places).try_acquire_owned() {
-                Ok(place) => return (socket, peer, place),
-                Err(_) => tracing::warn!(%peer, "too many connections"),
+            Ok((socket, peer)) => match places.take(peer.ip()) {
+                Some(place) => return (socket, peer, place),
+                None => tracing::warn!(%peer, "too many connections"),
             },
             Err(error) => {
                 tracing::warn!(%error, "accept a connection");
@@ -101,7 +103,7 @@ async fn accept(
     connections_max: usize,
     sender: mpsc::Sender<(Io, SocketAddr)>,
 ) {
-    let places = Arc::new(Semaphore::new(connections_max));
+    let places = Places::new(connections_max);
     loop {
         let (socket, peer, place) = tokio::select! {
             () = sender.closed() => return,
@@ -120,7 +122,8 @@ async fn accept(
                 },
             };
             // Nobody takes it: the door is closing.
-            sender.send((Io { socket, local, peer, _place: place }, peer)).await.ok();
+            let silent = Some(Box::pin(tokio::time::sleep(FIRST_BYTE_MAX)));
+            sender.send((Io { socket, local, peer, silent, _place: place }, peer)).await.ok();
         });
     }
 }
@@ -137,14 +140,26 @@ pub struct Io {
     socket: Socket,
     local: Option<SocketAddr>,
     peer: SocketAddr,
-    _place: OwnedSemaphorePermit,
+    /// Until the first byte has come.
+    silent: Option<Pin<Box<Sleep>>>,
+    _place: Place,
 }
 
 impl AsyncRead for Io {
     fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match &mut self.socket {
+        let read = match &mut self.socket {
             Socket::Plain(socket) => Pin::new(socket).poll_read(context, into),
             Socket::Tls(socket) => Pin::new(socket).poll_read(context, into),
+        };
+        match (&mut self.silent, read) {
+            (None, read) => read,
+            (Some(_), Poll::Ready(read)) => {
+                self.silent = None;
+                Poll::Ready(read)
+            }
+            (Some(silent), Poll::Pending) => {
+                silent.as_mut().poll(context).map(|()| Err(io::ErrorKind::TimedOut.into()))
+            }
         }
     }
 }

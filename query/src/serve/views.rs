@@ -25,7 +25,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
-use futures::{Stream, TryStreamExt, stream};
+use futures::{Stream, stream};
 use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -233,7 +233,7 @@ impl Follower {
              AND ({EMPTY} IS NOT TRUE OR {WINDOW} IS NOT NULL) ORDER BY {SEQ}",
             self.changes, read.0, to.0,
         );
-        let rows = self.ask(&statement).await?;
+        let rows = self.engine.rows_as(&self.caller, &statement, usize::MAX).await?;
         for (seq, rows) in by_append(&rows) {
             self.read.insert(spool, Seq(seq));
             let data = format!("{{\"view\":{},\"rows\":{}}}", json!(self.view), as_json(&rows)?);
@@ -241,13 +241,6 @@ impl Follower {
         }
         self.read.insert(spool, to);
         Ok(true)
-    }
-
-    async fn ask(&self, statement: &str) -> Result<Vec<RecordBatch>, QueryError> {
-        let running = self.engine.begin(&self.caller, &self.engine.enter(&self.caller).await?, statement);
-        let prepared = self.engine.prepare(&running, statement, None).await?;
-        let rows = self.engine.execute(&running, &prepared, None).await?;
-        rows.try_collect().await.map_err(|error| self.engine.explain(error))
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arrow::compute::{max, min};
 use arrow_array::cast::AsArray;
@@ -13,6 +12,7 @@ use wire::DataFile;
 use wire::schema::{FieldType, TS};
 
 use crate::catalog::SpoolFacts;
+use crate::clock::{now_us, us};
 use crate::fused_table::{Frozen, View};
 use crate::remark::ColumnNote;
 use crate::views::{Doing, Progress};
@@ -32,10 +32,6 @@ fn times<T: Into<Option<i64>>>(values: impl IntoIterator<Item = T>) -> ArrayRef 
 
 fn count<T: TryInto<i64>>(value: T) -> i64 {
     value.try_into().unwrap_or(i64::MAX)
-}
-
-fn us(time: SystemTime) -> i64 {
-    count(time.duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_micros())
 }
 
 pub(super) async fn streams(view: View<'_>) -> Result<Vec<ArrayRef>> {
@@ -177,7 +173,7 @@ pub(super) fn edges(view: View<'_>) -> Vec<ArrayRef> {
 
 pub(super) fn ingest(view: View<'_>) -> Vec<ArrayRef> {
     let spools = spools(view);
-    let now = us(SystemTime::now());
+    let now = now_us();
     let lag = spools.iter().map(|spool| Some((now - spool.max_ts?) as f64 / 1e6));
     vec![
         texts(spools.iter().map(|spool| spool.edge.to_string())),
@@ -213,7 +209,7 @@ pub(super) fn queries(view: View<'_>) -> Vec<ArrayRef> {
 }
 
 pub(super) fn views(view: View<'_>) -> Vec<ArrayRef> {
-    let now = us(SystemTime::now());
+    let now = now_us();
     let entries = view.views.all();
     // Numbers are of rows of everybody.
     let sees = view.caller.scope().is_none();

@@ -6,13 +6,14 @@ use std::sync::Arc;
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use datafusion::catalog::TableProvider;
 use datafusion::catalog::view::ViewTable;
-use datafusion::common::Result;
+use datafusion::common::{Column, JoinType, Result};
 use datafusion::datasource::provider_as_source;
 use datafusion::functions_aggregate::expr_fn::{count, last_value, max, min};
-use datafusion::logical_expr::{Expr, LogicalPlan, LogicalPlanBuilder};
+use datafusion::functions_window::expr_fn::lead;
+use datafusion::logical_expr::{Expr, ExprFunctionExt, LogicalPlan, LogicalPlanBuilder};
 use datafusion::prelude::{col, lit};
 use wire::StreamName;
-use wire::schema::own::{ALERT_LOG, QUARANTINE};
+use wire::schema::own::{ALERT_LOG, BATCH_ORIGINS, QUARANTINE};
 use wire::schema::{EDGE, RECEIVED_AT, SEQ, SPOOL, TS, timestamp_type};
 
 use crate::catalog::Tables;
@@ -38,7 +39,8 @@ fn empty(columns: Vec<(&str, DataType)>) -> Result<LogicalPlan> {
     LogicalPlanBuilder::scan("nothing", provider_as_source(none), None)?.build()
 }
 
-/// A row for each batch of each stream: from `_edge`, `_spool` and `_seq` of a row to when it came, with how many.
+/// A row for each batch of each stream: from `_edge`, `_spool` and `_seq` of a row to when it came, with how many, and which agent
+/// sealed it with which configuration.
 pub(super) fn batches(tables: &dyn Tables) -> Result<Arc<dyn TableProvider>> {
     let mut all: Option<LogicalPlanBuilder> = None;
     for stream in tables.streams() {
@@ -77,7 +79,45 @@ pub(super) fn batches(tables: &dyn Tables) -> Result<Arc<dyn TableProvider>> {
             ("received_at", timestamp_type()),
         ])?,
     };
+    let batches = LogicalPlanBuilder::from(plan).alias("batch")?;
+    let sealed_there = [("stream", "stream"), ("spool", "spool")]
+        .into_iter()
+        .map(|(batch, origin)| col(Column::new(Some("batch"), batch)).eq(col(Column::new(Some("origin"), origin))));
+    let (seq, from) = (col(Column::new(Some("batch"), "seq")), col(Column::new(Some("origin"), "from_seq")));
+    let next = col(Column::new(Some("origin"), "next_seq"));
+    let then = seq.clone().gt_eq(from).and(next.clone().is_null().or(seq.lt(next)));
+    let on = sealed_there.chain([then]).collect::<Vec<_>>();
+    let batch = ["stream", "edge", "spool", "seq", "rows", "first_ts", "last_ts", "received_at"];
+    let batch = batch.map(|name| col(Column::new(Some("batch"), name)));
+    let origin = ["agent", "configuration"].map(|name| col(Column::new(Some("origin"), name)));
+    let plan =
+        batches.join_on(origins(tables)?, JoinType::Left, on)?.project(batch.into_iter().chain(origin))?.build()?;
     Ok(Arc::new(ViewTable::new(plan, None)))
+}
+
+/// Of each stream and spool, from which batch to before which other, which agent with which configuration.
+fn origins(tables: &dyn Tables) -> Result<LogicalPlan> {
+    let stream: StreamName = BATCH_ORIGINS.parse().expect("own names are valid");
+    let plan = match scan(tables, &stream)? {
+        Some(scan) => {
+            let next = lead(col("from_seq"), Some(1), None)
+                .partition_by(vec![col("stream"), col("spool")])
+                .order_by(vec![col("from_seq").sort(true, false), col(TS).sort(true, false)])
+                .build()?;
+            let columns = ["stream", "spool", "from_seq", "agent", "configuration"].map(col);
+            let windowed = scan.window(vec![next.alias("next_seq")])?;
+            windowed.project(columns.into_iter().chain([col("next_seq")]))?.build()?
+        }
+        None => empty(vec![
+            ("stream", DataType::Utf8),
+            ("spool", DataType::Utf8),
+            ("from_seq", DataType::Int64),
+            ("agent", DataType::Utf8),
+            ("configuration", DataType::Int64),
+            ("next_seq", DataType::Int64),
+        ])?,
+    };
+    LogicalPlanBuilder::from(plan).alias("origin")?.build()
 }
 
 /// A row for each stream, source and reason of `quarantine`.

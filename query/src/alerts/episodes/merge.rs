@@ -1,6 +1,6 @@
 //! What edges raise: candidates of alerts that others may have raised, too.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use super::super::episode::{Candidate, Episode, Phase, Quiet, Raised};
 use super::super::template::{Places, Words};
@@ -145,28 +145,12 @@ impl Episodes {
 
 fn of_candidate(candidate: &Candidate) -> Episode {
     Episode {
-        id: candidate.id.clone(),
         rule: candidate.rule.clone(),
         hash: candidate.hash.clone(),
         stream: candidate.stream.clone(),
         labels: candidate.labels.clone(),
         device: candidate.device.clone(),
-        phase: Phase::Pending,
-        told: false,
-        quiet: None,
-        severity: candidate.severity,
-        value: None,
-        from: candidate.from,
-        to: None,
         message: candidate.message.clone(),
-        topic: String::new(),
-        acknowledged: None,
-        assigned: None,
-        watch: None,
-        raised: BTreeMap::new(),
-        aliases: Vec::new(),
-        told_at: 0,
-        clear_at: 0,
-        unsettled_at: None,
+        ..Episode::begun(candidate.id.clone(), candidate.severity, candidate.from)
     }
 }

@@ -11,10 +11,10 @@ use wire::StreamName;
 
 use super::super::claims;
 use super::super::episodes::Episodes;
-use super::super::now_us;
 use super::super::rows::FreshRows;
 use super::super::rule::{Kind, Rule};
 use super::Runner;
+use crate::clock::now_us;
 use crate::follow::{Position, behind};
 use crate::fused_table::Frozen;
 

@@ -21,7 +21,7 @@ use wire::schema::{FieldType, StreamField, table_schema};
 use super::*;
 use crate::as_of::AsOf;
 use crate::catalog::{ColdTable, SpoolFacts, TablesError};
-use crate::engine::tests::{data_files, reader, rows_as};
+use crate::engine::tests::{data_files, reader};
 use crate::engine::{Engine, EngineSettings};
 
 const DAY: i64 = 19_000;
@@ -272,7 +272,7 @@ const DISTINCT: &str = "SELECT DISTINCT ON (device) * FROM readings ORDER BY dev
 
 /// What a reader is answered whose scope has every row.
 async fn asked_in_scope(engine: &Engine, sql: &str) -> Vec<String> {
-    told(rows_as(engine, &reader(None, Some("v >= 0")), sql).await.unwrap())
+    told(engine.rows_as(&reader(None, Some("v >= 0")), sql, usize::MAX).await.unwrap())
 }
 
 fn row(device: &str, ts: i64, received_at: i64, seq: i64, v: i64) -> Row {

@@ -37,7 +37,7 @@ async fn open(readers: Vec<Reader>, timeout: Duration) -> (FlightSqlServiceClien
 async fn door(engine: Arc<Engine>, readers: Vec<Reader>) -> (FlightSqlServiceClient<Channel>, Channel) {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let address = listener.local_addr().unwrap();
-    let house = House { engine, readers: Readers::new(readers, Vec::new()), tls: None };
+    let house = House { engine, readers: Readers::new(readers, Vec::new()), tls: None, connections_max: 256 };
     tokio::spawn(async move { serve(listener, house, CancellationToken::new()).await.unwrap() });
     let channel = Endpoint::from_shared(format!("http://{address}")).unwrap().connect().await.unwrap();
     (FlightSqlServiceClient::new(channel.clone()), channel)

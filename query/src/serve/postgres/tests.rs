@@ -30,7 +30,7 @@ impl Client {
     async fn connect(engine: Arc<crate::engine::Engine>) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let house = House { engine, readers: Readers::default(), tls: None };
+        let house = House { engine, readers: Readers::default(), tls: None, connections_max: 256 };
         tokio::spawn(serve(listener, house, CancellationToken::new()));
         let mut client = Self { socket: TcpStream::connect(address).await.unwrap(), out: Vec::new() };
         let startup = b"\0\x03\0\0user\0reader\0database\0weir\0\0";
