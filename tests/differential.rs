@@ -5,8 +5,8 @@ use std::process::Command;
 
 use crate::harness::{Cloud, TOKEN};
 
-/// Rows are hot for so long, and small files are merged at once.
-const BUSY: &str = "[commit]\nmax_age = \"500ms\"\n[compact]\nmin_files = 4\ncpu_share = 1.0\n\
+/// Rows are hot for some seconds, and small files are merged at once.
+const BUSY: &str = "[commit]\nmax_age = \"3s\"\n[compact]\nmin_files = 4\ncpu_share = 1.0\n\
                     [lake]\ncheckpoint_commits = 10\nevery = \"1s\"\n";
 const QUESTIONS: &str = "2000";
 
@@ -31,6 +31,6 @@ async fn generated_questions_get_the_answers_of_duckdb() {
     assert!(output.status.success(), "{told}");
     println!("{told}");
     for counter in ["weir_cloud_commits_total", "weir_cloud_compactions_total"] {
-        assert!(cloud.counter(counter).await > 5, "{counter}: nothing was tried");
+        assert!(cloud.counter(counter).await > 3, "{counter}: nothing was tried");
     }
 }

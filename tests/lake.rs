@@ -97,14 +97,54 @@ pub(crate) fn numbers(table: &Path, snapshot: &TableSnapshot) -> Vec<i64> {
 
 /// All files below a directory are a month old.
 fn age(directory: &Path) {
-    for entry in std::fs::read_dir(directory).unwrap() {
+    age_from(directory, Duration::ZERO);
+}
+
+/// All files below a directory that are as old as this are a month old. They may be deleted meanwhile.
+fn age_from(directory: &Path, oldest: Duration) {
+    for entry in std::fs::read_dir(directory).into_iter().flatten() {
         let path = entry.unwrap().path();
         if path.is_dir() {
-            age(&path);
-        } else {
-            let then = std::time::SystemTime::now() - Duration::from_secs(30 * 86_400);
-            std::fs::File::options().append(true).open(&path).unwrap().set_modified(then).unwrap();
+            age_from(&path, oldest);
+            continue;
         }
+        let now = std::time::SystemTime::now();
+        let Ok(modified) = path.metadata().and_then(|meta| meta.modified()) else { continue };
+        if modified + oldest <= now
+            && let Ok(file) = std::fs::File::options().append(true).open(&path)
+        {
+            file.set_modified(now - Duration::from_secs(30 * 86_400)).unwrap();
+        }
+    }
+}
+
+/// A month passes within seconds, so that vacuum and the clean-up of logs have to do while everything else goes on.
+struct Aging {
+    stop: Arc<AtomicBool>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Aging {
+    /// What statements and outside readers may still hold is younger.
+    const YOUNG: Duration = Duration::from_secs(10);
+
+    fn start(directory: &Path) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (directory, stopped) = (directory.join("tables"), Arc::clone(&stop));
+        let thread = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                age_from(&directory, Self::YOUNG);
+                std::thread::sleep(POLL);
+            }
+        });
+        Self { stop, thread: Some(thread) }
+    }
+}
+
+impl Drop for Aging {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.take().map(std::thread::JoinHandle::join);
     }
 }
 
@@ -201,7 +241,7 @@ async fn people_see_what_tables_consist_of_and_what_would_be_deleted() {
 
 /// Small commits, checkpoints, merges, all within moments.
 pub(crate) const BUSY: &str = "[commit]\nmax_age = \"50ms\"\n[compact]\nmin_files = 2\ncpu_share = 1.0\n\
-                    [lake]\ncheckpoint_commits = 3\nevery = \"1s\"\n";
+                    [lake]\ncheckpoint_commits = 3\nevery = \"1s\"\nvacuum_every = \"1s\"\ngrace = \"1h\"\nlog_keep = \"1h\"\n";
 
 /// Sends rows until it is told to stop, whatever becomes of the cloud.
 pub(crate) struct Load {
@@ -212,12 +252,17 @@ pub(crate) struct Load {
 
 impl Load {
     pub(crate) fn start(cloud: &Cloud) -> Self {
+        Self::of(cloud, "load", Duration::ZERO)
+    }
+
+    /// Rows of this stream, with so much time between two batches.
+    fn of(cloud: &Cloud, stream: &'static str, pause: Duration) -> Self {
         let (stop, rows) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI64::new(0)));
         let sender = Sender::to(cloud);
         let task = tokio::spawn({
             let (stop, rows) = (Arc::clone(&stop), Arc::clone(&rows));
             async move {
-                let mut chain = Chain::new("load", load_schema());
+                let mut chain = Chain::new(stream, load_schema());
                 let mut waiting: Vec<SealedBatch> = Vec::new();
                 while !stop.load(Ordering::Relaxed) || !waiting.is_empty() {
                     if waiting.is_empty() {
@@ -226,7 +271,10 @@ impl Load {
                         rows.store(first + BATCH_ROWS, Ordering::SeqCst);
                     }
                     match sender.send(&chain.schema, &waiting).await {
-                        Answer::Acks(_) => waiting.clear(),
+                        Answer::Acks(_) => {
+                            waiting.clear();
+                            tokio::time::sleep(pause).await;
+                        }
                         Answer::Refused(refused) => {
                             assert!(!format!("{refused:?}").contains("Forked"), "{refused:?}");
                             tokio::time::sleep(POLL).await;
@@ -256,15 +304,15 @@ pub(crate) async fn until(cloud: &Cloud, counter: &str, at_least: u64) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cloud_that_ends_at_any_step_of_commit_checkpoint_and_compaction_loses_and_doubles_nothing() {
+async fn a_cloud_that_ends_at_any_step_of_commit_and_upkeep_loses_and_doubles_nothing() {
     let directory = tempfile::tempdir().unwrap();
-    let mut cloud = Cloud::start(directory.path(), "a", BUSY).await;
-    let load = Load::start(&cloud);
+    let mut cloud = Cloud::start(directory.path(), "a", &format!("{BUSY}[stream.gone]\nkeep = \"1d\"\n")).await;
+    let (load, gone) = (Load::start(&cloud), Load::of(&cloud, "gone", Duration::from_millis(200)));
+    let _aging = Aging::start(directory.path());
     until(&cloud, "weir_cloud_compactions_total", 1).await;
     cloud.kill();
     let mut ended = 0;
-    let elsewhere = ["retain", "retype", "delete"];
-    let places = failpoint::NAMES.iter().filter(|name| elsewhere.iter().all(|other| !name.starts_with(other)));
+    let places = failpoint::NAMES.iter().filter(|name| !name.starts_with("retype"));
     for place in places.flat_map(|place| [1, 2, 3, 5].map(|pass| format!("{place}@{pass}"))) {
         cloud.end_at(Some(&place));
         cloud.run();
@@ -282,7 +330,16 @@ async fn a_cloud_that_ends_at_any_step_of_commit_checkpoint_and_compaction_loses
     let found =
         cloud.sql("SELECT count(*) AS c, count(distinct n) AS d, min(n) AS a, max(n) AS z FROM load").await.unwrap();
     assert_eq!(serde_json::Value::Array(found), serde_json::json!([{ "c": rows, "d": rows, "a": 0, "z": rows - 1 }]));
-    assert!(ended >= 40, "{ended}");
+    assert!(ended >= 48, "{ended}");
+    let sent = gone.finish().await;
+    assert!(sent > 0);
+    // All its rows are past their time. None comes back.
+    let started = Instant::now();
+    while cloud.integer("SELECT count(*) FROM gone").await > 0 {
+        assert!(started.elapsed() < PATIENCE, "rows stay that are past their time");
+        tokio::time::sleep(POLL).await;
+    }
+    until(&cloud, "weir_cloud_files_vacuumed_total", 1).await;
     let mut verify =
         Process::weir("verify", &["verify", "--config", cloud.config().to_str().unwrap()], directory.path());
     verify.start();
@@ -322,7 +379,8 @@ async fn others_read_the_tables_while_they_are_committed_to_compacted_and_vacuum
         return;
     };
     let directory = tempfile::tempdir().unwrap();
-    let cloud = Cloud::start(directory.path(), "a", &format!("{BUSY}vacuum_every = \"1s\"\n")).await;
+    let cloud = Cloud::start(directory.path(), "a", BUSY).await;
+    let _aging = Aging::start(directory.path());
     let load = Load::start(&cloud);
     until(&cloud, "weir_cloud_compactions_total", 2).await;
     assert!(cloud.integer("SELECT count(*) FROM latest('load')").await > 0);
@@ -339,6 +397,7 @@ async fn others_read_the_tables_while_they_are_committed_to_compacted_and_vacuum
     let rows = load.finish().await;
     assert_eq!(cloud.integer("SELECT count(*) FROM load").await, rows);
     assert!(cloud.counter("weir_cloud_compactions_total").await > 2);
+    until(&cloud, "weir_cloud_files_vacuumed_total", 1).await;
     // What `latest` kept of files that were compacted since, and what it has anew of this version.
     let differ = "SELECT count(*) FROM (SELECT device, max(ts) AS ts FROM load GROUP BY device) AS a \
                   FULL JOIN (SELECT device, ts FROM latest('load')) AS b ON a.device = b.device AND a.ts = b.ts \

@@ -170,11 +170,13 @@ def difference(ours, theirs, ordered):
 def main():
     chance = random.Random(SEED)
     peers, made, generator = Peers(), Rows(chance), queries.Generator(chance)
-    counts, refused, differ = collections.Counter(), collections.Counter(), []
+    counts, refused, differ, hot = collections.Counter(), collections.Counter(), [], []
     for number in range(COUNT):
         if number % QUESTIONS_A_CHUNK == 0:
             size = ROWS_A_CHUNK if number else ROWS_FIRST
             peers.add({"readings": [made.reading() for _ in range(size)], "weather": [made.weather() for _ in range(size // 4)]})
+        if number % QUESTIONS_A_CHUNK == QUESTIONS_A_CHUNK // 2:
+            hot.append(peers.http_rows("SELECT sum(rows), sum(hot_rows) FROM system.streams")[0])
         kind, question, ordered = generator.question()
         door = chance.choice(["http", "flight_sql", "postgres"])
         try:
@@ -201,6 +203,10 @@ def main():
             if len(differ) <= SHOWN_MAX:
                 print(f"-- {number} ({kind}, {door}): {found}\n{question.weir}\n-- DuckDB:\n{question.duck}\n", flush=True)
     print(f"seed {SEED}: {COUNT} questions over {made.n} and {made.m} rows, {len(differ)} differ, both refuse {sum(refused.values())}: {dict(counts)}")
+    both = sum(cold > 0 and warm > 0 for cold, warm in hot)
+    share = sum(warm for _, warm in hot) / sum(cold + warm for cold, warm in hot)
+    print(f"{both} of {len(hot)} times there were rows of both kinds, {share:.0%} of all were hot")
+    assert both * 2 > len(hot), "cold and hot rows hardly ever met"
     assert sum(refused.values()) * 20 < COUNT, f"too many questions are no questions: {refused}"
     if differ:
         sys.exit(f"{len(differ)} answers differ: {differ}")
