@@ -19,7 +19,7 @@ use wire::{FieldName, StreamName};
 use self::shape::{Format, Shape, look};
 use crate::config::{Settings, SourceSettings};
 use crate::decode::Decoder;
-use crate::source::mqtt::probe::hear;
+use crate::source::mqtt::probe::{Heard, hear};
 use crate::source::now_us;
 use crate::trial::matches;
 
@@ -59,21 +59,24 @@ pub async fn discover(arguments: &DiscoverArguments) -> anyhow::Result<String> {
     let mut settings = Settings::parse(&any).map_err(anyhow::Error::msg)?;
     let Some(SourceSettings::Mqtt(mqtt)) = settings.source.pop() else { bail!("no broker") };
     let client = format!("weir-discover-{}", std::process::id());
-    let heard = hear(&mqtt, &client, Duration::from_secs(arguments.seconds), MESSAGES_MAX).await;
-    if let Some(error) = heard.error.filter(|_| heard.messages.is_empty()) {
+    let Heard { mut messages, retained, error, .. } =
+        hear(&mqtt, &client, Duration::from_secs(arguments.seconds), MESSAGES_MAX).await;
+    // What is kept shows a shape as well.
+    messages.extend(retained);
+    if let Some(error) = error.filter(|_| messages.is_empty()) {
         bail!("{}: {error}", arguments.url);
     }
-    if heard.messages.is_empty() {
+    if messages.is_empty() {
         bail!("nothing came on {} within {} s", arguments.topic, arguments.seconds);
     }
-    let mut text = write(&broker, &heard.messages);
+    let mut text = write(&broker, &messages);
     let settings = Settings::parse(&text).map_err(anyhow::Error::msg).context("read what was written")?;
-    let Tried { readings, rejected, left } = tried(&settings, &heard.messages);
+    let Tried { readings, rejected, left } = tried(&settings, &messages);
     let _ = writeln!(
         text,
         "# Of the {} messages that were heard it makes {readings} readings; {rejected} would go to quarantine, and {left}\n\
          # messages are not taken. `edge-agent try` shows what becomes of one.",
-        heard.messages.len()
+        messages.len()
     );
     Ok(text)
 }
