@@ -170,7 +170,7 @@ fn what_is_right_and_may_not_be_meant_is_said() {
         format!("[[lane]]\nname = \"{name}\"\nstreams = [{streams}]\npriority = 1\n{size}\n")
     };
     let all = ["traffic_5m", "quarantine", "losses", "alerts"].map(|stream| format!("\"{stream}\"")).join(", ");
-    check(&format!("{told}{}{}", lane("first", &all), lane("rest", "")), "", "", "");
+    check(&format!("{told}{}{}", lane("urgent", &all), lane("rest", "")), "", "", "");
     check("", "topic:2", "topic:3", "[[source]] `traffic`: \"topic:3\": the levels of `city/traffic/+` are 0 to 2");
     check("", "type = \"int64\"", "type = \"int64\", required = true", "`count` is required and map does not name it");
     check("", "city/traffic/+", "city/#", "");
