@@ -338,6 +338,24 @@ impl Settings {
         self.stream.values().filter_map(StreamSettings::tick_every).min()
     }
 
+    /// A lane that refuses holds up the pipeline, and with it the rules (rule 1: the journal is what they read).
+    fn rules_that_may_stand_still(&self) -> Option<String> {
+        let told = self.rule.iter().filter(|rule| rule.is_told()).map(|rule| rule.name.as_str()).collect::<Vec<_>>();
+        let lanes = self.lanes();
+        let full = lanes.iter().filter(|lane| lane.on_full == OnFull::Refuse);
+        let full = full.map(|lane| lane.name.as_str()).collect::<Vec<_>>();
+        if told.is_empty() || full.is_empty() {
+            return None;
+        }
+        Some(format!(
+            "rules that are published ({}) stand still while a lane with on_full = \"refuse\" is full ({}): no alert fires or \
+             ends until the cloud takes rows again; where alerts must go on through a longer outage, choose \"drop_oldest\" or \
+             \"thin\"",
+            told.join(", "),
+            full.join(", ")
+        ))
+    }
+
     /// What is right and may still not be meant, for `check` and the start.
     pub fn warnings(&self) -> Vec<String> {
         let mut warnings = Vec::new();
@@ -367,6 +385,7 @@ impl Settings {
             let told = decoding.warnings(stream, topics);
             warnings.extend(told.into_iter().map(|text| format!("[[source]] `{}`: {text}", source.name())));
         }
+        warnings.extend(self.rules_that_may_stand_still());
         let streams = self.raw_streams().into_iter().chain(self.streams_made()).collect::<Vec<_>>();
         for (lane, stream) in self.lane.iter().flat_map(|lane| lane.streams.iter().map(move |stream| (lane, stream))) {
             if !streams.contains(stream) {

@@ -22,12 +22,14 @@ use std::ops::Range;
 use bytes::Bytes;
 use wire::FieldType;
 
+pub(crate) use self::cbor::as_json as cbor_as_json;
 use self::scalar::{Fault, NUMBER_BYTES_MAX, Record, Scalar};
 use self::sparkplug::Sparkplug;
+pub(crate) use self::sparkplug::defined as sparkplug_defined;
 pub use self::sparkplug::{Births, Command};
 pub use self::time::TimeReader;
 use self::when::Filter;
-use crate::config::{Decoding, Format, Place, Pointer, StreamSettings, TimePlace};
+use crate::config::{Decoding, FieldCheck, Format, Place, Pointer, StreamSettings, TimePlace, Verdict};
 
 /// Readings in one message; a message with more is rejected whole.
 pub const READINGS_MAX: usize = 65_536;
@@ -37,6 +39,8 @@ pub const DEVICE_BYTES_MAX: usize = 256;
 /// Text in all readings of a message, those that are rejected included: one of its texts may stand in each field of each
 /// reading.
 pub const TEXT_BYTES_MAX: usize = 32 << 20;
+
+const WRONG_TYPE: &str = "wrong_type";
 
 /// A value of a field.
 #[derive(Debug, Clone, PartialEq)]
@@ -55,6 +59,8 @@ pub struct Reading {
     pub device: String,
     /// In the order of the stream's fields; what is null or missing is None.
     pub values: Vec<Option<Value>>,
+    /// The places of those that are None because they were of another type, where that flags.
+    pub untyped: Vec<usize>,
     /// Where it stands in the payload.
     pub span: Range<usize>,
 }
@@ -89,6 +95,8 @@ struct FieldReader {
     name: String,
     kind: FieldType,
     origin: Option<Origin>,
+    /// Whether a value of another type is null, and not the end of its reading.
+    flags_type: bool,
 }
 
 /// Reads the messages of one source: a format finds values, the mapping makes readings of them.
@@ -163,6 +171,7 @@ impl Decoder {
         let field = |(name, field): &(wire::FieldName, crate::config::FieldSettings)| FieldReader {
             name: name.to_string(),
             kind: field.kind,
+            flags_type: field.verdict(FieldCheck::Type) == Verdict::Flag,
             origin: map.fields.iter().find(|(mapped, _)| mapped == name).map(|(_, place)| origin(place)),
         };
         let fields = stream.fields.iter().map(field).collect();
@@ -354,17 +363,23 @@ impl Mapping {
             None => found.message.arrival_us,
             Some((origin, time)) => time.read(&found.at(origin)).map_err(known)?,
         };
-        let mut values = Vec::with_capacity(self.fields.len());
-        for field in &self.fields {
+        let (mut values, mut untyped) = (Vec::with_capacity(self.fields.len()), Vec::new());
+        for (place, field) in self.fields.iter().enumerate() {
             values.push(match &field.origin {
                 None => None,
                 Some(origin) => {
                     let from_text = self.text_only || is_text(origin);
-                    field.value(&found.at(origin), from_text, room).map_err(known)?
+                    match field.value(&found.at(origin), from_text, room) {
+                        Err((WRONG_TYPE, _)) if field.flags_type => {
+                            untyped.push(place);
+                            None
+                        }
+                        value => value.map_err(known)?,
+                    }
                 }
             });
         }
-        Ok(Some(Reading { ts, device, values, span }))
+        Ok(Some(Reading { ts, device, values, untyped, span }))
     }
 }
 
@@ -420,8 +435,7 @@ fn device_name(value: &Scalar<'_>) -> Result<String, Fault> {
 
 impl FieldReader {
     fn value(&self, value: &Scalar<'_>, from_text: bool, room: &mut usize) -> Result<Option<Value>, Fault> {
-        let wrong =
-            || Err(("wrong_type", format!("{} should be {} and is {}", self.name, self.kind, value.describe())));
+        let wrong = || Err((WRONG_TYPE, format!("{} should be {} and is {}", self.name, self.kind, value.describe())));
         Ok(Some(match (self.kind, value) {
             (_, Scalar::Null) => return Ok(None),
             (FieldType::Float64 | FieldType::Int64, Scalar::Float(value)) if !value.is_finite() => {

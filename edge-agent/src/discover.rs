@@ -7,6 +7,8 @@
 //! result is one that `edge-agent check` takes; a person still has to look at it. Pure from the messages on.
 
 mod shape;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -16,10 +18,10 @@ use anyhow::{Context, bail};
 use bytes::Bytes;
 use wire::{FieldName, StreamName};
 
-use self::shape::{Format, Shape, look};
+use self::shape::{Format, Shape, Table, look};
 use crate::config::{Settings, SourceSettings};
 use crate::decode::Decoder;
-use crate::source::mqtt::probe::hear;
+use crate::source::mqtt::probe::{Heard, hear};
 use crate::source::now_us;
 use crate::trial::matches;
 
@@ -59,21 +61,24 @@ pub async fn discover(arguments: &DiscoverArguments) -> anyhow::Result<String> {
     let mut settings = Settings::parse(&any).map_err(anyhow::Error::msg)?;
     let Some(SourceSettings::Mqtt(mqtt)) = settings.source.pop() else { bail!("no broker") };
     let client = format!("weir-discover-{}", std::process::id());
-    let heard = hear(&mqtt, &client, Duration::from_secs(arguments.seconds), MESSAGES_MAX).await;
-    if let Some(error) = heard.error.filter(|_| heard.messages.is_empty()) {
+    let Heard { mut messages, retained, error, .. } =
+        hear(&mqtt, &client, Duration::from_secs(arguments.seconds), MESSAGES_MAX).await;
+    // What is kept shows a shape as well.
+    messages.extend(retained);
+    if let Some(error) = error.filter(|_| messages.is_empty()) {
         bail!("{}: {error}", arguments.url);
     }
-    if heard.messages.is_empty() {
+    if messages.is_empty() {
         bail!("nothing came on {} within {} s", arguments.topic, arguments.seconds);
     }
-    let mut text = write(&broker, &heard.messages);
+    let mut text = write(&broker, &messages);
     let settings = Settings::parse(&text).map_err(anyhow::Error::msg).context("read what was written")?;
-    let Tried { readings, rejected, left } = tried(&settings, &heard.messages);
+    let Tried { readings, rejected, left } = tried(&settings, &messages);
     let _ = writeln!(
         text,
         "# Of the {} messages that were heard it makes {readings} readings; {rejected} would go to quarantine, and {left}\n\
          # messages are not taken. `edge-agent try` shows what becomes of one.",
-        heard.messages.len()
+        messages.len()
     );
     Ok(text)
 }
@@ -196,9 +201,11 @@ fn group<'a>(topics: &BTreeMap<&'a str, Shape>) -> Vec<Group<'a>> {
         let by_word = words.len() * 2 <= *count;
         let found = groups.iter_mut().find(|group| {
             let other = group.topics[0];
-            levels(other) == levels(topic)
+            // Whatever is about a node of Sparkplug goes to one source, which must hear its births.
+            let of_sparkplug = shape.format == Format::Sparkplug;
+            (of_sparkplug || levels(other) == levels(topic))
                 && level(other, 0) == level(topic, 0)
-                && (!by_word || last(other) == last(topic))
+                && (of_sparkplug || !by_word || last(other) == last(topic))
                 && group.shape.is_like(shape)
         });
         match found {
@@ -220,6 +227,9 @@ impl Group<'_> {
 
     /// What to subscribe to, and the condition that a message must satisfy.
     fn filter(&self, groups: &[Group<'_>]) -> (Vec<String>, Option<String>) {
+        if self.shape.format == Format::Sparkplug {
+            return (vec![format!("{}/#", level(self.topics[0], 0))], None);
+        }
         let words = self.distinct();
         let words =
             words.iter().map(|words| if let (Some(word), 1) = (words.first(), words.len()) { word } else { "+" });
@@ -247,9 +257,15 @@ impl Group<'_> {
         streams: &mut BTreeSet<String>,
         out: &mut String,
     ) {
+        if self.shape.format == Format::Sparkplug && self.shape.fields().next().is_none() {
+            let _ = writeln!(out, "# Sparkplug B without a birth: hear it for longer, or have its nodes born again");
+            return;
+        }
         let words = self.distinct();
         let fixed = words.iter().filter(|words| words.len() == 1).flatten().copied().collect::<Vec<_>>();
-        let stream = name_of(&fixed.join("_"), "stream", number, |name| {
+        let words_of_all =
+            if self.shape.format == Format::Sparkplug { "sparkplug".to_owned() } else { fixed.join("_") };
+        let stream = name_of(&words_of_all, "stream", number, |name| {
             let own = matches!(name, "host" | "alerts" | "quarantine" | "losses" | "system");
             !own && name.parse::<StreamName>().is_ok() && !streams.contains(name)
         });
@@ -265,6 +281,16 @@ impl Group<'_> {
         if self.shape.format != Format::Json {
             let _ = writeln!(out, "format = \"{format}\"");
         }
+        if let Some(Table { delimiter, header }) = &self.shape.table {
+            let header =
+                header.as_ref().map(|names| names.iter().map(|name| quoted(name)).collect::<Vec<_>>().join(", "));
+            let header = header.map(|names| format!("header = [{names}]"));
+            let delimiter = (*delimiter != ',').then(|| format!("delimiter = {}", quoted(&delimiter.to_string())));
+            let options = header.into_iter().chain(delimiter).collect::<Vec<_>>().join(", ");
+            if !options.is_empty() {
+                let _ = writeln!(out, "options = {{ {options} }}");
+            }
+        }
         if let Some(member) = condition {
             let _ = writeln!(out, "when = {{ at = {}, exists = true }}", quoted(&member));
         }
@@ -278,7 +304,11 @@ impl Group<'_> {
         let differs = differs.max_by_key(|(level, words)| (words.len(), usize::MAX - level));
         let device = match (self.shape.device(), differs) {
             (Some(at), None) => at,
-            (Some(at), _) if self.shape.format == Format::Senml || self.shape.format == Format::SenmlCbor => at,
+            (Some(at), _)
+                if matches!(self.shape.format, Format::Senml | Format::SenmlCbor | Format::Sparkplug | Format::Csv) =>
+            {
+                at
+            }
             (_, Some((level, _))) => format!("topic:{level}"),
             (None, None) => format!("topic:{}", words.len() - 1),
         };
@@ -304,7 +334,8 @@ impl Group<'_> {
             };
             let plain = at.strip_prefix("/fields/").or_else(|| at.strip_prefix("/tags/"));
             let plain = plain.filter(|_| self.shape.format == Format::Influx).unwrap_or(at);
-            let name = name_of(plain, "field", fields.len(), |name| {
+            let plain = at.strip_prefix("/metrics/").map_or_else(|| plain.to_owned(), |name| name.replace("~1", "_"));
+            let name = name_of(&plain, "field", fields.len(), |name| {
                 name.parse::<FieldName>().is_ok() && !fields.contains_key(name) && is_free(name)
             });
             let _ = writeln!(out, "{name} = {}", quoted(at));
@@ -333,139 +364,4 @@ fn name_of(text: &str, otherwise: &str, number: usize, is_good: impl Fn(&str) ->
     let tries = [name.to_owned(), format!("{otherwise}_{name}")];
     let numbered = (number..).map(|number| format!("{otherwise}_{number}"));
     tries.into_iter().chain(numbered).find(|name| is_good(name)).expect("there is always one more number")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn written(messages: &[(String, Bytes)]) -> (String, Settings) {
-        let text = write("[[source]]\nkind = \"mqtt\"\nurl = \"mqtt://h\"\n", messages);
-        match Settings::parse(&text) {
-            Ok(settings) => (text, settings),
-            Err(error) => panic!("{error}\n{text}"),
-        }
-    }
-
-    fn check(messages: &[(&str, &str)], expected: &[&str]) {
-        let messages =
-            messages.iter().map(|(topic, payload)| ((*topic).to_owned(), Bytes::from((*payload).to_owned())));
-        let (text, _) = written(&messages.collect::<Vec<_>>());
-        for expected in expected {
-            assert!(text.contains(expected), "{expected}\n{text}");
-        }
-    }
-
-    /// The configuration, and what it makes of the messages.
-    fn heard(messages: Vec<(String, Bytes)>, readings: u64, left: u64) -> String {
-        let (text, settings) = written(&messages);
-        let found = tried(&settings, &messages);
-        assert!(found == Tried { readings, rejected: 0, left }, "{text}\n{found:?}");
-        text
-    }
-
-    #[test]
-    fn topics_and_shapes_become_sources_that_check_takes() {
-        let reading = r#"{"TIMESTAMP":"2014-08-01T07:50:00","avgSpeed":56,"a":{"b/c":true},"REPORT_ID":"x"}"#;
-        check(
-            &[("city/traffic/1", reading), ("city/traffic/2", &reading.replace("56", "56.5"))],
-            &[
-                "topics = [\"city/traffic/+\"]",
-                "device = \"topic:2\"",
-                "ts = { at = \"/TIMESTAMP\", format = \"%Y-%m-%dT%H:%M:%S\", zone = \"UTC\" }",
-                "avgspeed = \"/avgSpeed\"",
-                "avgspeed = { type = \"float64\" }",
-                "a_b_1c = \"/a/b~1c\"",
-                "report_id = { type = \"text\" }",
-                "[stream.city_traffic.fields]",
-            ],
-        );
-        check(
-            &[("a", r#"[{"id":7,"time":1700000000123,"quality":1,"_x":2}]"#), ("a", "21.5"), ("b\u{7}", "x")],
-            &[
-                "device = \"/id\"",
-                "format = \"epoch_ms\"",
-                "field_quality = \"/quality\"",
-                "# a: 1 messages are left out: raw",
-                "# b\\u{7}: 1 messages are left out: of no format",
-            ],
-        );
-    }
-
-    #[test]
-    fn each_message_of_the_written_topics_is_read_once() {
-        let messages = |all: &[(&str, &str)]| {
-            all.iter().map(|(topic, payload)| ((*topic).to_owned(), Bytes::from((*payload).to_owned()))).collect()
-        };
-        // Two shapes under one pattern: a member tells them apart.
-        let plug = r#"{"Time":"2024-01-01T00:00:00","ENERGY":{"Power":3}}"#;
-        let climate = r#"{"Time":"2024-01-01T00:00:00","AM2301":{"Temperature":21}}"#;
-        let all =
-            [("tele/a/SENSOR", plug), ("tele/b/SENSOR", plug), ("tele/c/SENSOR", climate), ("tele/d/SENSOR", climate)];
-        let text = heard(messages(&all), 4, 0);
-        for expected in ["when = { at = \"/ENERGY\", exists = true }", "when = { at = \"/AM2301\", exists = true }"] {
-            assert!(text.contains(expected), "{expected}\n{text}");
-        }
-        assert_eq!(text.matches("topics = [\"tele/+/SENSOR\"]").count(), 2, "{text}");
-        // Another format: the topics are listed, and each is read as what it is.
-        let text = heard(messages(&[("h/a", r#"{"v":1}"#), ("h/b", r#"{"v":2}"#), ("h/c", "21.5")]), 3, 0);
-        let raw = "topics = [\"h/c\"]\nstream = \"h_c\"\nformat = \"raw\"\n[source.map]\ndevice = \"topic:1\"";
-        assert!(text.contains(raw), "{text}");
-        assert!(text.contains("topics = [\"h/a\", \"h/b\"]") && text.contains("topics = [\"h/c\"]"), "{text}");
-        // Words at the end that come again and again are quantities.
-        let raw = [("x/1/temp", "21"), ("x/2/temp", "22.5"), ("x/1/hum", "50"), ("x/2/hum", "51")];
-        let text = heard(messages(&raw), 4, 0);
-        assert!(text.contains("topics = [\"x/+/temp\"]") && text.contains("[stream.x_hum.fields]"), "{text}");
-        let text = heard(messages(&[("i", "cpu,host=a busy=1.5,idle=2i,on=t 1700000000000000000")]), 1, 0);
-        assert!(text.contains("host = \"/tags/host\"") && text.contains("on = \"/fields/on\""), "{text}");
-    }
-
-    #[test]
-    fn real_payloads_are_decoded_by_what_is_written() {
-        let data = std::path::PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/data");
-        let Ok(telemetry) = std::fs::read_to_string(data.join("tasmota/telemetry.ndjson")) else { return };
-        // Some devices write their offset: they are told apart from those that do not.
-        let topic = |index: usize, line: &str| match line.contains("+01:00") || line.contains("+02:00") {
-            true => "tele/new/SENSOR".to_owned(),
-            false => format!("tele/plug{}/SENSOR", index % 3),
-        };
-        let lines = telemetry.lines().enumerate();
-        let tasmota = lines.map(|(index, line)| (topic(index, line), Bytes::from(line.to_owned()))).collect::<Vec<_>>();
-        let count = tasmota.len() as u64;
-        let text = heard(tasmota, count, 0);
-        assert!(
-            text.contains("topics = [\"tele/new/SENSOR\"]") && text.contains("# /Uptime is now of one type"),
-            "{text}"
-        );
-        assert_eq!(text.matches("ts = { at = \"/Time\"").count(), 2, "{text}");
-        let file = |name: &str| Bytes::from(std::fs::read(data.join(name)).unwrap());
-        let ngsi = ["ngsi/TrafficFlowObserved.example.json", "ngsi/TrafficFlowObserved.example-normalized.json"];
-        for (name, ts) in ngsi.iter().zip(["/dateObservedTo", "/dateObservedTo/value"]) {
-            let text = heard(vec![("ngsi/traffic".to_owned(), file(name))], 1, 0);
-            assert!(text.contains(&format!("ts = {{ at = \"{ts}\"")) && text.contains("device = \"/id\""), "{text}");
-        }
-        // The twin of number 7 leaves its data out, number 11 has values of two types, 13 has none.
-        for number in [1, 2, 3, 4, 5, 6, 8, 9, 10, 12] {
-            let resolved =
-                serde_json::from_slice::<Vec<serde_json::Value>>(&file(&format!("senml/ex{number}.gen.resolved.json")));
-            let payload = file(&format!("senml/ex{number}.json"));
-            let text = heard(vec![("senml".to_owned(), payload)], resolved.unwrap().len() as u64, 0);
-            assert!(text.contains("format = \"senml\"") && text.contains("device = \"/name\""), "{number}: {text}");
-        }
-        let text = heard(vec![("cbor".to_owned(), file("senml/ex3.gen.cbor"))], 7, 0);
-        assert!(text.contains("format = \"senml_cbor\""), "{text}");
-    }
-
-    #[test]
-    fn whatever_is_sent_the_result_is_a_configuration() {
-        check(&[("only", "text")], &["kind = \"host\""]);
-        check(&[("host/x", "{}"), ("host/y", "{}")], &["[stream.stream_host.fields]"]);
-        check(&[("", r#"{"":1,"/":2,"~":3,"ü":4,"\"'\n":5}"#)], &[]);
-        check(&[("a/b", r#"{"ts":1}"#), ("a_b", r#"{"ts":1}"#), ("a/b/", r#"{"Ts":"x"}"#)], &[]);
-        let deep = format!("{}1{}", r#"{"a":"#.repeat(100), "}".repeat(100));
-        check(&[("d", &deep)], &[]);
-        let names = (0..300).map(|n| format!("\"f{n}\":{n}")).collect::<Vec<_>>().join(",");
-        check(&[("many", &format!("{{{names}}}"))], &[]);
-        check(&[("$share/x", r#"{"v":1}"#), ("long/x", &format!("{{\"{}\":1}}", "n".repeat(300)))], &[]);
-    }
 }

@@ -1,21 +1,23 @@
 //! `edge-agent doctor`: one line for each thing that an agent needs, `ok` or `!!` and what to do.
 //!
 //! It changes nothing but a file of its own in the data directory, which it removes, and may run beside the agent: at a
-//! broker it is a client of its own, whose session it ends.
+//! broker it is a client of its own, of which the broker keeps nothing.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
+use bytes::Bytes;
 use reqwest::StatusCode;
 use rustix::fs::{Access, access};
 use rustix::process::{Resource, getrlimit};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::clock;
 use crate::config::{
-    ExecSettings, LaneSettings, ModbusAddress, ModbusSettings, MqttSettings, Settings, SourceSettings, TrustSettings,
+    ExecSettings, HttpSettings, LaneSettings, ModbusAddress, ModbusSettings, MqttSettings, Settings, SourceSettings,
+    TrustSettings,
 };
 use crate::source::mqtt::probe::{Heard, hear, reach};
 use crate::trial::matches;
@@ -62,7 +64,8 @@ pub async fn examine(settings: &Settings) -> Vec<Line> {
             }),
             SourceSettings::Modbus(modbus) => Some(bus(modbus).await),
             SourceSettings::Exec(exec) => Some(program(exec)),
-            SourceSettings::Mqtt(_) | SourceSettings::Http(_) | SourceSettings::Host(_) => None,
+            SourceSettings::Http(http) => Some(door(settings, http).await),
+            SourceSettings::Mqtt(_) | SourceSettings::Host(_) => None,
         });
     }
     lines.extend(publisher(settings).await);
@@ -100,7 +103,7 @@ fn clock(settings: &Settings, is_synchronised: Option<bool>) -> Option<Line> {
 async fn broker(settings: &Settings, mqtt: &MqttSettings) -> Vec<Line> {
     let name = &mqtt.name;
     let client = format!("weir-{}-{name}-doctor", settings.edge.id);
-    let Heard { subscribed, messages, error } = hear(mqtt, &client, HEAR, MESSAGES_MAX).await;
+    let Heard { subscribed, messages, retained, error } = hear(mqtt, &client, HEAR, MESSAGES_MAX).await;
     if !subscribed {
         let why = error.unwrap_or_default();
         return vec![bad(format!(
@@ -109,16 +112,47 @@ async fn broker(settings: &Settings, mqtt: &MqttSettings) -> Vec<Line> {
         ))];
     }
     let mut lines = vec![ok(format!("source {name}: {} takes our subscriptions", mqtt.url))];
-    for filter in &mqtt.topics {
-        let count = messages.iter().filter(|(topic, _)| matches(filter, topic)).count();
-        lines.push(match count {
-            0 => {
-                bad(format!("source {name}: nothing on {filter} within {HEAR:?}; is the topic right, do devices send?"))
-            }
-            count => ok(format!("source {name}: {count} messages on {filter} within {HEAR:?}")),
-        });
-    }
+    lines.extend(mqtt.topics.iter().map(|filter| topic(name, filter, &messages, &retained)));
     lines
+}
+
+fn topic(name: &str, filter: &str, messages: &[(String, Bytes)], retained: &[(String, Bytes)]) -> Line {
+    let count = |heard: &[(String, Bytes)]| heard.iter().filter(|(topic, _)| matches(filter, topic)).count();
+    match (count(messages), count(retained)) {
+        (0, 0) => {
+            bad(format!("source {name}: nothing on {filter} within {HEAR:?}; is the topic right, do devices send?"))
+        }
+        (0, kept) => bad(format!(
+            "source {name}: on {filter} nothing but {kept} retained messages within {HEAR:?}, which tell what was; do \
+             devices still send?"
+        )),
+        (count, _) => ok(format!("source {name}: {count} messages on {filter} within {HEAR:?}")),
+    }
+}
+
+/// Whether it could be listened there; a running agent already does.
+async fn door(settings: &Settings, http: &HttpSettings) -> Line {
+    let (name, listen) = (&http.name, http.listen);
+    match TcpListener::bind(listen).await {
+        Ok(_) => ok(format!("source {name}: {listen} is free")),
+        Err(error) if error.kind() == ErrorKind::AddrInUse && runs(settings).await => {
+            ok(format!("source {name}: {listen} is taken, and the agent runs"))
+        }
+        Err(error) if error.kind() == ErrorKind::AddrInUse => bad(format!(
+            "source {name}: {listen} is taken by another program (`ss -ltnp` says which); end it, or change `listen`"
+        )),
+        Err(error) => bad(format!("source {name}: {listen}: {error}; is it an address of this machine?")),
+    }
+}
+
+/// Whether the agent of this configuration answers.
+async fn runs(settings: &Settings) -> bool {
+    let ask = async {
+        let answer = reqwest::get(format!("http://{}/status", settings.admin.listen)).await.ok()?;
+        serde_json::from_slice::<serde_json::Value>(&answer.bytes().await.ok()?).ok()
+    };
+    let status = tokio::time::timeout(HEAR, ask).await.ok().flatten();
+    status.is_some_and(|status| status["edge"] == settings.edge.id.as_str())
 }
 
 /// Whether something takes connections where the devices should be; no register is read, as the agent may be polling.
@@ -313,6 +347,47 @@ mod tests {
         let lines = sources(&[modbus("rtu:///dev/none"), exec("no-such-program")]).await;
         is(&lines, false, "(dialout)");
         is(&lines, false, "no-such-program is no program");
+    }
+
+    #[test]
+    fn what_a_broker_has_kept_does_not_pass_for_a_device_that_sends() {
+        let heard =
+            |topics: &[&str]| topics.iter().map(|topic| ((*topic).to_owned(), Bytes::new())).collect::<Vec<_>>();
+        let line = |live: &[&str], kept: &[&str]| topic("s", "a/+", &heard(live), &heard(kept));
+        assert!(line(&["a/1", "b/1"], &["a/2"]).text.contains("1 messages on a/+"));
+        let kept = line(&["b/1"], &["a/1", "a/2"]);
+        assert!(!kept.good && kept.text.contains("nothing but 2 retained"), "{kept:?}");
+        assert!(!line(&["b/1"], &["b/1"]).good);
+    }
+
+    #[tokio::test]
+    async fn a_door_is_free_or_it_is_said_who_has_it() {
+        rustls::crypto::ring::default_provider().install_default().ok();
+        let door_there = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let admin_there = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (listen, admin) = (door_there.local_addr().unwrap(), admin_there.local_addr().unwrap());
+        let status = get(async || r#"{"edge":"e"}"#);
+        tokio::spawn(async move { axum::serve(admin_there, axum::Router::new().route("/status", status)).await });
+        let settings = |edge: &str| {
+            let settings = Settings::parse(&format!(
+                "[edge]\nid = \"{edge}\"\ndata_dir = '/none'\n[admin]\nlisten = \"{admin}\"\n[cloud]\nurls = [\"http://h\"]\n\
+                 token = \"t\"\n[[source]]\nkind = \"http\"\nlisten = \"{listen}\"\nstream = \"s\"\n[source.map]\n\
+                 device = \"const:d\"\n[stream.s.fields]\nv = {{ type = \"int64\" }}\n"
+            ));
+            settings.unwrap()
+        };
+        let line = async |edge: &str| {
+            let settings = settings(edge);
+            let SourceSettings::Http(http) = &settings.source[0] else { panic!() };
+            door(&settings, http).await
+        };
+        let taken = line("e").await;
+        assert!(taken.good && taken.text.contains("the agent runs"), "{taken:?}");
+        let taken = line("another").await;
+        assert!(!taken.good && taken.text.contains("by another program"), "{taken:?}");
+        drop(door_there);
+        let free = line("e").await;
+        assert!(free.good && free.text.contains("is free"), "{free:?}");
     }
 
     #[tokio::test]

@@ -215,7 +215,7 @@ impl Outbox {
 /// When the certificates cannot be used.
 pub async fn run(settings: MqttSettings, outbox: &Outbox, token: CancellationToken) -> Result<(), TlsError> {
     let id = settings.client_id.clone().unwrap_or_else(|| format!("weir-{}-alerts", outbox.edge));
-    let (client, mut events) = client::publisher(&settings, &id)?;
+    let (client, mut events) = client::without_session(&settings, &id)?;
     let (mut connected, mut failures) = (false, 0_u32);
     // When a command that was held back may go.
     let mut due = None::<Instant>;

@@ -1,7 +1,8 @@
 //! Rules over readings, windows and silence: when an alert begins, fires and ends. Pure and deterministic; time is what the
 //! rows and the journal's entries say.
 //!
-//! An alert is of one rule, device and labels. It is *pending* from the first row whose `when` is true, *firing* when that
+//! An alert is of one rule, device and labels; of windows that are grouped by fields each group is as a device of its own, and
+//! the values that it is grouped by are labels. It is *pending* from the first row whose `when` is true, *firing* when that
 //! has lasted for `for`, and *resolved* by the first row whose `when` is false, or with `until` by one where that is true and
 //! `when` is not. A row of a window lasts from its start to its end, a reading is a moment. NULL, and a row that fails,
 //! change nothing: such a row does not say. A row older than the newest of its device changes nothing either. Only what
@@ -30,7 +31,7 @@ use wire::StreamName;
 
 use self::episode::Pass;
 use self::expression::Row;
-use self::input::{Device, Input, Kept, Looked, columns_of};
+use self::input::{Device, Input, Kept, Looked, Origin, origin_of};
 use self::rule::{Condition, Rule};
 pub use self::rule::{RULES_MAX, RuleHash};
 pub use self::state::StateError;
@@ -142,6 +143,21 @@ pub enum Verdict {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct InputId(usize);
 
+/// Whose row it is.
+#[derive(Debug, Clone, Copy)]
+pub struct Of<'r> {
+    pub device: &'r str,
+    /// Which group of windows, when that is more than its device: a text of its own for each.
+    pub group: Option<&'r str>,
+}
+
+impl<'r> Of<'r> {
+    /// One that stands for its device.
+    pub fn device(device: &'r str) -> Self {
+        Self { device, group: None }
+    }
+}
+
 /// When a row happened, and when it came.
 #[derive(Debug, Clone, Copy)]
 pub struct When {
@@ -192,18 +208,18 @@ impl Rules {
             if settings.rule[..index].iter().any(|other| other.name == rule.name) {
                 return Err(format!("two [[rule]] are called `{}`", rule.name));
             }
-            let (columns, lateness, on_windows) =
-                columns_of(settings, &rule.on).map_err(|text| format!("{here}: {text}"))?;
-            if on_windows && lateness >= rules.horizon {
+            let Origin { columns, lateness, by } =
+                origin_of(settings, &rule.on).map_err(|text| format!("{here}: {text}"))?;
+            if by.is_some() && lateness >= rules.horizon {
                 return Err(format!("{here}: its windows close later than alert_horizon: all would be backfill"));
             }
             let known = rules.inputs.iter().position(|input| input.name == rule.on);
             let input = known.unwrap_or_else(|| {
-                rules.inputs.push(Input::new(rule.on.clone(), columns, lateness));
+                rules.inputs.push(Input::new(rule.on.clone(), columns, lateness, by.as_ref()));
                 rules.inputs.len() - 1
             });
             let input = &mut rules.inputs[input];
-            let read = Rule::new(rule, &input.columns, on_windows)?;
+            let read = Rule::new(rule, &input.columns, by.as_ref())?;
             for column in read.previous() {
                 if !input.previous.contains(&column) {
                     input.previous.push(column);
@@ -246,19 +262,20 @@ impl Rules {
     }
 
     /// A row: its values in the order of the input's columns.
-    pub fn row(&mut self, input: InputId, device: &str, when: When, values: &[Option<Value>]) {
+    pub fn row(&mut self, input: InputId, of: Of<'_>, when: When, values: &[Option<Value>]) {
+        let (device, key) = (of.device, of.group.unwrap_or(of.device));
         let input = &mut self.inputs[input.0];
         input.newest = input.newest.max(when.to);
-        if !input.devices.contains_key(device) {
+        if !input.devices.contains_key(key) {
             if input.devices.len() >= self.devices_max && !input.forget_some() {
                 input.devices_refused += 1;
                 return;
             }
-            let fresh = Device { last: i64::MIN, ..Device::default() };
-            input.devices.insert(device.to_owned(), fresh);
+            let name = of.group.map(|_| device.to_owned());
+            input.devices.insert(key.to_owned(), Device { name, last: i64::MIN, ..Device::default() });
         }
         let watermark = input.watermark();
-        let entry = input.devices.get_mut(device).expect("it was put there");
+        let entry = input.devices.get_mut(key).expect("it was put there");
         entry.heard = self.heard;
         let in_order = when.to >= entry.last;
         entry.last = entry.last.max(when.to);
@@ -371,9 +388,9 @@ impl Rules {
     /// What fires in earnest, as it was found, whether or not anybody is told.
     pub fn firing(&self) -> impl Iterator<Item = Transition> {
         self.inputs.iter().flat_map(|input| {
-            input.devices.iter().flat_map(move |(device, entry)| {
+            input.devices.iter().flat_map(move |(key, entry)| {
                 let announced = entry.alerts.iter().filter(|alert| alert.announced);
-                announced.map(move |alert| input.as_it_stands(device, alert))
+                announced.map(move |alert| input.as_it_stands(entry.name_or(key), alert))
             })
         })
     }

@@ -10,7 +10,7 @@ use chrono::{DateTime, SecondsFormat};
 
 use crate::config::{Decoding, Settings, SourceSettings, StreamSettings, Unit};
 use crate::decode::{Decoder, Reading, Rejected, Value};
-use crate::rules::{Rules, Turn, Verdict, When};
+use crate::rules::{Of, Rules, Turn, Verdict, When};
 use crate::validate::{Judge, Outcome, Quality};
 
 /// Bytes of a payload that are shown.
@@ -147,7 +147,7 @@ impl Trial<'_> {
             line(text, format_args!("  rule {rule}: {says}"));
         }
         let when = When { from: reading.ts, to: reading.ts, arrival: self.now_us };
-        self.rules.row(input, &reading.device, when, &reading.values);
+        self.rules.row(input, Of::device(&reading.device), when, &reading.values);
         for alert in self.rules.take() {
             let (word, severity, rule, message) = (alert.turn.word(), alert.severity, &alert.rule, &alert.message);
             line(text, format_args!("  alert {word}: {severity} {rule}: {message:?}, labels {}", alert.labels));

@@ -25,7 +25,7 @@ use crate::config::{Conversion, Duplicates, FieldCheck as Word, Number, StreamCh
 use crate::decode::{Reading, Value};
 
 /// Why a reading is rejected: a stable word (`before_2000`, `in_future`, `too_old`, `not_finite`, `missing`, `below_min`,
-/// `above_max`, `not_allowed`, `step`, `stuck`, `out_of_order`), and a detail for people.
+/// `above_max`, `not_allowed`, `type`, `step`, `stuck`, `out_of_order`), and a detail for people.
 pub type Fault = (&'static str, String);
 
 /// What is suspect about a reading: the words of a [`Fault`], with `:field` where it is one, comma-separated.
@@ -169,9 +169,9 @@ impl Judge {
         }
     }
 
-    /// `expected_every`, when it is set.
-    pub fn expected_every_us(&self) -> Option<i64> {
-        self.gaps.as_ref().map(|gaps| gaps.every_us)
+    /// Whether it is known how often devices send.
+    pub fn expects(&self) -> bool {
+        self.gaps.is_some()
     }
 }
 
@@ -256,8 +256,13 @@ impl Checks {
         if let Some((_, verdict)) = self.max_age.filter(|(most, _)| arrival_us.saturating_sub(reading.ts) > *most) {
             quality.fail(verdict, "too_old", None, detail)?;
         }
-        for (field, value) in self.fields.iter().zip(&reading.values) {
+        for (place, (field, value)) in self.fields.iter().zip(&reading.values).enumerate() {
             let number = match value {
+                // Something stood there.
+                None if reading.untyped.contains(&place) => {
+                    quality.fail(Verdict::Flag, "type", Some(&field.name), String::new)?;
+                    continue;
+                }
                 None => {
                     if let Some(verdict) = field.required {
                         quality

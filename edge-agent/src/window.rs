@@ -50,6 +50,8 @@ pub struct WindowRow {
     pub window: usize,
     /// `*` when the row stands for several.
     pub device: String,
+    /// Which group it is of, when that is more than its device.
+    pub group: Option<String>,
     /// µs since 1970 UTC; the end is not in the window.
     pub start: i64,
     pub end: i64,
@@ -325,7 +327,8 @@ impl Window {
         let (device, mut values) = self.by.parts(key);
         values.extend(aggregate.values(&self.aggregates));
         let (count, revision) = (aggregate.count, aggregate.revision);
-        WindowRow { window: index, device, start, end, count, values, revision }
+        let group = matches!(self.by, Grouping::Fields { .. }).then(|| key.to_owned());
+        WindowRow { window: index, device, group, start, end, count, values, revision }
     }
 
     /// Emits what is due when all windows that start below `before` are closed.

@@ -101,6 +101,14 @@ struct Answer {
     result: Result<Acks, Failed>,
 }
 
+/// Why the cloud did not take a request.
+#[derive(Debug, PartialEq, Eq)]
+struct Complaint {
+    text: String,
+    /// It was one that sends, and not a question where the cloud stands.
+    of_rows: bool,
+}
+
 /// What is known of the snapshot on disk.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Snapshot {
@@ -163,7 +171,7 @@ pub(super) struct Engine {
     /// The index of the address that is used.
     url: watch::Sender<usize>,
     bytes_sent: u64,
-    last_error: Option<String>,
+    last_error: Option<Complaint>,
     /// Looks ahead for what time it was.
     ahead: Option<Reader<Disk>>,
     /// A cut whose lanes from here on were full.

@@ -22,6 +22,8 @@ pub enum Verdict {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FieldCheck {
+    /// A value of another type than the field's; flagged, the field is null.
+    Type,
     Required,
     Min,
     Max,
@@ -62,19 +64,23 @@ pub enum Fill {
     Linear,
 }
 
+/// Names in `expected_every_of`: each is compared with the device of each reading.
+const EXPECTED_OF_MAX: usize = 100;
+
 /// A value that a field may have.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Allowed(pub Value);
 
 impl FieldSettings {
-    /// What failing a check does: `required`, `min` and `max` reject, the others flag, unless told otherwise.
+    /// What failing a check does: `type`, `required`, `min` and `max` reject, the others flag, unless told otherwise.
     pub fn verdict(&self, check: FieldCheck) -> Verdict {
-        let rejects = matches!(check, FieldCheck::Required | FieldCheck::Min | FieldCheck::Max);
+        let rejects = matches!(check, FieldCheck::Type | FieldCheck::Required | FieldCheck::Min | FieldCheck::Max);
         verdict(&self.reject, &self.flag, check, rejects)
     }
 
     fn has(&self, check: FieldCheck) -> bool {
         match check {
+            FieldCheck::Type => true,
             FieldCheck::Required => self.required,
             FieldCheck::Min => self.min.is_some(),
             FieldCheck::Max => self.max.is_some(),
@@ -145,8 +151,17 @@ impl StreamSettings {
         if every == Some(0) {
             return Err("expected_every must be more than 0".to_owned());
         }
-        if every.is_none() && (self.absent_after.is_some() || self.fill.is_some()) {
-            return Err("absent_after and fill need expected_every".to_owned());
+        if every.is_none() && (self.absent_after.is_some() || self.fill.is_some() || !self.expected_every_of.is_empty())
+        {
+            return Err("absent_after, fill and expected_every_of need expected_every".to_owned());
+        }
+        if self.expected_every_of.len() > EXPECTED_OF_MAX {
+            return Err(format!("expected_every_of has more than {EXPECTED_OF_MAX} names"));
+        }
+        if let Some((name, _)) =
+            self.expected_every_of.iter().find(|(name, every)| name.is_empty() || every.0.is_zero())
+        {
+            return Err(format!("expected_every_of `{name}`: a name, and more than 0"));
         }
         if let (Some(every), Some(after)) = (self.expected_every, self.absent_after)
             && after.0 < every.0

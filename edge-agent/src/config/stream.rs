@@ -37,6 +37,9 @@ pub struct StreamSettings {
     /// How often each device sends; after `absent_after` (twice that, unless set) of silence it is absent.
     pub expected_every: Option<Span>,
     pub absent_after: Option<Span>,
+    /// Of devices that send in another interval: by name, in which `*` stands for any letters. Of several that fit the one
+    /// with most letters counts.
+    pub expected_every_of: BTreeMap<String, Span>,
     /// How gaps are filled, with at most so many rows, and whether windows count them.
     pub fill: Option<Fill>,
     pub fill_steps: u32,
@@ -65,6 +68,7 @@ impl Default for StreamSettings {
             remember: 64,
             expected_every: None,
             absent_after: None,
+            expected_every_of: BTreeMap::new(),
             fill: None,
             fill_steps: 12,
             fill_in_windows: false,
@@ -176,7 +180,8 @@ impl StreamSettings {
 
     /// How often the pipeline must be told the time, when nothing else comes.
     pub fn tick_every(&self) -> Option<Duration> {
-        let absence = self.expected_every.map(|every| every.0 / 4);
+        let every = self.expected_every.iter().chain(self.expected_every_of.values()).map(|every| every.0).min();
+        let absence = every.map(|every| every / 4);
         let hold = (self.duplicates == Duplicates::Last).then_some(self.duplicates_within.0 / 4);
         let most = absence.into_iter().chain(hold).min()?;
         Some(most.clamp(TICK_MIN, TICK_MAX))

@@ -162,6 +162,15 @@ fn what_is_right_and_may_not_be_meant_is_said() {
     check("[journal]\nmax_bytes = \"511MiB\"\n", "", "", "raise journal.max_bytes");
     check("[journal]\nmax_bytes = \"512MiB\"\n", "", "", "");
     check("[journal]\nmax_bytes = \"64MiB\"\n", "[stream.traffic.window.5m]\nsize = \"5m\"", "", "");
+    let told = "[[rule]]\nname = \"slow\"\non = \"traffic\"\nwhen = \"speed < 5\"\ntopic = \"a/{device}\"\n";
+    check(told, "", "", "(slow) stand still while a lane with on_full = \"refuse\" is full (first, rest)");
+    check(told, "topic = \"a/{device}\"\n", "", "");
+    let lane = |name: &str, streams: &str| {
+        let size = "max_bytes = \"64MiB\"\non_full = \"drop_oldest\"";
+        format!("[[lane]]\nname = \"{name}\"\nstreams = [{streams}]\npriority = 1\n{size}\n")
+    };
+    let all = ["traffic_5m", "quarantine", "losses", "alerts"].map(|stream| format!("\"{stream}\"")).join(", ");
+    check(&format!("{told}{}{}", lane("urgent", &all), lane("rest", "")), "", "", "");
     check("", "topic:2", "topic:3", "[[source]] `traffic`: \"topic:3\": the levels of `city/traffic/+` are 0 to 2");
     check("", "type = \"int64\"", "type = \"int64\", required = true", "`count` is required and map does not name it");
     check("", "city/traffic/+", "city/#", "");

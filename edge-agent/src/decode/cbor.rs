@@ -138,6 +138,33 @@ pub(super) fn scalar<'a>(bytes: &'a [u8], at: &Range<usize>) -> Result<Scalar<'a
     Ok(value)
 }
 
+/// A message as JSON would have it, so many levels of it; None when it is none. For who looks at what devices send.
+pub(crate) fn as_json(bytes: &[u8], levels: usize) -> Option<serde_json::Value> {
+    fn value(bytes: &[u8], at: &Range<usize>, levels: usize) -> Option<serde_json::Value> {
+        use serde_json::Value;
+        if levels == 0 {
+            return Some(Value::Null);
+        }
+        let deeper = |at: &Range<usize>| value(bytes, at, levels - 1);
+        Some(match members(bytes, at).ok()? {
+            Members::Object(entries) => {
+                let entries = entries.into_iter().map(|(key, at)| Some((key, deeper(&at)?)));
+                Value::Object(entries.collect::<Option<_>>()?)
+            }
+            Members::Array(spans) => Value::Array(spans.iter().map(deeper).collect::<Option<_>>()?),
+            Members::None => match scalar(bytes, at).ok()? {
+                Scalar::Bool(value) => value.into(),
+                Scalar::Int(value) => value.into(),
+                Scalar::Unsigned(value) => value.into(),
+                Scalar::Float(value) => value.into(),
+                Scalar::Text(text) => text.into_owned().into(),
+                _ => Value::Null,
+            },
+        })
+    }
+    value(bytes, &whole(bytes).ok()?, levels)
+}
+
 fn malformed(detail: impl Into<String>) -> Fault {
     ("malformed", detail.into())
 }

@@ -101,6 +101,25 @@ struct Address<'a> {
     device: Option<&'a str>,
 }
 
+/// What the metrics of a message are whose types it tells, each with a value of its kind as JSON has them, a large whole number
+/// for those that are whole; None when the message is none, or of another form. For who looks at what nodes send.
+pub(crate) fn defined(topic: &str, bytes: &[u8]) -> Option<Vec<(String, serde_json::Value)>> {
+    let address = Address::of(topic).ok()??;
+    let payload = Payload::read(bytes).ok()?;
+    let metrics = payload.metrics.iter().filter(|_| address.is_birth()).filter_map(|metric| {
+        let name = metric.name.filter(|name| !name.is_empty() && *name != "bdSeq" && !name.contains("Control/"))?;
+        let value = match metric.datatype? {
+            1..=8 | 13 => (i64::MAX / 2).into(),
+            9 | 10 => 1.5.into(),
+            11 => true.into(),
+            12 | 14 | 15 => "".into(),
+            _ => return None,
+        };
+        Some((name.to_owned(), value))
+    });
+    Some(metrics.collect())
+}
+
 impl Sparkplug {
     pub(super) fn new(places: &[Pointer], options: &FormatOptions) -> Self {
         let place = |pointer: &Pointer| match pointer.0[0].as_str() {

@@ -8,6 +8,20 @@ pub(crate) mod sparkplug;
 use super::*;
 use crate::config::Settings;
 
+/// Data sets that are no part of the repository: where `WEIR_SHARED_DATA` says, or beside it. None, and a word about it,
+/// where there are none.
+pub(crate) fn shared_data() -> Option<std::path::PathBuf> {
+    let beside = || std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data");
+    match std::env::var_os("WEIR_SHARED_DATA") {
+        // Who says where it is wants it to be looked at.
+        Some(path) => Some(path.into()),
+        None => Some(beside()).filter(|path| path.is_dir()).or_else(|| {
+            println!("left out: no shared data; WEIR_SHARED_DATA says where they are");
+            None
+        }),
+    }
+}
+
 const ARRIVAL: i64 = 1_700_000_000_000_000;
 
 fn text(source: &str, map: &str) -> String {
@@ -22,6 +36,33 @@ fn text(source: &str, map: &str) -> String {
 fn decoder(source: &str, map: &str) -> Decoder {
     let settings = Settings::parse(&text(source, map)).unwrap();
     Decoder::new(&settings.source[0].decoding().unwrap(), settings.stream.values().next().unwrap())
+}
+
+#[test]
+fn a_value_of_another_type_is_null_and_flagged_where_that_is_configured() {
+    let text = text("", FLAT).replace("f = { type = \"float64\" }", "f = { type = \"float64\", flag = [\"type\"] }");
+    let text = text.replace("i = { type = \"int64\" }", "i = { type = \"int64\", required = true, flag = [\"type\"] }");
+    let settings = Settings::parse(&text).unwrap();
+    let mut decoder = Decoder::new(&settings.source[0].decoding().unwrap(), settings.stream.values().next().unwrap());
+    let mut judge = crate::validate::Judge::new(settings.stream.values().next().unwrap());
+    let mut check = |json: &str, expected: &str| {
+        let mut found = decode(&mut decoder, format!("{{\"d\":\"x\",{json}}}").as_bytes());
+        let mut quality = crate::validate::Quality::default();
+        let text = match found.remove(0) {
+            Err(rejected) => rejected.reason.to_owned(),
+            Ok(mut reading) => match judge.judge(&mut reading, ARRIVAL, 0, i64::MIN, &mut quality) {
+                Err((reason, _)) => reason.to_owned(),
+                Ok(_) => format!("{} {}", formats::show(&Ok(reading)), quality.as_str()),
+            },
+        };
+        assert_eq!(text, expected, "{json}");
+    };
+    check(r#""f":1.5,"i":1"#, "x +0 1.5 1 - - ");
+    check(r#""f":"1.5","i":1,"t":"a""#, "x +0 - 1 - a type:f");
+    check(r#""f":true,"i":"one""#, "x +0 - - - - type:f,type:i");
+    check(r#""f":"1.5","i":null"#, "missing");
+    check(r#""i":1,"b":"on""#, "wrong_type");
+    check(r#""i":1,"f":1e300,"b":1"#, "wrong_type");
 }
 
 fn decode(decoder: &mut Decoder, payload: &[u8]) -> Vec<Result<Reading, Rejected>> {

@@ -1,7 +1,7 @@
 //! What payloads look like: their format, and where names, times and values stand in them.
 //!
-//! Looked at are JSON objects and arrays of them, SenML in JSON and CBOR, lines of the Influx protocol, and payloads that
-//! are one number. Numbers become `float64`: a sensor that says 21 now says 21.5 later. Limits: [`DEPTH_MAX`] levels,
+//! Looked at are JSON and CBOR objects and arrays of them, SenML in both, lines of the Influx protocol, CSV with a header or
+//! without, the births of Sparkplug B, and payloads that are one number. Numbers become `float64`: a sensor that says 21 now says 21.5 later. Limits: [`DEPTH_MAX`] levels,
 //! [`FIELDS_MAX`] places.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,7 +11,7 @@ use chrono::{DateTime, NaiveDateTime};
 use serde_json::{Map, Value};
 
 use crate::config::Settings;
-use crate::decode::Decoder;
+use crate::decode::{Decoder, cbor_as_json, sparkplug_defined};
 
 /// Levels of objects within objects that become fields.
 const DEPTH_MAX: usize = 4;
@@ -40,9 +40,12 @@ const TIMES: [&str; 11] = [
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
     Json,
+    Cbor,
     Senml,
     SenmlCbor,
     Influx,
+    Csv,
+    Sparkplug,
     Raw,
 }
 
@@ -53,6 +56,9 @@ impl Format {
             Self::Senml => "senml",
             Self::SenmlCbor => "senml_cbor",
             Self::Influx => "influx",
+            Self::Cbor => "cbor",
+            Self::Csv => "csv",
+            Self::Sparkplug => "sparkplug",
             Self::Raw => "raw",
         }
     }
@@ -63,14 +69,25 @@ impl Format {
 pub(super) struct Found {
     pub(super) format: Format,
     readings: Vec<Value>,
+    table: Option<Table>,
+}
+
+/// How CSV is written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Table {
+    pub(super) delimiter: char,
+    /// Names for its columns, when the payload has none.
+    pub(super) header: Option<Vec<String>>,
 }
 
 /// What a payload is, or what it seems to be when it cannot be written down here.
 pub(super) fn look(topic: &str, payload: &Bytes) -> Result<Found, &'static str> {
+    let found = |format, readings| Ok(Found { format, readings, table: None });
     if topic.starts_with("spBv1.0/") {
-        return Err("Sparkplug B; format = \"sparkplug\" reads it, when its metrics are named");
+        let metrics = sparkplug_defined(topic, payload).ok_or("Sparkplug B without metrics, or damaged")?;
+        let metrics = Value::Object(metrics.into_iter().collect());
+        return found(Format::Sparkplug, vec![Value::Object(Map::from_iter([("metrics".to_owned(), metrics)]))]);
     }
-    let found = |format, readings| Ok(Found { format, readings });
     match serde_json::from_slice(payload) {
         Ok(Value::Array(records)) if is_senml(&records) => found(Format::Senml, records),
         Ok(Value::Array(readings)) if readings.iter().any(Value::is_object) => found(Format::Json, readings),
@@ -79,12 +96,55 @@ pub(super) fn look(topic: &str, payload: &Bytes) -> Result<Found, &'static str> 
             found(Format::Raw, vec![Value::Object(Map::from_iter([("value".to_owned(), number)]))])
         }
         Ok(_) => Err("JSON, but neither an object nor a number"),
-        Err(_) => match std::str::from_utf8(payload).ok().and_then(lines) {
-            Some(lines) => found(Format::Influx, lines),
-            None if decodes("senml_cbor", payload) => found(Format::SenmlCbor, Vec::new()),
-            None => Err("of no format that is known here"),
-        },
+        Err(_) => {
+            let text = std::str::from_utf8(payload).ok();
+            if let Some(lines) = text.and_then(lines) {
+                return found(Format::Influx, lines);
+            }
+            if let Some((table, readings)) = text.and_then(table) {
+                return Ok(Found { format: Format::Csv, readings, table: Some(table) });
+            }
+            match cbor_as_json(payload, DEPTH_MAX + 2) {
+                _ if decodes("senml_cbor", payload) => found(Format::SenmlCbor, Vec::new()),
+                Some(object @ Value::Object(_)) => found(Format::Cbor, vec![object]),
+                Some(Value::Array(readings)) if readings.iter().any(Value::is_object) => found(Format::Cbor, readings),
+                _ => Err("of no format that is known here"),
+            }
+        }
     }
+}
+
+/// The lines of CSV as objects. Some cell must be a number, or any text with a comma were a table.
+fn table(text: &str) -> Option<(Table, Vec<Value>)> {
+    [',', ';', '\t'].into_iter().find_map(|delimiter| {
+        let mut reader = csv::ReaderBuilder::new();
+        let reader = reader.delimiter(delimiter as u8).has_headers(false).from_reader(text.as_bytes());
+        let mut lines = reader.into_records().collect::<Result<Vec<_>, _>>().ok()?;
+        let is_number = |cell: &str| cell.trim().parse::<f64>().is_ok();
+        let first = lines.first().filter(|first| first.len() > 1 && first.len() <= FIELDS_MAX)?;
+        let names = first.iter().map(str::to_owned).collect::<Vec<_>>();
+        let is_header = lines.len() > 1 && names.iter().all(|name| !name.is_empty() && !is_number(name));
+        let names = match is_header {
+            true => names,
+            false => (1..=names.len()).map(|column| format!("column_{column}")).collect(),
+        };
+        if is_header {
+            lines.remove(0);
+        }
+        if !lines.iter().flatten().any(is_number) {
+            return None;
+        }
+        let value = |cell: &str| match cell.parse::<f64>() {
+            _ if cell.is_empty() => Value::Null,
+            _ if matches!(cell, "true" | "false") => (cell == "true").into(),
+            Ok(number) => number.into(),
+            Err(_) => cell.into(),
+        };
+        let reading =
+            |line: &csv::StringRecord| names.iter().cloned().zip(line.iter().map(value)).collect::<Map<_, _>>();
+        let readings = lines.iter().map(|line| reading(line).into()).collect();
+        Some((Table { delimiter, header: (!is_header).then_some(names) }, readings))
+    })
 }
 
 /// Whether these are the records of a pack.
@@ -201,6 +261,8 @@ impl Values {
 pub(super) struct Shape {
     pub(super) format: Format,
     pub(super) messages: u64,
+    /// Of CSV.
+    pub(super) table: Option<Table>,
     readings: u64,
     /// By JSON pointer.
     places: BTreeMap<String, Values>,
@@ -210,11 +272,12 @@ pub(super) struct Shape {
 
 impl Shape {
     pub(super) fn of(format: Format) -> Self {
-        Self { format, messages: 0, readings: 0, places: BTreeMap::new(), members: BTreeMap::new() }
+        Self { format, messages: 0, table: None, readings: 0, places: BTreeMap::new(), members: BTreeMap::new() }
     }
 
     pub(super) fn add(&mut self, found: Found) {
         self.messages += 1;
+        self.table = found.table.or(self.table.take());
         if self.format == Format::SenmlCbor {
             self.place("/value", &Value::from(1.5));
         }
@@ -222,7 +285,7 @@ impl Shape {
             self.readings += 1;
             match self.format {
                 Format::Senml => self.record(&reading),
-                Format::Json => {
+                Format::Json | Format::Cbor | Format::Csv => {
                     for member in reading.as_object().into_iter().flat_map(Map::keys) {
                         if self.members.len() < FIELDS_MAX || self.members.contains_key(member) {
                             *self.members.entry(member.clone()).or_default() += 1;
@@ -275,7 +338,11 @@ impl Shape {
             names.filter(tells).collect::<BTreeSet<_>>()
         };
         let (one, two) = (own(self), own(other));
+        if self.format == Format::Sparkplug && other.format == Format::Sparkplug {
+            return true;
+        }
         self.format == other.format
+            && self.table == other.table
             && self.ts() == other.ts()
             && one.intersection(&two).count() * 2 >= one.len().min(two.len())
     }
@@ -304,8 +371,9 @@ impl Shape {
     pub(super) fn device(&self) -> Option<String> {
         match self.format {
             Format::Senml | Format::SenmlCbor => Some("/name".to_owned()),
+            Format::Sparkplug => Some("/id".to_owned()),
             Format::Raw => None,
-            Format::Json | Format::Influx => {
+            Format::Json | Format::Cbor | Format::Csv | Format::Influx => {
                 let named = |(at, values): &(&String, &Values)| {
                     values.count == self.readings && DEVICES.contains(&last(at).to_lowercase().as_str())
                 };
@@ -317,9 +385,9 @@ impl Shape {
     /// The place that says when, in each reading, and how; how is none where the format itself defines it.
     pub(super) fn ts(&self) -> Option<(String, Option<&'static str>)> {
         match self.format {
-            Format::Senml | Format::SenmlCbor | Format::Influx => Some(("/time".to_owned(), None)),
+            Format::Senml | Format::SenmlCbor | Format::Influx | Format::Sparkplug => Some(("/time".to_owned(), None)),
             Format::Raw => None,
-            Format::Json => {
+            Format::Json | Format::Cbor | Format::Csv => {
                 let times = self.places.iter().filter(|(_, values)| values.count == self.readings);
                 let times = times.filter_map(|(at, values)| Some((rank(at)?, at, values.time?)));
                 times.min().map(|(_, at, format)| (at.clone(), Some(format)))

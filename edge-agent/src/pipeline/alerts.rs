@@ -9,7 +9,7 @@ use wire::TS_MIN_US;
 use super::output::Cell;
 use super::{GOOD, Pipeline};
 use crate::decode::{Reading, Value};
-use crate::rules::{InputId, RuleStatus, Rules, Transition, When};
+use crate::rules::{InputId, Of, RuleStatus, Rules, Transition, When};
 use crate::validate::Absence;
 use crate::window::WindowRow;
 
@@ -17,25 +17,26 @@ impl Pipeline {
     /// A reading that was accepted, for the rules on its stream.
     pub(super) fn judge_reading(&mut self, position: Position, stream: usize, reading: &Reading) {
         let rules = self.streams[stream].rules;
-        self.ask_rules(position, rules, &reading.device, (reading.ts, reading.ts), &reading.values);
+        self.ask_rules(position, rules, Of::device(&reading.device), (reading.ts, reading.ts), &reading.values);
     }
 
     /// A device that became absent or came back, for the rules on that. Columns: those of its schema without times.
     pub(super) fn judge_absence(&mut self, position: Position, stream: usize, absence: &Absence, every_s: f64) {
         if let rules @ Some(_) = self.streams[stream].absent_rules {
             let values = [Some(Value::Text(absence.state.to_owned())), Some(Value::Float(every_s))];
-            self.ask_rules(position, rules, &absence.device, (absence.ts, absence.ts), &values);
+            self.ask_rules(position, rules, Of::device(&absence.device), (absence.ts, absence.ts), &values);
         }
     }
 
-    /// Windows that closed, for the rules on them. Columns: count, the aggregates, revision.
+    /// Windows that closed, for the rules on them. Columns: count, what they are grouped by, the aggregates, revision.
     pub(super) fn judge_windows(&mut self, position: Position, stream: usize, rows: Vec<WindowRow>) {
         for row in rows {
             let rules @ Some(_) = self.streams[stream].window_rules[row.window] else { continue };
             let mut values = row.values;
             values.insert(0, Some(Value::Int(row.count)));
             values.push(Some(Value::Int(row.revision)));
-            self.ask_rules(position, rules, &row.device, (row.start, row.end), &values);
+            let of = Of { device: &row.device, group: row.group.as_deref() };
+            self.ask_rules(position, rules, of, (row.start, row.end), &values);
         }
     }
 
@@ -44,13 +45,13 @@ impl Pipeline {
         &mut self,
         position: Position,
         rules: Option<InputId>,
-        device: &str,
+        of: Of<'_>,
         (from, to): (i64, i64),
         values: &[Option<Value>],
     ) {
         if let Some(input) = rules {
             let when = When { from, to, arrival: self.rules.now() };
-            self.rules.row(input, device, when, values);
+            self.rules.row(input, of, when, values);
             self.write_alerts(position);
         }
     }

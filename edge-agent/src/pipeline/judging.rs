@@ -133,7 +133,7 @@ impl Pipeline {
 
     /// The streams in which something goes by the clock.
     pub(super) fn find_by_clock(&mut self) {
-        let goes = |judge: &Judge| judge.hold.is_some() || judge.expected_every_us().is_some();
+        let goes = |judge: &Judge| judge.hold.is_some() || judge.expects();
         let streams = self.streams.iter().enumerate().filter(|(_, stream)| goes(&stream.judge));
         self.by_clock = streams.map(|(index, _)| index).collect();
     }
@@ -149,11 +149,11 @@ impl Pipeline {
 
     fn absence(&mut self, position: Position, stream: usize, absence: &Absence) {
         let own = &self.streams[stream];
-        let (Some(output), Some(every_us)) = (own.absent_output, own.judge.expected_every_us()) else { return };
+        let Some(output) = own.absent_output else { return };
         let output = &mut self.outputs[output];
         output.watermark = output.watermark.max(own.windows.watermark());
         self.counters.stream(&output.stream).rows += 1;
-        let every_s = every_us as f64 / 1e6;
+        let every_s = absence.every_us as f64 / 1e6;
         if position >= output.skip_before {
             let before = output.bytes();
             let cells = [Cell::Text(absence.state), Cell::Time(absence.last_ts.max(TS_MIN_US)), Cell::Float(every_s)];

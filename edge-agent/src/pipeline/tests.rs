@@ -138,6 +138,39 @@ fn a_silent_device_is_absent_by_event_time_or_by_listening_and_comes_back() {
 }
 
 #[test]
+fn devices_that_send_in_another_interval_are_expected_in_theirs() {
+    let of =
+        "expected_every_of = { \"slow-*\" = \"40s\", \"slow-1*\" = \"20s\", \"*-quick\" = \"1s\", \"b\" = \"2s\" }";
+    let devices = ["a", "b", "slow-2", "slow-17", "b-quick"];
+    let run = |more: &str| {
+        let settings = judging(&format!("expected_every = \"4s\"\n{of}\n{more}"), "");
+        assert_eq!(settings.tick_every(), Some(std::time::Duration::from_secs(1)));
+        let entries = devices.iter().map(|device| reading_of(device, 0, 1, 0)).chain((1..=100).map(tick));
+        let (rows, _) = apply_all(&settings, &entries.collect::<Vec<_>>());
+        let mut rows = short(&rows, "s_absent", &["state", "expected_every_s"]);
+        rows.sort();
+        rows
+    };
+    let all =
+        ["1 b-quick absent 1.0", "2 b absent 2.0", "20 slow-17 absent 20.0", "4 a absent 4.0", "40 slow-2 absent 40.0"];
+    assert_eq!(run(""), all);
+    // Three times as long: 120 s of the slow ones are not over.
+    assert_eq!(run("absent_after = \"12s\""), all[..4]);
+    // What is owed by a device goes by its own interval.
+    let settings = judging(&format!("expected_every = \"4s\"\nfill = \"last\"\n{of}"), "");
+    let entries = [
+        reading_of("b", 0, 1, 0),
+        reading_of("b", 6, 1, 0),
+        reading_of("slow-2", 0, 1, 0),
+        reading_of("slow-2", 50, 1, 0),
+    ];
+    let (rows, _) = apply_all(&settings, &entries);
+    let filled = short(&rows, "s", &["quality"]);
+    let expected = ["0 b good", "2 b imputed", "4 b imputed", "6 b good", "0 slow-2 good", "50 slow-2 good"];
+    assert_eq!(filled, expected);
+}
+
+#[test]
 fn gaps_are_filled_with_rows_that_say_so_and_that_no_window_counts() {
     let entries =
         [reading_of("a", 0, 10, 0), reading_of("a", 10, 20, 0), reading_of("a", 13, 20, 0), reading_of("a", 99, 7, 0)];

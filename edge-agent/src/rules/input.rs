@@ -1,6 +1,6 @@
 //! What the rules remember of one stream or window stream: its devices, their last row, and their alerts.
 //!
-//! [`columns_of`] is the one place that knows what rules can be on.
+//! [`origin_of`] is the one place that knows what rules can be on.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use wire::{FieldType, StreamName, StreamSchema};
 use super::expression::Columns;
 use super::rule::{Rule, hex};
 use super::{Command, RuleTotals, Transition, Turn};
-use crate::config::{Settings, SourceSettings};
+use crate::config::{By, Settings, SourceSettings, Span};
 use crate::decode::Value;
 use crate::source::host;
 use crate::validate::absent_schema;
@@ -33,8 +33,11 @@ pub(super) struct Alert {
     pub(super) command: Option<Command>,
 }
 
+/// What is known of a device, or of a group of windows.
 #[derive(Debug, Default)]
 pub(super) struct Device {
+    /// Of a group: the device of its rows.
+    pub(super) name: Option<String>,
     /// Event time of its newest row.
     pub(super) last: i64,
     /// When it was last heard, by the clock of [`Rules::tick`].
@@ -43,6 +46,13 @@ pub(super) struct Device {
     pub(super) previous: Vec<Option<Value>>,
     /// By rule, then labels.
     pub(super) alerts: Vec<Alert>,
+}
+
+impl Device {
+    /// The device of its rows; without a name of its own what it is known by.
+    pub(super) fn name_or<'k>(&'k self, key: &'k str) -> &'k str {
+        self.name.as_deref().unwrap_or(key)
+    }
 }
 
 /// A rule with what belongs to it.
@@ -57,10 +67,13 @@ pub(super) struct Kept {
 pub(super) struct Input {
     pub(super) name: StreamName,
     pub(super) columns: Columns,
+    /// What its rows stand for: nothing but their device, `*`, or fields.
+    pub(super) by: Vec<String>,
     /// Columns whose values of the row before are kept.
     pub(super) previous: Vec<usize>,
     pub(super) lateness: i64,
     pub(super) rules: Vec<Kept>,
+    /// By device, or by group.
     pub(super) devices: BTreeMap<String, Device>,
     pub(super) newest: i64,
     pub(super) looked: Looked,
@@ -76,24 +89,33 @@ pub(super) struct Looked {
     pub(super) watermark: i64,
 }
 
-/// The columns of what a rule is on, how late its rows may come, and whether it is windows.
-pub(super) fn columns_of(settings: &Settings, on: &StreamName) -> Result<(Columns, i64, bool), String> {
+/// What a rule is on.
+pub(super) struct Origin {
+    pub(super) columns: Columns,
+    /// How late its rows may come, µs.
+    pub(super) lateness: i64,
+    /// What its windows are grouped by; None of what is no windows.
+    pub(super) by: Option<By>,
+}
+
+pub(super) fn origin_of(settings: &Settings, on: &StreamName) -> Result<Origin, String> {
+    let origin = |columns, lateness: Span, by| Origin { columns, lateness: lateness.micros(), by };
     if on.as_str() == "host" && settings.source.iter().any(|source| matches!(source, SourceSettings::Host(_))) {
         let host = host::stream_settings();
         let fields = host.fields.iter().map(|(name, field)| (name.to_string(), field.kind));
-        return Ok((Columns::new(fields), host.lateness.micros(), false));
+        return Ok(origin(Columns::new(fields), host.lateness, None));
     }
     for (name, stream) in &settings.stream {
         if name == on {
             let fields = stream.fields.iter().map(|(name, field)| (name.to_string(), field.kind));
-            return Ok((Columns::new(fields), stream.lateness.micros(), false));
+            return Ok(origin(Columns::new(fields), stream.lateness, None));
         }
         if let Some((_, window)) = stream.windows(name).into_iter().find(|(window, _)| window == on) {
             let schema = window::schema(stream, window).map_err(|error| error.to_string())?;
-            return Ok((without_times(&schema), stream.lateness.micros(), true));
+            return Ok(origin(without_times(&schema), stream.lateness, Some(window.by.clone())));
         }
         if stream.absent_stream(name).is_some_and(|absent| absent == *on) {
-            return Ok((without_times(&absent_schema()), stream.lateness.micros(), false));
+            return Ok(origin(without_times(&absent_schema()), stream.lateness, None));
         }
     }
     let known = settings.stream.iter().flat_map(|(name, stream)| {
@@ -111,10 +133,19 @@ fn without_times(schema: &StreamSchema) -> Columns {
 }
 
 impl Input {
-    pub(super) fn new(name: StreamName, columns: Columns, lateness: i64) -> Self {
+    pub(super) fn new(name: StreamName, columns: Columns, lateness: i64, by: Option<&By>) -> Self {
+        let by = match by {
+            None | Some(By::Device) => Vec::new(),
+            Some(By::All) => vec!["*".to_owned()],
+            Some(By::Fields { device, fields }) => {
+                let device = device.then(|| "device".to_owned());
+                device.into_iter().chain(fields.iter().map(ToString::to_string)).collect()
+            }
+        };
         Self {
             name,
             columns,
+            by,
             previous: Vec::new(),
             lateness,
             rules: Vec::new(),

@@ -10,7 +10,7 @@ use wire::FieldType;
 use super::Command;
 use super::expression::{Columns, Expression};
 use super::template::{Filling, Template};
-use crate::config::{CommandSettings, RuleSettings, Severity};
+use crate::config::{By, CommandSettings, RuleSettings, Severity};
 
 /// Rules of one configuration.
 pub const RULES_MAX: usize = 1_000;
@@ -69,8 +69,9 @@ pub(super) struct Rule {
     /// µs.
     pub(super) hold: i64,
     pub(super) severity: Severity,
+    /// With those that show what windows are grouped by.
     pub(super) labels: Vec<(String, Template)>,
-    /// Whether an alert's labels follow from its device.
+    /// Whether an alert's labels follow from its device or group.
     pub(super) labels_of_the_device: bool,
     pub(super) message: Template,
     pub(super) topic: Option<Template>,
@@ -79,7 +80,8 @@ pub(super) struct Rule {
 }
 
 impl Rule {
-    pub(super) fn new(settings: &RuleSettings, columns: &Columns, on_windows: bool) -> Result<Self, String> {
+    /// `by`: what the windows that it is on are grouped by.
+    pub(super) fn new(settings: &RuleSettings, columns: &Columns, by: Option<&By>) -> Result<Self, String> {
         let here = format!("[[rule]] `{}`", settings.name);
         let condition = match (&settings.when, settings.absent) {
             (Some(when), None) => {
@@ -94,7 +96,7 @@ impl Rule {
                 Condition::When { when: read("when", when)?, until }
             }
             (None, Some(absent)) => {
-                if on_windows || settings.until.is_some() || !settings.hold.0.is_zero() {
+                if by.is_some() || settings.until.is_some() || !settings.hold.0.is_zero() {
                     return Err(format!("{here}: absent is of readings, and goes without `until` and `for`"));
                 }
                 if absent.0 < std::time::Duration::from_secs(1) {
@@ -116,14 +118,31 @@ impl Rule {
             }
             labels.push((label.clone(), read));
         }
+        let labels_of_the_device = labels.iter().all(|(_, label)| label.is_of_the_device());
+        let group = match by {
+            Some(By::Fields { fields, .. }) => fields.as_slice(),
+            _ => &[],
+        };
+        for field in group {
+            let shown = template("labels", &format!("{{{field}}}"), row)?;
+            match labels.iter().find(|(label, _)| label == field.as_str()) {
+                None => labels.push((field.to_string(), shown)),
+                Some((_, own)) if *own == shown => {}
+                Some(_) => {
+                    return Err(format!("{here} labels: {field} is what its windows are grouped by, and a label"));
+                }
+            }
+        }
         let topic = settings.topic.as_ref().map(|topic| template("topic", topic, row)).transpose()?;
         if let (Some(topic), Some(text)) = (&topic, &settings.topic) {
             can_be_published(text).map_err(|error| format!("{here} topic: {error}"))?;
             let mut labelled = labels.iter().flat_map(|(_, label)| label.columns());
             let apart = labelled.all(|column| topic.columns().any(|other| other == column));
-            if !topic.tells_devices_apart() || !(apart || topic.has_id()) {
+            let one_device = matches!(by, Some(By::All | By::Fields { device: false, .. }));
+            if !(one_device || topic.tells_devices_apart()) || !(apart || topic.has_id()) {
                 return Err(format!(
-                    "{here} topic: two alerts would share `{text}`; put {{device}} and what the labels show into it, or {{id}}"
+                    "{here} topic: two alerts would share `{text}`; put {{device}}, what the labels show and what windows are \
+                     grouped by into it, or {{id}}"
                 ));
             }
         }
@@ -138,7 +157,7 @@ impl Rule {
             condition,
             hold: settings.hold.micros(),
             severity: settings.severity,
-            labels_of_the_device: labels.iter().all(|(_, label)| label.is_of_the_device()),
+            labels_of_the_device,
             labels,
             message: template("message", &settings.message, row)?,
             topic,

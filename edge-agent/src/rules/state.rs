@@ -1,12 +1,13 @@
 //! The state of the rules as bytes, exact, and back.
 //!
-//! Version 1, little-endian (`text` is a u32 length and UTF-8):
+//! Version 1, little-endian (`text` is a u32 length and UTF-8); what is in brackets is in version 2 alone, which is written when
+//! some input is of windows that are not by device:
 //! ```text
-//! version u8 = 1 | last_arrival i64 | heard i64 | inputs u16 | input* | gone u32 | transition*
-//! input:      name text | newest i64 | looked heard i64, watermark i64 | devices_refused u64
+//! version u8 = 1 or 2 | last_arrival i64 | heard i64 | inputs u16 | input* | gone u32 | transition*
+//! input:      name text | [by u16 | text*] | newest i64 | looked heard i64, watermark i64 | devices_refused u64
 //!             | columns u16 | (name text | kind u8)* | rules u16 | rule* | devices u32 | device*
 //! rule:       hash [16] | name text | severity u8 | fired u64 | resolved u64 | backfilled u64 | failed u64 | refused u64
-//! device:     name text | last i64 | heard i64 | value for each column | alerts u16 | alert*
+//! device:     name text, or group text | [device? text] | last i64 | heard i64 | value for each column | alerts u16 | alert*
 //! alert:      rule u16 | labels text | flags u8 (1 firing, 2 announced) | from i64 | id text | ts i64 | message text
 //!             | topic? text | command? (topic, firing text | resolved? text | every i64)
 //! value:      0 | 1 f64 | 2 i64 | 3 u8 | 4 text           topic?: 0 u8, or 1 u8 and what it is
@@ -14,7 +15,7 @@
 //!             | from i64 | to? i64 | topic? text | command?
 //! ```
 //! A rule is found again by its hash. What fires and has no rule any more ends with the next entry of the journal: somebody
-//! was told that it fires.
+//! was told that it fires. So does what fires over windows that are grouped by something else now.
 
 use bytes::{Buf, Bytes};
 use wire::FieldType;
@@ -26,6 +27,7 @@ use crate::config::Severity;
 use crate::decode::Value;
 
 const VERSION: u8 = 1;
+const VERSION_WITH_GROUPS: u8 = 2;
 
 /// The bytes are no state of this version, or cut short.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -35,12 +37,13 @@ pub struct StateError;
 impl Rules {
     /// Appends the state. What was not taken ([`Rules::take`]) is not in it.
     pub fn write(&self, out: &mut Vec<u8>) {
-        out.push(VERSION);
+        let grouped = self.inputs.iter().any(|input| !input.by.is_empty());
+        out.push(if grouped { VERSION_WITH_GROUPS } else { VERSION });
         out.extend(self.last_arrival.to_le_bytes());
         out.extend(self.heard.to_le_bytes());
         out.extend((self.inputs.len() as u16).to_le_bytes());
         for input in &self.inputs {
-            put_input(out, input);
+            put_input(out, input, grouped);
         }
         out.extend((self.gone.len() as u32).to_le_bytes());
         self.gone.iter().for_each(|gone| put_transition(out, gone));
@@ -57,11 +60,7 @@ impl Rules {
         for input in saved.inputs {
             match self.inputs.iter_mut().find(|own| own.name.as_str() == input.name) {
                 Some(own) => own.restore(input, &mut self.gone),
-                None => {
-                    for (name, device) in &input.devices {
-                        device.alerts.iter().for_each(|alert| end(&input, name, device, alert, &mut self.gone));
-                    }
-                }
+                None => end_all(&input, &mut self.gone),
             }
         }
         Ok(())
@@ -86,8 +85,13 @@ impl Input {
         };
         let columns = saved.columns.iter().map(column).collect::<Vec<_>>();
         let length = self.previous.last().map_or(0, |last| last + 1);
-        for (name, device) in &saved.devices {
-            let mut own = Device { last: device.last, heard: device.heard, ..Device::default() };
+        // Version 1 was of devices, whatever its windows were grouped by.
+        if !saved.by.as_ref().map_or(self.by.iter().all(|by| by == "*"), |by| *by == self.by) {
+            return end_all(&saved, gone);
+        }
+        for (key, device) in &saved.devices {
+            let mut own =
+                Device { name: device.name.clone(), last: device.last, heard: device.heard, ..Device::default() };
             own.previous.resize(length, None);
             for (column, value) in columns.iter().zip(&device.values) {
                 if let Some(column) = column {
@@ -100,21 +104,27 @@ impl Input {
                         self.rules[rule].alerts += 1;
                         own.alerts.push(Alert { rule, ..alert.clone() });
                     }
-                    None => end(&saved, name, device, alert, gone),
+                    None => end(&saved, key, device, alert, gone),
                 }
             }
             own.alerts.sort_by(|one, other| (one.rule, &one.labels).cmp(&(other.rule, &other.labels)));
-            self.devices.insert(name.clone(), own);
+            self.devices.insert(key.clone(), own);
         }
     }
 }
 
-/// The end of an alert whose rule is no longer there.
-fn end(input: &SavedInput, name: &str, device: &SavedDevice, alert: &Alert, gone: &mut Vec<Transition>) {
+fn end_all(input: &SavedInput, gone: &mut Vec<Transition>) {
+    for (key, device) in &input.devices {
+        device.alerts.iter().for_each(|alert| end(input, key, device, alert, gone));
+    }
+}
+
+/// The end of an alert whose rule or group is no longer there.
+fn end(input: &SavedInput, key: &str, device: &SavedDevice, alert: &Alert, gone: &mut Vec<Transition>) {
     let Some(rule) = input.rules.get(alert.rule).filter(|_| alert.firing) else { return };
     gone.push(Transition {
         ts: device.last,
-        device: name.to_owned(),
+        device: device.name.as_deref().unwrap_or(key).to_owned(),
         rule: rule.name.clone(),
         rule_hash: hex(&rule.hash.0),
         id: alert.id.clone(),
@@ -141,6 +151,8 @@ struct Saved {
 #[derive(Debug)]
 struct SavedInput {
     name: String,
+    /// None in version 1.
+    by: Option<Vec<String>>,
     newest: i64,
     looked: Looked,
     devices_refused: u64,
@@ -159,6 +171,7 @@ struct SavedRule {
 
 #[derive(Debug)]
 struct SavedDevice {
+    name: Option<String>,
     last: i64,
     heard: i64,
     values: Vec<Option<Value>>,
@@ -168,20 +181,26 @@ struct SavedDevice {
 
 impl Saved {
     fn read(bytes: &mut Bytes) -> Option<Self> {
-        if bytes.try_get_u8().ok()? != VERSION {
-            return None;
-        }
+        let grouped = match bytes.try_get_u8().ok()? {
+            VERSION => false,
+            VERSION_WITH_GROUPS => true,
+            _ => return None,
+        };
         let (last_arrival, heard) = (take_i64(bytes)?, take_i64(bytes)?);
         let inputs = bytes.try_get_u16_le().ok()?;
-        let inputs = (0..inputs).map(|_| take_input(bytes)).collect::<Option<_>>()?;
+        let inputs = (0..inputs).map(|_| take_input(bytes, grouped)).collect::<Option<_>>()?;
         let gone = bytes.try_get_u32_le().ok()?;
         let gone = (0..gone).map(|_| take_transition(bytes)).collect::<Option<_>>()?;
         bytes.is_empty().then_some(Self { last_arrival, heard, inputs, gone })
     }
 }
 
-fn put_input(out: &mut Vec<u8>, input: &Input) {
+fn put_input(out: &mut Vec<u8>, input: &Input, grouped: bool) {
     put_text(out, input.name.as_str());
+    if grouped {
+        out.extend((input.by.len() as u16).to_le_bytes());
+        input.by.iter().for_each(|by| put_text(out, by));
+    }
     for value in [input.newest, input.looked.heard, input.looked.watermark] {
         out.extend(value.to_le_bytes());
     }
@@ -205,6 +224,9 @@ fn put_input(out: &mut Vec<u8>, input: &Input) {
     out.extend((input.devices.len() as u32).to_le_bytes());
     for (name, device) in &input.devices {
         put_text(out, name);
+        if grouped {
+            put_some_text(out, device.name.as_deref());
+        }
         out.extend(device.last.to_le_bytes());
         out.extend(device.heard.to_le_bytes());
         for column in &input.previous {
@@ -225,8 +247,11 @@ fn put_input(out: &mut Vec<u8>, input: &Input) {
     }
 }
 
-fn take_input(bytes: &mut Bytes) -> Option<SavedInput> {
-    let (name, newest) = (take_text(bytes)?, take_i64(bytes)?);
+fn take_input(bytes: &mut Bytes, grouped: bool) -> Option<SavedInput> {
+    let name = take_text(bytes)?;
+    let by = |bytes: &mut Bytes| (0..bytes.try_get_u16_le().ok()?).map(|_| take_text(bytes)).collect::<Option<_>>();
+    let by = if grouped { Some(by(bytes)?) } else { None };
+    let newest = take_i64(bytes)?;
     let looked = Looked { heard: take_i64(bytes)?, watermark: take_i64(bytes)? };
     let devices_refused = bytes.try_get_u64_le().ok()?;
     let columns = bytes.try_get_u16_le().ok()?;
@@ -236,14 +261,15 @@ fn take_input(bytes: &mut Bytes) -> Option<SavedInput> {
     let rules = (0..rules).map(|_| take_rule(bytes)).collect::<Option<_>>()?;
     let mut devices = Vec::new();
     for _ in 0..bytes.try_get_u32_le().ok()? {
-        let name = take_text(bytes)?;
+        let key = take_text(bytes)?;
+        let name = if grouped { take_some_text(bytes)? } else { None };
         let (last, heard) = (take_i64(bytes)?, take_i64(bytes)?);
         let values = columns.iter().map(|_| take_value(bytes)).collect::<Option<_>>()?;
         let alerts = bytes.try_get_u16_le().ok()?;
         let alerts = (0..alerts).map(|_| take_alert(bytes)).collect::<Option<_>>()?;
-        devices.push((name, SavedDevice { last, heard, values, alerts }));
+        devices.push((key, SavedDevice { name, last, heard, values, alerts }));
     }
-    Some(SavedInput { name, newest, looked, devices_refused, columns, rules, devices })
+    Some(SavedInput { name, by, newest, looked, devices_refused, columns, rules, devices })
 }
 
 fn take_rule(bytes: &mut Bytes) -> Option<SavedRule> {

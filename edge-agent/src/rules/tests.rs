@@ -31,7 +31,7 @@ impl Hand {
         self.0.tick(arrival);
         let input = self.0.input(&"s".parse().unwrap()).unwrap();
         let values = [v.map(Value::Int), t.map(|t| Value::Text(t.to_owned()))];
-        self.0.row(input, device, When { from: ts, to: ts, arrival }, &values);
+        self.0.row(input, Of::device(device), When { from: ts, to: ts, arrival }, &values);
         self.0.look_for_silence();
         self.found()
     }
@@ -119,7 +119,7 @@ fn an_episode_has_one_id_which_follows_from_rule_labels_and_start() {
         let input = hand.0.input(&"s".parse().unwrap()).unwrap();
         for (at, v) in [(start, 11), (start + 1, 1)] {
             let ts = NOW + at * SECOND;
-            hand.0.row(input, device, When { from: ts, to: ts, arrival: ts }, &[Some(Value::Int(v)), None]);
+            hand.0.row(input, Of::device(device), When { from: ts, to: ts, arrival: ts }, &[Some(Value::Int(v)), None]);
         }
         let ids = hand.0.take().into_iter().map(|alert| alert.id).collect::<Vec<_>>();
         assert_eq!(ids[0], ids[1]);
@@ -215,13 +215,94 @@ fn a_window_lasts_from_its_start_to_its_end() {
         let values = columns.iter().map(value).collect::<Vec<_>>();
         let (from, to) = (NOW + start * SECOND, NOW + (start + 10) * SECOND);
         hand.0.tick(to);
-        hand.0.row(input, "d", When { from, to, arrival: to }, &values);
+        hand.0.row(input, Of::device("d"), When { from, to, arrival: to }, &values);
         hand.found()
     };
     assert_eq!(window(0, 11), NONE);
     assert_eq!(window(10, 11), ["20 d firing [0,]"]);
     assert_eq!(window(10, 5), ["20 d resolved [0,10]"], "a revision of the same window");
     assert_eq!(window(0, 11), NONE, "a revision of an older one");
+}
+
+const BY_T: &str = "[stream.s.window.g]\nsize = \"10s\"\nby = [\"t\"]\n";
+
+impl Hand {
+    /// Windows that end at so many seconds: of each group its `v_max`. What was found, with its labels.
+    fn groups(&mut self, end: i64, groups: &[(&str, i64)]) -> Vec<String> {
+        let input = self.0.input(&"s_g".parse().unwrap()).unwrap();
+        let columns = self.0.inputs[input.0].columns.names().map(str::to_owned).collect::<Vec<_>>();
+        let to = NOW + end * SECOND;
+        self.0.tick(to);
+        for (t, v) in groups {
+            let value = |name: &String| match name.as_str() {
+                "count" | "revision" => Some(Value::Int(1)),
+                "t" => Some(Value::Text((*t).to_owned())),
+                "v_max" => Some(Value::Int(*v)),
+                _ => None,
+            };
+            let values = columns.iter().map(value).collect::<Vec<_>>();
+            let of = Of { device: "*", group: Some(t) };
+            self.0.row(input, of, When { from: to - 10 * SECOND, to, arrival: to }, &values);
+        }
+        let found = self.0.take().into_iter();
+        found.map(|alert| format!("{} {} {}", alert.device, alert.labels, alert.turn.word())).collect()
+    }
+}
+
+#[test]
+fn groups_of_windows_have_alerts_and_rows_before_of_their_own() {
+    let over =
+        |when: &str, more: &str| format!("{BY_T}[[rule]]\nname = \"r\"\non = \"s_g\"\nwhen = \"{when}\"\n{more}\n");
+    let (x, y) = (r#"* {"t":"x"}"#, r#"* {"t":"y"}"#);
+    let text = over("v_max > 10", "topic = \"a/{t}\"");
+    let mut hand = Hand::new(&text);
+    assert_eq!(hand.groups(10, &[("x", 11), ("y", 1)]), [format!("{x} firing")]);
+    assert_eq!(hand.groups(20, &[("x", 11), ("y", 1)]), NONE, "one group does not end what another began");
+    assert_eq!(hand.groups(30, &[("x", 11), ("y", 11)]), [format!("{y} firing")]);
+    let told = hand.0.firing().map(|alert| (alert.device, alert.labels, alert.topic)).collect::<Vec<_>>();
+    let expected = |t: &str| ("*".to_owned(), format!(r#"{{"t":"{t}"}}"#), Some(format!("a/{t}")));
+    assert_eq!(told, [expected("x"), expected("y")]);
+    let mut again = hand.restarted(&text);
+    assert_eq!(again.0.firing().collect::<Vec<_>>(), hand.0.firing().collect::<Vec<_>>());
+    for hand in [&mut hand, &mut again] {
+        assert_eq!(hand.groups(40, &[("x", 1), ("y", 11)]), [format!("{x} resolved")]);
+    }
+    // Windows of other groups: what fires over the old ones ends.
+    let other = text.replace("by = [\"t\"]", "by = [\"device\", \"t\"]").replace("a/{t}", "a/{device}/{t}");
+    assert_eq!(hand.restarted(&other).groups(50, &[]), [format!("{y} resolved")]);
+    // As an agent wrote it that took all groups for one device: the alert of that device ends.
+    let mut old = Hand::new(&text.replace("by = [\"t\"]", "by = \"device\"").replace("a/{t}", "a/{device}"));
+    let columns = old.0.inputs[0].columns.names().map(|name| (name == "v_max").then_some(Value::Int(11)));
+    let (columns, input) = (columns.collect::<Vec<_>>(), old.0.input(&"s_g".parse().unwrap()).unwrap());
+    old.0.row(input, Of::device("*"), When { from: NOW, to: NOW, arrival: NOW }, &columns);
+    assert_eq!(old.found(), ["0 * firing [0,]"]);
+    let mut bytes = Vec::new();
+    old.0.write(&mut bytes);
+    assert_eq!(bytes[0], 1, "windows by device are as they were");
+    let mut new = Hand::new(&text);
+    new.0.restore(&Bytes::from(bytes.clone())).unwrap();
+    assert_eq!(new.groups(10, &[("x", 11)]), ["* {} resolved".to_owned(), format!("{x} firing")]);
+    bytes.clear();
+    again.0.write(&mut bytes);
+    assert_eq!(bytes[0], 2);
+    for cut in 0..bytes.len() {
+        let restored = Hand::new(&text).0.restore(&Bytes::copy_from_slice(&bytes[..cut]));
+        assert_eq!(restored, Err(StateError), "{cut}");
+    }
+
+    let mut rises = Hand::new(&over("v_max - prev(v_max) > 10", ""));
+    assert_eq!(rises.groups(10, &[("x", 100), ("y", 1)]), NONE);
+    assert_eq!(rises.groups(20, &[("x", 105), ("y", 2)]), NONE, "the row before is of the same group");
+    assert_eq!(rises.groups(30, &[("x", 116), ("y", 3)]), [format!("{x} firing")]);
+
+    for (more, refused) in [
+        ("topic = \"a/{device}\"", true),
+        ("topic = \"a/{id}\"", false),
+        ("labels = { t = \"{t}\" }", false),
+        ("labels = { t = \"{device}\" }", true),
+    ] {
+        assert_eq!(settings(&over("v_max > 10", more)).is_err(), refused, "{more}");
+    }
 }
 
 #[test]
@@ -246,7 +327,7 @@ fn messages_show_what_the_row_has() {
     let mut hand = Hand::new(&rule("when = \"v > 10\"\nmessage = \"{{{rule}}} {device} {v} {t} {severity} at {ts}\""));
     hand.0.tick(NOW);
     let input = hand.0.input(&"s".parse().unwrap()).unwrap();
-    hand.0.row(input, "d", When { from: NOW, to: NOW, arrival: NOW }, &[Some(Value::Int(11)), None]);
+    hand.0.row(input, Of::device("d"), When { from: NOW, to: NOW, arrival: NOW }, &[Some(Value::Int(11)), None]);
     assert_eq!(hand.0.take()[0].message, "{r} d 11 NULL warning at 2023-11-14T22:00:00Z");
 }
 
@@ -298,7 +379,7 @@ fn a_command_is_filled_in_by_the_row_that_fires_and_the_same_to_its_end() {
         let (ts, t) = (NOW + at * SECOND, Value::Text("a/\",\"x".to_owned()));
         hand.0.tick(ts + late * SECOND);
         let when = When { from: ts, to: ts, arrival: ts + late * SECOND };
-        hand.0.row(input, "d", when, &[Some(Value::Int(v)), Some(t)]);
+        hand.0.row(input, Of::device("d"), when, &[Some(Value::Int(v)), Some(t)]);
         commands.extend(hand.0.take().into_iter().map(|alert| (alert.turn, alert.command)));
     };
     row(&mut hand, 0, 3_601, 11);

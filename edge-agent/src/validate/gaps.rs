@@ -1,5 +1,7 @@
 //! Devices that are silent: when they count as absent and as back, and the readings that are made up for them.
 //!
+//! How often a device sends is `expected_every`, or what `expected_every_of` has for its name.
+//!
 //! A device is absent when the stream's watermark has passed its newest event time by more than `absent_after`, or when the
 //! agent has listened for so long without hearing it. Time in which the agent did not run is not listened time, and a step
 //! of the gateway's clock counts for little, so neither a restart nor NTP makes devices absent. It is back with a reading
@@ -7,6 +9,8 @@
 //!
 //! A reading that ends a gap brings what is made up: multiples of `expected_every` behind the reading before it, at most
 //! `fill_steps`. A line is drawn only over a gap that it fills: half a line would end in the air.
+
+use std::cmp::Reverse;
 
 use wire::{FieldType, StreamField, StreamSchema};
 
@@ -27,11 +31,19 @@ pub fn absent_schema() -> StreamSchema {
 /// When devices of a stream are silent for too long.
 #[derive(Debug)]
 pub(super) struct Gaps {
-    pub(super) every_us: i64,
-    after_us: i64,
+    every: Interval,
+    /// Of devices with intervals of their own: by name with `*`, those with most letters first.
+    every_of: Vec<(String, Interval)>,
     fill: Option<(Fill, i64)>,
     /// No device is absent before the watermark and the clock are here.
     due: (i64, i64),
+}
+
+/// How often a device sends, and after what silence it is absent.
+#[derive(Debug, Clone, Copy)]
+struct Interval {
+    every_us: i64,
+    after_us: i64,
 }
 
 /// A device became absent, or came back.
@@ -44,14 +56,30 @@ pub struct Absence {
     pub ts: i64,
     /// Its newest event time before.
     pub last_ts: i64,
+    /// How often it should send.
+    pub every_us: i64,
 }
 
 impl Gaps {
     pub(super) fn new(stream: &StreamSettings) -> Option<Self> {
-        let every_us = stream.expected_every?.micros();
-        let after_us = stream.absent_after.map_or(every_us.saturating_mul(2), |after| after.micros());
+        let usual_us = stream.expected_every?.micros();
+        let usual_after_us = stream.absent_after.map_or(usual_us.saturating_mul(2), |after| after.micros());
+        // Who sends less often is waited for in proportion.
+        let interval = |every_us: i64| Interval {
+            every_us,
+            after_us: (every_us as f64 * (usual_after_us as f64 / usual_us as f64)) as i64,
+        };
+        let of = stream.expected_every_of.iter();
+        let mut every_of = of.map(|(name, every)| (name.clone(), interval(every.micros()))).collect::<Vec<_>>();
+        let letters = |name: &str| name.chars().filter(|letter| *letter != '*').count();
+        every_of.sort_by_key(|(name, _)| Reverse(letters(name)));
         let fill = stream.fill.map(|fill| (fill, i64::from(stream.fill_steps)));
-        Some(Self { every_us, after_us, fill, due: (i64::MIN, i64::MIN) })
+        let every = Interval { every_us: usual_us, after_us: usual_after_us };
+        Some(Self { every, every_of, fill, due: (i64::MIN, i64::MIN) })
+    }
+
+    fn of(&self, device: &str) -> Interval {
+        self.every_of.iter().find(|(name, _)| is_like(name, device)).map_or(self.every, |(_, interval)| *interval)
     }
 
     /// A device was heard; `before` is its newest event time before. Returns that it is back, if it is.
@@ -62,12 +90,13 @@ impl Gaps {
         before: Option<i64>,
         watermark: i64,
     ) -> Option<Absence> {
+        let Interval { every_us, after_us } = self.of(&reading.device);
         let device = memory.devices.get_mut(&reading.device)?;
-        let until = device.newest.saturating_add(self.after_us);
+        let until = device.newest.saturating_add(after_us);
         if device.absent && watermark > until {
             return None;
         }
-        let due = (until, device.heard.saturating_add(self.after_us));
+        let due = (until, device.heard.saturating_add(after_us));
         self.due = (self.due.0.min(due.0), self.due.1.min(due.1));
         let last_ts = before.unwrap_or(device.newest);
         std::mem::take(&mut device.absent).then(|| Absence {
@@ -75,6 +104,7 @@ impl Gaps {
             state: "back",
             ts: reading.ts,
             last_ts,
+            every_us,
         })
     }
 
@@ -86,11 +116,14 @@ impl Gaps {
         self.due = (i64::MAX, i64::MAX);
         let mut absences = Vec::new();
         for (name, device) in memory.devices.iter_mut().filter(|(_, device)| !device.absent) {
-            let until = (device.newest.saturating_add(self.after_us), device.heard.saturating_add(self.after_us));
+            let Interval { every_us, after_us } = self.of(name);
+            let until = (device.newest.saturating_add(after_us), device.heard.saturating_add(after_us));
             if watermark > until.0 || clock_us > until.1 {
                 device.absent = true;
-                let ts = device.newest.saturating_add(self.every_us);
-                absences.push(Absence { device: name.clone(), state: "absent", ts, last_ts: device.newest });
+                let last_ts = device.newest;
+                let ts = device.newest.saturating_add(every_us);
+                let device = name.clone();
+                absences.push(Absence { device, state: "absent", ts, last_ts, every_us });
             } else {
                 self.due = (self.due.0.min(until.0), self.due.1.min(until.1));
             }
@@ -102,22 +135,35 @@ impl Gaps {
     /// What is made up between a device's reading and the one before it.
     pub(super) fn fill(&self, before: (i64, &[Option<Value>]), reading: &Reading) -> Vec<Reading> {
         let Some((fill, steps_max)) = self.fill else { return Vec::new() };
-        let between = reading.ts - before.0;
+        let (between, every_us) = (reading.ts - before.0, self.of(&reading.device).every_us);
         // What comes half an interval late is late, and leaves no gap.
-        let missing = (between - 1 - self.every_us / 2).div_euclid(self.every_us);
+        let missing = (between - 1 - every_us / 2).div_euclid(every_us);
         if missing < 1 || (fill == Fill::Linear && missing > steps_max) {
             return Vec::new();
         }
         let made_up = |step: i64| {
-            let ts = before.0 + step * self.every_us;
+            let ts = before.0 + step * every_us;
             let part = (ts - before.0) as f64 / between as f64;
             let pairs = before.1.iter().zip(&reading.values);
             let values =
                 pairs.map(|(from, to)| if fill == Fill::Linear { on_line(from, to, part) } else { from.clone() });
-            Reading { ts, device: reading.device.clone(), values: values.collect(), span: 0..0 }
+            Reading { ts, device: reading.device.clone(), values: values.collect(), untyped: Vec::new(), span: 0..0 }
         };
         (1..=missing.min(steps_max)).map(made_up).collect()
     }
+}
+
+/// Whether a name with `*` for any letters is this one.
+fn is_like(name: &str, device: &str) -> bool {
+    let Some((first, rest)) = name.split_once('*') else { return name == device };
+    let Some(mut left) = device.strip_prefix(first) else { return false };
+    let mut parts = rest.split('*').collect::<Vec<_>>();
+    let last = parts.pop().unwrap_or_default();
+    for part in parts {
+        let Some(at) = left.find(part) else { return false };
+        left = &left[at + part.len()..];
+    }
+    left.ends_with(last)
 }
 
 fn on_line(from: &Option<Value>, to: &Option<Value>, part: f64) -> Option<Value> {

@@ -152,7 +152,7 @@ fn read(bytes: &mut Bytes) -> Option<State> {
             let (source, device) = (take_text(bytes)?, take_text(bytes)?);
             let ts = bytes.try_get_i64_le().ok()?;
             let quality = take_text(bytes)?;
-            let reading = Reading { ts, device, values: take_values(bytes)?, span: 0..0 };
+            let reading = Reading { ts, device, values: take_values(bytes)?, untyped: Vec::new(), span: 0..0 };
             held.push((clock, Held { source, reading, quality }));
         }
     }

@@ -27,7 +27,7 @@ fn us(text: &str) -> i64 {
 /// The reason that a value is rejected for.
 fn of_value(fields: &str, value: Option<Value>) -> Result<(), &'static str> {
     let now = us("2026-01-01T00:00:00Z");
-    let reading = Reading { ts: now, device: "d".to_owned(), values: vec![value], span: 0..0 };
+    let reading = Reading { ts: now, device: "d".to_owned(), values: vec![value], untyped: Vec::new(), span: 0..0 };
     checks("", fields).check(&reading, now, &mut Quality::default()).map_err(|(reason, _)| reason)
 }
 
@@ -132,7 +132,8 @@ fn limits_are_in_the_unit_that_is_kept() {
         let checks = checks("", fields);
         let now = us("2026-01-01T00:00:00Z");
         let value = Some(Value::Float(value));
-        let mut reading = Reading { ts: now, device: "d".to_owned(), values: vec![value], span: 0..0 };
+        let mut reading =
+            Reading { ts: now, device: "d".to_owned(), values: vec![value], untyped: Vec::new(), span: 0..0 };
         let result = checks.convert(&mut reading).and_then(|()| checks.check(&reading, now, &mut Quality::default()));
         let result = result.map(|()| match reading.values[0] {
             Some(Value::Float(value)) => value,
@@ -150,7 +151,7 @@ fn limits_are_in_the_unit_that_is_kept() {
 fn event_times_pass_at_their_limits_and_not_beyond() {
     let now = us("2026-03-01T12:00:00Z");
     let check = |stream: &str, ts: i64, expected: Result<(), &'static str>| {
-        let reading = Reading { ts, device: "d".to_owned(), values: vec![None], span: 0..0 };
+        let reading = Reading { ts, device: "d".to_owned(), values: vec![None], untyped: Vec::new(), span: 0..0 };
         let result = checks(stream, "type = \"int64\"").check(&reading, now, &mut Quality::default());
         assert_eq!(result.map_err(|(reason, _)| reason), expected, "{stream} {ts}");
     };
@@ -175,8 +176,13 @@ fn judged(stream: &str, fields: &str, rows: &[(f64, &str, Option<f64>)]) -> Vec<
     let begin = us("2026-01-01T00:00:00Z");
     let one = |(second, device, value): &(f64, &str, Option<f64>)| {
         let ts = begin + (second * 1e6) as i64;
-        let mut reading =
-            Reading { ts, device: (*device).to_owned(), values: vec![value.map(Value::Float)], span: 0..0 };
+        let mut reading = Reading {
+            ts,
+            device: (*device).to_owned(),
+            values: vec![value.map(Value::Float)],
+            untyped: Vec::new(),
+            span: 0..0,
+        };
         match judge.judge(&mut reading, begin, 0, i64::MIN, &mut quality) {
             Ok(Outcome::Repeat) => "repeat".to_owned(),
             Ok(Outcome::Keep { .. }) => quality.as_str().to_owned(),
@@ -265,7 +271,7 @@ fn a_state_that_is_cut_short_is_not_taken() {
     for step in 0..3 {
         let value = Some(Value::Float(f64::from(step)));
         let ts = ts + i64::from(step);
-        let mut reading = Reading { ts, device: "d".to_owned(), values: vec![value], span: 0..0 };
+        let mut reading = Reading { ts, device: "d".to_owned(), values: vec![value], untyped: Vec::new(), span: 0..0 };
         judge.judge(&mut reading, ts, 7, 0, &mut Quality::default()).unwrap();
         judge.hold.as_mut().unwrap().put(Held { source: "s".into(), reading, quality: "x".into() }, 7);
     }

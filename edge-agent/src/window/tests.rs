@@ -28,6 +28,7 @@ fn reading(second: f64, device: &str, speed: f64, cars: i64) -> Reading {
         ts: (second * SECOND as f64) as i64,
         device: device.to_owned(),
         values: vec![Some(Value::Float(speed)), Some(Value::Int(cars)), Some(Value::Text(format!("{cars}")))],
+        untyped: Vec::new(),
         span: 0..0,
     }
 }
@@ -93,7 +94,13 @@ fn what_does_not_fit_is_null() {
     for _ in 0..2 {
         windows.add(&reading(1.0, "a", f64::MAX, i64::MAX));
     }
-    windows.add(&Reading { ts: 10 * SECOND, device: "a".into(), values: vec![None, None, None], span: 0..0 });
+    windows.add(&Reading {
+        ts: 10 * SECOND,
+        device: "a".into(),
+        values: vec![None, None, None],
+        untyped: Vec::new(),
+        span: 0..0,
+    });
     windows.add(&reading(20.0, "a", 1.0, 1));
     let rows = windows.advance();
     assert_eq!((rows[0].values[3].clone(), rows[0].values[9].clone()), (None, None), "sums");

@@ -120,7 +120,7 @@ impl Engine {
                 node: node.map(str::to_owned),
                 in_flight: self.in_flight,
                 bytes_sent: self.bytes_sent,
-                last_error: self.last_error.clone(),
+                last_error: self.last_error.as_ref().map(|complaint| complaint.text.clone()),
             },
             rows,
             configuration: ConfigurationStatus {
@@ -166,7 +166,12 @@ impl Engine {
         let journal = self.parts.journal.is_full().then(|| "the journal is full".to_owned());
         let snapshot = self.no_snapshot.as_ref().map(|(text, _)| text.clone());
         let fork = "a new spool finds no room on the disk: nothing is sent until it does";
-        full.chain(journal)
+        // Rules read what the pipeline reads (rule 1), which waits with a lane that refuses.
+        let stands = !self.held.is_empty() && !self.parts.in_force.rule.is_empty();
+        let stands =
+            stands.then(|| "rules stand still, too: no alert fires or ends until that lane has room".to_owned());
+        full.chain(stands)
+            .chain(journal)
             .chain(time)
             .chain(skew)
             .chain(snapshot)

@@ -11,7 +11,9 @@ use rand::Rng;
 use segment_log::Disk;
 use wire::{Acks, Refusal, Seq, SpoolId, StreamAck, StreamName};
 
-use super::{Answer, Engine, EngineError, FORK_RETRY, Of, RETRY, incident, remove_other_spools, spool_directory};
+use super::{
+    Answer, Complaint, Engine, EngineError, FORK_RETRY, Of, RETRY, incident, remove_other_spools, spool_directory,
+};
 use crate::entry::Entry;
 use crate::spool::SpoolError;
 use crate::uplink::http::Failed;
@@ -139,7 +141,8 @@ impl Engine {
         }
         match result {
             Ok(acks) => {
-                self.last_error = None;
+                // That it says where it stands does not tell that it takes what it refused.
+                self.last_error.take_if(|complaint| stream.is_some() || !complaint.of_rows);
                 self.acked(stream.as_ref(), epoch, &acks, false)
             }
             Err(Failed { failure, text, acks }) => {
@@ -198,10 +201,10 @@ impl Engine {
             self.parts.uplink.failed(stream, epoch, &failure, 0, 0.0);
             return Ok(());
         }
-        if self.last_error.as_ref() != Some(&text) {
+        if self.last_error.as_ref().is_none_or(|last| last.text != text) {
             tracing::warn!(error = %text, "the cloud did not take a request; it is tried again");
         }
-        self.last_error = Some(text);
+        self.last_error = Some(Complaint { text, of_rows: stream.is_some() });
         match (&failure, stream) {
             (Failure::Forked, Some(stream)) => {
                 self.parts.uplink.failed(Some(stream), epoch, &failure, 0, 0.0);

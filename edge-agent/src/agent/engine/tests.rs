@@ -115,6 +115,12 @@ impl Driven {
         Answer { of, elapsed: Duration::ZERO, result }
     }
 
+    /// An answer to the question where the cloud stands.
+    fn stands(&self) -> Answer {
+        let of = Of { stream: None, freed: Seq(0), ..self.answer("s", Failure::Link).of };
+        Answer { of, elapsed: Duration::ZERO, result: Ok(Acks::default()) }
+    }
+
     fn answered(&mut self, answer: Answer) {
         self.engine.in_flight += 1;
         self.engine.answered(answer).unwrap();
@@ -123,6 +129,28 @@ impl Driven {
     fn stop(self) {
         self.engine.parts.journal.stop();
     }
+}
+
+#[test]
+fn what_the_cloud_refused_is_told_until_it_takes_something() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut driven = start(&settings(directory.path(), ""));
+    let pushed = Failure::PushedBack { retry_after_ms: 1 };
+    driven.answered(driven.answer("s", pushed));
+    for _ in 0..2 {
+        assert_eq!(driven.status().uplink.last_error.as_deref(), Some("no"));
+        driven.answered(driven.stands());
+    }
+    let taken = Answer { result: Ok(Acks::default()), ..driven.answer("s", Failure::Link) };
+    driven.answered(taken);
+    assert_eq!(driven.status().uplink.last_error, None);
+    // What the question itself was refused for ends with its answer.
+    let refused = Answer { result: driven.answer("s", Failure::Link).result, ..driven.stands() };
+    driven.answered(refused);
+    assert_eq!(driven.status().uplink.last_error.as_deref(), Some("no"));
+    driven.answered(driven.stands());
+    assert_eq!(driven.status().uplink.last_error, None);
+    driven.stop();
 }
 
 #[test]

@@ -147,8 +147,8 @@ fn ngsi_traffic_flow() {
 
 #[test]
 fn real_payloads_are_read() {
-    let data = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../shared/data");
-    let Ok(telemetry) = std::fs::read_to_string(data.join("tasmota/telemetry.ndjson")) else { return };
+    let Some(data) = shared_data() else { return };
+    let telemetry = std::fs::read_to_string(data.join("tasmota/telemetry.ndjson")).unwrap();
     let readings = telemetry.lines().map(|line| read("tasmota.toml", "tele/d/SENSOR", line.as_bytes()).len());
     assert!(readings.sum::<usize>() >= 20);
     for (file, payload) in [

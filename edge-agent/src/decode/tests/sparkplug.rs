@@ -33,6 +33,10 @@ pub(crate) enum Is {
     Long(u64),
     Double(f64),
     Bool(bool),
+    Float(f32),
+    Text(&'static str),
+    /// Bytes, a data set or a template, by its field.
+    Other(u64),
     Null,
 }
 
@@ -55,6 +59,12 @@ pub(crate) fn metric(name: &str, alias: u64, kind: u32, value: Is) -> Vec<u8> {
             out.extend(value.to_le_bytes());
         }
         Is::Bool(value) => field(&mut out, 14, u64::from(value)),
+        Is::Float(value) => {
+            varint(&mut out, 12 << 3 | 5);
+            out.extend(value.to_le_bytes());
+        }
+        Is::Text(text) => bytes_field(&mut out, 15, text.as_bytes()),
+        Is::Other(number) => bytes_field(&mut out, number, b"\x01"),
         Is::Null => field(&mut out, 7, 1),
     }
     out
@@ -128,6 +138,50 @@ fn data_are_told_by_the_names_and_aliases_of_births() {
     assert_eq!(host.take("STATE/host", b"\xff"), ["filtered"]);
     assert_eq!(host.take("g/NDATA/n/d", &payload(Some(7), &[])), ["bad_topic"]);
     assert_eq!(host.take("g/NDATA", &payload(Some(7), &[])), ["bad_topic"]);
+}
+
+#[test]
+fn each_type_of_the_specification_is_the_value_that_it_says() {
+    let map = "device = \"/id\"\nf = \"/metrics/f\"\ni = \"/metrics/i\"\nb = \"/metrics/b\"\nt = \"/metrics/t\"";
+    let check = |name: &str, kind: u32, value: Is, expected: &str| {
+        let expected = match name {
+            _ if expected == "wrong_type" => expected.to_owned(),
+            "f" => format!("g/n +0 {expected} - - -"),
+            "i" => format!("g/n +0 - {expected} - -"),
+            "b" => format!("g/n +0 - - {expected} -"),
+            _ => format!("g/n +0 - - - {expected}"),
+        };
+        // By its name with its type, and by an alias whose type the birth has told.
+        let mut host = Host::new(map);
+        let birth = payload(Some(0), &[metric(name, 3, kind, value)]);
+        assert_eq!(host.take("g/NBIRTH/n", &birth), [expected.as_str()], "{name} of type {kind}");
+        let data = payload(Some(1), &[metric("", 3, 0, value)]);
+        assert_eq!(host.take("g/NDATA/n", &data), [expected.as_str()], "{name} of type {kind} by its alias");
+    };
+    check("i", 1, Is::Int(0x80), "-128");
+    check("i", 2, Is::Int(0xffff), "-1");
+    check("i", 2, Is::Int(-32_768_i32 as u32), "-32768");
+    check("i", 3, Is::Int(i32::MIN as u32), "-2147483648");
+    check("i", 4, Is::Long(i64::MIN as u64), "-9223372036854775808");
+    check("i", 5, Is::Int(255), "255");
+    check("i", 6, Is::Int(65_535), "65535");
+    check("i", 7, Is::Int(u32::MAX), "4294967295");
+    check("i", 7, Is::Long(u64::from(u32::MAX)), "4294967295");
+    check("i", 8, Is::Long(1 << 62), "4611686018427387904");
+    check("f", 8, Is::Long(u64::MAX), "1.8446744073709552e19");
+    check("f", 9, Is::Float(0.1), "0.10000000149011612");
+    check("f", 10, Is::Double(0.1), "0.1");
+    check("b", 11, Is::Bool(true), "true");
+    check("t", 12, Is::Text("Hé"), "Hé");
+    check("i", 13, Is::Long(1_700_000_000_123), "1700000000123000");
+    check("t", 14, Is::Text("long"), "long");
+    check("t", 15, Is::Text("f81d4fae-7dec-11d0-a765-00a0c91e6bf6"), "f81d4fae-7dec-11d0-a765-00a0c91e6bf6");
+    for (kind, number) in [(16, 17), (17, 16), (18, 16), (19, 18)] {
+        check("t", kind, Is::Other(number), "wrong_type");
+    }
+    // What nobody asks for is no fault.
+    let mut host = Host::new(map);
+    assert_eq!(host.take("g/NBIRTH/n", &payload(Some(0), &[metric("other", 0, 16, Is::Other(17))])), ["filtered"]);
 }
 
 #[test]

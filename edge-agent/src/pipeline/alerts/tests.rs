@@ -32,7 +32,7 @@ fn settings() -> Settings {
         [stream.s]
         lateness = "5s"
         fields = { v = { type = "int64", max = 90 }, w = { type = "text" } }
-        window = { 10s = { size = "10s" } }
+        window = { 10s = { size = "10s" }, by_w = { size = "10s", by = ["w"] } }
         [alerts]
         alert_horizon = "1m"
         devices_max = 5
@@ -61,6 +61,11 @@ fn settings() -> Settings {
         when = "v_avg BETWEEN 40 AND 60 OR count < 2"
         for = "20s"
         topic = "average/{device}"
+        [[rule]]
+        name = "grouped"
+        on = "s_by_w"
+        when = "v_avg > prev(v_avg)"
+        topic = "grouped/{w}"
         "#,
     )
     .unwrap()
@@ -176,7 +181,7 @@ fn a_crash_neither_loses_nor_repeats_an_alert() {
         assert_eq!(keys(&retold), keys(&told));
     }
     println!("{words:?}");
-    let all = ["high", "lasting", "silent", "average"];
+    let all = ["high", "lasting", "silent", "average", "grouped"];
     let all = all.iter().flat_map(|rule| ["firing", "resolved", "backfill"].map(|word| format!("{rule:?} {word:?}")));
     let never = all.filter(|word| !words.contains_key(word)).collect::<Vec<_>>();
     assert!(never.is_empty(), "{never:?}: the entries are too tame");

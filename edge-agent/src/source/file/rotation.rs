@@ -3,16 +3,20 @@
 //!
 //! A rotated file has the name of the file and behind it a `.` or `-` and nothing but digits and the signs of a date:
 //! `counts.csv.1`, `counts.csv-20261121`. Packed ones are not read. Those that were written later than the one that the
-//! place stands in follow it, in the order of their times.
+//! place stands in follow it, in the order of their times; of one time, which some disks tell apart by seconds only, by their
+//! names: `.2` before `.1`, and a date before a later one.
 
+use std::cmp::Reverse;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use crate::config::FileSettings;
 use crate::entry::{FileId, Place};
+
+/// `.99999`; what has more digits is a date.
+const NUMBER_MAX_LEN: usize = 6;
 
 /// A file and from where it is read.
 #[derive(Debug)]
@@ -67,13 +71,13 @@ pub(super) fn find(settings: &FileSettings, place: Option<&Place>) -> io::Result
     }
     if settings.follow {
         let mut rotated = rotated(&settings.path)?.into_iter();
-        let found = rotated.by_ref().find_map(|(time, path)| {
+        let found = rotated.by_ref().find_map(|path| {
             let file = File::open(path).ok()?;
-            (is_it(&file) && holds(&file, place)).then_some((time, file))
+            (is_it(&file) && holds(&file, place)).then_some(file)
         });
-        if let Some((time, file)) = found {
+        if let Some(file) = found {
             let mut parts = vec![Part { file, from: place.offset }];
-            for (_, path) in rotated.filter(|(later, _)| *later > time) {
+            for path in rotated {
                 parts.push(Part { file: File::open(path)?, from: 0 });
             }
             // Until there is a new one, the old one is the last.
@@ -94,7 +98,7 @@ pub(super) fn find(settings: &FileSettings, place: Option<&Place>) -> io::Result
 }
 
 /// The files that this one was rotated to, the oldest first.
-fn rotated(path: &Path) -> io::Result<Vec<(SystemTime, PathBuf)>> {
+fn rotated(path: &Path) -> io::Result<Vec<PathBuf>> {
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     let mut files = Vec::new();
@@ -107,9 +111,11 @@ fn rotated(path: &Path) -> io::Result<Vec<(SystemTime, PathBuf)>> {
             && suffix[1..].starts_with(|first: char| first.is_ascii_digit())
             && suffix.chars().all(of_a_date)
         {
-            files.push((entry.metadata()?.modified()?, entry.path()));
+            // A number counts backwards, and a date forwards.
+            let number = suffix[1..].parse::<u32>().ok().filter(|_| suffix.len() <= NUMBER_MAX_LEN);
+            files.push((entry.metadata()?.modified()?, Reverse(number), entry.path()));
         }
     }
     files.sort();
-    Ok(files)
+    Ok(files.into_iter().map(|(_, _, path)| path).collect())
 }

@@ -159,6 +159,26 @@ async fn lines_are_journalled_once_as_the_file_grows_and_is_rotated() {
         )
         .await;
     }
+    // Several rotations at one time, on a disk that tells times apart by seconds only.
+    let now = SystemTime::now();
+    let written = |path: &Path, text: &str| {
+        append(path, text);
+        OpenOptions::new().write(true).open(path).unwrap().set_modified(now).unwrap();
+    };
+    let all = |ending: [&'static str; 3]| {
+        move |path: &Path| {
+            for (text, ending) in ["2\n", "3\n", "4\n"].into_iter().zip(ending) {
+                written(path, text);
+                rename(path, ending);
+            }
+            written(path, "5\n");
+        }
+    };
+    for endings in [[".10", ".9", ".1"], ["-20261120", "-20261121", "-20261122"]] {
+        let rotate = all(endings);
+        let steps: [Step<'_>; 2] = [(&|path| written(path, "1\n"), &["1"]), (&rotate, &["2", "3", "4", "5"])];
+        check("a.ndjson", "", true, &steps).await;
+    }
     // Two rotations while nothing looks.
     check(
         "a.ndjson",

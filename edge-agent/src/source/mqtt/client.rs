@@ -1,6 +1,6 @@
 //! rumqttc for MQTT 5 and 3.1.1 behind one face.
 //!
-//! Fixed here: manual acknowledgements, a kept session, no topic aliases (topics would look empty), and the largest
+//! Fixed here: manual acknowledgements, a kept session unless said otherwise, no topic aliases (topics would look empty), and the largest
 //! incoming packet that the protocol knows: what is too long is quarantined, not refused, because a broker that may not
 //! send a message drops it (MQTT 5) or is disconnected by it for ever (3.1.1).
 
@@ -65,8 +65,8 @@ pub(super) fn new(settings: &MqttSettings, client: &str) -> Result<(Client, Even
     with_session(settings, client, false)
 }
 
-/// One that only publishes, and of which the broker keeps nothing.
-pub(crate) fn publisher(settings: &MqttSettings, client: &str) -> Result<(Client, EventLoop), TlsError> {
+/// One of which the broker keeps nothing: what is published while it is not connected passes it by.
+pub(crate) fn without_session(settings: &MqttSettings, client: &str) -> Result<(Client, EventLoop), TlsError> {
     with_session(settings, client, true)
 }
 
@@ -301,6 +301,14 @@ impl Publish {
         match self {
             Self::V4(publish) => publish.dup,
             Self::V5(publish) => publish.dup,
+        }
+    }
+
+    /// Whether the broker had it before the subscription. Of one that comes by a subscription that was there, brokers say no.
+    pub(super) fn retain(&self) -> bool {
+        match self {
+            Self::V4(publish) => publish.retain,
+            Self::V5(publish) => publish.retain,
         }
     }
 

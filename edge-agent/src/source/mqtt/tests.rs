@@ -7,7 +7,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::config::{Settings, SourceSettings};
+use crate::config::{MqttVersion, Settings, SourceSettings};
 use crate::journal::{Journal, OpenJournal};
 use crate::redelivery::Lists;
 
@@ -82,6 +82,55 @@ async fn broker(listener: &TcpListener, has_session: bool, answers: usize, told:
             }
             _ => {}
         }
+    }
+}
+
+#[tokio::test]
+async fn a_look_at_a_broker_leaves_nothing_there_and_tells_apart_what_was_kept() {
+    for (version, connect, suback, publish) in [
+        (
+            MqttVersion::V311,
+            &b"\x20\x02\x00\x00"[..],
+            &b"\x90\x03\x00\x01\x01"[..],
+            ["\x31\x05\0\x01aAB", "\x30\x05\0\x01bCD"],
+        ),
+        (
+            MqttVersion::V5,
+            b"\x20\x03\x00\x00\x00",
+            b"\x90\x04\x00\x01\x00\x01",
+            ["\x31\x06\0\x01a\0AB", "\x30\x06\0\x01b\0CD"],
+        ),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let settings = MqttSettings { version, ..settings(listener.local_addr().unwrap().port(), "\"#\"") };
+        let serve = async {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let (_, asked) = packet(&mut stream).await.unwrap();
+            // Behind the protocol's name and version.
+            let (flags, rest) = (asked[7], &asked[10..]);
+            assert_eq!(flags & 2, 2, "{version:?}: it wants to begin anew");
+            if version == MqttVersion::V5 {
+                // Properties; 0x11 and four bytes: how long the session is kept.
+                let properties = &rest[1..=usize::from(rest[0])];
+                let kept =
+                    properties.windows(5).find(|window| window[0] == 0x11).map_or(&[0; 4][..], |window| &window[1..]);
+                assert_eq!(kept, [0; 4], "{properties:?}");
+            }
+            stream.write_all(connect).await.unwrap();
+            assert_eq!(packet(&mut stream).await.unwrap().0, 8);
+            stream.write_all(suback).await.unwrap();
+            for publish in publish {
+                stream.write_all(publish.as_bytes()).await.unwrap();
+            }
+            while packet(&mut stream).await.is_some() {}
+        };
+        let look = probe::hear(&settings, "weir-look", Duration::from_secs(30), 1);
+        let (heard, ()) = tokio::join!(look, serve);
+        let has = |heard: &[(String, Bytes)]| {
+            heard.iter().map(|(topic, payload)| (topic.clone(), payload.to_vec())).collect::<Vec<_>>()
+        };
+        assert_eq!(has(&heard.messages), [("b".to_owned(), b"CD".to_vec())], "{heard:?}");
+        assert_eq!(has(&heard.retained), [("a".to_owned(), b"AB".to_vec())], "{heard:?}");
     }
 }
 

@@ -231,7 +231,12 @@ fn crashes_in_the_middle_of_other_configurations_lose_nothing_and_repeat_nothing
 #[test]
 fn a_full_lane_is_made_larger_by_the_configuration_that_waits_behind_it() {
     let directory = tempfile::tempdir().unwrap();
-    let lane = |mib: u32| format!("[[lane]]\nname = \"rest\"\nstreams = []\nmax_bytes = \"{mib}MiB\"\n");
+    let lane = |mib: u32| {
+        format!(
+            "[[lane]]\nname = \"rest\"\nstreams = []\nmax_bytes = \"{mib}MiB\"\n[[rule]]\nname = \"r\"\non = \"s\"\n\
+             when = \"v > 5\"\n"
+        )
+    };
     let mut driven = start(&settings(directory.path(), &lane(48)));
     let next = settings(directory.path(), &lane(96));
     assert!(driven.message("{\"v\":1}"));
@@ -240,11 +245,13 @@ fn a_full_lane_is_made_larger_by_the_configuration_that_waits_behind_it() {
     let cut = driven.engine.parts.pipeline.cut().unwrap();
     driven.engine.held_position = cut.position;
     driven.engine.held = cut.lanes.into_iter().enumerate().filter(|(_, lane)| !lane.batches.is_empty()).collect();
+    assert!(driven.status().problems.iter().any(|problem| problem.starts_with("rules stand still")));
     driven.configure(&next);
     driven.order(&next);
     let rest = |status: &Status| status.lanes.iter().find(|lane| lane.name == "rest").unwrap().bytes_max;
     assert_eq!((rest(&driven.status()), driven.status().configuration.version == next.version), (96 << 20, false));
     driven.settle();
     assert_eq!((driven.status().configuration.version, driven.status().rows.spooled), (next.version, 1));
+    assert_eq!(driven.status().problems, [""; 0]);
     driven.stop();
 }
