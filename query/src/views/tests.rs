@@ -72,7 +72,14 @@ fn question(random: &mut StdRng) -> String {
         1 => format!("HAVING max(speed) >= {least}"),
         _ => String::new(),
     };
-    match random.random_range(0..11) {
+    let hops = random.random_range(1..5);
+    let hop = format!("INTERVAL '{minutes} minutes', INTERVAL '{} minutes'", minutes * hops);
+    let hop = match random.random_range(0..4) {
+        0 => format!("{hop}, TIMESTAMP '2024-01-01T00:03:00'"),
+        1 => format!("{hop}, 'Europe/Copenhagen'"),
+        _ => hop,
+    };
+    match random.random_range(0..17) {
         0 => format!("SELECT ts, device, speed * 2 AS twice, road FROM traffic {filter}"),
         1 => format!(
             "SELECT {window} AS b, device, count(*) AS n, sum(speed) AS s, avg(speed) AS a, max(road) AS r, \
@@ -101,6 +108,29 @@ fn question(random: &mut StdRng) -> String {
         8 => format!(
             "SELECT b, count(*) AS n, sum(speed) AS s FROM (SELECT {window} AS b, speed, rank() OVER (PARTITION BY {window} \
              ORDER BY speed DESC) AS r FROM traffic {filter}) AS ranked WHERE r <= 2 GROUP BY b"
+        ),
+        10 => format!(
+            "SELECT window_start AS b, window_end, device, count(*) AS n, sum(speed) AS s FROM HOP(traffic, ts, {hop}) \
+             {filter} GROUP BY 1, 2, 3 {having}"
+        ),
+        11 => format!(
+            "SELECT b, device, n FROM (SELECT window_start AS b, device, count(*) AS n, row_number() OVER (PARTITION BY \
+             window_start ORDER BY count(*) DESC, device) AS r FROM HOP(traffic, ts, {hop}) AS h {filter} GROUP BY 1, 2) q \
+             WHERE r = 1"
+        ),
+        12 => format!(
+            "SELECT t.b, t.n, w.warm FROM (SELECT window_start AS b, count(*) AS n FROM HOP(traffic, ts, {hop}) GROUP BY 1) t \
+             LEFT JOIN (SELECT window_start AS b, max(temperature) AS warm FROM HOP(weather, ts, {hop}) GROUP BY 1) w \
+             ON w.b = t.b"
+        ),
+        13 => format!("SELECT ts, device, speed, h.window_start AS b FROM hop(traffic, ts, {hop}) h {filter}"),
+        14 => format!(
+            "SELECT {window} AS b, max(n) AS n FROM (SELECT ts, window_start, count(*) AS n FROM HOP(traffic, ts, {hop}) \
+             GROUP BY 1, 2) AS q GROUP BY 1"
+        ),
+        15 => format!(
+            "SELECT window_start AS b, max(v) AS v, count(*) AS n FROM HOP((SELECT ts, speed AS v FROM traffic {filter} \
+             UNION ALL SELECT ts, temperature AS v FROM weather), ts, {hop}) GROUP BY window_start HAVING max(v) < 45"
         ),
         9 => format!(
             "SELECT {window} AS b, sum(most) AS s, max(n) AS n FROM (SELECT ts, device, max(speed) AS most, count(*) AS n \
@@ -436,6 +466,37 @@ async fn what_cannot_be_kept_is_refused_with_the_reason() {
             "rows of all times",
         ),
         ("SELECT ts FROM traffic UNION ALL SELECT ts FROM weather", "must tell the window"),
+        (
+            "SELECT window_end, count(*) AS n FROM HOP(traffic, ts, INTERVAL '1 minute', INTERVAL '5 minutes') GROUP BY 1",
+            "rows of all times",
+        ),
+        ("SELECT window_start FROM HOP(traffic, ts, '1 minute', '90 seconds')", "not a whole number of hops"),
+        ("SELECT window_start FROM HOP(traffic, ts, '5 minutes', '1 minute')", "not a whole number of hops"),
+        ("SELECT window_start FROM HOP(traffic, ts, '1 second', '1 hour')", "may lie in 1000"),
+        ("SELECT window_start FROM HOP(traffic, speed, '1 minute', '5 minutes')", "no timestamp"),
+        ("SELECT window_start FROM HOP(traffic, ts, '1 minute')", "HOP takes a table"),
+        // A time that is not the row's own.
+        (
+            "SELECT window_start, count(*) AS n FROM HOP((SELECT max(ts) AS ts, time_bucket('1 hour', ts) AS h FROM traffic \
+             GROUP BY 2), ts, '1 minute', '5 minutes') GROUP BY 1",
+            "event time of a stream",
+        ),
+        (
+            "SELECT window_start, count(*) AS n FROM HOP((SELECT ts, device FROM (SELECT ts, device, row_number() OVER \
+             (PARTITION BY time_bucket('1 hour', ts)) AS r FROM traffic) q WHERE r < 4), ts, '1 minute', '5 minutes') GROUP BY 1",
+            "event time of a stream",
+        ),
+        // Each side of the join may be in another of the windows of one moment.
+        (
+            "SELECT a.window_start AS b, count(*) AS n FROM HOP(traffic, ts, '1 minute', '5 minutes') a \
+             JOIN HOP(weather, ts, '1 minute', '5 minutes') w ON a.ts = w.ts AND a.device = w.device GROUP BY 1",
+            "rows of all times",
+        ),
+        (
+            "SELECT t.b, w.n FROM (SELECT window_start AS b, count(*) AS n FROM HOP(traffic, ts, '1 minute', '5 minutes') GROUP BY 1) t \
+             JOIN (SELECT time_bucket('1 minute', ts) AS b, count(*) AS n FROM weather GROUP BY 1) w ON w.b = t.b",
+            "windows of one size",
+        ),
         ("SELECT nothing FROM traffic", "no column"),
         ("SELECT ts FROM nowhere", "no table"),
     ] {

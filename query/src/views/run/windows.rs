@@ -44,13 +44,13 @@ impl Touched {
         self.rows += rows.num_rows() as u64;
         let mut last = None;
         for (row, time) in times(rows).enumerate() {
-            // Rows of one window come together, mostly.
+            // Rows of one slot come together, mostly.
             if last.is_some_and(|(start, end)| (start..end).contains(&time)) || self.is_view && !is_result(rows, row) {
                 continue;
             }
-            let (start, end) = self.grid.window(time);
-            self.windows.insert(start, end);
-            last = Some((start, end));
+            let (from, to) = self.grid.touched(time, time);
+            self.windows.insert(from, to);
+            last = Some(self.grid.slot(time));
         }
         self.windows.merge_to(STRETCHES_MAX);
     }
@@ -99,19 +99,24 @@ impl Runner {
             let Some([before, after]) = self.moved(seen, stream) else { continue };
             let is_view = view.shape.views.contains_key(stream);
             let touched = Touched { grid: self.state.grid().clone(), is_view, windows: Intervals::default(), rows: 0 };
-            let times = match self.fold(seen, stream, &before, &[TS, WINDOW, EMPTY], touched, Touched::add).await {
+            let touched = match self.fold(seen, stream, &before, &[TS, WINDOW, EMPTY], touched, Touched::add).await {
                 Ok(touched) => {
                     self.progress.rows_in += touched.rows;
-                    touched.windows.iter().map(|(from, to)| (from, to - 1)).collect()
+                    touched.windows
                 }
                 // Too many to look at each: whatever their files may touch is asked again.
-                Err(ViewError::Query(error)) if error.is_too_much() => match seen.states.get(stream) {
-                    Some(frozen) => follow::times_behind(frozen, &before),
-                    None => Vec::new(),
-                },
+                Err(ViewError::Query(error)) if error.is_too_much() => {
+                    let mut touched = Intervals::default();
+                    let times = seen.states.get(stream).map(|frozen| follow::times_behind(frozen, &before));
+                    for (first, last) in times.into_iter().flatten() {
+                        let (from, to) = self.state.grid().touched(first, last);
+                        touched.insert(from, to);
+                    }
+                    touched
+                }
                 Err(error) => return Err(error),
             };
-            self.state.saw(stream, after, times);
+            self.state.saw(stream, after, &touched);
         }
         for stream in &view.shape.references {
             let Some([before, after]) = self.moved(seen, stream) else { continue };
@@ -161,7 +166,7 @@ impl Runner {
     fn due(&mut self, due: Due, seen: &Seen) -> (Intervals, Intervals) {
         let closing = self.state.closing().unwrap_or(i64::MIN);
         let (from, to) = match seen.span {
-            Some((first, last)) => (self.state.window(first).0, self.state.window(last).1),
+            Some((first, last)) => self.state.grid().touched(first, last),
             None => (closing, closing),
         };
         self.state.done(&Intervals::of(i64::MIN, from.min(closing)));
@@ -191,7 +196,7 @@ impl Runner {
 
     async fn evaluate(&mut self, piece: &Intervals, seen: &Seen, writer: &mut Writer) -> Result<(), ViewError> {
         let view = Arc::clone(&self.view);
-        let plan = view.within(piece).map_err(|error| self.engine.explain(error))?;
+        let plan = view.of_windows(piece).map_err(|error| self.engine.explain(error))?;
         let limits = [self.limits.rows_max, self.limits.bytes_max];
         let answered = self.engine.ask(view.definition.name.as_str(), plan, seen.states.clone(), limits).await?;
         self.progress.computed += answered.computed;
@@ -213,7 +218,7 @@ impl Runner {
                 continue;
             }
             let told = Told { revision: before.map_or(0, |told| told.revision) + 1, digest };
-            let window = self.state.window(start);
+            let window = (start, self.state.grid().until(start));
             let changed = Changed { window, revision: told.revision, rows };
             if let Err(why) = writer.accepts(&changed) {
                 self.progress.refused = Some(why);
@@ -253,7 +258,7 @@ impl Runner {
             indices.entry(*start).or_default().push(u32::try_from(row).map_err(ViewError::table)?);
         }
         for (start, rows) in indices {
-            if self.state.window(start).0 != start {
+            if self.state.grid().slot(start).0 != start {
                 return Err(ViewError::Stuck(format!(
                     "a row of a window that begins at {start} µs, where none begins"
                 )));
