@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use datafusion::catalog::TableProvider;
 use datafusion::common::Result as DataFusionResult;
@@ -45,6 +45,7 @@ use shape::Known;
 use steady::Steady;
 use view::View;
 pub(crate) use view::changes;
+use watermark::Moment;
 
 /// How soon a view that cannot go on is tried again: from the first of these to the last.
 const RETRY: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(30)];
@@ -105,6 +106,14 @@ struct Running {
     sink: Arc<dyn Sink>,
     settings: ViewSettings,
     token: CancellationToken,
+    began: Instant,
+}
+
+impl Running {
+    fn now(&self) -> Moment {
+        let since_us = i64::try_from(self.began.elapsed().as_micros()).unwrap_or(i64::MAX);
+        Moment { wall_us: now_us(), since_us }
+    }
 }
 
 /// What a view does at the moment.
@@ -240,12 +249,15 @@ impl Views {
     ) -> Result<(), String> {
         let mut definitions = kept::load(&settings.kept)?.into_iter().map(|own| (own, false)).collect::<Vec<_>>();
         if let Some(directory) = &settings.directory {
+            if !directory.is_dir() {
+                return Err(format!("[views] directory: {} is no directory", directory.display()));
+            }
             definitions.extend(kept::load(directory)?.into_iter().map(|configured| (configured, true)));
         }
         if definitions.len() > settings.count_max {
             return Err(format!("{} views, and [views] max = {}", definitions.len(), settings.count_max));
         }
-        let running = Running { engine: Arc::downgrade(engine), sink, settings, token };
+        let running = Running { engine: Arc::downgrade(engine), sink, settings, token, began: Instant::now() };
         self.running.set(running).map_err(|_| "views run already".to_owned())?;
         let running = self.running.get().expect("it was just set");
         for (definition, is_configured) in definitions {
@@ -400,7 +412,7 @@ impl Views {
             entry.and_then(|entry| entry.settled())
         });
         let sink = Arc::clone(&entry.sink);
-        Runner::open(Arc::clone(engine), sink, Arc::clone(view), settled, limits, now_us()).await
+        Runner::open(Arc::clone(engine), sink, Arc::clone(view), settled, limits, running.now()).await
     }
 
     /// The task of one view: it wakes when a table changes or a second has gone, and ends when it is dropped.
@@ -472,7 +484,7 @@ impl Views {
                     runner.insert(open)
                 }
             };
-            let round = open.round(now_us()).await?;
+            let round = open.round(running.now()).await?;
             *entry.doing.lock() = Doing::Running(open.progress().clone());
             Ok(round)
         };

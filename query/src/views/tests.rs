@@ -10,15 +10,17 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use wire::StreamName;
 
-use super::definition::{Command, Definition};
+use super::definition::{Command, Definition, Emit};
 use super::intervals::Intervals;
 use super::run::{Round, RunLimits, Runner};
 use super::shape::Kept;
 use super::view::View;
+use super::watermark::Moment;
 use crate::engine::{Engine, EngineSettings, States};
 use crate::lanes::LaneSettings;
 
 mod city;
+mod limits;
 mod statements;
 mod words;
 
@@ -79,7 +81,9 @@ fn question(random: &mut StdRng) -> String {
         1 => format!("{hop}, 'Europe/Copenhagen'"),
         _ => hop,
     };
-    match random.random_range(0..17) {
+    match random.random_range(0..18) {
+        // Too much for one answer, now and then.
+        17 => format!("SELECT ts, device, repeat(device, 200) AS wide, speed FROM traffic {filter}"),
         0 => format!("SELECT ts, device, speed * 2 AS twice, road FROM traffic {filter}"),
         1 => format!(
             "SELECT {window} AS b, device, count(*) AS n, sum(speed) AS s, avg(speed) AS a, max(road) AS r, \
@@ -168,6 +172,8 @@ struct Case {
     city: Arc<City>,
     engine: Arc<Engine>,
     now: i64,
+    /// What the clock on the wall is wrong by.
+    skew: i64,
     view: Option<Arc<View>>,
     runner: Option<Runner>,
     checked: usize,
@@ -183,7 +189,7 @@ impl Case {
         city.create(&traffic, words::traffic_fields());
         city.create(&weather, words::weather_fields());
         let random = StdRng::seed_from_u64(seed);
-        Self { random, city, engine, now: START, view: None, runner: None, checked: 0, meanwhile: Vec::new() }
+        Self { random, city, engine, now: START, skew: 0, view: None, runner: None, checked: 0, meanwhile: Vec::new() }
     }
 
     /// Some rows of an edge: most of now, some late, some twice.
@@ -204,7 +210,7 @@ impl Case {
             }
         }
         let watermark = self.random.random_bool(0.8).then(|| self.now - self.random.random_range(0..30) * SECOND);
-        let arrival = Arrival { stream, edge, rows, watermark, now: self.now };
+        let arrival = Arrival { stream, edge, rows, watermark, now: self.moment().wall_us };
         if self.random.random_bool(0.3) {
             return self.meanwhile.push(arrival);
         }
@@ -212,18 +218,26 @@ impl Case {
         self.city.arrive(&stream, edge, &rows, watermark, now);
     }
 
+    fn moment(&self) -> Moment {
+        Moment { wall_us: self.now + self.skew, since_us: self.now }
+    }
+
     async fn open(&mut self) {
         let Some(view) = self.view.clone() else { return };
-        let limits = limits(&mut self.random);
+        let mut limits = limits(&mut self.random);
+        if view.definition.select.contains("repeat") {
+            limits.bytes_max = 20_000;
+        }
         let settled = Arc::new(|_: &StreamName| None);
         let sink = Arc::new(city::Handle(Arc::clone(&self.city)));
-        let runner = Runner::open(Arc::clone(&self.engine), sink, view, settled, limits, self.now).await;
+        let runner = Runner::open(Arc::clone(&self.engine), sink, view, settled, limits, self.moment()).await;
         self.runner = runner.map_err(|error| assert!(error.to_string().contains("a test says"), "{error}")).ok();
     }
 
     async fn step(&mut self) {
-        match self.random.random_range(0..16) {
+        match self.random.random_range(0..17) {
             0..7 => self.arrive(),
+            16 => self.skew = self.random.random_range(-60..60) * MINUTE,
             7..9 => self.now += self.random.random_range(0..4 * MINUTE),
             9 => self.city.commit(self.random.random_range(0..4)),
             10 => self.city.compact(),
@@ -246,7 +260,8 @@ impl Case {
         let runner = self.runner.as_mut()?;
         let waiting = self.meanwhile.len();
         self.city.arrive_meanwhile(std::mem::take(&mut self.meanwhile));
-        let round = runner.round(self.now).await;
+        let now = Moment { wall_us: self.now + self.skew, since_us: self.now };
+        let round = runner.round(now).await;
         self.meanwhile = self.city.arrive_meanwhile(Vec::new());
         match round {
             // What came in the middle of it the view has not seen yet.
@@ -266,6 +281,7 @@ impl Case {
     /// The view shows of closed windows what its question gives.
     async fn check(&mut self, round: Round) {
         let (Some(view), Some(runner)) = (self.view.clone(), self.runner.as_mut()) else { return };
+        let (watermark, closed) = (runner.progress().watermark, runner.closed());
         let Some(table) = self.city.schema(&view.changes) else { return };
         let shown = view.columns.plan(&view.changes, &table).unwrap();
         let shown = self.engine.ask("shown", shown, States::new(), LIMITS).await.unwrap().rows;
@@ -284,7 +300,12 @@ impl Case {
                 }
             }
             Kept::Windows { column, .. } => {
-                let closed = runner.closed();
+                // No window is told before it has ended.
+                if let (Emit::Final, Some(watermark)) = (view.definition.emit, watermark) {
+                    let limit = watermark - view.definition.lateness_us;
+                    let early = format!("SELECT ts FROM kept_changes WHERE arrow_cast(view_end, 'Int64') > {limit}");
+                    assert_eq!(self.texts(&early).await, Vec::<String>::new(), "{}", view.definition.text);
+                }
                 let only = |rows: &mut Vec<String>| {
                     rows.retain(|row| closed.contains(words::time(row.split(" | ").nth(*column).unwrap())));
                 };
@@ -294,6 +315,12 @@ impl Case {
         }
         self.checked += asked.len();
         assert_eq!(shown, asked, "{}", view.definition.text);
+    }
+
+    /// The answer to a question, as sorted texts.
+    async fn texts(&self, sql: &str) -> Vec<String> {
+        let plan = self.engine.plan_for_view(sql).await.unwrap().plan().clone();
+        texts(&self.engine.ask("a test", plan, States::new(), LIMITS).await.unwrap().rows)
     }
 
     /// The rows of one revision of a window are those of one append.
@@ -308,6 +335,10 @@ impl Case {
             return;
         };
         let columns: Vec<&str> = view.columns.stored_names().collect();
+        if columns.contains(&"window_end") {
+            let other = "SELECT view_window FROM kept_changes WHERE view_end <> window_end";
+            assert_eq!(self.texts(other).await, Vec::<String>::new());
+        }
         let told = format!(
             "SELECT view_window, view_revision, {} FROM kept_changes WHERE view_window IS NOT NULL",
             columns.join(", ")

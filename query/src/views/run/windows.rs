@@ -57,7 +57,7 @@ impl Touched {
 }
 
 impl Runner {
-    pub(super) async fn windows(&mut self, seen: &Seen, now_us: i64) -> Result<Round, ViewError> {
+    pub(super) async fn windows(&mut self, seen: &Seen) -> Result<Round, ViewError> {
         if self.state.begun() {
             self.follow(seen).await?;
         } else {
@@ -66,8 +66,10 @@ impl Runner {
         }
         let due = match self.view.definition.emit {
             Emit::Final => Due::Closed,
-            Emit::Update if self.updated_us.is_none_or(|last| now_us - last >= self.view.definition.every_us) => {
-                self.updated_us = Some(now_us);
+            Emit::Update
+                if self.updated_us.is_none_or(|last| self.now.since_us - last >= self.view.definition.every_us) =>
+            {
+                self.updated_us = Some(self.now.since_us);
                 Due::All
             }
             Emit::Update => Due::Closed,
@@ -86,7 +88,7 @@ impl Runner {
             self.piece(&piece, seen, &mut writer).await?;
         }
         if !writer.is_empty() {
-            self.finish(writer, now_us).await?;
+            self.finish(writer).await?;
         }
         let (live, past) = self.due(due, seen);
         Ok(if live.is_empty() && past.is_empty() { Round::Done } else { Round::More })
@@ -172,10 +174,16 @@ impl Runner {
         self.state.done(&Intervals::of(i64::MIN, from.min(closing)));
         self.state.done(&Intervals::of(to, closing));
         let (live, past) = self.state.due(due);
-        (live.within(from, to), past.within(from, to))
+        let (mut live, mut past) = (live.within(from, to), past.within(from, to));
+        for start in self.aside.resting(self.now.since_us) {
+            let (from, to) = self.state.grid().slot(start);
+            live.remove(from, to);
+            past.remove(from, to);
+        }
+        (live, past)
     }
 
-    /// Asks a piece, or as much of it as can be asked at a time.
+    /// Asks a piece, or as much of it as can be asked at a time. A window that is too much alone is set aside.
     async fn piece(&mut self, piece: &Intervals, seen: &Seen, writer: &mut Writer) -> Result<(), ViewError> {
         let mut piece = piece.clone();
         loop {
@@ -186,9 +194,16 @@ impl Runner {
                     self.state.done(&piece);
                     return Ok(());
                 }
-                Err(ViewError::Query(error)) if self.shorten(&error) => {
-                    piece = self.state.first_of(&piece, self.piece);
-                }
+                Err(ViewError::Query(error)) if error.is_too_much() => match self.shorten(&piece) {
+                    Some(shorter) => piece = shorter,
+                    None => {
+                        let start = piece.first().map_or(i64::MIN, |(start, _)| start);
+                        if self.aside.add(start, &error, began.elapsed(), self.now.since_us) {
+                            return Ok(());
+                        }
+                        return Err(error.into());
+                    }
+                },
                 Err(error) => return Err(error),
             }
         }

@@ -231,7 +231,7 @@ impl City {
             agent: String::new(),
             configuration: 0,
         });
-        fact.received_at_us = now;
+        (fact.rows, fact.batches, fact.received_at_us) = (fact.rows + rows as u64, fact.batches + 1, now);
         fact.max_ts = fact.max_ts.max(arrow::compute::max(&ts));
         fact.watermark = fact.watermark.max(watermark);
         self.changed.send_modify(|count| *count += 1);
