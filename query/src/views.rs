@@ -41,7 +41,7 @@ pub(crate) use columns::{EMPTY, POSITION, WINDOW};
 use definition::{Command, Definition};
 pub(crate) use run::Progress;
 use run::{Round, RunLimits, Runner, ViewError};
-use shape::Known;
+use shape::{Known, Shape};
 use steady::Steady;
 use view::View;
 pub(crate) use view::changes;
@@ -110,6 +110,15 @@ struct Running {
 }
 
 impl Running {
+    /// How often each table of a view has moved on; None when others may concern it too. What another view has settled
+    /// may change without a row of it.
+    fn moves(&self, entry: &Entry) -> Option<Vec<u64>> {
+        let (engine, view) = (self.engine.upgrade()?, entry.planned()?);
+        let Shape { streams, references, views, .. } = &view.shape;
+        let tables = engine.tables();
+        views.is_empty().then(|| streams.iter().chain(references).map(|stream| tables.moves(stream)).collect())
+    }
+
     fn now(&self) -> Moment {
         let since_us = i64::try_from(self.began.elapsed().as_micros()).unwrap_or(i64::MAX);
         Moment { wall_us: now_us(), since_us }
@@ -415,13 +424,14 @@ impl Views {
         Runner::open(Arc::clone(engine), sink, Arc::clone(view), settled, limits, running.now()).await
     }
 
-    /// The task of one view: it wakes when a table changes or a second has gone, and ends when it is dropped.
+    /// The task of one view: it wakes when one of its tables changes or a second has gone, and ends when it is dropped.
     async fn keep(self: &Arc<Self>, entry: &Arc<Entry>, mut runner: Option<Runner>) {
         let Some(running) = self.running.get() else { return };
         let mut retry = RETRY[0];
         let Some(mut changed) = running.engine.upgrade().map(|engine| engine.tables().changed()) else { return };
         loop {
             changed.mark_unchanged();
+            let seen = running.moves(entry);
             let turn = match self.turn(running, entry, &mut runner).await {
                 Some(turn) => turn,
                 None => return,
@@ -433,10 +443,18 @@ impl Views {
                 }
                 Ok(Round::Done) => {
                     retry = RETRY[0];
-                    tokio::time::sleep(running.settings.pause).await;
-                    tokio::select! {
-                        change = changed.changed() => if change.is_err() { return },
-                        () = tokio::time::sleep(TICK) => {}
+                    let tick = tokio::time::sleep(TICK);
+                    tokio::pin!(tick);
+                    loop {
+                        tokio::time::sleep(running.settings.pause).await;
+                        tokio::select! {
+                            change = changed.changed() => match change {
+                                Ok(()) if seen.is_some() && running.moves(entry) == seen => {}
+                                Ok(()) => break,
+                                Err(_) => return,
+                            },
+                            () = &mut tick => break,
+                        }
                     }
                 }
                 Err(error) => {
