@@ -13,6 +13,7 @@ mod readers;
 mod recover;
 mod soak;
 mod start;
+mod views;
 
 use std::path::PathBuf;
 
@@ -43,6 +44,8 @@ pub(crate) enum BenchCommand {
     Readers(readers::ReadersBench),
     /// From the start of a cloud that was killed to its first answer, by the size of its WAL
     Recover(recover::RecoverBench),
+    /// Views that follow a stream: their cost beside asking again, their lag, the curve of their work
+    Views(views::ViewsBench),
     /// Load, commits, compaction, retention, vacuum and questions together, checked every second
     Soak(soak::SoakBench),
 }
@@ -70,6 +73,7 @@ pub(crate) async fn bench(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Queries(bench) => bench.run().await?,
         BenchCommand::Readers(bench) => bench.run().await?,
         BenchCommand::Recover(bench) => bench.run().await?,
+        BenchCommand::Views(bench) => bench.run().await?,
         BenchCommand::Soak(bench) => bench.run().await?,
     };
     let report = json!({

@@ -48,7 +48,7 @@ impl Node {
 /// Runs until SIGINT or SIGTERM.
 pub(crate) async fn cloud(arguments: CloudArguments) -> anyhow::Result<()> {
     let mut settings = Settings::load(&arguments.config)?;
-    if let Some(directory) = &mut settings.alerts.directory {
+    for directory in [&mut settings.alerts.directory, &mut settings.views.directory].into_iter().flatten() {
         // Beside the file that names it, from wherever it is started.
         *directory = arguments.config.parent().unwrap_or(Path::new("")).join(&*directory);
     }

@@ -87,6 +87,10 @@ impl Tables for NodeTables {
         self.0.changed()
     }
 
+    fn moves(&self, stream: &StreamName) -> u64 {
+        self.0.moves(stream)
+    }
+
     fn notes(&self, stream: &StreamName) -> BTreeMap<String, ColumnNote> {
         let notes = self.0.state(stream).map(|state| state.snapshot.notes()).unwrap_or_default();
         let note = |(name, Note { comment, since_us })| (name, ColumnNote { description: comment, since_us });

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
@@ -25,10 +26,17 @@ pub struct TableState {
     pub hot: HotSet,
 }
 
+/// One table: its state, and how often that was replaced.
+#[derive(Debug)]
+struct Table {
+    state: ArcSwap<TableState>,
+    moves: AtomicU64,
+}
+
 /// All tables of this node.
 #[derive(Debug, Default)]
 pub struct Catalogue {
-    tables: RwLock<BTreeMap<StreamName, Arc<ArcSwap<TableState>>>>,
+    tables: RwLock<BTreeMap<StreamName, Arc<Table>>>,
     ledger: Ledger,
     changes: watch::Sender<u64>,
 }
@@ -46,7 +54,7 @@ impl Catalogue {
 
     /// The state of a table now.
     pub fn state(&self, stream: &StreamName) -> Option<Arc<TableState>> {
-        self.tables.read().get(stream).map(|state| state.load_full())
+        self.tables.read().get(stream).map(|table| table.state.load_full())
     }
 
     /// Tells that a state was replaced; several times may be told as one.
@@ -54,14 +62,34 @@ impl Catalogue {
         self.changes.subscribe()
     }
 
+    /// How often the state of a table was replaced, or something was heard of its spools.
+    pub fn moves(&self, stream: &StreamName) -> u64 {
+        self.tables.read().get(stream).map_or(0, |table| table.moves.load(Ordering::Acquire))
+    }
+
+    /// Tells that the ledger knows more of these tables. For the ingest thread.
+    pub(crate) fn heard<'a>(&self, streams: impl Iterator<Item = &'a StreamName>) {
+        let tables = self.tables.read();
+        for table in streams.filter_map(|stream| tables.get(stream)) {
+            table.moves.fetch_add(1, Ordering::Release);
+        }
+        drop(tables);
+        self.changes.send_modify(|count| *count += 1);
+    }
+
     /// Replaces the state of a table, or adds it. For the ingest thread.
     pub(crate) fn replace(&self, stream: &StreamName, state: TableState) {
         let state = Arc::new(state);
         let known = self.tables.read().get(stream).cloned();
         match known {
-            Some(known) => known.store(state),
+            Some(known) => {
+                known.state.store(state);
+                // Behind the state: who has seen this number has seen that.
+                known.moves.fetch_add(1, Ordering::Release);
+            }
             None => {
-                self.tables.write().insert(stream.clone(), Arc::new(ArcSwap::new(state)));
+                let table = Table { state: ArcSwap::new(state), moves: AtomicU64::new(1) };
+                self.tables.write().insert(stream.clone(), Arc::new(table));
             }
         }
         self.changes.send_modify(|count| *count += 1);

@@ -305,6 +305,8 @@ impl<L: FileLayer> Ingest<L> {
         // Not before: a view that hears of a batch's watermark must see its rows.
         let ledger = self.catalogue.ledger();
         self.noted.drain(..).for_each(|(header, received_at_us)| ledger.take(&header, received_at_us));
+        // Whoever looked in between has seen the rows and not the watermark.
+        self.catalogue.heard(staged.iter());
         self.metrics.wal_syncs.set(self.wal.syncs());
         self.metrics.wal_bytes.set(self.wal.bytes());
         self.metrics.hot_bytes.set(self.hot_bytes() as u64);

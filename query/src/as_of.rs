@@ -22,6 +22,7 @@ use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer, Word};
 
 use crate::catalog::SCHEMA;
 use crate::engine::QueryError;
+use crate::functions::hop;
 
 /// A state of the past.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -173,6 +174,11 @@ fn asks_latest(table: &TableFactor) -> Option<String> {
     name.to_string().eq_ignore_ascii_case("latest").then(|| stream.clone())
 }
 
+/// What a word means as a name.
+fn called(word: &Ident) -> String {
+    if word.quote_style.is_some() { word.value.clone() } else { word.value.to_lowercase() }
+}
+
 fn named(name: &str) -> TableAlias {
     TableAlias { explicit: true, name: Ident::with_quote('"', name), columns: Vec::new(), at: None }
 }
@@ -216,6 +222,17 @@ impl VisitorMut for Travel<'_> {
             };
             return ControlFlow::Continue(());
         }
+        if let Some(words) = hop::table_of(table) {
+            if let (Some(whole), [before @ .., last]) = (self.whole, words) {
+                let stream = called(last);
+                let in_public = before.last().is_none_or(|schema| schema.value.eq_ignore_ascii_case(SCHEMA));
+                let is_own = before.is_empty() && self.own.contains(&stream);
+                if in_public && !is_own && parts(&stream).1.is_none() && (self.is_table)(&stream) {
+                    *last = Ident::with_quote('"', format!("{stream}@{whole}"));
+                }
+            }
+            return ControlFlow::Continue(());
+        }
         let (name, alias) = match table {
             TableFactor::Table { name, alias, args: None, .. } => (name, alias),
             _ => return ControlFlow::Continue(()),
@@ -229,7 +246,7 @@ impl VisitorMut for Travel<'_> {
         let Some(ObjectNamePart::Identifier(last)) = name.0.last_mut() else {
             return ControlFlow::Continue(());
         };
-        let called = if last.quote_style.is_some() { last.value.clone() } else { last.value.to_lowercase() };
+        let called = called(last);
         let base = match (parts(&called), self.whole) {
             ((stream, Some(_)), _) => stream.to_owned(),
             ((stream, None), Some(whole))
@@ -296,6 +313,10 @@ mod tests {
         check("SELECT * FROM \"a@v1\"", "SELECT * FROM \"a@v1\" AS \"a\"");
         check("SELECT (SELECT max(n) FROM public.a)", "SELECT (SELECT max(n) FROM public.\"a@v3\" AS \"a\")");
         check("SELECT * FROM system.a", "SELECT * FROM system.a");
+        check("SELECT * FROM HOP(a, ts, '1h', '2h') h", "SELECT * FROM HOP(\"a@v3\", ts, '1h', '2h') h");
+        check("SELECT * FROM hop(public.a, ts, '1h', '2h')", "SELECT * FROM hop(public.\"a@v3\", ts, '1h', '2h')");
+        check("SELECT * FROM hop(b, ts, '1h', '2h')", "SELECT * FROM hop(b, ts, '1h', '2h')");
+        check("SELECT * FROM hop((SELECT * FROM b), a)", "SELECT * FROM hop((SELECT * FROM b), a)");
         check("WITH a AS (SELECT 1) SELECT * FROM a", "WITH a AS (SELECT 1) SELECT * FROM a");
     }
 }

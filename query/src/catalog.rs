@@ -97,6 +97,10 @@ pub trait Tables: Send + Sync + fmt::Debug {
     fn spools(&self) -> Vec<SpoolFacts>;
     /// Tells that some table has moved on; several times may be told as one.
     fn changed(&self) -> watch::Receiver<u64>;
+    /// Another number after each time that this table has moved on.
+    fn moves(&self, _stream: &StreamName) -> u64 {
+        *self.changed().borrow()
+    }
     /// What is known of a table's columns, by name.
     fn notes(&self, _stream: &StreamName) -> BTreeMap<String, ColumnNote> {
         BTreeMap::new()

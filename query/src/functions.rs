@@ -11,6 +11,7 @@ mod gapfill;
 mod geodesy;
 mod h3;
 mod histogram;
+pub(crate) mod hop;
 pub(crate) mod latest;
 mod one_group;
 mod over_time;
@@ -38,7 +39,10 @@ use crate::pushdown;
 pub(crate) fn state(config: SessionConfig, runtime: Arc<RuntimeEnv>, gapfill_rows_max: usize) -> SessionState {
     let ours: [Arc<dyn OptimizerRule + Send + Sync>; 2] =
         [Arc::new(gapfill::PlanGapFill { rows_max: gapfill_rows_max }), Arc::new(asof::PushIntoAsOf)];
-    let rules = ours.into_iter().chain(Optimizer::new().rules).collect();
+    let mut rules: Vec<_> = ours.into_iter().chain(Optimizer::new().rules).collect();
+    // Where conditions stand right above a HOP: what comes later puts columns between.
+    let pushed = rules.iter().position(|rule| rule.name() == "push_down_filter").map_or(rules.len(), |at| at + 1);
+    rules.insert(pushed, Arc::new(hop::BoundHop));
     SessionStateBuilder::new()
         .with_config(config)
         .with_runtime_env(runtime)
@@ -84,6 +88,7 @@ pub(crate) fn register(session: &SessionContext, tables: &Arc<dyn Tables>, lates
         session.register_udaf(function);
     }
     session.register_relation_planner(Arc::new(asof::PlanAsOf))?;
+    session.register_relation_planner(Arc::new(hop::PlanHop))?;
     session.register_udtf("latest", Arc::new(latest::LatestFunction::new(Arc::clone(tables), Arc::clone(latest))));
     Ok(())
 }

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use datafusion::catalog::TableProvider;
 use datafusion::common::Result as DataFusionResult;
@@ -42,10 +42,11 @@ pub(crate) use columns::{EMPTY, POSITION, WINDOW};
 use definition::{Command, Definition};
 pub(crate) use run::Progress;
 use run::{Round, RunLimits, Runner, ViewError};
-use shape::Known;
+use shape::{Known, Shape};
 use steady::Steady;
 use view::View;
 pub(crate) use view::changes;
+use watermark::Moment;
 
 /// How soon a view that cannot go on is tried again: from the first of these to the last.
 const RETRY: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(30)];
@@ -106,6 +107,23 @@ struct Running {
     sink: Arc<dyn Sink>,
     settings: ViewSettings,
     token: CancellationToken,
+    began: Instant,
+}
+
+impl Running {
+    /// How often each table of a view has moved on; None when others may concern it too. What another view has settled
+    /// may change without a row of it.
+    fn moves(&self, entry: &Entry) -> Option<Vec<u64>> {
+        let (engine, view) = (self.engine.upgrade()?, entry.planned()?);
+        let Shape { streams, references, views, .. } = &view.shape;
+        let tables = engine.tables();
+        views.is_empty().then(|| streams.iter().chain(references).map(|stream| tables.moves(stream)).collect())
+    }
+
+    fn now(&self) -> Moment {
+        let since_us = i64::try_from(self.began.elapsed().as_micros()).unwrap_or(i64::MAX);
+        Moment { wall_us: now_us(), since_us }
+    }
 }
 
 /// What a view does at the moment.
@@ -241,12 +259,15 @@ impl Views {
     ) -> Result<(), String> {
         let mut definitions = kept::load(&settings.kept)?.into_iter().map(|own| (own, false)).collect::<Vec<_>>();
         if let Some(directory) = &settings.directory {
+            if !directory.is_dir() {
+                return Err(format!("[views] directory: {} is no directory", directory.display()));
+            }
             definitions.extend(kept::load(directory)?.into_iter().map(|configured| (configured, true)));
         }
         if definitions.len() > settings.count_max {
             return Err(format!("{} views, and [views] max = {}", definitions.len(), settings.count_max));
         }
-        let running = Running { engine: Arc::downgrade(engine), sink, settings, token };
+        let running = Running { engine: Arc::downgrade(engine), sink, settings, token, began: Instant::now() };
         self.running.set(running).map_err(|_| "views run already".to_owned())?;
         let running = self.running.get().expect("it was just set");
         for (definition, is_configured) in definitions {
@@ -401,16 +422,17 @@ impl Views {
             entry.and_then(|entry| entry.settled())
         });
         let sink = Arc::clone(&entry.sink);
-        Runner::open(Arc::clone(engine), sink, Arc::clone(view), settled, limits, now_us()).await
+        Runner::open(Arc::clone(engine), sink, Arc::clone(view), settled, limits, running.now()).await
     }
 
-    /// The task of one view: it wakes when a table changes or a second has gone, and ends when it is dropped.
+    /// The task of one view: it wakes when one of its tables changes or a second has gone, and ends when it is dropped.
     async fn keep(self: &Arc<Self>, entry: &Arc<Entry>, mut runner: Option<Runner>) {
         let Some(running) = self.running.get() else { return };
         let mut retry = RETRY[0];
         let Some(mut changed) = running.engine.upgrade().map(|engine| engine.tables().changed()) else { return };
         loop {
             changed.mark_unchanged();
+            let seen = running.moves(entry);
             let turn = match self.turn(running, entry, &mut runner).await {
                 Some(turn) => turn,
                 None => return,
@@ -422,10 +444,18 @@ impl Views {
                 }
                 Ok(Round::Done) => {
                     retry = RETRY[0];
-                    tokio::time::sleep(running.settings.pause).await;
-                    tokio::select! {
-                        change = changed.changed() => if change.is_err() { return },
-                        () = tokio::time::sleep(TICK) => {}
+                    let tick = tokio::time::sleep(TICK);
+                    tokio::pin!(tick);
+                    loop {
+                        tokio::time::sleep(running.settings.pause).await;
+                        tokio::select! {
+                            change = changed.changed() => match change {
+                                Ok(()) if seen.is_some() && running.moves(entry) == seen => {}
+                                Ok(()) => break,
+                                Err(_) => return,
+                            },
+                            () = &mut tick => break,
+                        }
                     }
                 }
                 Err(error) => {
@@ -473,7 +503,7 @@ impl Views {
                     runner.insert(open)
                 }
             };
-            let round = open.round(now_us()).await?;
+            let round = open.round(running.now()).await?;
             *entry.doing.lock() = Doing::Running(open.progress().clone());
             Ok(round)
         };

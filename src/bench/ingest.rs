@@ -175,6 +175,11 @@ pub(super) fn schema() -> anyhow::Result<Arc<StreamSchema>> {
 
 /// Rows of `load`: another number, other rows.
 pub(super) fn cut(schema: &StreamSchema, number: u64, rows: usize) -> anyhow::Result<CutBatch> {
+    cut_of("load", schema, number, rows)
+}
+
+/// The same of another stream.
+pub(super) fn cut_of(stream: &str, schema: &StreamSchema, number: u64, rows: usize) -> anyhow::Result<CutBatch> {
     let mut random = StdRng::seed_from_u64(number);
     let first = START_US + number as i64 * rows as i64 * 1_000;
     let rounded = |value: f64| (value * 10.0).round() / 10.0;
@@ -192,5 +197,5 @@ pub(super) fn cut(schema: &StreamSchema, number: u64, rows: usize) -> anyhow::Re
         Arc::new(StringArray::from_iter_values((0..rows).map(|_| "good"))),
     ];
     let rows = RecordBatch::try_new(schema.arrow().clone(), columns)?;
-    Ok(CutBatch::seal("load".parse()?, schema, &rows, NO_WATERMARK, "bench", 0)?)
+    Ok(CutBatch::seal(stream.parse()?, schema, &rows, NO_WATERMARK, "bench", 0)?)
 }

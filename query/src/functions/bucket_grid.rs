@@ -199,6 +199,22 @@ impl Buckets {
         Some(beyond)
     }
 
+    /// The beginning of the bucket so many before the one that begins here; None when it is out of range.
+    pub(crate) fn before(&mut self, start: i64, count: u32) -> Option<i64> {
+        match (self.zone, self.grid.width) {
+            (None, Width::Micros(width)) => start.checked_sub(width.checked_mul(i64::from(count))?),
+            _ => (0..count).try_fold(start, |at, _| self.start(at.checked_sub(1)?)),
+        }
+    }
+
+    /// The beginning of the bucket so many behind the one that begins here; None when it is out of range.
+    pub(crate) fn after(&mut self, start: i64, count: u32) -> Option<i64> {
+        match (self.zone, self.grid.width) {
+            (None, Width::Micros(width)) => start.checked_add(width.checked_mul(i64::from(count))?),
+            _ => (0..count).try_fold(start, |at, _| self.next(at)),
+        }
+    }
+
     fn stretch(&mut self, ts: i64) -> Option<Stretch> {
         let holds = |stretch: &Stretch| stretch.from <= ts && ts < stretch.to;
         if let Some(stretch) = self.stretches.get(self.last).copied().filter(|stretch| holds(stretch)) {

@@ -16,6 +16,8 @@ use super::asof::AsOf;
 use super::asof::exec::{AsOfExec, Condition};
 use super::gapfill::GapFill;
 use super::gapfill::exec::{Fill, GapFillExec};
+use super::hop::Hop;
+use super::hop::exec::HopExec;
 
 /// The session's planner.
 #[derive(Debug)]
@@ -65,6 +67,14 @@ impl ExtensionPlanner for Nodes {
                 Arc::clone(&gaps.range),
                 gaps.rows_max,
             )?)));
+        }
+        if let Some(hop) = node.as_any().downcast_ref::<Hop>() {
+            let ([logical], [input]) = (logical_inputs, physical_inputs) else {
+                return internal_err!("HOP has one input");
+            };
+            let time = expression(&hop.time, logical.schema())?;
+            let schema = Arc::clone(node.schema().inner());
+            return Ok(Some(Arc::new(HopExec::new(Arc::clone(input), schema, time, hop.windows.clone(), hop.starts))));
         }
         if let Some(join) = node.as_any().downcast_ref::<AsOf>() {
             let ([left, right], [left_input, right_input]) = (logical_inputs, physical_inputs) else {

@@ -4,6 +4,7 @@ mod aggregates;
 mod asof;
 mod examples;
 mod gapfill;
+mod hop;
 mod places;
 mod time_bucket;
 

@@ -174,17 +174,19 @@ pub(super) fn coerce(arguments: &[DataType]) -> Result<Vec<DataType>> {
 
 /// The buckets of a call whose second argument is the event time; None when another is not constant, or wrong.
 pub(crate) fn grid(arguments: &[Expr]) -> Option<Buckets> {
-    let mut constants = Vec::with_capacity(arguments.len());
-    for argument in arguments.iter().enumerate().filter(|(index, _)| *index != 1).map(|(_, argument)| argument) {
-        let value = constant(argument)?;
-        let coerced = match value.data_type() {
-            DataType::Interval(_) => value.cast_to(&DataType::Interval(IntervalUnit::MonthDayNano)).ok()?,
-            DataType::LargeUtf8 | DataType::Utf8View => value.cast_to(&DataType::Utf8).ok()?,
-            _ => value,
-        };
-        constants.push(coerced);
-    }
+    let others = arguments.iter().enumerate().filter(|(index, _)| *index != 1);
+    let constants = others.map(|(_, argument)| constant_argument(argument)).collect::<Option<Vec<_>>>()?;
     buckets(constants.first()?, &timestamp_type(), &constants[1..]).ok()
+}
+
+/// The value of a constant argument in the type that [`buckets`] knows.
+pub(super) fn constant_argument(argument: &Expr) -> Option<ScalarValue> {
+    let value = constant(argument)?;
+    match value.data_type() {
+        DataType::Interval(_) => value.cast_to(&DataType::Interval(IntervalUnit::MonthDayNano)).ok(),
+        DataType::LargeUtf8 | DataType::Utf8View => value.cast_to(&DataType::Utf8).ok(),
+        _ => Some(value),
+    }
 }
 
 /// The buckets that these arguments tell; `kind` is the type of the instants.

@@ -193,6 +193,7 @@ impl Follower {
             }
             // Marked as seen first: what comes while it is asked is seen then, or wakes.
             changed.mark_unchanged();
+            let moves = self.engine.tables().moves(&self.changes);
             let token = self.token.clone();
             let turned = tokio::select! {
                 () = token.cancelled() => return None,
@@ -211,12 +212,20 @@ impl Follower {
                     RETRY
                 }
             };
-            tokio::select! {
-                () = self.token.cancelled() => return None,
-                gone = changed.changed() => gone.ok()?,
-                () = tokio::time::sleep(wait) => {}
+            let until = tokio::time::sleep(wait);
+            tokio::pin!(until);
+            loop {
+                tokio::select! {
+                    () = self.token.cancelled() => return None,
+                    gone = changed.changed() => gone.ok()?,
+                    () = &mut until => break,
+                }
+                tokio::time::sleep(PAUSE).await;
+                // Of other tables there is nothing to ask, but whether the view is still there.
+                if self.engine.tables().moves(&self.changes) != moves || !self.engine.views().has(&self.view) {
+                    break;
+                }
             }
-            tokio::time::sleep(PAUSE).await;
         }
     }
 

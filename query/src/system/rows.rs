@@ -218,8 +218,8 @@ pub(super) fn views(view: View<'_>) -> Vec<ArrayRef> {
         .map(|entry| match entry.doing() {
             Doing::Starting => ("starting", None, Progress::default()),
             Doing::Running(progress) if !progress.begun => ("waiting", None, progress),
-            Doing::Running(progress) if progress.past.is_some() => ("backfill", progress.refused.clone(), progress),
-            Doing::Running(progress) => ("running", progress.refused.clone(), progress),
+            Doing::Running(progress) if progress.past.is_some() => ("backfill", progress.reason(), progress),
+            Doing::Running(progress) => ("running", progress.reason(), progress),
             Doing::Failed(reason, progress) => ("failed", Some(reason), progress),
         })
         .collect();

@@ -30,12 +30,14 @@ use super::intervals::Intervals;
 use super::shape::Kept;
 use super::state::{Record, State};
 use super::view::View;
-use super::watermark;
+use super::watermark::{self, Heard, Moment};
 use crate::engine::{Engine, QueryError, States};
 use crate::follow::Position;
 use crate::fused_table::{Frozen, LiveTable};
 use crate::sink::{Sink, SinkError};
+use aside::Aside;
 
+mod aside;
 mod rows;
 mod windows;
 mod write;
@@ -95,6 +97,15 @@ pub(crate) struct Progress {
     pub(crate) computed: Duration,
     /// The last window that could not be told, and why.
     pub(crate) refused: Option<String>,
+    /// Windows that wait because they are too much, and why.
+    pub(crate) aside: Option<String>,
+}
+
+impl Progress {
+    /// What people should know of a view that goes on.
+    pub(crate) fn reason(&self) -> Option<String> {
+        self.aside.clone().or_else(|| self.refused.clone())
+    }
 }
 
 /// What a round did.
@@ -117,6 +128,11 @@ pub(crate) struct Runner {
     emitted: Emitted,
     /// Windows of one piece.
     piece: usize,
+    now: Moment,
+    heard: Heard,
+    /// Windows that were too much alone.
+    aside: Aside,
+    /// When something was recorded last, and open windows asked: by the clock that only goes on.
     recorded_us: i64,
     updated_us: Option<i64>,
     progress: Progress,
@@ -149,7 +165,7 @@ impl Runner {
         view: Arc<View>,
         settled: Settled,
         limits: RunLimits,
-        now_us: i64,
+        now: Moment,
     ) -> Result<Self, ViewError> {
         let id = view.definition.id();
         let record = newest_record(&engine, &view).await?;
@@ -168,6 +184,9 @@ impl Runner {
             state: State::new(id, grid, lateness_us, record),
             emitted: Emitted::new(limits.windows_max),
             piece: 1,
+            now,
+            heard: Heard::default(),
+            aside: Aside::default(),
             recorded_us: i64::MIN,
             updated_us: None,
             progress: Progress::default(),
@@ -180,7 +199,7 @@ impl Runner {
         runner.over_these_columns(begun)?;
         if is_new {
             // Its stream is there from now on, for other views and for who follows it.
-            runner.note(now_us).await?;
+            runner.note().await?;
         }
         Ok(runner)
     }
@@ -230,22 +249,24 @@ impl Runner {
         left
     }
 
-    /// One turn, at this moment, µs since 1970.
+    /// One turn, at this moment.
     ///
     /// # Errors
     /// Why it did not go on. It must be opened again: what is durable is in its stream.
-    pub(crate) async fn round(&mut self, now_us: i64) -> Result<Round, ViewError> {
+    pub(crate) async fn round(&mut self, now: Moment) -> Result<Round, ViewError> {
+        self.now = now;
         let facts = self.engine.tables().spools();
         let settled: BTreeMap<StreamName, Option<i64>> =
             self.view.shape.views.iter().map(|(changes, view)| (changes.clone(), (self.settled)(view))).collect();
         let seen = self.freeze().await?;
+        let (heard, idle_us) = (&mut self.heard, self.view.definition.idle_us);
         let of_stream = |stream: &StreamName| match settled.get(stream) {
             Some(settled) => Some(*settled),
             None => {
-                let facts = facts.iter().filter(|fact| fact.stream == *stream);
+                let edges = heard.edges(stream, facts.iter().filter(|fact| fact.stream == *stream), now);
                 let stored = seen.states.get(stream).and_then(|frozen| span(frozen)).map(|(_, last)| last);
                 // A stream that never had a row holds nothing back, like an edge that is silent.
-                watermark::of_stream(facts, stored, now_us, self.view.definition.idle_us).map(Some)
+                watermark::of_stream(&edges, stored, idle_us).map(Some)
             }
         };
         let watermark = self.view.shape.streams.iter().filter_map(of_stream).min().flatten();
@@ -254,11 +275,11 @@ impl Runner {
             return Ok(Round::Done);
         }
         let round = match self.view.shape.kept {
-            Kept::Windows { .. } => self.windows(&seen, now_us).await?,
-            Kept::Rows { .. } => self.rows(&seen, now_us).await?,
+            Kept::Windows { .. } => self.windows(&seen).await?,
+            Kept::Rows { .. } => self.rows(&seen).await?,
         };
-        if self.state.is_ahead() && now_us.saturating_sub(self.recorded_us) >= self.limits.record_every_us {
-            self.note(now_us).await?;
+        if self.state.is_ahead() && now.since_us.saturating_sub(self.recorded_us) >= self.limits.record_every_us {
+            self.note().await?;
         }
         self.tell(&seen);
         Ok(round)
@@ -288,8 +309,7 @@ impl Runner {
 
     fn tell(&mut self, seen: &Seen) {
         let settled = self.state.settled();
-        let (first, end) =
-            seen.span.map_or((0, 0), |(first, last)| (self.state.window(first).0, last.saturating_add(1)));
+        let (first, end) = seen.span.map_or((0, 0), |(first, last)| self.state.grid().touched(first, last));
         let (live, past) = self.state.left();
         let (live, past) = (live.within(first, end), past.within(first, end));
         let ends = past.first().zip(past.iter().next_back()).map(|((from, _), (_, to))| (from, to));
@@ -299,11 +319,22 @@ impl Runner {
         self.progress.dirty_windows = self.state.count(&live) + self.state.count(&past);
         self.progress.settled = settled;
         self.progress.memory_bytes = self.progress.memory_bytes.max(self.emitted.bytes() as u64);
+        let (live, past) = self.state.left();
+        self.aside.keep(|start| live.contains(start) || past.contains(start));
+        self.progress.aside = self.aside.told();
     }
 
-    /// So many windows of what is due, from its beginning.
+    /// So many windows of what is due, from its beginning; one that was too much comes alone.
     fn next_piece(&mut self, due: &Intervals) -> Option<Intervals> {
-        (!due.is_empty()).then(|| self.state.first_of(due, self.piece))
+        let piece = (!due.is_empty()).then(|| self.state.first_of(due, self.piece))?;
+        Some(match self.aside.first_in(&piece) {
+            Some(start) if piece.first().is_some_and(|(first, _)| first == start) => {
+                let (from, to) = self.state.grid().slot(start);
+                Intervals::of(from, to)
+            }
+            Some(start) => piece.within(i64::MIN, start),
+            None => piece,
+        })
     }
 
     /// How long a piece took decides how long the next is.
@@ -315,13 +346,14 @@ impl Runner {
         }
     }
 
-    /// A piece that was too much is tried again in smaller ones. Whether there are any.
-    fn shorten(&mut self, error: &QueryError) -> bool {
-        if !error.is_too_much() || self.piece == 1 {
-            return false;
+    /// Of a piece that was too much a smaller one; none of a single window.
+    fn shorten(&mut self, piece: &Intervals) -> Option<Intervals> {
+        let count = self.state.count(piece);
+        if count <= 1 {
+            return None;
         }
-        self.piece = (self.piece / 4).max(1);
-        true
+        self.piece = usize::try_from(count / 4).unwrap_or(1).max(1);
+        Some(self.state.first_of(piece, self.piece))
     }
 }
 

@@ -6,7 +6,7 @@
 //! [`Grid`] over an event time makes a window. An aggregate, a window function or a DISTINCT keeps what it groups by, and
 //! must group by one of the two; a join keeps what it equates. At the end a column must be left that holds the window: then
 //! the rows of a window can be asked from the source rows of that window alone, and a row that comes in changes that window
-//! and no other. Or each row comes from one row of one stream: then new rows give new rows, and nothing ever changes.
+//! and no other. A row comes once in each window of a `HOP`, and goes on as several rows. Or each row comes from one row of one stream: then new rows give new rows, and nothing ever changes.
 //!
 //! A reference table may be joined by event time (`join.rs`): a revision that holds from x changes nothing before x. What
 //! it shows as the end of an older revision changes all the same, so that nothing but the join may look at `valid_to`.
@@ -23,6 +23,7 @@ use wire::StreamName;
 use wire::schema::TS;
 
 use super::grid::Grid;
+use crate::functions::hop::Hop;
 use crate::fused_table::LiveTable;
 
 mod join;
@@ -119,11 +120,11 @@ pub(crate) fn of(plan: &LogicalPlan, look: Look<'_>) -> Result<Shape> {
         };
         Kept::Rows { column }
     } else {
-        let window = flow.windows.into_iter().min_by_key(|(index, _)| *index);
+        let window = flow.windows.into_iter().min_by_key(|(index, grid)| (grid.hops(), *index));
         let Some((column, grid)) = window else {
             return plan_err!(
-                "the columns of a view must tell the window that a row belongs to: add time_bucket('5 minutes', ts), or \
-                 whatever it groups by, to its columns"
+                "the columns of a view must tell the window that a row belongs to: add time_bucket('5 minutes', ts), \
+                 window_start, or whatever it groups by, to its columns"
             );
         };
         Kept::Windows { column, grid }
@@ -196,6 +197,9 @@ impl Found<'_> {
                 )
             }
             LogicalPlan::Extension(extension) => {
+                if let Some(hop) = extension.node.as_any().downcast_ref::<Hop>() {
+                    return self.flow(&hop.input)?.hopped(hop);
+                }
                 let name = extension.node.name();
                 plan_err!("{name} looks beyond the window of a row: a view joins reference tables by their _history")
             }
@@ -323,6 +327,19 @@ impl Flow {
             }
         }
         Ok(next)
+    }
+
+    /// Each row in every window of these that its time lies in.
+    fn hopped(mut self, hop: &Hop) -> Result<Self> {
+        if self.history.is_some() {
+            return plan_err!("a view follows a stream: HOP takes its event time");
+        }
+        // Of two columns of such windows, which of them a row depends on could not be told by their grid alone.
+        if !self.is_own_time(&hop.time, hop.input.schema()) || self.windows.iter().any(|(_, grid)| grid.hops()) {
+            return plan_err!("HOP takes the event time of a stream, once: HOP(traffic, ts, …)");
+        }
+        self.windows.push((hop.input.schema().fields().len(), Grid::from(hop.windows.clone())));
+        Ok(Self { rows: false, ..self })
     }
 
     fn aggregated(&self, aggregate: &Aggregate) -> Result<Self> {

@@ -90,7 +90,7 @@ impl State {
 
     /// It begins with rows from `first` on: what has closed is its past.
     pub(crate) fn begin(&mut self, first: Option<i64>, positions: Positions) {
-        let first = first.map_or(i64::MIN, |first| self.grid.start(first));
+        let first = first.map_or(i64::MIN, |first| self.grid.touched(first, first).0);
         let closing = self.closing().unwrap_or(first).max(first);
         self.now.past = Intervals::of(first, closing);
         self.now.live = Intervals::of(closing, i64::MAX);
@@ -107,7 +107,7 @@ impl State {
         times: impl IntoIterator<Item = (i64, i64)>,
     ) {
         for (first, last) in times {
-            let (from, to) = (self.grid.window(first).0, self.grid.window(last).1);
+            let (from, to) = self.grid.touched(first, last);
             self.now.past.insert(from, to);
         }
         self.now.past.merge_to(STRETCHES_MAX);
@@ -162,7 +162,7 @@ impl State {
     /// Before this every window has closed.
     pub(crate) fn closing(&mut self) -> Option<i64> {
         let settled = self.now.watermark?.saturating_sub(self.lateness_us);
-        Some(self.grid.start(settled))
+        Some(self.grid.closing(settled))
     }
 
     /// Where a stream has been read to.
@@ -170,12 +170,9 @@ impl State {
         self.now.sources.get(stream)
     }
 
-    /// A stream was read up to here; the rows since then lie between these times, the last included.
-    pub(crate) fn saw(&mut self, stream: &StreamName, position: Position, times: impl IntoIterator<Item = (i64, i64)>) {
-        for (first, last) in times {
-            let (from, to) = (self.grid.window(first).0, self.grid.window(last).1);
-            self.now.live.insert(from, to);
-        }
+    /// A stream was read up to here; the rows since then touched these windows.
+    pub(crate) fn saw(&mut self, stream: &StreamName, position: Position, touched: &Intervals) {
+        self.now.live.add(touched);
         self.now.live.merge_to(STRETCHES_MAX);
         self.now.sources.insert(stream.clone(), position);
     }
@@ -183,7 +180,7 @@ impl State {
     /// A reference table was read up to here; it changed from this time on.
     pub(crate) fn changed_from(&mut self, stream: &StreamName, position: Position, from: Option<i64>) {
         if let Some(from) = from {
-            let from = self.grid.start(from);
+            let from = self.grid.touched(from, from).0;
             // What has not closed is live, whether rows touched it or not.
             let closing = self.closing().unwrap_or(from).max(from);
             self.now.past.insert(from, closing);
@@ -214,13 +211,8 @@ impl State {
     }
 
     /// Its windows.
-    pub(crate) fn grid(&self) -> &Grid {
-        &self.grid
-    }
-
-    /// The window of an instant.
-    pub(crate) fn window(&mut self, at: i64) -> (i64, i64) {
-        self.grid.window(at)
+    pub(crate) fn grid(&mut self) -> &mut Grid {
+        &mut self.grid
     }
 
     /// The first so many windows of these.
@@ -234,7 +226,7 @@ impl State {
         for (from, to) in windows.iter() {
             let mut at = from;
             while at < to && count < COUNT_MAX {
-                at = self.grid.window(at).1;
+                at = self.grid.slot(at).1;
                 count += 1;
             }
         }

@@ -10,15 +10,17 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use wire::StreamName;
 
-use super::definition::{Command, Definition};
+use super::definition::{Command, Definition, Emit};
 use super::intervals::Intervals;
 use super::run::{Round, RunLimits, Runner};
 use super::shape::Kept;
 use super::view::View;
+use super::watermark::Moment;
 use crate::engine::{Engine, EngineSettings, States};
 use crate::lanes::LaneSettings;
 
 mod city;
+mod limits;
 mod statements;
 mod words;
 
@@ -72,7 +74,16 @@ fn question(random: &mut StdRng) -> String {
         1 => format!("HAVING max(speed) >= {least}"),
         _ => String::new(),
     };
-    match random.random_range(0..11) {
+    let hops = random.random_range(1..5);
+    let hop = format!("INTERVAL '{minutes} minutes', INTERVAL '{} minutes'", minutes * hops);
+    let hop = match random.random_range(0..4) {
+        0 => format!("{hop}, TIMESTAMP '2024-01-01T00:03:00'"),
+        1 => format!("{hop}, 'Europe/Copenhagen'"),
+        _ => hop,
+    };
+    match random.random_range(0..18) {
+        // Too much for one answer, now and then.
+        17 => format!("SELECT ts, device, repeat(device, 200) AS wide, speed FROM traffic {filter}"),
         0 => format!("SELECT ts, device, speed * 2 AS twice, road FROM traffic {filter}"),
         1 => format!(
             "SELECT {window} AS b, device, count(*) AS n, sum(speed) AS s, avg(speed) AS a, max(road) AS r, \
@@ -101,6 +112,29 @@ fn question(random: &mut StdRng) -> String {
         8 => format!(
             "SELECT b, count(*) AS n, sum(speed) AS s FROM (SELECT {window} AS b, speed, rank() OVER (PARTITION BY {window} \
              ORDER BY speed DESC) AS r FROM traffic {filter}) AS ranked WHERE r <= 2 GROUP BY b"
+        ),
+        10 => format!(
+            "SELECT window_start AS b, window_end, device, count(*) AS n, sum(speed) AS s FROM HOP(traffic, ts, {hop}) \
+             {filter} GROUP BY 1, 2, 3 {having}"
+        ),
+        11 => format!(
+            "SELECT b, device, n FROM (SELECT window_start AS b, device, count(*) AS n, row_number() OVER (PARTITION BY \
+             window_start ORDER BY count(*) DESC, device) AS r FROM HOP(traffic, ts, {hop}) AS h {filter} GROUP BY 1, 2) q \
+             WHERE r = 1"
+        ),
+        12 => format!(
+            "SELECT t.b, t.n, w.warm FROM (SELECT window_start AS b, count(*) AS n FROM HOP(traffic, ts, {hop}) GROUP BY 1) t \
+             LEFT JOIN (SELECT window_start AS b, max(temperature) AS warm FROM HOP(weather, ts, {hop}) GROUP BY 1) w \
+             ON w.b = t.b"
+        ),
+        13 => format!("SELECT ts, device, speed, h.window_start AS b FROM hop(traffic, ts, {hop}) h {filter}"),
+        14 => format!(
+            "SELECT {window} AS b, max(n) AS n FROM (SELECT ts, window_start, count(*) AS n FROM HOP(traffic, ts, {hop}) \
+             GROUP BY 1, 2) AS q GROUP BY 1"
+        ),
+        15 => format!(
+            "SELECT window_start AS b, max(v) AS v, count(*) AS n FROM HOP((SELECT ts, speed AS v FROM traffic {filter} \
+             UNION ALL SELECT ts, temperature AS v FROM weather), ts, {hop}) GROUP BY window_start HAVING max(v) < 45"
         ),
         9 => format!(
             "SELECT {window} AS b, sum(most) AS s, max(n) AS n FROM (SELECT ts, device, max(speed) AS most, count(*) AS n \
@@ -138,6 +172,8 @@ struct Case {
     city: Arc<City>,
     engine: Arc<Engine>,
     now: i64,
+    /// What the clock on the wall is wrong by.
+    skew: i64,
     view: Option<Arc<View>>,
     runner: Option<Runner>,
     checked: usize,
@@ -153,7 +189,7 @@ impl Case {
         city.create(&traffic, words::traffic_fields());
         city.create(&weather, words::weather_fields());
         let random = StdRng::seed_from_u64(seed);
-        Self { random, city, engine, now: START, view: None, runner: None, checked: 0, meanwhile: Vec::new() }
+        Self { random, city, engine, now: START, skew: 0, view: None, runner: None, checked: 0, meanwhile: Vec::new() }
     }
 
     /// Some rows of an edge: most of now, some late, some twice.
@@ -174,7 +210,7 @@ impl Case {
             }
         }
         let watermark = self.random.random_bool(0.8).then(|| self.now - self.random.random_range(0..30) * SECOND);
-        let arrival = Arrival { stream, edge, rows, watermark, now: self.now };
+        let arrival = Arrival { stream, edge, rows, watermark, now: self.moment().wall_us };
         if self.random.random_bool(0.3) {
             return self.meanwhile.push(arrival);
         }
@@ -182,18 +218,26 @@ impl Case {
         self.city.arrive(&stream, edge, &rows, watermark, now);
     }
 
+    fn moment(&self) -> Moment {
+        Moment { wall_us: self.now + self.skew, since_us: self.now }
+    }
+
     async fn open(&mut self) {
         let Some(view) = self.view.clone() else { return };
-        let limits = limits(&mut self.random);
+        let mut limits = limits(&mut self.random);
+        if view.definition.select.contains("repeat") {
+            limits.bytes_max = 20_000;
+        }
         let settled = Arc::new(|_: &StreamName| None);
         let sink = Arc::new(city::Handle(Arc::clone(&self.city)));
-        let runner = Runner::open(Arc::clone(&self.engine), sink, view, settled, limits, self.now).await;
+        let runner = Runner::open(Arc::clone(&self.engine), sink, view, settled, limits, self.moment()).await;
         self.runner = runner.map_err(|error| assert!(error.to_string().contains("a test says"), "{error}")).ok();
     }
 
     async fn step(&mut self) {
-        match self.random.random_range(0..16) {
+        match self.random.random_range(0..17) {
             0..7 => self.arrive(),
+            16 => self.skew = self.random.random_range(-60..60) * MINUTE,
             7..9 => self.now += self.random.random_range(0..4 * MINUTE),
             9 => self.city.commit(self.random.random_range(0..4)),
             10 => self.city.compact(),
@@ -216,7 +260,8 @@ impl Case {
         let runner = self.runner.as_mut()?;
         let waiting = self.meanwhile.len();
         self.city.arrive_meanwhile(std::mem::take(&mut self.meanwhile));
-        let round = runner.round(self.now).await;
+        let now = Moment { wall_us: self.now + self.skew, since_us: self.now };
+        let round = runner.round(now).await;
         self.meanwhile = self.city.arrive_meanwhile(Vec::new());
         match round {
             // What came in the middle of it the view has not seen yet.
@@ -236,6 +281,7 @@ impl Case {
     /// The view shows of closed windows what its question gives.
     async fn check(&mut self, round: Round) {
         let (Some(view), Some(runner)) = (self.view.clone(), self.runner.as_mut()) else { return };
+        let (watermark, closed) = (runner.progress().watermark, runner.closed());
         let Some(table) = self.city.schema(&view.changes) else { return };
         let shown = view.columns.plan(&view.changes, &table).unwrap();
         let shown = self.engine.ask("shown", shown, States::new(), LIMITS).await.unwrap().rows;
@@ -254,7 +300,12 @@ impl Case {
                 }
             }
             Kept::Windows { column, .. } => {
-                let closed = runner.closed();
+                // No window is told before it has ended.
+                if let (Emit::Final, Some(watermark)) = (view.definition.emit, watermark) {
+                    let limit = watermark - view.definition.lateness_us;
+                    let early = format!("SELECT ts FROM kept_changes WHERE arrow_cast(view_end, 'Int64') > {limit}");
+                    assert_eq!(self.texts(&early).await, Vec::<String>::new(), "{}", view.definition.text);
+                }
                 let only = |rows: &mut Vec<String>| {
                     rows.retain(|row| closed.contains(words::time(row.split(" | ").nth(*column).unwrap())));
                 };
@@ -264,6 +315,12 @@ impl Case {
         }
         self.checked += asked.len();
         assert_eq!(shown, asked, "{}", view.definition.text);
+    }
+
+    /// The answer to a question, as sorted texts.
+    async fn texts(&self, sql: &str) -> Vec<String> {
+        let plan = self.engine.plan_for_view(sql).await.unwrap().plan().clone();
+        texts(&self.engine.ask("a test", plan, States::new(), LIMITS).await.unwrap().rows)
     }
 
     /// The rows of one revision of a window are those of one append.
@@ -278,6 +335,10 @@ impl Case {
             return;
         };
         let columns: Vec<&str> = view.columns.stored_names().collect();
+        if columns.contains(&"window_end") {
+            let other = "SELECT view_window FROM kept_changes WHERE view_end <> window_end";
+            assert_eq!(self.texts(other).await, Vec::<String>::new());
+        }
         let told = format!(
             "SELECT view_window, view_revision, {} FROM kept_changes WHERE view_window IS NOT NULL",
             columns.join(", ")
@@ -436,6 +497,37 @@ async fn what_cannot_be_kept_is_refused_with_the_reason() {
             "rows of all times",
         ),
         ("SELECT ts FROM traffic UNION ALL SELECT ts FROM weather", "must tell the window"),
+        (
+            "SELECT window_end, count(*) AS n FROM HOP(traffic, ts, INTERVAL '1 minute', INTERVAL '5 minutes') GROUP BY 1",
+            "rows of all times",
+        ),
+        ("SELECT window_start FROM HOP(traffic, ts, '1 minute', '90 seconds')", "not a whole number of hops"),
+        ("SELECT window_start FROM HOP(traffic, ts, '5 minutes', '1 minute')", "not a whole number of hops"),
+        ("SELECT window_start FROM HOP(traffic, ts, '1 second', '1 hour')", "may lie in 1000"),
+        ("SELECT window_start FROM HOP(traffic, speed, '1 minute', '5 minutes')", "no timestamp"),
+        ("SELECT window_start FROM HOP(traffic, ts, '1 minute')", "HOP takes a table"),
+        // A time that is not the row's own.
+        (
+            "SELECT window_start, count(*) AS n FROM HOP((SELECT max(ts) AS ts, time_bucket('1 hour', ts) AS h FROM traffic \
+             GROUP BY 2), ts, '1 minute', '5 minutes') GROUP BY 1",
+            "event time of a stream",
+        ),
+        (
+            "SELECT window_start, count(*) AS n FROM HOP((SELECT ts, device FROM (SELECT ts, device, row_number() OVER \
+             (PARTITION BY time_bucket('1 hour', ts)) AS r FROM traffic) q WHERE r < 4), ts, '1 minute', '5 minutes') GROUP BY 1",
+            "event time of a stream",
+        ),
+        // Each side of the join may be in another of the windows of one moment.
+        (
+            "SELECT a.window_start AS b, count(*) AS n FROM HOP(traffic, ts, '1 minute', '5 minutes') a \
+             JOIN HOP(weather, ts, '1 minute', '5 minutes') w ON a.ts = w.ts AND a.device = w.device GROUP BY 1",
+            "rows of all times",
+        ),
+        (
+            "SELECT t.b, w.n FROM (SELECT window_start AS b, count(*) AS n FROM HOP(traffic, ts, '1 minute', '5 minutes') GROUP BY 1) t \
+             JOIN (SELECT time_bucket('1 minute', ts) AS b, count(*) AS n FROM weather GROUP BY 1) w ON w.b = t.b",
+            "windows of one size",
+        ),
         ("SELECT nothing FROM traffic", "no column"),
         ("SELECT ts FROM nowhere", "no table"),
     ] {

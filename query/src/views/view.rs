@@ -80,14 +80,34 @@ impl View {
     /// This view as a source of another.
     pub(crate) fn as_source(&self) -> ViewSource {
         let (windows, time) = match &self.shape.kept {
-            Kept::Windows { column, grid } => (Some((*column, grid.clone())), None),
+            // Its rows stand where their windows begin, however long these are.
+            Kept::Windows { column, grid } => (Some((*column, grid.slots())), None),
             Kept::Rows { column } => (None, Some(*column)),
         };
         ViewSource { name: self.definition.name.clone(), changes: self.changes.clone(), windows, time }
     }
 
+    /// The question over the rows of windows with these slots alone. Others that it gives may lack rows.
+    pub(crate) fn of_windows(&self, slots: &Intervals) -> Result<LogicalPlan> {
+        let Kept::Windows { column, grid } = &self.shape.kept else { return Ok(self.plan.clone()) };
+        let mut grid = grid.clone();
+        let plan = self.within(&grid.rows(slots))?;
+        if !grid.hops() {
+            return Ok(plan);
+        }
+        // Their rows lie in others, too, which need not be made.
+        let mut slots = slots.clone();
+        slots.merge_to(STRETCHES_MAX);
+        let (qualifier, field) = plan.schema().qualified_field(*column);
+        let start = Expr::Column(Column::from((qualifier, field)));
+        match among(&start, &slots) {
+            Some(filter) => LogicalPlanBuilder::from(plan).filter(filter)?.build(),
+            None => Ok(plan),
+        }
+    }
+
     /// The question over rows of these times alone.
-    pub(crate) fn within(&self, times: &Intervals) -> Result<LogicalPlan> {
+    fn within(&self, times: &Intervals) -> Result<LogicalPlan> {
         let mut times = times.clone();
         times.merge_to(STRETCHES_MAX);
         let narrowed = self.plan.clone().transform_up(|node| {

@@ -14,6 +14,8 @@ use datafusion::sql::sqlparser::dialect::Dialect;
 use datafusion::sql::sqlparser::keywords::Keyword;
 use datafusion::sql::sqlparser::tokenizer::{Location, Token, Tokenizer};
 
+use crate::functions::hop;
+
 /// Whether this join is one.
 pub(super) fn is_asof(join: &Join) -> bool {
     join.global || matches!(join.join_operator, JoinOperator::AsOf { .. })
@@ -83,7 +85,7 @@ pub(crate) fn words(dialect: &dyn Dialect, sql: &str) -> Option<String> {
     Some(text)
 }
 
-/// Puts every ASOF join of a statement, and what is joined before it, into parentheses of its own.
+/// Puts every ASOF join of a statement, and what is joined before it, into parentheses of its own; and every HOP.
 pub(crate) fn nest(statement: &mut Parsed) {
     match statement {
         Parsed::Statement(statement) => nest_sql(statement),
@@ -112,6 +114,7 @@ impl VisitorMut for Nest {
         if let TableFactor::NestedJoin { table_with_joins, .. } = factor {
             parenthesise(table_with_joins);
         }
+        hop::nest(factor);
         ControlFlow::Continue(())
     }
 }

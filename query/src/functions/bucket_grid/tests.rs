@@ -134,6 +134,10 @@ fn buckets_tile_the_time_line() {
             assert!(next > ts, "{told}: the next begins {}", text(next));
             assert_eq!(buckets.start(next), Some(next), "{told}");
             assert_eq!(buckets.start(next - 1), Some(start), "{told}");
+            let many = random.random_range(0..20);
+            let far = (0..many).try_fold(start, |at, _| buckets.next(at));
+            assert_eq!(buckets.after(start, many), far, "{told}: {many} behind");
+            assert_eq!(buckets.before(far.unwrap(), many), Some(start), "{told}: {many} before");
             before = start;
         }
     }

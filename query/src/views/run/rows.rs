@@ -4,6 +4,8 @@
 //! that the node has in memory. What is in files alone (when the view begins, or has not looked for long) is its past: rows
 //! between two positions, asked by pieces of event time, so that no more of them is in memory than one answer may have;
 //! each append says what is left of the past. Rows that come meanwhile are not between the two, wherever their times lie.
+//! So are batches whose answer is too much for one append. Rows of one moment that are too many for it are not told at all,
+//! which the view says of itself.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -25,7 +27,7 @@ use wire::{BATCH_DATES_MAX, BATCH_ROWS_MAX, DAY_US, Seq, SpoolId, StreamName};
 
 use super::write::{APPEND_BYTES_MAX, text};
 use super::{Round, Runner, Seen, ViewError, times};
-use crate::engine::bytes_of;
+use crate::engine::{QueryError, bytes_of};
 use crate::follow::{self, Unread};
 use crate::fused_table::{LiveTable, hot_columns};
 use crate::views::columns::{self, Book};
@@ -69,7 +71,7 @@ fn dates(rows: &RecordBatch) -> impl Iterator<Item = i64> {
 }
 
 impl Runner {
-    pub(super) async fn rows(&mut self, seen: &Seen, now_us: i64) -> Result<Round, ViewError> {
+    pub(super) async fn rows(&mut self, seen: &Seen) -> Result<Round, ViewError> {
         let stream = self.view.shape.streams.first().cloned();
         let stream = stream.ok_or_else(|| ViewError::Stuck("it follows nothing".to_owned()))?;
         let Some(frozen) = seen.states.get(&stream) else { return Ok(Round::Done) };
@@ -83,10 +85,10 @@ impl Runner {
                 None
             };
             match unread {
-                Some(unread) => {
-                    self.live(&stream, unread, now_us).await?;
-                    self.state.read_to(&stream, after);
-                }
+                Some(unread) => match self.live(&stream, unread).await? {
+                    true => self.state.read_to(&stream, after),
+                    false => waits = true,
+                },
                 // One past at a time: what came since then waits.
                 None if !self.state.left().1.is_empty() => waits = true,
                 None => {
@@ -100,74 +102,131 @@ impl Runner {
         if past.is_empty() {
             return Ok(Round::Done);
         }
-        self.past(&stream, &past, seen, now_us).await?;
+        self.past(&stream, &past, seen).await?;
         Ok(if self.state.left().1.is_empty() && !waits { Round::Done } else { Round::More })
     }
 
-    /// New rows, some whole batches at a time.
-    async fn live(&mut self, stream: &StreamName, mut unread: Vec<Unread>, now_us: i64) -> Result<(), ViewError> {
+    /// New rows, some whole batches at a time; false when some of them have become past, or wait until there is none.
+    async fn live(&mut self, stream: &StreamName, mut unread: Vec<Unread>) -> Result<bool, ViewError> {
         // In the order of each spool: what is left out behind one is left out behind all.
         unread.sort_by_key(|unread| (unread.spool, unread.seq));
         let mut waiting = Waiting::default();
         for unread in unread {
-            self.progress.rows_in += unread.rows.num_rows() as u64;
-            if waiting.is_full_with(&unread) {
-                self.emit(stream, std::mem::take(&mut waiting), now_us).await?;
+            if waiting.is_full_with(&unread) && !self.emit(stream, std::mem::take(&mut waiting)).await? {
+                return Ok(false);
             }
             waiting.add(unread);
         }
-        self.emit(stream, waiting, now_us).await
+        self.emit(stream, waiting).await
     }
 
-    /// The question's answer for some batches, and that the stream is read so far, in one append.
-    async fn emit(&mut self, stream: &StreamName, waiting: Waiting, now_us: i64) -> Result<(), ViewError> {
-        let Some(first) = waiting.batches.first() else { return Ok(()) };
+    /// The question's answer for some batches, and that the stream is read so far, in one append. When it is too much for
+    /// one, the batches are past, as soon as there is no other; false then.
+    async fn emit(&mut self, stream: &StreamName, waiting: Waiting) -> Result<bool, ViewError> {
+        let Some(first) = waiting.batches.first() else { return Ok(true) };
         let rows = concat_batches(&first.schema(), &waiting.batches).map_err(ViewError::table)?;
-        let answer = self.through(stream, rows).await?;
-        self.state.read(stream, waiting.covered);
-        match answer {
-            Some(answer) => self.append_rows(&answer, now_us).await,
-            None => Ok(()),
+        let count = rows.num_rows() as u64;
+        let answer = match self.through(stream, rows).await {
+            Ok(answer) => answer,
+            Err(ViewError::Query(error)) if error.is_too_much() => return Ok(self.put_off(stream, waiting)),
+            Err(error) => return Err(error),
+        };
+        if answer.as_ref().is_some_and(|answer| !fits(answer)) {
+            return Ok(self.put_off(stream, waiting));
         }
+        self.progress.rows_in += count;
+        self.state.read(stream, waiting.covered);
+        if let Some(answer) = answer {
+            self.append_rows(&answer).await?;
+        }
+        Ok(true)
+    }
+
+    /// What waits is told as past. One past at a time: while there is another it goes on waiting. Never that it was told.
+    fn put_off(&mut self, stream: &StreamName, waiting: Waiting) -> bool {
+        if self.state.left().1.is_empty() {
+            let before = self.state.position(stream).cloned().unwrap_or_default();
+            let mut to = before.clone();
+            waiting.covered.iter().for_each(|(spool, seq)| to.cover(*spool, *seq));
+            let own = waiting.batches.iter().flat_map(times).map(|time| (time, time));
+            self.state.catch_up(stream, [before, to], own.collect::<Vec<_>>());
+        }
+        false
     }
 
     /// A piece of the past.
-    async fn past(&mut self, stream: &StreamName, past: &Intervals, seen: &Seen, now_us: i64) -> Result<(), ViewError> {
+    async fn past(&mut self, stream: &StreamName, past: &Intervals, seen: &Seen) -> Result<(), ViewError> {
         let mut piece = self.state.first_of(past, self.piece);
         let began = Instant::now();
         let rows = loop {
             match self.of_past(stream, &piece, seen).await {
                 Ok(rows) => break rows,
-                Err(ViewError::Query(error)) if self.shorten(&error) => {
-                    piece = self.state.first_of(&piece, self.piece);
-                }
+                Err(ViewError::Query(error)) if error.is_too_much() => match self.shorten(&piece) {
+                    Some(shorter) => piece = shorter,
+                    None => return Err(error.into()),
+                },
                 Err(error) => return Err(error),
             }
         };
         self.paced(began.elapsed());
-        let answer = match rows {
-            Some(rows) => {
-                self.progress.rows_in += rows.num_rows() as u64;
-                self.through(stream, rows).await?
-            }
-            None => None,
-        };
-        let mut left = match answer {
-            Some(answer) => Some(self.in_order(answer)?),
-            None => None,
-        };
-        while let Some((answer, times)) = left.take() {
-            // What does not fit into one append is the next: the piece is done up to it.
-            let Some(rows) = fitting(&times, bytes_of(&answer) / answer.num_rows().max(1))? else {
-                self.state.done(&piece);
-                return self.append_rows(&answer, now_us).await;
+        // Parts of it in the order of their times, the first one last.
+        let mut parts = Vec::new();
+        if let Some(rows) = rows {
+            self.progress.rows_in += rows.num_rows() as u64;
+            parts.push(by_time(&rows)?);
+        }
+        while let Some(rows) = parts.pop() {
+            // Those behind it begin with another moment.
+            let part = match parts.last().and_then(|next| times(next).next()) {
+                Some(next) => piece.within(i64::MIN, next),
+                None => piece.clone(),
             };
-            self.state.done(&piece.within(i64::MIN, times[rows]));
-            self.append_rows(&answer.slice(0, rows), now_us).await?;
-            left = Some((answer.slice(rows, answer.num_rows() - rows), times[rows..].to_vec()));
+            match self.through(stream, rows.clone()).await {
+                Ok(Some(answer)) => self.tell_past(&part, answer).await?,
+                Ok(None) => {}
+                Err(ViewError::Query(error)) if error.is_too_much() => match middle(&rows) {
+                    Some(at) => {
+                        parts.extend([rows.slice(at, rows.num_rows() - at), rows.slice(0, at)]);
+                        continue;
+                    }
+                    // What took too long, or found no memory, may do so no more.
+                    None if !matches!(error, QueryError::TooMuch { .. }) => return Err(error.into()),
+                    None => self.leave_out(rows.num_rows(), times(&rows).next().unwrap_or(0), &error.to_string()),
+                },
+                Err(error) => return Err(error),
+            }
+            self.state.done(&part);
         }
         self.state.done(&piece);
         Ok(())
+    }
+
+    /// The answer for a part of a piece, in as many appends as it needs, each with what is left of the piece.
+    async fn tell_past(&mut self, part: &Intervals, answer: RecordBatch) -> Result<(), ViewError> {
+        let (mut answer, mut times) = self.in_order(answer)?;
+        while !times.is_empty() {
+            let fit = fitting(&times, bytes_of(&answer) / answer.num_rows().max(1));
+            let rows = match fit {
+                Fit::All => times.len(),
+                Fit::First(rows) | Fit::TooMuch(rows) => rows,
+            };
+            self.state.done(&part.within(i64::MIN, times.get(rows).copied().unwrap_or(i64::MAX)));
+            match fit {
+                Fit::TooMuch(_) => self.leave_out(rows, times[0], "one append has no room for them"),
+                _ => self.append_rows(&answer.slice(0, rows)).await?,
+            }
+            answer = answer.slice(rows, answer.num_rows() - rows);
+            times.drain(..rows);
+        }
+        Ok(())
+    }
+
+    /// Rows of one moment are not told: they cannot be divided.
+    fn leave_out(&mut self, rows: usize, time: i64, why: &str) {
+        let at = chrono::DateTime::from_timestamp_micros(time).unwrap_or_default();
+        let why = format!("{rows} rows of {at} are not told: {why}");
+        tracing::warn!(view = %self.view.definition.name, "{why}");
+        self.progress.refused = Some(why);
     }
 
     /// Rows of the past at these times.
@@ -221,7 +280,7 @@ impl Runner {
         Ok((answer, times))
     }
 
-    async fn append_rows(&mut self, answer: &RecordBatch, now_us: i64) -> Result<(), ViewError> {
+    async fn append_rows(&mut self, answer: &RecordBatch) -> Result<(), ViewError> {
         let stored = self.view.columns.stored(answer).map_err(ViewError::table)?;
         let times = columns::times(&stored[self.view.columns.time()]).filter(|times| times.null_count() == 0);
         let times = times.ok_or_else(|| ViewError::Stuck("a row without an event time".to_owned()))?;
@@ -233,24 +292,53 @@ impl Runner {
         let rows = self.view.columns.rows(&stored, &book).map_err(ViewError::table);
         self.append(rows).await?;
         self.state.recorded(record);
-        self.recorded_us = now_us;
+        self.recorded_us = self.now.since_us;
         Ok(())
     }
 }
 
-/// How many of the rows with these times, which grow, one append takes, so that those of one moment stay together; None
-/// when it takes all.
-fn fitting(times: &[i64], bytes_of_row: usize) -> Result<Option<usize>, ViewError> {
+/// Whether one append takes an answer.
+fn fits(answer: &RecordBatch) -> bool {
+    answer.num_rows() <= BATCH_ROWS_MAX && bytes_of(answer) <= APPEND_BYTES_MAX
+}
+
+/// Rows of a stream in the order of their times.
+fn by_time(rows: &RecordBatch) -> Result<RecordBatch, ViewError> {
+    let ts = rows.column_by_name(TS).ok_or_else(|| ViewError::Stuck("rows without event times".to_owned()))?;
+    let sorted = arrow::compute::sort_to_indices(ts, None, None).map_err(ViewError::table)?;
+    take_record_batch(rows, &sorted).map_err(ViewError::table)
+}
+
+/// Where rows in the order of their times are divided, between two moments, as near to the middle as may be; None when they
+/// are all of one.
+fn middle(rows: &RecordBatch) -> Option<usize> {
+    let times: Vec<i64> = times(rows).collect();
+    let half = *times.get(times.len() / 2)?;
+    let (from, to) = (times.partition_point(|time| *time < half), times.partition_point(|time| *time <= half));
+    [from, to].into_iter().find(|at| (1..times.len()).contains(at))
+}
+
+/// What one append takes of rows in the order of their times, so that those of one moment stay together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fit {
+    All,
+    First(usize),
+    /// The first so many are of one moment, and too much.
+    TooMuch(usize),
+}
+
+/// What one append takes of rows with these times, which grow.
+fn fitting(times: &[i64], bytes_of_row: usize) -> Fit {
     let rows_max = (APPEND_BYTES_MAX / bytes_of_row.max(1)).clamp(1, BATCH_ROWS_MAX);
     let mut dates = BTreeSet::new();
     let full = times.iter().enumerate().position(|(row, time)| {
         dates.insert(time.div_euclid(DAY_US));
         row >= rows_max || dates.len() > BATCH_DATES_MAX
     });
-    let Some(full) = full else { return Ok(None) };
+    let Some(full) = full else { return Fit::All };
     match times.partition_point(|time| *time < times[full]) {
-        0 => Err(ViewError::Stuck(format!("more than {rows_max} rows of one moment, {} µs since 1970", times[full]))),
-        rows => Ok(Some(rows)),
+        0 => Fit::TooMuch(times.partition_point(|time| *time <= times[full])),
+        rows => Fit::First(rows),
     }
 }
 
@@ -299,15 +387,13 @@ mod tests {
 
     #[test]
     fn an_append_takes_whole_moments_within_its_limits() {
-        let check = |times: &[i64], bytes: usize, expected: Option<usize>| {
-            assert_eq!(fitting(times, bytes).unwrap(), expected, "{bytes}");
-        };
+        let check = |times: &[i64], bytes: usize, expected: Fit| assert_eq!(fitting(times, bytes), expected, "{bytes}");
         let seconds = |count: i64| (0..count).map(|second| second * 1_000_000).collect::<Vec<_>>();
         let full = BATCH_ROWS_MAX as i64;
-        check(&seconds(full), 10, None);
-        check(&seconds(full + 1), 10, Some(BATCH_ROWS_MAX));
-        check(&[0, 1, 2, 2, 3], APPEND_BYTES_MAX / 3, Some(2));
-        check(&(0..65).map(|day| day * DAY_US).collect::<Vec<_>>(), 10, Some(64));
-        assert!(fitting(&[5, 5], APPEND_BYTES_MAX).unwrap_err().to_string().contains("one moment, 5"));
+        check(&seconds(full), 10, Fit::All);
+        check(&seconds(full + 1), 10, Fit::First(BATCH_ROWS_MAX));
+        check(&[0, 1, 2, 2, 3], APPEND_BYTES_MAX / 3, Fit::First(2));
+        check(&(0..65).map(|day| day * DAY_US).collect::<Vec<_>>(), 10, Fit::First(64));
+        check(&[5, 5, 6], APPEND_BYTES_MAX, Fit::TooMuch(2));
     }
 }

@@ -44,20 +44,20 @@ impl Touched {
         self.rows += rows.num_rows() as u64;
         let mut last = None;
         for (row, time) in times(rows).enumerate() {
-            // Rows of one window come together, mostly.
+            // Rows of one slot come together, mostly.
             if last.is_some_and(|(start, end)| (start..end).contains(&time)) || self.is_view && !is_result(rows, row) {
                 continue;
             }
-            let (start, end) = self.grid.window(time);
-            self.windows.insert(start, end);
-            last = Some((start, end));
+            let (from, to) = self.grid.touched(time, time);
+            self.windows.insert(from, to);
+            last = Some(self.grid.slot(time));
         }
         self.windows.merge_to(STRETCHES_MAX);
     }
 }
 
 impl Runner {
-    pub(super) async fn windows(&mut self, seen: &Seen, now_us: i64) -> Result<Round, ViewError> {
+    pub(super) async fn windows(&mut self, seen: &Seen) -> Result<Round, ViewError> {
         if self.state.begun() {
             self.follow(seen).await?;
         } else {
@@ -66,8 +66,10 @@ impl Runner {
         }
         let due = match self.view.definition.emit {
             Emit::Final => Due::Closed,
-            Emit::Update if self.updated_us.is_none_or(|last| now_us - last >= self.view.definition.every_us) => {
-                self.updated_us = Some(now_us);
+            Emit::Update
+                if self.updated_us.is_none_or(|last| self.now.since_us - last >= self.view.definition.every_us) =>
+            {
+                self.updated_us = Some(self.now.since_us);
                 Due::All
             }
             Emit::Update => Due::Closed,
@@ -86,7 +88,7 @@ impl Runner {
             self.piece(&piece, seen, &mut writer).await?;
         }
         if !writer.is_empty() {
-            self.finish(writer, now_us).await?;
+            self.finish(writer).await?;
         }
         let (live, past) = self.due(due, seen);
         Ok(if live.is_empty() && past.is_empty() { Round::Done } else { Round::More })
@@ -99,19 +101,24 @@ impl Runner {
             let Some([before, after]) = self.moved(seen, stream) else { continue };
             let is_view = view.shape.views.contains_key(stream);
             let touched = Touched { grid: self.state.grid().clone(), is_view, windows: Intervals::default(), rows: 0 };
-            let times = match self.fold(seen, stream, &before, &[TS, WINDOW, EMPTY], touched, Touched::add).await {
+            let touched = match self.fold(seen, stream, &before, &[TS, WINDOW, EMPTY], touched, Touched::add).await {
                 Ok(touched) => {
                     self.progress.rows_in += touched.rows;
-                    touched.windows.iter().map(|(from, to)| (from, to - 1)).collect()
+                    touched.windows
                 }
                 // Too many to look at each: whatever their files may touch is asked again.
-                Err(ViewError::Query(error)) if error.is_too_much() => match seen.states.get(stream) {
-                    Some(frozen) => follow::times_behind(frozen, &before),
-                    None => Vec::new(),
-                },
+                Err(ViewError::Query(error)) if error.is_too_much() => {
+                    let mut touched = Intervals::default();
+                    let times = seen.states.get(stream).map(|frozen| follow::times_behind(frozen, &before));
+                    for (first, last) in times.into_iter().flatten() {
+                        let (from, to) = self.state.grid().touched(first, last);
+                        touched.insert(from, to);
+                    }
+                    touched
+                }
                 Err(error) => return Err(error),
             };
-            self.state.saw(stream, after, times);
+            self.state.saw(stream, after, &touched);
         }
         for stream in &view.shape.references {
             let Some([before, after]) = self.moved(seen, stream) else { continue };
@@ -161,16 +168,22 @@ impl Runner {
     fn due(&mut self, due: Due, seen: &Seen) -> (Intervals, Intervals) {
         let closing = self.state.closing().unwrap_or(i64::MIN);
         let (from, to) = match seen.span {
-            Some((first, last)) => (self.state.window(first).0, self.state.window(last).1),
+            Some((first, last)) => self.state.grid().touched(first, last),
             None => (closing, closing),
         };
         self.state.done(&Intervals::of(i64::MIN, from.min(closing)));
         self.state.done(&Intervals::of(to, closing));
         let (live, past) = self.state.due(due);
-        (live.within(from, to), past.within(from, to))
+        let (mut live, mut past) = (live.within(from, to), past.within(from, to));
+        for start in self.aside.resting(self.now.since_us) {
+            let (from, to) = self.state.grid().slot(start);
+            live.remove(from, to);
+            past.remove(from, to);
+        }
+        (live, past)
     }
 
-    /// Asks a piece, or as much of it as can be asked at a time.
+    /// Asks a piece, or as much of it as can be asked at a time. A window that is too much alone is set aside.
     async fn piece(&mut self, piece: &Intervals, seen: &Seen, writer: &mut Writer) -> Result<(), ViewError> {
         let mut piece = piece.clone();
         loop {
@@ -181,9 +194,16 @@ impl Runner {
                     self.state.done(&piece);
                     return Ok(());
                 }
-                Err(ViewError::Query(error)) if self.shorten(&error) => {
-                    piece = self.state.first_of(&piece, self.piece);
-                }
+                Err(ViewError::Query(error)) if error.is_too_much() => match self.shorten(&piece) {
+                    Some(shorter) => piece = shorter,
+                    None => {
+                        let start = piece.first().map_or(i64::MIN, |(start, _)| start);
+                        if self.aside.add(start, &error, began.elapsed(), self.now.since_us) {
+                            return Ok(());
+                        }
+                        return Err(error.into());
+                    }
+                },
                 Err(error) => return Err(error),
             }
         }
@@ -191,7 +211,7 @@ impl Runner {
 
     async fn evaluate(&mut self, piece: &Intervals, seen: &Seen, writer: &mut Writer) -> Result<(), ViewError> {
         let view = Arc::clone(&self.view);
-        let plan = view.within(piece).map_err(|error| self.engine.explain(error))?;
+        let plan = view.of_windows(piece).map_err(|error| self.engine.explain(error))?;
         let limits = [self.limits.rows_max, self.limits.bytes_max];
         let answered = self.engine.ask(view.definition.name.as_str(), plan, seen.states.clone(), limits).await?;
         self.progress.computed += answered.computed;
@@ -213,7 +233,7 @@ impl Runner {
                 continue;
             }
             let told = Told { revision: before.map_or(0, |told| told.revision) + 1, digest };
-            let window = self.state.window(start);
+            let window = (start, self.state.grid().until(start));
             let changed = Changed { window, revision: told.revision, rows };
             if let Err(why) = writer.accepts(&changed) {
                 self.progress.refused = Some(why);
@@ -253,7 +273,7 @@ impl Runner {
             indices.entry(*start).or_default().push(u32::try_from(row).map_err(ViewError::table)?);
         }
         for (start, rows) in indices {
-            if self.state.window(start).0 != start {
+            if self.state.grid().slot(start).0 != start {
                 return Err(ViewError::Stuck(format!(
                     "a row of a window that begins at {start} µs, where none begins"
                 )));

@@ -113,20 +113,20 @@ impl Writer {
 
 impl Runner {
     /// Appends what waits with the record of where the view is.
-    pub(super) async fn finish(&mut self, mut writer: Writer, now_us: i64) -> Result<(), ViewError> {
+    pub(super) async fn finish(&mut self, mut writer: Writer) -> Result<(), ViewError> {
         let record = self.state.record();
         let text = text(&record)?;
         self.append(writer.take(Some(text))).await?;
         self.state.recorded(record);
-        self.recorded_us = now_us;
+        self.recorded_us = self.now.since_us;
         Ok(())
     }
 
     /// Writes down where the view is, though nothing was emitted.
-    pub(super) async fn note(&mut self, now_us: i64) -> Result<(), ViewError> {
+    pub(super) async fn note(&mut self) -> Result<(), ViewError> {
         let record = self.state.record();
         let row = Book {
-            ts: self.state.watermark().unwrap_or(now_us).max(TS_MIN_US),
+            ts: self.state.watermark().unwrap_or(self.now.wall_us).max(TS_MIN_US),
             empty: true,
             position: Some(text(&record)?),
             ..Book::default()
@@ -135,7 +135,7 @@ impl Runner {
         let rows = columns.rows(&columns.nulls(1), &[row]).map_err(ViewError::table);
         self.append(rows).await?;
         self.state.recorded(record);
-        self.recorded_us = now_us;
+        self.recorded_us = self.now.since_us;
         Ok(())
     }
 

@@ -69,26 +69,28 @@ fn equated(join: &Join) -> Vec<(&Expr, &Expr)> {
 
 fn streams(join: &Join, left: Flow, right: Flow) -> Result<Flow> {
     let (schema_left, schema_right) = (join.left.schema(), join.right.schema());
-    let (mut same_time, mut same_window) = (false, None::<Grid>);
+    let (mut same_time, mut same_windows) = (false, Vec::<Grid>::new());
     for (of_left, of_right) in equated(join) {
         same_time |= left.is_own_time(of_left, schema_left) && right.is_own_time(of_right, schema_right);
         let windows = (left.window_of(of_left, schema_left), right.window_of(of_right, schema_right));
         if let (Some(of_left), Some(of_right)) = windows
             && of_left == of_right
         {
-            same_window = Some(of_left);
+            same_windows.push(of_left);
         }
     }
-    if !same_time && same_window.is_none() {
+    if !same_time && same_windows.is_empty() {
         return plan_err!(
             "this join has rows of all times on both sides: add the window to its conditions, \
              ON a.window = b.window AND …, with windows of one size"
         );
     }
-    // With equal times every window of either side holds for both; otherwise only that which they share.
+    // With equal times every window of either side holds for both, though each may be in another of those that overlap;
+    // otherwise only that which they share.
+    let holds = |grid: &Grid| same_time && !grid.hops() || same_windows.contains(grid);
     let keep = |flow: Flow| Flow {
         times: if same_time { flow.times } else { Default::default() },
-        windows: flow.windows.into_iter().filter(|(_, grid)| same_time || same_window.as_ref() == Some(grid)).collect(),
+        windows: flow.windows.into_iter().filter(|(_, grid)| holds(grid)).collect(),
         rows: false,
         ..flow
     };

@@ -2,6 +2,7 @@ use wire::{Seq, SpoolId};
 
 use super::*;
 use crate::functions::bucket_grid::{Buckets, Width};
+use crate::functions::hop::Windows;
 
 const MINUTE: i64 = 60_000_000;
 
@@ -21,6 +22,12 @@ fn position(seq: u64) -> Position {
 
 fn minutes(intervals: &Intervals) -> Vec<(i64, i64)> {
     intervals.iter().map(|(from, to)| (from / MINUTE, if to == i64::MAX { to } else { to / MINUTE })).collect()
+}
+
+/// The windows that rows of these minutes lie in.
+fn touched(minutes: &[i64]) -> Intervals {
+    let windows = minutes.iter().map(|minute| grid().touched(minute * MINUTE, minute * MINUTE));
+    windows.collect::<Vec<_>>().into()
 }
 
 fn state(record: Option<Record>) -> State {
@@ -57,7 +64,7 @@ fn a_late_row_makes_its_window_due_again_and_no_other() {
     state.observe(Some(60 * MINUTE));
     state.begin(Some(0), Positions::new());
     state.done(&Intervals::of(i64::MIN, 55 * MINUTE));
-    state.saw(&stream(), position(2), [11, 12, 58].map(|minute| (minute * MINUTE, minute * MINUTE)));
+    state.saw(&stream(), position(2), &touched(&[11, 12, 58]));
     assert_eq!(minutes(&state.due(Due::Closed).0), [(10, 15)]);
     assert_eq!(state.settled(), Some(10 * MINUTE));
     // A reference table changed from 31 on.
@@ -71,7 +78,7 @@ fn a_record_says_all_that_a_restart_needs() {
     let mut state = state(None);
     state.observe(Some(60 * MINUTE));
     state.begin(Some(0), Positions::from([(stream(), position(1))]));
-    state.saw(&stream(), position(7), [(61 * MINUTE, 61 * MINUTE)]);
+    state.saw(&stream(), position(7), &touched(&[61]));
     state.done(&Intervals::of(i64::MIN, 30 * MINUTE));
     assert!(state.is_ahead());
     let record = state.record();
@@ -127,4 +134,32 @@ fn what_is_asked_again_is_everything() {
     state.done(&Intervals::of(0, 25 * MINUTE));
     state.ask_again();
     assert_eq!(state.left(), (&Intervals::of(25 * MINUTE, i64::MAX), &Intervals::of(i64::MIN, 25 * MINUTE)));
+}
+
+#[test]
+fn windows_that_hop_are_due_when_they_have_ended_and_touched_by_each_of_their_rows() {
+    let hops = || {
+        let buckets = Buckets::new(Width::Micros(5 * MINUTE), None, Some(0), (0, 0)).unwrap();
+        Grid::from(Windows { buckets, hops: 3 })
+    };
+    let mut state = State::new("id".to_owned(), hops(), 2 * MINUTE, None);
+    state.observe(Some(62 * MINUTE));
+    state.begin(Some(17 * MINUTE), Positions::from([(stream(), position(1))]));
+    // The first window that holds 17 begins at 5; that of 45 to 60 is the last that has ended.
+    assert_eq!((minutes(state.left().1), minutes(state.left().0)), (vec![(5, 50)], vec![(50, i64::MAX)]));
+    let all = state.due(Due::Closed).1;
+    assert_eq!(minutes(&hops().rows(&all)), [(5, 60)]);
+    state.done(&all);
+    assert_eq!(state.settled(), Some(50 * MINUTE));
+    state.observe(Some(66 * MINUTE));
+    assert!(state.due(Due::Closed).0.is_empty());
+    state.observe(Some(67 * MINUTE));
+    let (from, to) = hops().touched(21 * MINUTE, 22 * MINUTE);
+    state.saw(&stream(), position(2), &Intervals::of(from, to));
+    let (live, _) = state.due(Due::Closed);
+    assert_eq!(minutes(&live), [(10, 25), (50, 55)]);
+    assert_eq!(minutes(&hops().rows(&live)), [(10, 35), (50, 65)]);
+    assert_eq!(hops().until(10 * MINUTE), 25 * MINUTE);
+    state.changed_from(&"r".parse().unwrap(), position(3), Some(31 * MINUTE));
+    assert_eq!(minutes(&state.due(Due::Closed).1), [(20, 55)]);
 }

@@ -53,6 +53,7 @@ struct Table {
     last: BTreeMap<SpoolId, Seq>,
     facts: BTreeMap<SpoolId, SpoolFacts>,
     version: u64,
+    moves: u64,
     log_store: LogStoreRef,
 }
 
@@ -65,6 +66,8 @@ pub(super) struct City {
     state: Mutex<State>,
     /// What arrives while somebody freezes tables: behind the state that was just told.
     meanwhile: Mutex<Vec<Arrival>>,
+    /// How often each stream was frozen.
+    frozen: Mutex<BTreeMap<StreamName, usize>>,
 }
 
 /// Rows of an edge, its watermark, and when they came.
@@ -96,7 +99,13 @@ impl City {
             changed: watch::channel(0).0,
             state,
             meanwhile: Mutex::default(),
+            frozen: Mutex::default(),
         })
+    }
+
+    /// How often somebody has asked for the rows of a stream.
+    pub(super) fn frozen(&self, stream: &StreamName) -> usize {
+        self.frozen.lock().get(stream).copied().unwrap_or_default()
     }
 
     pub(super) fn create(&self, stream: &StreamName, fields: Vec<StreamField>) {
@@ -112,6 +121,7 @@ impl City {
             last: BTreeMap::new(),
             facts: BTreeMap::new(),
             version: 0,
+            moves: 0,
             log_store,
         };
         self.tables.lock().entry(stream.clone()).or_insert(table);
@@ -217,6 +227,7 @@ impl City {
             });
         let batch = RecordBatch::try_new(Arc::clone(schema), values.collect()).unwrap();
         table.hot.push((spool, seq, batch));
+        table.moves += 1;
         let fact = table.facts.entry(spool).or_insert_with(|| SpoolFacts {
             stream: stream.clone(),
             edge: edge.parse().unwrap(),
@@ -231,7 +242,7 @@ impl City {
             agent: String::new(),
             configuration: 0,
         });
-        fact.received_at_us = now;
+        (fact.rows, fact.batches, fact.received_at_us) = (fact.rows + rows as u64, fact.batches + 1, now);
         fact.max_ts = fact.max_ts.max(arrow::compute::max(&ts));
         fact.watermark = fact.watermark.max(watermark);
         self.changed.send_modify(|count| *count += 1);
@@ -254,6 +265,7 @@ impl City {
             let files = self.write(table, &concat_batches(&table.schema, &rows).unwrap());
             table.files = table.files.with(files, &[]);
             table.version += 1;
+            table.moves += 1;
         }
         self.changed.send_modify(|count| *count += 1);
     }
@@ -270,6 +282,7 @@ impl City {
             table.files = table.files.with(files, &old);
             table.grace = Some(Vec::new());
             table.version += 1;
+            table.moves += 1;
         }
         self.changed.send_modify(|count| *count += 1);
     }
@@ -296,7 +309,7 @@ impl City {
             let files = self.write(table, &concat_batches(&schema, &rows).unwrap());
             table.files = table.files.with(files, &old);
         }
-        (table.grace, table.version) = (None, table.version + 1);
+        (table.grace, table.version, table.moves) = (None, table.version + 1, table.moves + 1);
         self.changed.send_modify(|count| *count += 1);
     }
 
@@ -366,6 +379,7 @@ pub(super) struct Handle(pub(super) Arc<City>);
 #[async_trait]
 impl HotSource for Handle {
     async fn hot(&self, stream: &StreamName, at: u64) -> Result<HotAnswer, HotError> {
+        *self.0.frozen.lock().entry(stream.clone()).or_default() += 1;
         let told = self.told(stream, at);
         let meanwhile = self.0.meanwhile.lock().pop();
         if let Some(Arrival { stream, edge, rows, watermark, now }) = meanwhile {
@@ -427,6 +441,10 @@ impl Tables for Handle {
 
     fn changed(&self) -> watch::Receiver<u64> {
         self.0.changed.subscribe()
+    }
+
+    fn moves(&self, stream: &StreamName) -> u64 {
+        self.0.tables.lock().get(stream).map_or(0, |table| table.moves)
     }
 }
 

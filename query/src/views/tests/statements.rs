@@ -219,3 +219,41 @@ async fn a_column_of_another_type_is_asked_again_or_said() {
     assert_eq!(before.iter().map(RecordBatch::num_rows).sum::<usize>(), 5);
     std::fs::remove_dir_all(&stage.kept).unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_view_wakes_when_a_table_of_its_own_changes() {
+    let stage = Stage::new();
+    let (traffic, weather) = (words::stream("traffic"), words::stream("weather"));
+    for minute in 0..3 {
+        stage.arrive(minute, "a", 1.0);
+    }
+    stage.does("CREATE MATERIALIZED VIEW speeds AS SELECT ts, speed FROM traffic").await;
+    stage.does("CREATE MATERIALIZED VIEW warm AS SELECT ts, temperature FROM weather").await;
+    equal(&stage.city, &stage.engine, "SELECT * FROM speeds", "SELECT ts, speed FROM traffic").await;
+    let (began, before) = (Instant::now(), stage.city.frozen(&traffic));
+    let rounds = 60;
+    for minute in 0..rounds {
+        let row = Row { ts: START + minute * MINUTE, device: "a".to_owned(), value: Some(1.0), text: None };
+        stage.city.arrive(&weather, 0, &[row], None, 0);
+        equal(&stage.city, &stage.engine, "SELECT * FROM warm", "SELECT ts, temperature FROM weather").await;
+    }
+    // Once a second it looks all the same.
+    let (looked, seconds) = (stage.city.frozen(&traffic) - before, began.elapsed().as_secs() as usize);
+    assert!(
+        looked <= seconds + 2,
+        "it looked {looked} times in {seconds} s, while another table changed {rounds} times"
+    );
+    stage.arrive(5, "a", 1.0);
+    equal(&stage.city, &stage.engine, "SELECT * FROM speeds", "SELECT ts, speed FROM traffic").await;
+    std::fs::remove_dir_all(&stage.kept).unwrap();
+}
+
+#[tokio::test]
+async fn a_directory_of_views_that_is_not_there_is_an_error() {
+    let city = City::new();
+    let missing = std::env::temp_dir().join("weir-no-such-directory");
+    let settings = ViewSettings { directory: Some(missing.clone()), ..ViewSettings::in_directory(&missing) };
+    let sink = Arc::new(city::Handle(Arc::clone(&city)));
+    let error = engine(&city).keep_views(sink, settings, CancellationToken::new()).unwrap_err();
+    assert!(error.contains("[views] directory") && error.contains("weir-no-such-directory"), "{error}");
+}
