@@ -487,4 +487,4 @@ fn now_us() -> i64 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -18,7 +18,7 @@ use super::view::View;
 use crate::engine::{Engine, EngineSettings, States};
 use crate::lanes::LaneSettings;
 
-mod city;
+pub(crate) mod city;
 mod statements;
 mod words;
 
