@@ -223,6 +223,7 @@ fn alert_settings(settings: &Settings) -> anyhow::Result<query::alerts::AlertSet
         data_dir: settings.data_dir.clone(),
         directory: of.directory.clone(),
         horizon: of.horizon.0,
+        stale_after: of.stale_after.0,
         devices_max: of.devices_max,
         subscribers_max: of.subscribers_max.unwrap_or(settings.listen.http_connections.div_ceil(2)),
         targets: of.publish.iter().map(target).collect::<anyhow::Result<_>>()?,

@@ -17,6 +17,8 @@ pub(crate) mod silence;
 pub(crate) mod statement;
 mod store;
 mod template;
+#[cfg(test)]
+mod tests;
 pub(crate) mod topic;
 mod trial;
 
@@ -36,6 +38,7 @@ use self::metrics::Counts;
 pub use self::rule::{LANE, RULE_BYTES_MAX, RULES_MAX, RuleSettings};
 use self::rule::{Rule, RuleError};
 use self::runner::{Command, Runner};
+pub use self::shown::{OPEN_MAX, Opened, Page};
 use self::silence::Silence;
 use self::store::RuleStore;
 pub use self::topic::TopicFilter;
@@ -59,6 +62,8 @@ pub struct AlertSettings {
     pub directory: Option<PathBuf>,
     /// What happened longer ago is a backfill.
     pub horizon: Duration,
+    /// An alert that only edges raise which were not heard for so long is stale.
+    pub stale_after: Duration,
     /// Devices of one stream whose newest row is remembered.
     pub devices_max: usize,
     /// Who listens to `/v1/alerts/stream` at a time.
@@ -102,6 +107,7 @@ pub enum Word {
     Acknowledge,
     Assign(String),
     Comment,
+    Resolve,
 }
 
 /// All of it.
@@ -136,7 +142,7 @@ impl Alerts {
         let (rules, counts) = (Arc::default(), Arc::<Counts>::default());
         let runner = Runner::new(
             (Arc::clone(&engine), Arc::clone(&sink), Arc::clone(&hub)),
-            (i64::try_from(settings.horizon.as_micros()).unwrap_or(i64::MAX), settings.devices_max),
+            (micros(settings.horizon), micros(settings.stale_after), settings.devices_max),
             loaded,
             (Arc::clone(&rules), Arc::clone(&counts)),
             received,
@@ -211,17 +217,21 @@ impl Alerts {
     ///
     /// # Errors
     /// Why it is refused.
-    pub async fn put(&self, name: &str, text: &str) -> Result<RuleStatus, AlertError> {
+    pub async fn put(self: &Arc<Self>, name: &str, text: &str) -> Result<RuleStatus, AlertError> {
         let settings = RuleSettings::parse(name, text).map_err(AlertError::Invalid)?;
         let rule = Rule::compile(&self.engine, settings.clone()).await.map_err(|error| match error {
             RuleError::Waits(reason) | RuleError::Refused(reason) => AlertError::Invalid(reason),
             RuleError::Busy(reason) => AlertError::Failed(reason),
         })?;
         let status = shown::status_of(name, Ok(&rule), false);
-        let mut store = self.store.lock().await;
-        store.admits(&settings).map_err(AlertError::Invalid)?;
-        store.put(settings, text).map_err(AlertError::Failed)?;
-        self.ask(|reply| Command::Put { rule: Box::new(rule), reply }).await?;
+        let (alerts, text) = (Arc::clone(self), text.to_owned());
+        to_its_end(async move {
+            let mut store = alerts.store.lock().await;
+            store.admits(&settings).map_err(AlertError::Invalid)?;
+            store.put(settings, &text).map_err(AlertError::Failed)?;
+            alerts.ask(|reply| Command::Put { rule: Box::new(rule), reply }).await
+        })
+        .await?;
         Ok(status)
     }
 
@@ -229,11 +239,14 @@ impl Alerts {
     ///
     /// # Errors
     /// When there is none of this name, or it is from the configuration.
-    pub async fn delete(&self, name: &str) -> Result<(), AlertError> {
-        let mut store = self.store.lock().await;
-        store.delete(name).map_err(AlertError::NotFound)?;
-        let name = name.to_owned();
-        self.ask(|reply| Command::Delete { name, reply }).await
+    pub async fn delete(self: &Arc<Self>, name: &str) -> Result<(), AlertError> {
+        let (alerts, name) = (Arc::clone(self), name.to_owned());
+        to_its_end(async move {
+            let mut store = alerts.store.lock().await;
+            store.delete(&name).map_err(AlertError::NotFound)?;
+            alerts.ask(|reply| Command::Delete { name, reply }).await
+        })
+        .await
     }
 
     /// What a rule would have found over history, in this interval of event time (µs).
@@ -244,12 +257,12 @@ impl Alerts {
         trial::run(&self.engine, settings, (from, to), self.devices_max).await.map_err(AlertError::Invalid)
     }
 
-    /// The alerts that are open, as JSON.
+    /// Alerts that are open, the worst first.
     ///
     /// # Errors
     /// When the node stops.
-    pub async fn open(&self) -> Result<serde_json::Value, AlertError> {
-        self.ask(|reply| Command::Open { reply }).await
+    pub async fn open(&self, page: Page) -> Result<Opened, AlertError> {
+        self.ask(|reply| Command::Open { page, reply }).await
     }
 
     /// The silences, as JSON.
@@ -293,6 +306,12 @@ impl Alerts {
     }
 }
 
+/// Goes on when nobody waits for it any more: what is half done is never left so.
+async fn to_its_end(work: impl Future<Output = Result<(), AlertError>> + Send + 'static) -> Result<(), AlertError> {
+    let done = tokio::spawn(work).await;
+    done.unwrap_or_else(|error| Err(AlertError::Failed(format!("the change of a rule was not finished: {error}"))))
+}
+
 /// A node whose task of alerts has ended raises none, and nobody would know: it stops, too.
 struct Ends(CancellationToken);
 
@@ -324,6 +343,10 @@ fn serve(kind: &TargetKind, place: Place, token: CancellationToken) {
             tokio::spawn(mqtt::run(Broker { host, port, client_id, credentials, attempts }, place, token));
         }
     }
+}
+
+fn micros(span: Duration) -> i64 {
+    i64::try_from(span.as_micros()).unwrap_or(i64::MAX)
 }
 
 /// Waits until the node knows where the stream of decisions ends; None when it stops before.

@@ -114,6 +114,14 @@ impl LiveTable {
         }
     }
 
+    /// The stream whose present rows it shows, all of them or the newest.
+    pub(crate) fn reads(&self) -> Option<&StreamName> {
+        match &self.asked {
+            Asked::Stream(stream) | Asked::Latest(stream, _) | Asked::LatestIfKept(stream, _) => Some(stream),
+            Asked::Past(_) | Asked::LatestPast(_) | Asked::System(_) => None,
+        }
+    }
+
     /// A table about the node itself.
     pub(crate) fn system(kind: Kind) -> Self {
         Self { schema: kind.schema(), asked: Asked::System(kind) }

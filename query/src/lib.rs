@@ -32,6 +32,7 @@ pub mod statements;
 mod system;
 mod uncounted;
 pub mod views;
+mod volatile;
 
 pub use alerts::Alerts;
 pub use as_of::AsOf;

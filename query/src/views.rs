@@ -512,4 +512,4 @@ impl Views {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -17,6 +17,8 @@ pub struct AlertSettings {
     pub directory: Option<PathBuf>,
     /// What happened longer ago when it is found is recorded as `backfill`, and nobody is told.
     pub horizon: Span,
+    /// An alert that only edges raise which were not heard for so long is marked `stale`.
+    pub stale_after: Span,
     /// Devices of one stream whose newest row is remembered.
     pub devices_max: usize,
     /// Who listens to `/v1/alerts/stream` at a time; half of the door's connections unless set.
@@ -30,6 +32,7 @@ impl Default for AlertSettings {
         Self {
             directory: None,
             horizon: Span(Duration::from_secs(3_600)),
+            stale_after: Span(Duration::from_secs(3_600)),
             devices_max: 100_000,
             subscribers_max: None,
             publish: Vec::new(),
@@ -113,6 +116,9 @@ impl AlertSettings {
         }
         if self.horizon.0 < Duration::from_secs(1) {
             return Err("[alerts] horizon must be at least 1s".to_owned());
+        }
+        if self.stale_after.0 < Duration::from_secs(1) {
+            return Err("[alerts] stale_after must be at least 1s".to_owned());
         }
         let mut names = HashSet::new();
         for target in &self.publish {

@@ -151,6 +151,12 @@ pub(crate) struct Episode {
     pub(crate) clear_at: i64,
     /// When it ended while an origin still raises it: that one's end is waited for.
     pub(crate) unsettled_at: Option<i64>,
+    /// Somebody ended it then: what is older belongs to it, what is newer is another.
+    #[serde(default)]
+    pub(crate) ended_by_hand: Option<i64>,
+    /// Only edges raise it, and none of them was heard for long.
+    #[serde(default)]
+    pub(crate) stale: bool,
 }
 
 impl Episode {
@@ -197,6 +203,8 @@ impl Episode {
             told_at: 0,
             clear_at: 0,
             unsettled_at: None,
+            ended_by_hand: None,
+            stale: false,
         }
     }
 

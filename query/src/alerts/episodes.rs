@@ -10,11 +10,13 @@
 //! - Time between two ticks counts at most [`STEP_US`], so that a clock that is set repeats nothing and ends nothing; what a
 //!   rule saw by that clock is moved with it. Of the time that a node was away as much counts towards `keep_firing_for`.
 //! - A rule that is there and cannot run ends nothing: what it raised stays as it was.
+//! - What only edges raise that are not heard any more is marked stale, and goes on until somebody ends it (`stale`, `people`).
 
 mod change;
 mod merge;
 mod people;
 mod quiet;
+mod stale;
 #[cfg(test)]
 mod tests;
 
@@ -189,7 +191,7 @@ impl Episodes {
         let open = self.open.get_mut(&key).and_then(|open| open.remove(seen.labels));
         let mut episode = match open {
             Some(episode) => episode,
-            None if seen.says != Says::Holds => return,
+            None if seen.says != Says::Holds || self.is_before_an_end_by_hand(&key, seen) => return,
             None => match self.found_again(&key, policy, seen) {
                 Some(episode) => episode,
                 None => {
@@ -223,11 +225,17 @@ impl Episodes {
         self.put(key, episode);
     }
 
+    fn is_before_an_end_by_hand(&self, key: &RuleKey, seen: &Seen<'_>) -> bool {
+        let ended = self.ended.get(&(key.clone(), seen.labels.to_owned()));
+        ended.and_then(|ended| ended.ended_by_hand).is_some_and(|at| seen.to <= at)
+    }
+
     /// An alert that ended by others, and that this row belongs to.
     fn found_again(&mut self, key: &RuleKey, policy: &Policy, seen: &Seen<'_>) -> Option<Episode> {
         let key = (key.clone(), seen.labels.to_owned());
         let ended = self.ended.get(&key)?;
-        let belongs = !ended.raised.contains_key(CLOUD) && ended.meets(seen.from, Some(seen.to), policy.slack);
+        let is_open_to_rows = !ended.raised.contains_key(CLOUD) && ended.ended_by_hand.is_none();
+        let belongs = is_open_to_rows && ended.meets(seen.from, Some(seen.to), policy.slack);
         if belongs { self.ended.remove(&key) } else { None }
     }
 
@@ -392,6 +400,7 @@ impl Episodes {
         let end = episode.raised.values().filter_map(|raised| raised.to).max().unwrap_or(to);
         let ended_before = episode.phase == Phase::Resolved;
         (episode.phase, episode.to, episode.unsettled_at) = (Phase::Resolved, Some(end), None);
+        episode.stale = false;
         let told = episode.told && !ended_before;
         let transition = if ended_before { Transition::Merged } else { Transition::Resolved };
         self.record(transition, ts, now, told, episode);

@@ -12,6 +12,7 @@ use arrow_array::builder::{BooleanBuilder, Float64Builder, Int64Builder, StringB
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Int64Type, TimestampMicrosecondType};
 use arrow_array::{Array, ArrayRef, RecordBatch, TimestampMicrosecondArray};
+use serde::de::DeserializeOwned;
 use wire::schema::own;
 use wire::{DAY_US, StreamName, StreamSchema, TS_MIN_US};
 
@@ -168,6 +169,19 @@ pub(crate) fn state(transition: Transition, alert: &Episode) -> &'static str {
     }
 }
 
+/// Why a restarted node cannot go on from the stream. It is never begun anew: that would decide everything twice.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RecoverError {
+    #[error(transparent)]
+    Asked(#[from] QueryError),
+    #[error("the {what} of change {sequence} in alert_log is not understood: {error}")]
+    Unreadable { what: &'static str, sequence: i64, error: serde_json::Error },
+}
+
+fn understood<T: DeserializeOwned>(what: &'static str, sequence: i64, text: &str) -> Result<T, RecoverError> {
+    serde_json::from_str(text).map_err(|error| RecoverError::Unreadable { what, sequence, error })
+}
+
 /// What a restarted node finds.
 #[derive(Debug, Default)]
 pub(crate) struct Recovered {
@@ -177,7 +191,35 @@ pub(crate) struct Recovered {
     silences: Vec<Silence>,
 }
 
+/// What the last row of an alert or a silence says.
+#[derive(Debug)]
+struct Last {
+    sequence: i64,
+    state: String,
+    transition: String,
+    detail: String,
+}
+
 impl Recovered {
+    /// From the last position, with its sequence, and the last row of each alert and silence.
+    fn read(sequence: i64, position: Option<(i64, String)>, last: Vec<Last>, now: i64) -> Result<Self, RecoverError> {
+        let mut found = Self { sequence, ..Self::default() };
+        if let Some((sequence, text)) = position {
+            found.positions = understood("position", sequence, &text)?;
+        }
+        for Last { sequence, state, transition, detail } in last {
+            match (state.as_str(), transition.as_str()) {
+                ("dropped", _) | ("silence", "unsilence") => {}
+                ("silence", _) => found.silences.push(understood("silence", sequence, &detail)?),
+                _ => found.alerts.push(understood("alert", sequence, &detail)?),
+            }
+        }
+        found.silences.retain(|silence| !silence.is_over(now));
+        // A record of the past that never ended is none of the present.
+        found.alerts.retain(|alert| alert.watch.is_some() || !alert.raised.is_empty());
+        Ok(found)
+    }
+
     /// Puts back what was open.
     pub(crate) fn into_episodes(self, horizon: i64, now: i64) -> (Episodes, Positions) {
         let mut episodes = Episodes::new(horizon, self.sequence, now);
@@ -190,78 +232,106 @@ impl Recovered {
 /// Reads what the stream says of the last moment.
 ///
 /// # Errors
-/// When it cannot be asked.
-pub(crate) async fn recover(engine: &Engine, now: i64) -> Result<Recovered, QueryError> {
-    let mut found = Recovered::default();
+/// When it cannot be asked, or says what is not understood.
+pub(crate) async fn recover(engine: &Engine, now: i64) -> Result<Recovered, RecoverError> {
     if engine.tables().cold(&stream()).is_none() {
-        return Ok(found);
+        return Ok(Recovered::default());
     }
-    for batch in ask(engine, "SELECT max(sequence) AS sequence FROM alert_log").await? {
-        let sequences = batch.column(0).as_primitive::<Int64Type>();
-        found.sequence = sequences.iter().flatten().max().unwrap_or(0);
-    }
-    let position = "SELECT position FROM alert_log WHERE position IS NOT NULL ORDER BY sequence DESC LIMIT 1";
-    for text in texts(&ask(engine, position).await?, 0) {
-        found.positions = serde_json::from_str(&text).unwrap_or_default();
-    }
+    let numbers = |rows: &[RecordBatch]| {
+        let of = |batch: &RecordBatch| batch.column(0).as_primitive::<Int64Type>().iter().flatten().collect::<Vec<_>>();
+        rows.iter().flat_map(of).collect::<Vec<_>>()
+    };
+    let sequence = numbers(&ask(engine, "SELECT max(sequence) AS sequence FROM alert_log").await?);
+    let sequence = sequence.into_iter().max().unwrap_or(0);
+    let position = "SELECT sequence, position FROM alert_log WHERE position IS NOT NULL ORDER BY sequence DESC LIMIT 1";
+    let rows = ask(engine, position).await?;
+    let position = numbers(&rows).into_iter().zip(texts(&rows, 1)).next();
     let since = now - ENDED_US;
     let last = format!(
-        "SELECT state, transition, detail FROM alert_log WHERE sequence IN \
+        "SELECT sequence, state, transition, detail FROM alert_log WHERE sequence IN \
          (SELECT max(sequence) FROM alert_log WHERE alert_id IS NOT NULL GROUP BY alert_id) \
          AND (state IN ('pending', 'firing', 'silence') OR state = 'backfill' AND to_ts IS NULL \
          OR at > to_timestamp_micros({since})) ORDER BY sequence"
     );
     let rows = ask(engine, &last).await?;
-    for ((state, transition), detail) in texts(&rows, 0).into_iter().zip(texts(&rows, 1)).zip(texts(&rows, 2)) {
-        match (state.as_str(), transition.as_str()) {
-            ("dropped", _) | ("silence", "unsilence") => {}
-            ("silence", _) => found.silences.extend(serde_json::from_str::<Silence>(&detail)),
-            _ => found.alerts.extend(serde_json::from_str::<Episode>(&detail)),
-        }
-    }
-    found.silences.retain(|silence| !silence.is_over(now));
-    // A record of the past that never ended is none of the present.
-    found.alerts.retain(|alert| alert.watch.is_some() || !alert.raised.is_empty());
-    Ok(found)
+    let [states, transitions, details] = [1, 2, 3].map(|column| texts(&rows, column));
+    let last = numbers(&rows).into_iter().zip(states).zip(transitions).zip(details);
+    let last = last.map(|(((sequence, state), transition), detail)| Last { sequence, state, transition, detail });
+    Recovered::read(sequence, position, last.collect(), now)
 }
 
-/// What was told behind a sequence, the next so many.
+const TOLD: &str = "SELECT transition, actor, note, detail, sequence, ts, at FROM alert_log WHERE told";
+
+/// What was told behind a sequence: the next so many, in so many bytes, and whether that is all.
 ///
 /// # Errors
 /// When the stream cannot be asked.
-pub(crate) async fn told_after(engine: &Engine, sequence: i64, count: usize) -> Result<Vec<Change>, QueryError> {
+pub(crate) async fn told_after(
+    engine: &Engine,
+    sequence: i64,
+    (count, bytes_max): (usize, usize),
+) -> Result<(Vec<Change>, bool), QueryError> {
     if engine.tables().cold(&stream()).is_none() {
-        return Ok(Vec::new());
+        return Ok((Vec::new(), true));
     }
-    let told = format!(
-        "SELECT transition, actor, note, detail, sequence, ts, at FROM alert_log \
-         WHERE told AND sequence > {sequence} ORDER BY sequence LIMIT {count}"
-    );
+    let told = format!("{TOLD} AND sequence > {sequence} ORDER BY sequence LIMIT {count}");
     let rows = ask(engine, &told).await?;
+    let found = rows.iter().map(RecordBatch::num_rows).sum::<usize>();
+    let mut bytes = 0;
     let mut changes = Vec::new();
-    for batch in &rows {
-        let text = |column: usize, row: usize| {
-            let column = batch.column(column).as_string::<i32>();
-            column.is_valid(row).then(|| column.value(row).to_owned())
-        };
-        for row in 0..batch.num_rows() {
-            let word = text(0, row).unwrap_or_default();
-            let transition = serde_json::from_value(serde_json::Value::String(word));
-            let episode = text(3, row).and_then(|detail| serde_json::from_str::<Episode>(&detail).ok());
-            let (Ok(transition), Some(episode)) = (transition, episode) else { continue };
-            changes.push(Change {
-                sequence: batch.column(4).as_primitive::<Int64Type>().value(row),
-                transition,
-                ts: batch.column(5).as_primitive::<TimestampMicrosecondType>().value(row),
-                at: batch.column(6).as_primitive::<TimestampMicrosecondType>().value(row),
-                told: true,
-                actor: text(1, row),
-                note: text(2, row),
-                subject: Subject::Alert(Box::new(episode)),
-            });
+    for change in rows.iter().flat_map(changes_of) {
+        bytes += size(&change);
+        if bytes > bytes_max && !changes.is_empty() {
+            return Ok((changes, false));
         }
+        changes.push(change);
     }
-    Ok(changes)
+    Ok((changes, found < count))
+}
+
+/// The last that was told of an alert.
+///
+/// # Errors
+/// When the stream cannot be asked.
+pub(crate) async fn last_told(engine: &Engine, id: &str) -> Result<Option<Change>, QueryError> {
+    if engine.tables().cold(&stream()).is_none() {
+        return Ok(None);
+    }
+    let id = id.replace('\'', "''");
+    let told = format!("{TOLD} AND alert_id = '{id}' ORDER BY sequence DESC LIMIT 1");
+    Ok(ask(engine, &told).await?.iter().flat_map(changes_of).next())
+}
+
+/// Rows of [`TOLD`].
+fn changes_of(batch: &RecordBatch) -> Vec<Change> {
+    let text = |column: usize, row: usize| {
+        let column = batch.column(column).as_string::<i32>();
+        column.is_valid(row).then(|| column.value(row).to_owned())
+    };
+    let change = |row: usize| {
+        let sequence = batch.column(4).as_primitive::<Int64Type>().value(row);
+        let transition = serde_json::from_value(serde_json::Value::String(text(0, row).unwrap_or_default()));
+        let episode = serde_json::from_str::<Episode>(&text(3, row).unwrap_or_default());
+        let (transition, episode) = match (transition, episode) {
+            (Ok(transition), Ok(episode)) => (transition, episode),
+            (Err(error), _) | (_, Err(error)) => {
+                // It would hold up everyone behind it for ever.
+                tracing::error!(sequence, %error, "a change in alert_log is not understood, and told to nobody");
+                return None;
+            }
+        };
+        Some(Change {
+            sequence,
+            transition,
+            ts: batch.column(5).as_primitive::<TimestampMicrosecondType>().value(row),
+            at: batch.column(6).as_primitive::<TimestampMicrosecondType>().value(row),
+            told: true,
+            actor: text(1, row),
+            note: text(2, row),
+            subject: Subject::Alert(Box::new(episode)),
+        })
+    };
+    (0..batch.num_rows()).filter_map(change).collect()
 }
 
 /// In the lane of the rules: no reader holds it up.
@@ -281,6 +351,29 @@ fn texts(rows: &[RecordBatch], column: usize) -> Vec<String> {
 mod tests {
     use super::super::episode::Severity;
     use super::*;
+
+    #[test]
+    fn what_is_not_understood_is_said_and_never_taken_for_nothing() {
+        let last = |detail: &str| {
+            vec![Last {
+                sequence: 3,
+                state: "firing".to_owned(),
+                transition: "firing".to_owned(),
+                detail: detail.to_owned(),
+            }]
+        };
+        let position = |text: &str| Some((7, text.to_owned()));
+        let known = Recovered::read(9, position("{}"), Vec::new(), 0).unwrap();
+        assert_eq!((known.sequence, known.positions.len()), (9, 0));
+        for (position, last, expected) in [
+            (position("{\"field\": 5}"), Vec::new(), "the position of change 7"),
+            (position(""), Vec::new(), "the position of change 7"),
+            (None, last("{\"id\": 5}"), "the alert of change 3"),
+        ] {
+            let error = Recovered::read(9, position, last, 0).map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
 
     #[test]
     fn batches_are_as_large_as_a_batch_may_be() {

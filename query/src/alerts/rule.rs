@@ -11,27 +11,27 @@
 //! ```
 //! Instead of `on` and `when`: `sql = "SELECT …"`, each row of which is an alert whose labels are its text columns; or `on` and
 //! `absent = "15m"`, with `by = ["_edge"]` for something else than devices. What a rule is on decides how it is evaluated
-//! ([`Kind`]): filters and projections over one stream row by row, everything else by asking every `every`.
+//! ([`Kind`], `rule/reads.rs`): filters and projections over one stream row by row, everything else by asking every `every`.
+
+mod reads;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use datafusion::common::tree_node::TreeNodeRecursion;
-use datafusion::logical_expr::{Expr, LogicalPlan, Volatility};
 use ring::digest::{SHA256, digest};
 use serde::Deserialize;
 use wire::StreamName;
-use wire::schema::own;
 use wire::written::{Span, with_nearest_key};
 
+pub(crate) use self::reads::RowsOnly;
+use self::reads::{Below, check_functions, plan, rows_only};
 use super::episode::{Policy, Severity};
 use super::episodes::USUAL_TOPIC;
 use super::rows::{LABELS_MAX, RowRule, Shape};
 use super::template::{Message, Places};
 use crate::caller::{Caller, Door};
 use crate::engine::Engine;
-use crate::statements::State;
 
 /// Rules at a time.
 pub const RULES_MAX: usize = 10_000;
@@ -261,6 +261,8 @@ pub(crate) struct Rule {
     pub(crate) policy: Arc<Policy>,
     pub(crate) kind: Kind,
     pub(crate) labels: Vec<(String, Places)>,
+    /// The views that it looks at, as they were.
+    pub(crate) below: Below,
 }
 
 /// Why a rule does not run.
@@ -281,30 +283,6 @@ pub(crate) fn caller() -> Caller {
     Caller::new("weir", Door::Node, None, Arc::new([LANE.to_owned()]))
 }
 
-fn hinted(error: &crate::QueryError) -> String {
-    let hint = error.hint().map(|hint| format!(" ({hint})")).unwrap_or_default();
-    format!("{error}{hint}")
-}
-
-/// The plan of a SELECT, not pinned.
-async fn plan(engine: &Engine, sql: &str) -> Result<LogicalPlan, RuleError> {
-    let refused = |error: crate::QueryError| match error {
-        crate::QueryError::UnknownTable { .. } => RuleError::Waits(hinted(&error)),
-        crate::QueryError::Timeout { .. }
-        | crate::QueryError::Memory { .. }
-        | crate::QueryError::Cancelled
-        | crate::QueryError::Busy { .. }
-        | crate::QueryError::Failed { .. } => RuleError::Busy(error.to_string()),
-        error => RuleError::Refused(hinted(&error)),
-    };
-    let caller = caller();
-    let place = engine.enter(&caller).await.map_err(refused)?;
-    let running = engine.begin(&caller, &place, sql);
-    let prepared = engine.prepare(&running, sql, None).await.map_err(refused)?;
-    running.ended(State::Done);
-    Ok(prepared.plan().clone())
-}
-
 impl Rule {
     /// Understands a rule.
     ///
@@ -323,8 +301,9 @@ impl Rule {
             }
             let (stream, absent, every) = (stream.clone(), absent.micros(), settings.every.0);
             let known: Vec<String> = by.iter().cloned().chain(["last_ts".to_owned()]).collect();
+            let below = Below::of_stream(engine, &stream, &here).await?;
             let kind = Kind::Absent { stream: stream.clone(), by, absent, every };
-            return Self::with(settings, stream.as_str(), kind, &known);
+            return Self::with(settings, stream.as_str(), (kind, below), &known);
         }
         let (sql, until) = match (&settings.sql, &settings.on, &settings.when) {
             (Some(sql), _, _) => (sql.clone(), None),
@@ -336,6 +315,7 @@ impl Rule {
         };
         let whole = plan(engine, &sql).await?;
         check_functions(&whole).map_err(refused)?;
+        let below = Below::of(engine, &whole, &here).await?;
         let columns: Vec<String> = whole.schema().fields().iter().map(|field| field.name().clone()).collect();
         if columns.iter().enumerate().any(|(index, name)| columns[..index].contains(name)) {
             return Err(refused("two of its columns have one name".to_owned()));
@@ -346,16 +326,10 @@ impl Rule {
             if of_one_stream {
                 return Err(refused("`when` looks at one row: for more write `sql`".to_owned()));
             }
-            if names_own_log(&whole) {
-                return Err(refused("a rule about the alerts' own log would feed itself".to_owned()));
-            }
             let kind = Kind::Statement { sql, every: settings.every.0 };
-            return Self::with(settings, "", kind, &columns);
+            return Self::with(settings, "", (kind, below), &columns);
         };
         let stream = found.0.clone();
-        if stream.as_str() == own::ALERT_LOG || stream.as_str() == own::ALERT_DELIVERIES {
-            return Err(refused("a rule about the alerts' own log would feed itself".to_owned()));
-        }
         if settings.on.as_ref().is_some_and(|on| *on != stream) {
             return Err(refused("`when` is about another stream than `on`".to_owned()));
         }
@@ -370,10 +344,15 @@ impl Rule {
         };
         let rows = RowRule::new(&engine.session().state(), found, until, (shape, &columns));
         let rows = rows.map_err(|error| refused(error.strip_backtrace()))?;
-        Self::with(settings, stream.as_str(), Kind::Rows(rows), &columns)
+        Self::with(settings, stream.as_str(), (Kind::Rows(rows), below), &columns)
     }
 
-    fn with(settings: RuleSettings, stream: &str, kind: Kind, columns: &[String]) -> Result<Self, RuleError> {
+    fn with(
+        settings: RuleSettings,
+        stream: &str,
+        (kind, below): (Kind, Below),
+        columns: &[String],
+    ) -> Result<Self, RuleError> {
         let here = format!("[[rule]] `{}`", settings.name);
         let refused = |message: String| RuleError::Refused(format!("{here} {message}"));
         let own = ["device", "rule", "stream", "severity", "id", "labels"].map(str::to_owned);
@@ -403,78 +382,8 @@ impl Rule {
             message,
             topic,
         };
-        Ok(Self { policy: Arc::new(policy), kind, labels, settings })
+        Ok(Self { policy: Arc::new(policy), kind, labels, below, settings })
     }
-}
-
-/// What would give another answer each time it is asked, and does not belong into a rule.
-fn check_functions(plan: &LogicalPlan) -> Result<(), String> {
-    let mut volatile = None;
-    let looked = plan.apply_with_subqueries(|node| {
-        node.apply_expressions(|expr| {
-            if expr.is_volatile() {
-                volatile.get_or_insert_with(|| expr.to_string());
-            }
-            Ok(TreeNodeRecursion::Continue)
-        })
-    });
-    looked.map_err(|error| error.strip_backtrace())?;
-    match volatile {
-        Some(found) => Err(format!("`{found:.200}` gives another answer each time")),
-        None => Ok(()),
-    }
-}
-
-fn names_own_log(plan: &LogicalPlan) -> bool {
-    let mut named = false;
-    let looked = plan.apply_with_subqueries(|node| {
-        if let LogicalPlan::TableScan(scan) = node {
-            named |= [own::ALERT_LOG, own::ALERT_DELIVERIES].contains(&scan.table_name.table());
-        }
-        Ok(TreeNodeRecursion::Continue)
-    });
-    named || looked.is_err()
-}
-
-/// What filters and projections over one stream consist of: the stream, the plan below, the condition, the columns.
-pub(crate) type RowsOnly = (StreamName, LogicalPlan, Option<Expr>, Vec<Expr>);
-
-/// The parts of a SELECT that is nothing else.
-fn rows_only(plan: &LogicalPlan) -> Option<RowsOnly> {
-    let LogicalPlan::Projection(projection) = plan else { return None };
-    let (predicate, below) = match projection.input.as_ref() {
-        LogicalPlan::Filter(filter) => (Some(filter.predicate.clone()), filter.input.as_ref()),
-        other => (None, other),
-    };
-    let mut scanned = below;
-    while let LogicalPlan::SubqueryAlias(alias) = scanned {
-        scanned = alias.input.as_ref();
-    }
-    let LogicalPlan::TableScan(scan) = scanned else { return None };
-    if scan.projection.is_some() || !scan.filters.is_empty() || scan.fetch.is_some() {
-        return None;
-    }
-    let provider = datafusion::datasource::source_as_provider(&scan.source).ok()?;
-    let stream = provider.downcast_ref::<crate::fused_table::LiveTable>()?.stream()?.clone();
-    let asks_more = |expr: &Expr| {
-        use datafusion::common::tree_node::TreeNode;
-        expr.exists(|part| {
-            Ok(match part {
-                Expr::ScalarSubquery(_) | Expr::InSubquery(_) | Expr::Exists(_) | Expr::OuterReferenceColumn(..) => {
-                    true
-                }
-                Expr::Placeholder(_) | Expr::Unnest(_) => true,
-                // `now()` is of the moment of a question, and rows are not asked about.
-                Expr::ScalarFunction(function) => function.func.signature().volatility != Volatility::Immutable,
-                _ => false,
-            })
-        })
-        .unwrap_or(true)
-    };
-    if predicate.iter().chain(&projection.expr).any(asks_more) {
-        return None;
-    }
-    Some((stream, below.clone(), predicate, projection.expr.clone()))
 }
 
 /// Whether some rule is inhibited by itself through others; its name then.

@@ -6,7 +6,7 @@
 
 mod follow;
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ use super::log::{self, Positions};
 use super::metrics::Counts;
 use super::rows::Newest;
 use super::rule::{Kind, Rule, RuleError};
-use super::shown;
+use super::shown::{self, Opened, Page};
 use super::silence::Silence;
 use super::statement::{self, Answer};
 use super::store::Loaded;
@@ -39,6 +39,8 @@ const TICK: Duration = Duration::from_secs(1);
 const MARK_EVERY: Duration = Duration::from_secs(60);
 /// Statements of rules that are asked at a time.
 const ASKED_MAX: usize = 2;
+/// So often it is looked which edges are silent.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
 /// A rule that could not be understood for now is tried again.
 const AGAIN: Duration = Duration::from_secs(10);
 /// The machine's clock was set when it is so far from where it should be, µs.
@@ -51,7 +53,7 @@ const WAIT_MAX: Duration = Duration::from_secs(5);
 pub(crate) enum Command {
     Put { rule: Box<Rule>, reply: oneshot::Sender<()> },
     Delete { name: String, reply: oneshot::Sender<()> },
-    Open { reply: oneshot::Sender<serde_json::Value> },
+    Open { page: Page, reply: oneshot::Sender<Opened> },
     Silences { reply: oneshot::Sender<serde_json::Value> },
     Say { id: String, word: Word, by: String, note: String, reply: oneshot::Sender<Result<(), Unknown>> },
     Silence { silence: Silence, reply: oneshot::Sender<Result<(), Unknown>> },
@@ -93,6 +95,9 @@ pub(crate) struct Runner {
     sink: Arc<dyn Sink>,
     hub: Arc<Hub>,
     horizon: i64,
+    stale_after: i64,
+    /// When it was last looked which edges are silent.
+    looked: Instant,
     devices_max: usize,
     loaded: Vec<Loaded>,
     statuses: Arc<Mutex<BTreeMap<String, RuleStatus>>>,
@@ -116,7 +121,7 @@ pub(crate) struct Runner {
 impl Runner {
     pub(crate) fn new(
         (engine, sink, hub): (Arc<Engine>, Arc<dyn Sink>, Arc<Hub>),
-        (horizon, devices_max): (i64, usize),
+        (horizon, stale_after, devices_max): (i64, i64, usize),
         loaded: Vec<Loaded>,
         (statuses, counts): (Arc<Mutex<BTreeMap<String, RuleStatus>>>, Arc<Counts>),
         commands: mpsc::Receiver<Command>,
@@ -127,6 +132,8 @@ impl Runner {
             sink,
             hub,
             horizon,
+            stale_after,
+            looked: Instant::now(),
             devices_max,
             loaded,
             statuses,
@@ -158,7 +165,7 @@ impl Runner {
         }
         self.govern(&mut episodes);
         self.clock(&mut episodes);
-        self.hub.open(episodes.sequence());
+        self.hub.open(episodes.sequence(), episodes.open());
         let mut changed = self.engine.tables().changed();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -185,6 +192,7 @@ impl Runner {
                 _ = tick.tick() => {
                     let now = self.clock(&mut episodes);
                     episodes.tick(now);
+                    self.look_for_silent_edges(&mut episodes, now);
                     self.counts.set(&episodes);
                     self.wait_no_longer(&mut episodes).await;
                     self.ask(&answered);
@@ -213,6 +221,29 @@ impl Runner {
             self.listening = machine;
         }
         machine
+    }
+
+    /// Alerts of edges that were not heard for long are marked. Before the node has listened for as long, it does not know.
+    fn look_for_silent_edges(&mut self, episodes: &mut Episodes, now: i64) {
+        let since = now.saturating_sub(self.stale_after);
+        if self.looked.elapsed() < LOOK_EVERY.min(Duration::from_micros(self.stale_after.unsigned_abs()))
+            || self.listening > since
+        {
+            return;
+        }
+        self.looked = Instant::now();
+        let edges = episodes.edges();
+        if edges.is_empty() {
+            return;
+        }
+        let mut heard: HashMap<String, i64> = HashMap::new();
+        for facts in self.engine.tables().spools() {
+            if edges.contains(facts.edge.as_str()) {
+                let last = heard.entry(facts.edge.as_str().to_owned()).or_insert(facts.received_at_us);
+                *last = facts.received_at_us.max(*last);
+            }
+        }
+        episodes.mark_stale(&heard, since, now);
     }
 
     async fn recover(&mut self, token: &CancellationToken) -> Option<Episodes> {
@@ -304,7 +335,7 @@ impl Runner {
         };
         let due = |kept: &Kept| kept.retry.is_none_or(|retry| retry <= Instant::now());
         let again = |kept: &Kept| match &kept.rule {
-            Ok(rule) => due(kept) && changed(rule),
+            Ok(rule) => due(kept) && (changed(rule) || !rule.below.holds(&self.engine)),
             // What it asks may be a view that is not planned yet.
             Err(RuleError::Waits(_)) => streams != self.streams || due(kept),
             Err(RuleError::Busy(_)) => due(kept),
@@ -351,7 +382,7 @@ impl Runner {
                 self.replies.push(Reply::Done(reply));
             }
             // Who asked may be gone.
-            Command::Open { reply } => drop(reply.send(shown::open(episodes))),
+            Command::Open { page, reply } => drop(reply.send(shown::open(episodes, &page))),
             Command::Silences { reply } => {
                 let silences = episodes.silences().collect::<Vec<_>>();
                 drop(reply.send(serde_json::to_value(silences).unwrap_or_default()));
@@ -361,6 +392,7 @@ impl Runner {
                     Word::Acknowledge => episodes.acknowledge(&id, &by, &note, now),
                     Word::Assign(to) => episodes.assign(&id, &to, &by, &note, now),
                     Word::Comment => episodes.comment(&id, &by, &note, now),
+                    Word::Resolve => episodes.resolve(&id, &by, &note, now),
                 };
                 self.said(said, reply);
             }

@@ -30,7 +30,9 @@ impl RuleStore {
     /// When a file cannot be read or is wrong; names it.
     pub(crate) fn open(directory: &Path, configured: Option<&Path>) -> Result<(Self, Vec<Loaded>), String> {
         let mut rules = BTreeMap::new();
-        for path in configured.map(files).transpose()?.unwrap_or_default() {
+        let of_configuration =
+            configured.map(files).transpose().map_err(|error| format!("[alerts] directory: {error}"))?;
+        for path in of_configuration.unwrap_or_default() {
             let read = RuleSettings::parse_file(&read(&path)?);
             for settings in read.map_err(|error| format!("{}: {error}", path.display()))? {
                 let name = settings.name.clone();
@@ -162,6 +164,9 @@ mod tests {
         assert!(again.delete("../a").is_err());
         let bare = RuleStore::open(&directory, Some(&directory)).unwrap_err();
         assert!(bare.contains("b.toml"), "a bare rule is no file of the configuration: {bare}");
+        let nowhere = directory.join("nowhere");
+        let missing = RuleStore::open(&directory, Some(&nowhere)).unwrap_err();
+        assert!(missing.contains("[alerts] directory") && missing.contains("nowhere"), "{missing}");
         fs::remove_dir_all(&directory).unwrap();
     }
 }

@@ -1,5 +1,6 @@
-//! Alerts on a broker: one message for each change at QoS 1, on the alert's topic, retained while the alert fires and cleared
-//! when it has ended.
+//! Alerts on a broker: one message for each change at QoS 1, on the alert's topic. What a topic retains is what fires on it: the
+//! alert that was told last; when that has ended the worst of the others, which is published once more; and nothing when no alert
+//! fires there. That holds for ends that are too old to be told, too.
 //!
 //! Payloads are CloudEvents. A change counts as delivered when the broker has acknowledged it. After a lost connection what was
 //! on its way is published again: at least once, with a stable id. What the broker refuses, or what so many connections were
@@ -18,7 +19,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::Told;
-use super::target::{Place, jittered, pause};
+use super::target::{Due, Place, jittered, pause};
 use crate::alerts::episodes::Transition;
 
 /// Messages on their way at a time.
@@ -50,14 +51,51 @@ impl Broker {
     }
 }
 
-/// The messages of one change: topic, payload, whether it is retained. An end is told, then what was retained is taken back;
-/// what people say of an alert that has ended takes back nothing, because another of the same topic may fire by then.
-fn messages(told: &Told) -> Vec<(String, Bytes, bool)> {
-    match (told.firing, told.transition == Transition::Resolved.word()) {
-        (true, _) => vec![(told.topic.clone(), told.body.clone(), true)],
-        (false, false) => vec![(told.topic.clone(), told.body.clone(), false)],
-        (false, true) => vec![(told.topic.clone(), told.body.clone(), false), (told.topic.clone(), Bytes::new(), true)],
+/// What is to be done at the broker.
+#[derive(Debug, Clone)]
+enum Step {
+    Tell(Arc<Told>),
+    /// What this topic retains is made what fires on it; and an end that was told then counts as delivered.
+    Retain(String, Option<Arc<Told>>),
+}
+
+/// Topic, payload, whether it is retained.
+type Message = (String, Bytes, bool);
+
+impl Step {
+    /// The steps of changes, in order. An end is told, then what was retained is put right; what people say of an alert that
+    /// has ended changes nothing about what is retained.
+    fn of(due: Due) -> VecDeque<Self> {
+        let mut steps: VecDeque<Self> = due.past.into_iter().map(|topic| Self::Retain(topic, None)).collect();
+        for told in due.told {
+            let end = is_end(&told).then(|| Self::Retain(told.topic.clone(), Some(Arc::clone(&told))));
+            steps.push_back(Self::Tell(told));
+            steps.extend(end);
+        }
+        steps
     }
+
+    /// None when the node stops.
+    async fn message(&self, place: &Place, token: &CancellationToken) -> Option<Message> {
+        Some(match self {
+            Self::Tell(told) => (told.topic.clone(), told.body.clone(), told.firing),
+            Self::Retain(topic, _) => {
+                let fires = place.fires_on(topic, token).await?;
+                (topic.clone(), fires.map_or_else(Bytes::new, |told| told.body.clone()), true)
+            }
+        })
+    }
+}
+
+/// What was just given up is not delivered with the next step.
+fn given_up(steps: &mut VecDeque<Step>) {
+    if let Some(Step::Retain(_, end)) = steps.front_mut() {
+        *end = None;
+    }
+}
+
+fn is_end(told: &Told) -> bool {
+    !told.firing && told.transition == Transition::Resolved.word()
 }
 
 /// What one connection has come to.
@@ -105,13 +143,13 @@ pub(crate) async fn run(broker: Broker, mut place: Place, token: CancellationTok
     }
     let mut wait = BACKOFF_MIN;
     // What is not acknowledged when a connection is lost is published again.
-    let mut page: VecDeque<Arc<Told>> = VecDeque::new();
+    let mut steps: VecDeque<Step> = VecDeque::new();
     let mut lost_over = 0;
     while !token.is_cancelled() {
         let (client, events) = broker.connect();
         let (sender, mut line) = watch::channel(Line::default());
         let turning = tokio::spawn(turn(events, sender));
-        let ended = session(&client, &mut line, &mut page, &mut place, &mut lost_over, &token).await;
+        let ended = session(&client, &mut line, &mut steps, &mut place, &mut lost_over, &token).await;
         if ended.is_none() {
             // All that was taken is acknowledged; the farewell may be lost.
             let _ = client.try_disconnect();
@@ -126,9 +164,18 @@ pub(crate) async fn run(broker: Broker, mut place: Place, token: CancellationTok
         let error = lost.unwrap_or_default();
         place.retried(&error);
         if lost_over >= broker.attempts
-            && let Some(told) = page.pop_front()
+            && let Some(step) = steps.pop_front()
         {
-            place.dead(&told, &format!("{error}, the last of {lost_over} attempts"), &token).await;
+            let reason = format!("{error}, the last of {lost_over} attempts");
+            match step {
+                Step::Tell(told) => {
+                    place.dead(&told, &reason, &token).await;
+                    given_up(&mut steps);
+                }
+                Step::Retain(topic, _) => {
+                    tracing::error!(target = place.name(), topic, reason, "what it retains is not put right");
+                }
+            }
             lost_over = 0;
         }
         tracing::warn!(target = place.name(), error, "no connection to the broker");
@@ -139,12 +186,12 @@ pub(crate) async fn run(broker: Broker, mut place: Place, token: CancellationTok
     }
 }
 
-/// One connection. None when the node stops, and Some when it is lost; `lost_over` counts those that were while the first of
-/// the page was on its way.
+/// One connection. None when the node stops, and Some when it is lost; `lost_over` counts those that were while the first
+/// step was on its way.
 async fn session(
     client: &AsyncClient,
     line: &mut watch::Receiver<Line>,
-    page: &mut VecDeque<Arc<Told>>,
+    steps: &mut VecDeque<Step>,
     place: &mut Place,
     lost_over: &mut u32,
     token: &CancellationToken,
@@ -154,32 +201,44 @@ async fn session(
     }
     let (mut sent, mut refused) = (0, 0);
     loop {
-        if page.is_empty() {
+        if steps.is_empty() {
             let mut watched = line.clone();
             tokio::select! {
-                next = place.next(token) => page.extend(next?),
+                due = place.next(token) => steps.extend(Step::of(due?)),
                 lost = is_lost(&mut watched, |_| false, token) => return lost.map(drop),
             }
         }
-        let Some(told) = page.front().cloned() else { continue };
+        let Some(step) = steps.front().cloned() else { continue };
         *lost_over += 1;
-        for (topic, payload, retain) in messages(&told) {
-            if client.publish(topic, QoS::AtLeastOnce, retain, payload).await.is_err() {
-                return Some(());
-            }
-            sent += 1;
+        let (topic, payload, retain) = step.message(place, token).await?;
+        if client.publish(topic, QoS::AtLeastOnce, retain, payload).await.is_err() {
+            return Some(());
         }
+        sent += 1;
         if is_lost(line, |line| line.acknowledged >= sent, token).await? {
             return Some(());
         }
         *lost_over = 0;
-        page.pop_front();
+        steps.pop_front();
         let (now, reason) = (line.borrow().refused, line.borrow().reason.clone());
-        if now > refused {
-            refused = now;
-            place.dead(&told, &reason, token).await;
-        } else {
-            place.delivered(&told, token).await;
+        let was_refused = now > refused;
+        refused = now;
+        match step {
+            Step::Tell(told) if was_refused => {
+                place.dead(&told, &reason, token).await;
+                given_up(steps);
+            }
+            // Counts as delivered with the next step, so that a crash in between does both again.
+            Step::Tell(told) if is_end(&told) => {}
+            Step::Tell(told) => place.delivered(&told, token).await,
+            Step::Retain(topic, end) => {
+                if was_refused {
+                    tracing::error!(target = place.name(), topic, reason, "what it retains is not put right");
+                }
+                if let Some(told) = end {
+                    place.delivered(&told, token).await;
+                }
+            }
         }
     }
 }

@@ -2,8 +2,10 @@
 //!
 //! Each target is one task with a place of its own in the sequence, which it writes into `alert_deliveries`: at least once, with
 //! a stable (id, transition, sequence), also across a crash. A target that hangs, fails or is gone holds up nobody else, and
-//! nothing is queued for it: it goes on where it stood. What is older than `max_age` when it comes back is counted as missed.
+//! nothing is queued for it: it goes on where it stood. What is older than `max_age` when it comes back is counted as missed;
+//! what a broker retains of it is put right all the same.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,12 +24,13 @@ use crate::alerts::topic::TopicFilter;
 use crate::alerts::wait_for_hub;
 use crate::clock::now_us;
 use crate::engine::Engine;
-use crate::sink::Sink;
+use crate::sink::{Sink, SinkError};
 
 /// Changes that are taken at a time.
 const PAGE: usize = 64;
 /// Progress is written so often at most.
 const NOTE_EVERY: Duration = Duration::from_secs(1);
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// One who is told.
 #[derive(Debug, Clone)]
@@ -99,7 +102,17 @@ pub(crate) struct Place {
     status: Arc<parking_lot::Mutex<TargetStatus>>,
     subscription: Subscription,
     noted: (i64, tokio::time::Instant),
+    /// Changes that were too old, and the last of them: written when what follows from them is done.
+    missed: Option<(i64, i64)>,
     schema: Arc<StreamSchema>,
+}
+
+/// The next changes of a target.
+#[derive(Debug, Default)]
+pub(crate) struct Due {
+    /// Topics of changes that are too old to be told.
+    pub(crate) past: BTreeSet<String>,
+    pub(crate) told: Vec<Arc<Told>>,
 }
 
 impl Place {
@@ -114,7 +127,7 @@ impl Place {
         let subscription = Subscription { topic, severities, after: 0 };
         let noted = (0, tokio::time::Instant::now());
         let schema = Arc::new(own::alert_deliveries());
-        Self { settings, engine, sink, hub, status, subscription, noted, schema }
+        Self { settings, engine, sink, hub, status, subscription, noted, missed: None, schema }
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -151,10 +164,15 @@ impl Place {
         }
     }
 
-    /// The next changes that it wants; what is too old is counted and passed over. None when the node stops.
-    pub(crate) async fn next(&mut self, token: &CancellationToken) -> Option<Vec<Arc<Told>>> {
+    /// The next changes that it wants; what is too old is counted and passed over. What was given before is done with. None
+    /// when the node stops.
+    pub(crate) async fn next(&mut self, token: &CancellationToken) -> Option<Due> {
         let mut changed = self.hub.changed();
         loop {
+            if let Some((sequence, count)) = self.missed {
+                self.note("missed", sequence, count, None, token).await;
+                self.missed = None;
+            }
             changed.mark_unchanged();
             self.tell();
             let page = match self.hub.after(self.subscription.after, PAGE).await {
@@ -184,18 +202,45 @@ impl Place {
             let since = now_us() - i64::try_from(self.settings.max_age.as_micros()).unwrap_or(i64::MAX);
             let wanted: Vec<Arc<Told>> = page.into_iter().filter(|told| self.subscription.wants(told)).collect();
             let (old, wanted): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|told| told.at < since);
-            if let Some(oldest) = old.last() {
+            if let Some(newest) = old.last() {
                 self.status.lock().missed += old.len() as u64;
-                let (sequence, count) = (oldest.sequence, old.len() as i64);
+                let count = old.len() as i64;
                 tracing::warn!(target = self.name(), count, "changes were too old when it came back");
-                self.note("missed", sequence, count, None, token).await;
+                self.missed = Some((newest.sequence, count));
             }
             if wanted.is_empty() {
                 self.subscription.after = last;
-                continue;
+                if old.is_empty() {
+                    continue;
+                }
             }
-            return Some(wanted);
+            return Some(Due { past: old.iter().map(|told| told.topic.clone()).collect(), told: wanted });
         }
+    }
+
+    /// What of those that fire on a topic, and that it wants, stands for all: the worst, as it was told last. Waits until that
+    /// can be read; the outer None when the node stops.
+    pub(crate) async fn fires_on(&self, topic: &str, token: &CancellationToken) -> Option<Option<Arc<Told>>> {
+        let severities = &self.subscription.severities;
+        let wanted = |(_, severity): &(String, Severity)| severities.is_empty() || severities.contains(severity);
+        let mut firing: Vec<_> = self.hub.fires_on(topic).into_iter().filter(wanted).collect();
+        firing.sort_by(|one, other| other.1.cmp(&one.1).then_with(|| one.0.cmp(&other.0)));
+        for (id, _) in firing {
+            let last = loop {
+                match self.hub.last_of(&id).await {
+                    Ok(last) => break last,
+                    Err(error) => {
+                        tracing::warn!(target = self.name(), %error, "cannot read what fires on a topic yet");
+                        pause(AGAIN, token).await?;
+                    }
+                }
+            };
+            // It may have ended meanwhile.
+            if let Some(told) = last.filter(|told| told.firing) {
+                return Some(Some(told));
+            }
+        }
+        Some(None)
     }
 
     /// It has this change.
@@ -267,6 +312,12 @@ impl Place {
             RecordBatch::try_new(Arc::clone(self.schema.arrow()), columns).expect("the columns are the schema's");
         let mut wait = Duration::from_millis(100);
         while let Err(error) = self.sink.append(&stream(), &self.schema, rows.clone()).await {
+            if matches!(error, SinkError::Refused { .. }) {
+                // It would be refused for ever. The target is told on; after a restart more of it again.
+                tracing::error!(target = self.name(), %error, "its place is not in alert_deliveries");
+                self.status.lock().last_error = Some(error.to_string());
+                break;
+            }
             tracing::warn!(target = self.name(), %error, "its place is not written yet");
             if pause(wait, token).await.is_none() {
                 return;

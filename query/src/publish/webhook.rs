@@ -52,8 +52,8 @@ pub(crate) async fn run(request: Request, mut place: Place, token: CancellationT
     if place.find(&token).await.is_none() {
         return;
     }
-    while let Some(page) = place.next(&token).await {
-        for told in page {
+    while let Some(due) = place.next(&token).await {
+        for told in due.told {
             if deliver(&client, &request, &told, &mut place, &token).await.is_none() {
                 return;
             }

@@ -4,7 +4,8 @@
 //! |---|---|
 //! | `GET /v1/rules`, `GET`, `PUT`, `DELETE /v1/rules/{name}` | rules; a `PUT` takes TOML or JSON |
 //! | `POST /v1/rules/check`, `POST /v1/rules/test?from=…&to=…` | whether a rule can run; what it would have found |
-//! | `GET /v1/alerts`, `POST /v1/alerts/{id}/ack`, `assign`, `comment` | what is open; JSON with `note`, `to`, `by` |
+//! | `GET /v1/alerts?limit=…&after=…` | what is open, the worst first; a header `link` with `rel="next"` when there is more |
+//! | `POST /v1/alerts/{id}/ack`, `assign`, `comment`, `resolve` | JSON with `note`, `to`, `by` |
 //! | `GET`, `POST /v1/silences`, `DELETE /v1/silences/{id}` | JSON with `rule`, `labels`, `from`, `until`, `every`, `last`, `note` |
 //! | `GET /v1/alerts/stream?topic=…&severity=…&after=…` | changes as server-sent events |
 //! | `GET /v1/targets` | who is told, and how far |
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{ConnectInfo, Path, Query, State};
+use axum::http::header::LINK;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
@@ -28,7 +30,9 @@ use serde_json::json;
 use wire::written::Span;
 
 use crate::alerts::silence::Silence;
-use crate::alerts::{AlertError, Alerts, RULE_BYTES_MAX, RuleSettings, Severity, TopicFilter, Word, wait_for_hub};
+use crate::alerts::{
+    AlertError, Alerts, OPEN_MAX, Opened, Page, RULE_BYTES_MAX, RuleSettings, Severity, TopicFilter, Word, wait_for_hub,
+};
 use crate::caller::{Caller, Right};
 use crate::clock::now_us;
 use crate::publish::sse::{self, Subscription};
@@ -224,10 +228,44 @@ async fn test(
     Json(found).into_response()
 }
 
-async fn open(State(door): State<Shared>, peer: Peer, headers: HeaderMap) -> Response {
-    match door.reader(&peer, &headers) {
-        Ok(_) => answer(door.alerts.open().await),
-        Err(refused) => refused,
+/// What may stand behind `/v1/alerts?`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Part {
+    limit: Option<usize>,
+    after: Option<String>,
+}
+
+async fn open(
+    State(door): State<Shared>,
+    peer: Peer,
+    part: Result<Query<Part>, QueryRejection>,
+    headers: HeaderMap,
+) -> Response {
+    if let Err(refused) = door.reader(&peer, &headers) {
+        return refused;
+    }
+    let page = part.map_err(|error| error.body_text()).and_then(|Query(part)| {
+        let limit = part.limit.unwrap_or(OPEN_MAX);
+        if !(1..=OPEN_MAX).contains(&limit) {
+            return Err(format!("limit is from 1 to {OPEN_MAX}"));
+        }
+        Ok(Page { after: part.after.as_deref().map(Page::place).transpose()?, limit })
+    });
+    let page = match page {
+        Ok(page) => page,
+        Err(error) => return told(StatusCode::BAD_REQUEST, &error),
+    };
+    let limit = page.limit;
+    match door.alerts.open(page).await {
+        Ok(Opened { alerts, next: None }) => Json(alerts).into_response(),
+        Ok(Opened { alerts, next: Some(next) }) => {
+            // Ids of edges may be anything.
+            let next: String = url::form_urlencoded::byte_serialize(next.as_bytes()).collect();
+            let link = format!("</v1/alerts?limit={limit}&after={next}>; rel=\"next\"");
+            ([(LINK, link)], Json(alerts)).into_response()
+        }
+        Err(error) => refused(&error),
     }
 }
 
@@ -272,9 +310,10 @@ async fn say(
         ("ack", None) => Word::Acknowledge,
         ("assign", Some(to)) => Word::Assign(to),
         ("comment", None) => Word::Comment,
+        ("resolve", None) => Word::Resolve,
         ("assign", None) => return told(StatusCode::BAD_REQUEST, "assign needs `to`"),
-        ("ack" | "comment", Some(_)) => return told(StatusCode::BAD_REQUEST, "`to` goes with assign"),
-        _ => return told(StatusCode::NOT_FOUND, "there is ack, assign and comment"),
+        ("ack" | "comment" | "resolve", Some(_)) => return told(StatusCode::BAD_REQUEST, "`to` goes with assign"),
+        _ => return told(StatusCode::NOT_FOUND, "there is ack, assign, comment and resolve"),
     };
     let by = actor(&caller, &door.readers, said.by);
     answer(door.alerts.say(&id, word, &by, &said.note).await)

@@ -16,15 +16,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use datafusion::common::tree_node::{TreeNode, TreeNodeRecursion};
 use datafusion::common::{DFSchema, DataFusionError, Result, plan_err};
 use datafusion::datasource::source_as_provider;
-use datafusion::logical_expr::{
-    Aggregate, Distinct, Expr, LogicalPlan, Union, Volatility, Window, WindowFunctionDefinition,
-};
+use datafusion::logical_expr::{Aggregate, Distinct, Expr, LogicalPlan, Union, Window};
 use wire::StreamName;
 use wire::schema::TS;
 
 use super::grid::Grid;
 use crate::functions::hop::Hop;
 use crate::fused_table::LiveTable;
+use crate::volatile;
 
 mod join;
 
@@ -429,23 +428,12 @@ fn check(expr: &Expr, flow: &Flow, schema: &DFSchema) -> Result<()> {
         );
     }
     expr.apply(|expr| {
-        let volatile = match expr {
-            Expr::ScalarFunction(function) => {
-                (function.func.signature().volatility != Volatility::Immutable).then(|| function.func.name().to_owned())
-            }
+        match expr {
             Expr::AggregateFunction(function) => {
                 let name = function.func.name();
                 if ORDERED.contains(&name) && function.params.order_by.is_empty() {
                     return plan_err!("{name} depends on the order of rows: write {name}(… ORDER BY ts)");
                 }
-                (function.func.signature().volatility != Volatility::Immutable).then(|| name.to_owned())
-            }
-            Expr::WindowFunction(function) => {
-                let volatility = match &function.fun {
-                    WindowFunctionDefinition::AggregateUDF(function) => function.signature().volatility,
-                    WindowFunctionDefinition::WindowUDF(function) => function.signature().volatility,
-                };
-                (volatility != Volatility::Immutable).then(|| function.fun.name().to_owned())
             }
             Expr::ScalarSubquery(_) | Expr::Exists(_) | Expr::InSubquery(_) | Expr::SetComparison(_) => {
                 return plan_err!(
@@ -456,9 +444,9 @@ fn check(expr: &Expr, flow: &Flow, schema: &DFSchema) -> Result<()> {
                 return plan_err!("a LATERAL join has rows of all times: write it as a join on the window");
             }
             Expr::Placeholder(_) => return plan_err!("a view has no parameters"),
-            _ => None,
-        };
-        if let Some(name) = volatile {
+            _ => {}
+        }
+        if let Some((name, _)) = volatile::call(expr) {
             return plan_err!("{name}() has another answer each time it is asked: a view is made of event times");
         }
         Ok::<_, DataFusionError>(TreeNodeRecursion::Continue)

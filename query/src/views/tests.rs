@@ -19,7 +19,7 @@ use super::watermark::Moment;
 use crate::engine::{Engine, EngineSettings, States};
 use crate::lanes::LaneSettings;
 
-mod city;
+pub(crate) mod city;
 mod limits;
 mod statements;
 mod words;

@@ -19,6 +19,9 @@ pub(crate) enum Transition {
     Worse,
     /// Another origin raised it too, or no longer does.
     Merged,
+    /// None of the edges that raise it was heard for long; and one of them was again.
+    Stale,
+    Heard,
     Acknowledged,
     Assigned,
     Commented,
@@ -40,6 +43,8 @@ impl Transition {
             Self::Repeated => "repeated",
             Self::Worse => "worse",
             Self::Merged => "merged",
+            Self::Stale => "stale",
+            Self::Heard => "heard",
             Self::Acknowledged => "acknowledged",
             Self::Assigned => "assigned",
             Self::Commented => "commented",

@@ -25,7 +25,10 @@ impl Episodes {
         let fits = |episode: &Episode| match of_origin(episode) {
             // An edge's next episode is another alert.
             Some(id) => id == candidate.id,
-            None => episode.meets(candidate.from, candidate.to, slack),
+            None => {
+                episode.meets(candidate.from, candidate.to, slack)
+                    && episode.ended_by_hand.is_none_or(|at| candidate.ts <= at)
+            }
         };
         let mut episode = match open {
             Some(episode) if fits(&episode) || episode.phase == Phase::Pending => episode,
@@ -102,6 +105,19 @@ impl Episodes {
                 if episode.quiet == Some(Quiet::Backfill) && !candidate.backfill && !self.is_old(candidate.ts, now) =>
             {
                 self.tell(&mut episode, Transition::Firing, (candidate.ts, now));
+            }
+            // Somebody ended it, and the edge says later that it fires, or when it ended for the edge.
+            (Some(Raised { to: Some(_), .. }), None) if episode.ended_by_hand.is_some_and(|at| candidate.ts > at) => {
+                episode.ended_by_hand = None;
+                let raised = Raised { id: candidate.id.clone(), from: candidate.from, to: None };
+                episode.raised.insert(candidate.edge.clone(), raised);
+                (episode.phase, episode.to) = (Phase::Firing, None);
+                self.tell(&mut episode, Transition::Firing, (candidate.ts, now));
+            }
+            (Some(Raised { to: Some(known), .. }), Some(to)) if episode.ended_by_hand.is_some() && known != to => {
+                let raised = Raised { id: candidate.id.clone(), from: candidate.from, to: Some(to) };
+                episode.raised.insert(candidate.edge.clone(), raised);
+                self.record(Transition::Merged, candidate.ts, now, false, &episode);
             }
             _ => {}
         }

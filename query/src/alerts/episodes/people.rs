@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::super::episode::{Acknowledged, Episode};
+use super::super::episode::{Acknowledged, Episode, Phase};
 use super::super::silence::Silence;
 use super::{Episodes, Subject, Transition};
 
@@ -42,6 +42,29 @@ impl Episodes {
     /// Something is said about it.
     pub(crate) fn comment(&mut self, id: &str, by: &str, note: &str, now: i64) -> Result<(), Unknown> {
         self.by_hand(id, Transition::Commented, by, note, now, |_| {})
+    }
+
+    /// It has ended: whoever raised it is gone, or was wrong. What still raises it afterwards begins another alert, but for an edge
+    /// that says of this very one, later, that it fires: that opens it again.
+    pub(crate) fn resolve(&mut self, id: &str, by: &str, note: &str, now: i64) -> Result<(), Unknown> {
+        let is_meant = |episode: &&Episode| episode.is_called(id) && episode.phase != Phase::Pending;
+        let found =
+            self.open.iter().find_map(|(key, open)| Some((key.clone(), open.values().find(is_meant)?.labels.clone())));
+        let unknown = || Unknown::Alert(id.to_owned());
+        let (key, labels) = found.ok_or_else(unknown)?;
+        let episode = self.open.get_mut(&key).and_then(|open| open.remove(&labels));
+        let mut episode = episode.ok_or_else(unknown)?;
+        for raised in episode.raised.values_mut() {
+            raised.to.get_or_insert(now.max(raised.from));
+        }
+        episode.watch = episode.watch.take().filter(|watch| !watch.firing);
+        let told = episode.told && episode.phase == Phase::Firing;
+        (episode.phase, episode.to, episode.ended_by_hand) = (Phase::Resolved, Some(now), Some(now));
+        (episode.unsettled_at, episode.stale) = (None, false);
+        let subject = self.as_recorded(&episode, now);
+        self.push(Transition::Resolved, now, now, told, subject, Some(by.to_owned()), Some(note.to_owned()));
+        self.keep_ended(key, episode);
+        Ok(())
     }
 
     fn by_hand(

@@ -35,11 +35,11 @@ use crate::sink::{Sink, SinkError};
 
 /// One row of `traffic` or `weather`.
 #[derive(Debug, Clone)]
-pub(super) struct Row {
-    pub(super) ts: i64,
-    pub(super) device: String,
-    pub(super) value: Option<f64>,
-    pub(super) text: Option<String>,
+pub(crate) struct Row {
+    pub(crate) ts: i64,
+    pub(crate) device: String,
+    pub(crate) value: Option<f64>,
+    pub(crate) text: Option<String>,
 }
 
 #[derive(Debug)]
@@ -59,7 +59,7 @@ struct Table {
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct City {
+pub(crate) struct City {
     tables: Mutex<BTreeMap<StreamName, Table>>,
     store: Arc<InMemory>,
     changed: watch::Sender<u64>,
@@ -72,12 +72,12 @@ pub(super) struct City {
 
 /// Rows of an edge, its watermark, and when they came.
 #[derive(Debug, Clone)]
-pub(super) struct Arrival {
-    pub(super) stream: StreamName,
-    pub(super) edge: u8,
-    pub(super) rows: Vec<Row>,
-    pub(super) watermark: Option<i64>,
-    pub(super) now: i64,
+pub(crate) struct Arrival {
+    pub(crate) stream: StreamName,
+    pub(crate) edge: u8,
+    pub(crate) rows: Vec<Row>,
+    pub(crate) watermark: Option<i64>,
+    pub(crate) now: i64,
 }
 
 #[derive(Debug)]
@@ -90,7 +90,7 @@ struct State {
 }
 
 impl City {
-    pub(super) fn new() -> Arc<Self> {
+    pub(crate) fn new() -> Arc<Self> {
         let state = State { own_spool: 100, received_at: 1, files: 0, fail_in: usize::MAX };
         let (tables, state) = (Mutex::default(), Mutex::new(state));
         Arc::new(Self {
@@ -108,7 +108,7 @@ impl City {
         self.frozen.lock().get(stream).copied().unwrap_or_default()
     }
 
-    pub(super) fn create(&self, stream: &StreamName, fields: Vec<StreamField>) {
+    pub(crate) fn create(&self, stream: &StreamName, fields: Vec<StreamField>) {
         let url = Url::parse(&format!("memory:///{stream}/")).unwrap();
         let store: Arc<dyn ObjectStore> = Arc::clone(&self.store) as _;
         let log_store = default_logstore(Arc::clone(&store), store, &url, &StorageConfig::default());
@@ -127,22 +127,22 @@ impl City {
         self.tables.lock().entry(stream.clone()).or_insert(table);
     }
 
-    pub(super) fn schema(&self, stream: &StreamName) -> Option<SchemaRef> {
+    pub(crate) fn schema(&self, stream: &StreamName) -> Option<SchemaRef> {
         self.tables.lock().get(stream).map(|table| Arc::clone(&table.schema))
     }
 
     /// The node starts again: its own rows come from another spool.
-    pub(super) fn restart(&self) {
+    pub(crate) fn restart(&self) {
         self.state.lock().own_spool += 1;
     }
 
     /// The append after so many fails.
-    pub(super) fn fail_after(&self, appends: usize) {
+    pub(crate) fn fail_after(&self, appends: usize) {
         self.state.lock().fail_in = appends;
     }
 
     /// Rows of an edge.
-    pub(super) fn arrive(&self, stream: &StreamName, edge: u8, rows: &[Row], watermark: Option<i64>, now: i64) {
+    pub(crate) fn arrive(&self, stream: &StreamName, edge: u8, rows: &[Row], watermark: Option<i64>, now: i64) {
         let schema = self.schema(stream).unwrap();
         let columns: Vec<(&str, ArrayRef)> = vec![
             (
@@ -167,12 +167,12 @@ impl City {
     }
 
     /// These arrive as soon as a state of some table was told, one each time; and those of before that did not are given back.
-    pub(super) fn arrive_meanwhile(&self, arrivals: Vec<Arrival>) -> Vec<Arrival> {
+    pub(crate) fn arrive_meanwhile(&self, arrivals: Vec<Arrival>) -> Vec<Arrival> {
         std::mem::replace(&mut *self.meanwhile.lock(), arrivals)
     }
 
     /// A revision of the reference table `sensors`.
-    pub(super) fn revise(&self, device: &str, most: f64, valid_from: Option<i64>) {
+    pub(crate) fn revise(&self, device: &str, most: f64, valid_from: Option<i64>) {
         let stream = "sensors_revisions".parse().unwrap();
         let schema = self.schema(&stream).unwrap();
         let from = [valid_from].into_iter().collect::<TimestampMicrosecondArray>().with_timezone("UTC");
@@ -186,7 +186,7 @@ impl City {
     }
 
     /// Tells of every change.
-    pub(super) fn changes(&self) -> watch::Receiver<u64> {
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.changed.subscribe()
     }
 
@@ -249,7 +249,7 @@ impl City {
     }
 
     /// All but the last `keep` hot batches of every table become files.
-    pub(super) fn commit(&self, keep: usize) {
+    pub(crate) fn commit(&self, keep: usize) {
         for table in self.tables.lock().values_mut() {
             let count = table.hot.len().saturating_sub(keep);
             let batches: Vec<_> = table.hot.drain(..count).collect();
@@ -271,7 +271,7 @@ impl City {
     }
 
     /// All files of a date become one.
-    pub(super) fn compact(&self) {
+    pub(crate) fn compact(&self) {
         for table in self.tables.lock().values_mut() {
             let old: Vec<Arc<DataFile>> = table.files.iter().cloned().collect();
             if old.len() < 2 {
@@ -288,7 +288,7 @@ impl City {
     }
 
     /// A column gets another type; what does not fit is null.
-    pub(super) fn retype(&self, stream: &StreamName, column: &str, kind: &DataType) {
+    pub(crate) fn retype(&self, stream: &StreamName, column: &str, kind: &DataType) {
         let mut tables = self.tables.lock();
         let table = tables.get_mut(stream).unwrap();
         let field = |field: &FieldRef| match field.name() == column {
@@ -374,7 +374,7 @@ impl City {
 
 /// The city as tables and as a sink.
 #[derive(Debug, Clone)]
-pub(super) struct Handle(pub(super) Arc<City>);
+pub(crate) struct Handle(pub(crate) Arc<City>);
 
 #[async_trait]
 impl HotSource for Handle {
