@@ -21,6 +21,7 @@ use super::silence::Silence;
 use super::statement;
 use crate::engine::{Engine, QueryError};
 use crate::follow::Position;
+use crate::links::event::LinkEvent;
 
 /// Rows of one batch, their text in bytes, and dates, of which a batch may have 64.
 const ROWS_MAX: usize = 4_096;
@@ -70,6 +71,7 @@ fn size(change: &Change) -> usize {
             let aliases = alert.aliases.iter().map(String::len).sum::<usize>();
             3 * alert.labels.len() + 2 * (alert.message.len() + alert.topic.len() + aliases + alert.rule.len())
         }
+        Subject::Event(event) => 4 * serde_json::to_string(event).map_or(0, |text| text.len()),
         _ => 0,
     };
     1_000 + said + about
@@ -137,6 +139,11 @@ fn text(name: &str, change: &Change, alert: Option<&Episode>, position: Option<&
         ("rule", Subject::Silence(silence)) => silence.rule.clone(),
         ("state", Subject::Silence(_)) => own("silence"),
         ("detail", Subject::Silence(silence)) => serde_json::to_string(silence).ok(),
+        ("state", Subject::Event(_)) => own("event"),
+        ("severity", Subject::Event(event)) => own(event.severity.word()),
+        ("topic", Subject::Event(event)) => own(&event.topic),
+        ("message", Subject::Event(event)) => own(&event.payload),
+        ("detail", Subject::Event(event)) => serde_json::to_string(event).ok(),
         _ => {
             let alert = alert?;
             match name {
@@ -247,8 +254,12 @@ pub(crate) async fn told_after(engine: &Engine, sequence: i64, count: usize) -> 
         for row in 0..batch.num_rows() {
             let word = text(0, row).unwrap_or_default();
             let transition = serde_json::from_value(serde_json::Value::String(word));
-            let episode = text(3, row).and_then(|detail| serde_json::from_str::<Episode>(&detail).ok());
-            let (Ok(transition), Some(episode)) = (transition, episode) else { continue };
+            let Ok(transition) = transition else { continue };
+            let subject = text(3, row).and_then(|detail| match transition {
+                Transition::Event => serde_json::from_str::<LinkEvent>(&detail).ok().map(Box::new).map(Subject::Event),
+                _ => serde_json::from_str::<Episode>(&detail).ok().map(Box::new).map(Subject::Alert),
+            });
+            let Some(subject) = subject else { continue };
             changes.push(Change {
                 sequence: batch.column(4).as_primitive::<Int64Type>().value(row),
                 transition,
@@ -257,11 +268,25 @@ pub(crate) async fn told_after(engine: &Engine, sequence: i64, count: usize) -> 
                 told: true,
                 actor: text(1, row),
                 note: text(2, row),
-                subject: Subject::Alert(Box::new(episode)),
+                subject,
             });
         }
     }
     Ok(changes)
+}
+
+/// The sequence of what a hop of a link has told, if it has.
+///
+/// # Errors
+/// When the stream cannot be asked.
+pub(crate) async fn sequence_of_event(engine: &Engine, id: &str) -> Result<Option<i64>, QueryError> {
+    if engine.tables().cold(&stream()).is_none() {
+        return Ok(None);
+    }
+    let id = id.replace('\'', "''");
+    let told = format!("SELECT sequence FROM alert_log WHERE transition = 'event' AND note = '{id}' LIMIT 1");
+    let rows = ask(engine, &told).await?;
+    Ok(rows.iter().flat_map(|batch| batch.column(0).as_primitive::<Int64Type>().iter().flatten()).next())
 }
 
 /// In the lane of the rules: no reader holds it up.
