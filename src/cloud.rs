@@ -11,14 +11,16 @@ use cloud_ingest::config::{
 use cloud_ingest::{Cloud, CloudHandle, Settings};
 use query::alerts::{Severity, TopicFilter};
 use query::engine::VIEWS_LANE;
+use query::links::LinkRoom;
 use query::publish::target::{TargetKind, TargetSettings};
 use query::serve::tls::Incoming;
 use query::serve::{House, Reader, Readers};
-use query::{Alerts, Engine, EngineSettings, LaneSettings, Right, Scope, ViewSettings};
+use query::{Alerts, Engine, EngineSettings, LaneSettings, Links, Right, Scope, ViewSettings};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::embedded::{Embedded, Running};
+use crate::links::NodeCourier;
 use crate::sink::NodeSink;
 use crate::tables::NodeTables;
 
@@ -48,7 +50,8 @@ impl Node {
 /// Runs until SIGINT or SIGTERM.
 pub(crate) async fn cloud(arguments: CloudArguments) -> anyhow::Result<()> {
     let mut settings = Settings::load(&arguments.config)?;
-    for directory in [&mut settings.alerts.directory, &mut settings.views.directory].into_iter().flatten() {
+    let directories = [&mut settings.alerts.directory, &mut settings.views.directory, &mut settings.links.directory];
+    for directory in directories.into_iter().flatten() {
         // Beside the file that names it, from wherever it is started.
         *directory = arguments.config.parent().unwrap_or(Path::new("")).join(&*directory);
     }
@@ -94,6 +97,7 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     }
     let spill = settings.data_dir.join("spill");
     let (listen, limits, alerts) = (settings.listen.clone(), limits(&settings, &spill), alert_settings(&settings)?);
+    let links = link_room(&settings);
     let certificate = |door: DoorName| certificate(&listen, door);
     let kept = views(&settings);
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
@@ -107,7 +111,13 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
         .map_err(anyhow::Error::msg)
         .context("start the views")?;
     // Rules that are wrong end it before any port opens.
-    let alerts = Alerts::start(Arc::clone(&engine), sink, alerts, token.clone()).map_err(anyhow::Error::msg)?;
+    let alerts = Alerts::start(Arc::clone(&engine), Arc::clone(&sink) as _, alerts, token.clone());
+    let alerts = alerts.map_err(anyhow::Error::msg)?;
+    let courier = Arc::new(NodeCourier(cloud.commands()));
+    let links = Links::start(Arc::clone(&engine), sink, &alerts, courier, links, token.clone());
+    let links = links.map_err(anyhow::Error::msg).context("start the links")?;
+    let counted = Arc::clone(&links);
+    cloud.metrics().host(move || counted.metrics());
     let counted = Arc::clone(&alerts);
     cloud.metrics().host(move || counted.metrics());
     let house = |door, connections_max| {
@@ -146,6 +156,7 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let incoming = Incoming::new(listener, tls, listen.http_connections)?;
     let questions = query::serve::http::router(Arc::clone(&engine), readers.clone())
         .merge(query::serve::views::router(engine, readers.clone(), token.clone()))
+        .merge(query::serve::links::router(links, readers.clone()))
         .merge(query::serve::alerts::router(alerts, readers));
     let cloud = cloud.listen(incoming, questions, token)?;
     tracing::info!(http = %cloud.http, "ready");
@@ -187,6 +198,17 @@ fn right(right: ReaderRight) -> Right {
         ReaderRight::Views => Right::Views,
         ReaderRight::Rules => Right::Rules,
         ReaderRight::Alerts => Right::Alerts,
+        ReaderRight::Links => Right::Links,
+    }
+}
+
+/// What `[links]` says, and where links may lead.
+fn link_room(settings: &Settings) -> LinkRoom {
+    let targets = settings.alerts.publish.iter().filter(|target| target.kind == PublishKind::Webhook);
+    LinkRoom {
+        data_dir: settings.data_dir.clone(),
+        directory: settings.links.directory.clone(),
+        webhooks: targets.map(|target| target.name.clone()).collect(),
     }
 }
 

@@ -5,6 +5,7 @@ mod cloud;
 mod demo;
 mod embedded;
 mod lake;
+mod links;
 mod load;
 mod publish;
 mod replay;

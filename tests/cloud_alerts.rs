@@ -21,7 +21,7 @@ use crate::listener::Listener;
 use crate::load::seeded;
 use crate::process::{PATIENCE, POLL};
 
-const RULE: &str = "on = \"field\"\nwhen = \"n > 100\"\nmessage = \"{{ device }} has {{ n }}\"\n\
+pub(crate) const RULE: &str = "on = \"field\"\nwhen = \"n > 100\"\nmessage = \"{{ device }} has {{ n }}\"\n\
                     severity = \"critical\"\ntopic = \"alerts/{device}/high\"\n";
 
 fn schema() -> Arc<StreamSchema> {
@@ -47,17 +47,17 @@ fn readings(all: &[(&str, i64)]) -> RecordBatch {
 }
 
 /// A sender of readings that sends until it is taken.
-struct Readings {
+pub(crate) struct Readings {
     sender: Sender,
     chain: Chain,
 }
 
 impl Readings {
-    fn to(cloud: &Cloud) -> Self {
+    pub(crate) fn to(cloud: &Cloud) -> Self {
         Self { sender: Sender::to(cloud), chain: Chain::new("field", schema()) }
     }
 
-    async fn send(&mut self, all: &[(&str, i64)]) {
+    pub(crate) async fn send(&mut self, all: &[(&str, i64)]) {
         let batch = self.chain.seal(&readings(all));
         let begun = Instant::now();
         while !matches!(self.sender.send(&schema(), std::slice::from_ref(&batch)).await, Answer::Acks(_)) {
@@ -67,7 +67,7 @@ impl Readings {
     }
 }
 
-async fn request(cloud: &Cloud, method: &str, path: &str, body: &str) -> (u16, Value) {
+pub(crate) async fn request(cloud: &Cloud, method: &str, path: &str, body: &str) -> (u16, Value) {
     let client = reqwest::Client::builder().timeout(PATIENCE).build().unwrap();
     let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
     let answer = client.request(method, format!("{}{path}", cloud.http)).body(body.to_owned()).send().await.unwrap();
@@ -75,7 +75,7 @@ async fn request(cloud: &Cloud, method: &str, path: &str, body: &str) -> (u16, V
     (status, serde_json::from_str(&answer.text().await.unwrap()).unwrap_or_default())
 }
 
-async fn put(cloud: &Cloud, name: &str, text: &str) {
+pub(crate) async fn put(cloud: &Cloud, name: &str, text: &str) {
     let (status, answer) = request(cloud, "PUT", &format!("/v1/rules/{name}"), text).await;
     assert_eq!(status, 200, "{answer}");
 }
@@ -86,7 +86,7 @@ async fn word(listener: &mut Listener) -> String {
     format!("{} {}", data["device"].as_str().unwrap_or("-"), data["transition"].as_str().unwrap())
 }
 
-fn listening(cloud: &Cloud, query: &str) -> Listener {
+pub(crate) fn listening(cloud: &Cloud, query: &str) -> Listener {
     Listener::new(format!("{}/v1/alerts/stream{query}", cloud.http))
 }
 
@@ -152,10 +152,10 @@ async fn a_subscriber_misses_nothing_and_hears_nothing_twice_through_kill_9_of_t
 }
 
 /// What a webhook got: the head of each request, and its body.
-type Got = Arc<Mutex<Vec<(String, Value)>>>;
+pub(crate) type Got = Arc<Mutex<Vec<(String, Value)>>>;
 
 /// Takes what is posted; what is posted to `/nothing` is refused.
-async fn serve(listener: TcpListener, got: Got) {
+pub(crate) async fn serve(listener: TcpListener, got: Got) {
     loop {
         let (mut socket, _) = listener.accept().await.unwrap();
         let got = Arc::clone(&got);

@@ -212,11 +212,16 @@ impl Edge {
 
     /// One that sends to the first of these addresses that answers.
     pub(crate) async fn start_with(directory: &Path, urls: &[&str], more: &str) -> Self {
+        Self::start_as(directory, (EDGE, TOKEN), urls, more).await
+    }
+
+    /// Another edge, with its token.
+    pub(crate) async fn start_as(directory: &Path, (id, token): (&str, &str), urls: &[&str], more: &str) -> Self {
         let port = free_port();
         let config = directory.join("edge.toml");
         let head = format!(
-            "[edge]\nid = \"{EDGE}\"\ndata_dir = \"{}\"\n[admin]\nlisten = \"127.0.0.1:{port}\"\n\
-             [clock]\ntrust = \"always\"\n[cloud]\nurls = {urls:?}\ntoken = \"{TOKEN}\"\n",
+            "[edge]\nid = \"{id}\"\ndata_dir = \"{}\"\n[admin]\nlisten = \"127.0.0.1:{port}\"\n\
+             [clock]\ntrust = \"always\"\n[cloud]\nurls = {urls:?}\ntoken = \"{token}\"\n",
             directory.join("edge").display(),
         );
         let process = Process::weir("edge", &["edge", "run", "--config", config.to_str().unwrap()], directory);

@@ -9,6 +9,7 @@
 mod alerts;
 mod bad_input;
 mod cloud_alerts;
+mod commands;
 mod comments;
 mod demo;
 mod differential;

@@ -17,6 +17,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use url::Url;
 
 use crate::catalog::Catalogue;
+use crate::commands::Commands;
 use crate::config::Settings;
 use crate::http::{self, Door};
 use crate::ingest::{Done, Ingest, Job, StartError};
@@ -116,7 +117,12 @@ impl Cloud {
             let (settings, catalogue, metrics) = (settings.clone(), Arc::clone(&catalogue), Arc::clone(&metrics));
             Upkeep::start(Maintenance::new(settings, store, catalogue, metrics, Box::new(adopt)))?
         };
+        let edges = settings.edge.iter().map(|edge| edge.id.clone());
+        let commands = Arc::new(Commands::new(edges, settings.links.commands_waiting));
+        let counted = Arc::clone(&commands);
+        metrics.host(move || counted.metrics());
         let door = Arc::new(Door {
+            commands: Arc::clone(&commands),
             edges: settings.edge.clone(),
             write: settings.write.clone(),
             request_bytes_max: settings.limits.request_bytes.bytes(),
@@ -147,6 +153,11 @@ impl Cloud {
         Remarks::new(self.store.clone(), Arc::clone(&self.catalogue), self.door.jobs.clone())
     }
 
+    /// What edges are to do.
+    pub fn commands(&self) -> Arc<Commands> {
+        Arc::clone(&self.door.commands)
+    }
+
     /// What this node counts.
     pub fn metrics(&self) -> Arc<Metrics> {
         Arc::clone(&self.metrics)
@@ -170,6 +181,7 @@ impl Cloud {
             let stop = async move {
                 token.cancelled().await;
                 door.ready.store(false, Ordering::Relaxed);
+                door.commands.close();
             };
             // Tapped, because only so a listener of any kind tells the peer.
             axum::serve(listener.tap_io(|_| {}), service).with_graceful_shutdown(stop).await

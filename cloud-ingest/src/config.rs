@@ -19,10 +19,12 @@ use crate::store::S3Settings;
 
 mod alerts;
 mod lake;
+mod links;
 mod views;
 
 pub use alerts::{AlertSettings, PublishKind, PublishSettings};
 pub use lake::{CompactSettings, Keep, KeepSettings, LakeSettings, StreamSettings};
+pub use links::LinksSettings;
 pub use views::ViewsSettings;
 
 /// Batches of doors that can be remembered: some 150 bytes each, in memory and on disk.
@@ -64,6 +66,8 @@ pub struct Settings {
     pub stream: BTreeMap<String, StreamSettings>,
     #[serde(default)]
     pub alerts: AlertSettings,
+    #[serde(default)]
+    pub links: LinksSettings,
     /// An edge agent in the same process.
     #[serde(default)]
     pub agent: Option<AgentSettings>,
@@ -367,6 +371,8 @@ pub enum ReaderRight {
     Rules,
     /// Acknowledge alerts, and silence them.
     Alerts,
+    /// Change links.
+    Links,
 }
 
 impl fmt::Debug for ReaderSettings {
@@ -398,6 +404,7 @@ impl Settings {
         self.check_lake()?;
         self.views.check()?;
         self.alerts.check(self.listen.http_connections)?;
+        self.links.check()?;
         let mut ids = HashSet::new();
         for edge in &self.edge {
             if !ids.insert(&edge.id) {
@@ -421,7 +428,7 @@ impl Settings {
         let sees_all = |right: &ReaderRight| *right != ReaderRight::Comment;
         if let Some(reader) = self.reader.iter().filter(limited).find(|reader| reader.rights.iter().any(sees_all)) {
             return Err(format!(
-                "[[reader]] `{}` sees a part of the rows, and views and rules are made of all: leave edges and scope out, \
+                "[[reader]] `{}` sees a part of the rows, and views, rules and links are made of all: leave edges and scope out, \
                  or every right but \"comment\"",
                 reader.name
             ));
@@ -557,6 +564,8 @@ mod tests {
         check(&target("kind = \"webhook\"\nurl = \"mqtt://b\""), "http:// or https://");
         check(&target("kind = \"mqtt\"\nurl = \"mqtt://b\"\nsecret = \"x\""), "of a webhook");
         check(&target("kind = \"fax\"\nurl = \"mqtt://b\""), "fax");
+        check("[links]\ncommands_waiting = 0", "from 1 to 500");
+        check("[links]\ndirektory = \"x\"", "did you mean `directory`?");
         check("[alerts]\ndirektory = \"x\"", "did you mean `directory`?");
         check("[[reader]]\nname = \"a\"\npassword = \"x\"\nscope = \"true\"\nrights = [\"rules\"]", "sees a part");
         check("[[query.lane]]\nname = \"a\"\nrunning = 0", "at least 1");

@@ -1,5 +1,5 @@
 //! The door for edges: `POST /v1/edges/{edge}/batches`, `GET /v1/edges/{edge}/positions`, and `/health`, `/ready`,
-//! `/metrics`. The doors for other senders are in [`write`].
+//! `/metrics`. The doors for other senders are in [`write`], that of commands for edges in [`commands`].
 //!
 //! An edge may write as itself with its token, and nobody else may: an unknown edge and a wrong token get the same
 //! answer. Bodies, rows and decoded bytes have limits. Checksums and Arrow bodies are checked here, on blocking
@@ -28,11 +28,13 @@ use wire::{
     Acks, BATCH_DECODED_BYTES_MAX, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId, StreamAck, StreamSchema,
 };
 
+use crate::commands::Commands;
 use crate::config::{EdgeSettings, WriteSettings};
 use crate::ingest::request::Arrived;
 use crate::ingest::{Job, RETRY_AFTER_MS, Reply};
 use crate::metrics::Metrics;
 
+mod commands;
 mod write;
 
 /// Schemas that are remembered between requests; above it the oldest way is open: send them again.
@@ -50,6 +52,7 @@ const PART_BYTES: usize = BATCH_DECODED_BYTES_MAX;
 #[derive(Debug)]
 pub(crate) struct Door {
     pub(crate) edges: Vec<EdgeSettings>,
+    pub(crate) commands: Arc<Commands>,
     pub(crate) write: WriteSettings,
     pub(crate) request_bytes_max: usize,
     /// Room for the bodies of requests that are in here, in units of [`ROOM_UNIT`].
@@ -73,6 +76,7 @@ pub(crate) fn router(door: Arc<Door>) -> Router {
         .route("/health", get(health))
         .route("/ready", get(ready))
         .route("/metrics", get(metrics))
+        .merge(commands::routes())
         .merge(write::routes())
         .with_state(door)
 }
@@ -116,22 +120,24 @@ async fn positions(
 fn answer(door: &Door, outcome: Result<Acks, RefusedAnswer>) -> Response {
     match outcome {
         Ok(acks) => Json(acks).into_response(),
-        Err(answer) => {
-            let refused = &answer.refused;
-            door.metrics.refuse(refused.kind());
-            let status = StatusCode::from_u16(refused.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            let retry = match refused {
-                RefusedRequest::PushedBack { retry_after_ms, .. } => Some(retry_after_ms.div_ceil(1_000)),
-                RefusedRequest::NotReady { .. } => Some(1),
-                _ => None,
-            };
-            let mut response = (status, Json(answer)).into_response();
-            if let Some(seconds) = retry {
-                response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
-            }
-            response
-        }
+        Err(answer) => refuse(door, answer),
     }
+}
+
+fn refuse(door: &Door, answer: RefusedAnswer) -> Response {
+    let refused = &answer.refused;
+    door.metrics.refuse(refused.kind());
+    let status = StatusCode::from_u16(refused.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let retry = match refused {
+        RefusedRequest::PushedBack { retry_after_ms, .. } => Some(retry_after_ms.div_ceil(1_000)),
+        RefusedRequest::NotReady { .. } => Some(1),
+        _ => None,
+    };
+    let mut response = (status, Json(answer)).into_response();
+    if let Some(seconds) = retry {
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    response
 }
 
 fn authorize(door: &Door, edge: &str, headers: &HeaderMap) -> Result<EdgeId, RefusedRequest> {

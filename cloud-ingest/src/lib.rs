@@ -3,6 +3,7 @@
 pub mod alias;
 pub mod catalog;
 pub mod cloud;
+pub mod commands;
 pub mod compact;
 pub mod config;
 pub mod delta;
@@ -31,6 +32,7 @@ pub mod writer;
 
 pub use catalog::{Catalogue, TableState};
 pub use cloud::{Cloud, CloudHandle, open_store};
+pub use commands::Commands;
 pub use config::Settings;
 pub use delta::past::Moment;
 pub use writer::{WriteError, Writer};

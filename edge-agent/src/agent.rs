@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use rand::Rng;
 use segment_log::{Disk, Options, Position, ReadError, Reader};
 use tokio::net::TcpListener;
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use wire::SpoolId;
 
@@ -45,6 +45,7 @@ use crate::pipeline::{AGENT_VERSION, Counters, Pipeline, SnapshotError, known_to
 use crate::places::Places;
 use crate::publish::{self, Outbox};
 use crate::redelivery::Lists;
+use crate::remote;
 use crate::source::SourceState;
 use crate::spool::{LaneSettings, Spool, SpoolError, SpoolSettings};
 use crate::uplink::http::{ClientError, CloudClient};
@@ -156,6 +157,7 @@ pub(crate) async fn start_by(
     let outbox = Outbox::of(&settings);
     let (mut parts, at_end) = recovered.into_parts(&settings, cloud, Arc::clone(&status), orders_of_engine);
     parts.outbox = outbox.as_ref().map(|(_, outbox)| Arc::clone(outbox));
+    let remote = Arc::clone(&parts.remote);
     let (journal, sources) = (Arc::clone(&parts.journal), parts.sources.clone());
     let configuration = Arc::clone(&parts.configuration);
     let engine_token = CancellationToken::new();
@@ -183,6 +185,8 @@ pub(crate) async fn start_by(
             }
         })
     });
+    let (commanded, newest) = watch::channel(settings.clone());
+    let hand = tokio::spawn(remote::run(newest, remote, token.child_token()));
     tokio::spawn(admin::serve(listener, Arc::clone(&status), admin_token.clone()));
     tracing::info!(%admin, edge = %settings.edge.id, "the agent runs");
     let asked = Arc::new(Notify::new());
@@ -195,10 +199,14 @@ pub(crate) async fn start_by(
         journal,
         orders,
         configuration,
+        commanded,
         token: token.clone(),
     };
     let stopped = tokio::spawn(async move {
         let result = supervise(token, reload, engine_token, engine_done, admin_token).await;
+        // It ends by the token, or does not outlive the agent.
+        hand.abort();
+        let _ = hand.await;
         if let Some(publisher) = publisher {
             // What is left goes with the next start.
             let _ = publisher.await;
@@ -394,6 +402,7 @@ impl Recovered {
             status,
             incidents,
             outbox: None,
+            remote: Arc::default(),
         };
         (parts, at_end)
     }

@@ -219,6 +219,9 @@ fn describe(settings: &Settings) -> String {
             rule.topic.as_deref().map_or_else(|| "not published".to_owned(), |topic| format!("published to {topic}"));
         lines.push(format!("rule {} on {}: {}, {topic}", rule.name, rule.on, rule.severity.word()));
     }
+    for command in &settings.command {
+        lines.push(format!("command {} of the cloud: published on {}", command.name, command.publish.topic));
+    }
     for lane in settings.lanes() {
         let streams = lane.streams.iter().map(|stream| stream.as_str()).collect::<Vec<_>>().join(", ");
         let streams = if streams.is_empty() { "all others" } else { &streams };

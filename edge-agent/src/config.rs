@@ -9,6 +9,7 @@ mod clock;
 mod decoding;
 mod kept;
 mod number;
+mod remote;
 mod rule;
 mod source;
 mod stream;
@@ -36,6 +37,7 @@ pub use self::decoding::{
     Condition, Constant, Decoding, Format, FormatOptions, Precision, Readings, Spread, Test, When,
 };
 pub use self::number::Number;
+pub use self::remote::{RemotePublish, RemoteSettings};
 pub use self::rule::{AlertSettings, CommandSettings, PublishSettings, RuleSettings, Severity};
 pub use self::source::{
     ExecSettings, FileSettings, HostSettings, HttpSettings, MapSettings, ModbusAddress, ModbusSettings, MqttSettings,
@@ -69,6 +71,9 @@ pub struct Settings {
     pub rule: Vec<RuleSettings>,
     #[serde(default)]
     pub alerts: AlertSettings,
+    /// What the cloud may have done here.
+    #[serde(default)]
+    pub command: Vec<RemoteSettings>,
     /// Which broker gets alerts; needed where a rule has a topic and there is not exactly one MQTT source.
     #[serde(default)]
     pub publish: Option<PublishSettings>,
@@ -470,6 +475,10 @@ impl Settings {
         Rules::new(self)?;
         if self.rule.iter().any(RuleSettings::is_told) || self.publish.is_some() {
             self.publisher()?;
+        }
+        crate::remote::check(&self.command)?;
+        if !self.command.is_empty() {
+            self.publisher().map_err(|error| format!("[[command]]: {error}"))?;
         }
         Ok(())
     }

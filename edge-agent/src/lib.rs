@@ -1,5 +1,5 @@
 //! The edge side of Weir. The path, in order: `source` → `journal` → `decode` → `validate` → `window` → `rules` →
-//! `pipeline` → `spool` → `uplink`; `agent` wires it, `publish` tells alerts to the local broker, `admin` shows it, `trial`
+//! `pipeline` → `spool` → `uplink`; `agent` wires it, `publish` tells alerts to the local broker, `remote` does what the cloud commands, `admin` shows it, `trial`
 //! explains it for one message.
 
 pub mod admin;
@@ -20,6 +20,7 @@ pub mod places;
 pub mod profile;
 pub mod publish;
 pub mod redelivery;
+pub mod remote;
 pub mod rules;
 pub mod source;
 pub mod spool;

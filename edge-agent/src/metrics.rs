@@ -138,6 +138,22 @@ pub fn render(status: &Status) -> String {
         out.single("weir_edge_commands_total", "counter", "Of those, to actuators", publisher.commands as f64);
         out.single("weir_edge_publish_waiting", "gauge", "Waits for that broker", publisher.waiting as f64);
     }
+    let commands = &status.commands;
+    out.single(
+        "weir_edge_commands_asking",
+        "gauge",
+        "Nodes of the cloud that are asked for commands",
+        commands.asking as f64,
+    );
+    out.family("weir_edge_remote_commands_total", "counter", "Commands of the cloud, by what became of them");
+    let became = [
+        ("done", commands.done),
+        ("refused", commands.refused),
+        ("expired", commands.expired),
+        ("unknown", commands.unknown),
+        ("repeated", commands.repeated),
+    ];
+    became.iter().for_each(|(became, count)| out.value(&[("result", became)], *count as f64));
     out.single("weir_edge_incidents", "gauge", "Damage found since the start", status.incidents.len() as f64);
     out.out
 }

@@ -15,8 +15,8 @@ mod runner;
 mod shown;
 pub(crate) mod silence;
 pub(crate) mod statement;
-mod store;
-mod template;
+pub(crate) mod store;
+pub(crate) mod template;
 #[cfg(test)]
 mod tests;
 pub(crate) mod topic;
@@ -44,6 +44,7 @@ use self::store::RuleStore;
 pub use self::topic::TopicFilter;
 pub use self::trial::{Span as TrialSpan, Trial};
 use crate::engine::Engine;
+use crate::links::event::LinkEvent;
 use crate::publish::Hub;
 use crate::publish::mqtt::{self, Broker};
 use crate::publish::target::{Place, TargetKind, TargetSettings, TargetStatus};
@@ -286,6 +287,11 @@ impl Alerts {
     pub(crate) async fn silence(&self, silence: Silence) -> Result<(), AlertError> {
         let said = self.ask(|reply| Command::Silence { silence, reply }).await?;
         said.map_err(|unknown| AlertError::Invalid(unknown.to_string()))
+    }
+
+    /// A link tells something. When it returns it is durable; its sequence.
+    pub(crate) async fn event(&self, event: LinkEvent) -> Result<i64, AlertError> {
+        self.ask(|reply| Command::Event { event: Box::new(event), reply }).await
     }
 
     /// Ends a silence.

@@ -43,11 +43,13 @@ pub enum Right {
     Rules,
     /// Speak about alerts, and silence them.
     Alerts,
+    /// Change links.
+    Links,
 }
 
 impl Right {
     /// Every one of them.
-    pub const ALL: [Self; 4] = [Self::Comment, Self::Views, Self::Rules, Self::Alerts];
+    pub const ALL: [Self; 5] = [Self::Comment, Self::Views, Self::Rules, Self::Alerts, Self::Links];
 }
 
 impl fmt::Display for Right {
@@ -57,6 +59,7 @@ impl fmt::Display for Right {
             Self::Views => "views",
             Self::Rules => "rules",
             Self::Alerts => "alerts",
+            Self::Links => "links",
         })
     }
 }

@@ -37,6 +37,7 @@ use crate::functions::latest::cache::LatestCache;
 use crate::functions::latest::distinct_on;
 use crate::fused_table::{View, pin};
 use crate::lanes::{LaneSettings, Lanes, Place};
+use crate::links::board::Board;
 use crate::names;
 use crate::remark::{self, Remark};
 use crate::sink::Sink;
@@ -139,6 +140,7 @@ pub struct Engine {
     lanes: Lanes,
     statements: Arc<Statements>,
     views: Arc<Views>,
+    links: Arc<Board>,
 }
 
 struct SessionContextDebug(SessionContext);
@@ -184,7 +186,7 @@ impl Engine {
         let latest = Arc::new(LatestCache::new(settings.latest_bytes_max));
         let statements = Statements::new(settings.recent_max);
         let session = SessionContextDebug(session);
-        let engine = Self { session, tables, latest, settings, lanes, statements, views };
+        let engine = Self { session, tables, latest, settings, lanes, statements, views, links: Arc::default() };
         engine.equip(engine.session())?;
         Ok(engine)
     }
@@ -211,6 +213,11 @@ impl Engine {
     /// The views that are kept.
     pub(crate) fn views(&self) -> &Views {
         &self.views
+    }
+
+    /// How links stand.
+    pub(crate) fn links(&self) -> &Arc<Board> {
+        &self.links
     }
 
     /// Begins to keep views; they stop with the token.
@@ -375,6 +382,7 @@ impl Engine {
         }
         let start = Start {
             views: Arc::clone(&self.views),
+            links: Arc::clone(&self.links),
             session: self.session().clone(),
             tables: Arc::clone(&self.tables),
             statements: Arc::clone(&self.statements),
@@ -427,6 +435,7 @@ fn state_of(error: &QueryError) -> State {
 /// What the execution of a statement needs.
 struct Start {
     views: Arc<Views>,
+    links: Arc<Board>,
     session: SessionContext,
     tables: Arc<dyn Tables>,
     statements: Arc<Statements>,
@@ -449,8 +458,8 @@ impl Start {
         uncounted::check(&plan)?;
         let state = self.session.state();
         let caller = self.running.caller();
-        let views = self.views.as_ref();
-        let view = View { tables: self.tables.as_ref(), statements: &self.statements, views, caller };
+        let (views, links) = (self.views.as_ref(), self.links.as_ref());
+        let view = View { tables: self.tables.as_ref(), statements: &self.statements, views, links, caller };
         let pinned = pin(plan, &state, view).await?;
         let physical = state.create_physical_plan(&pinned).await?;
         let pool: Arc<dyn MemoryPool> = Arc::clone(self.running.pool()) as _;

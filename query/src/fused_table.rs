@@ -42,6 +42,7 @@ use crate::cold;
 use crate::functions::latest::PinnedLatest;
 use crate::functions::latest::cache::{Held, LatestCache};
 use crate::functions::latest::computed;
+use crate::links::board::Board;
 use crate::scope;
 use crate::scope::hidden::HiddenExec;
 use crate::statements::Statements;
@@ -207,6 +208,7 @@ pub(crate) struct View<'a> {
     pub(crate) tables: &'a dyn Tables,
     pub(crate) statements: &'a Statements,
     pub(crate) views: &'a Views,
+    pub(crate) links: &'a Board,
     pub(crate) caller: &'a Caller,
 }
 

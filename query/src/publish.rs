@@ -23,6 +23,7 @@ use crate::alerts::episode::{Episode, Phase, Severity};
 use crate::alerts::episodes::{Change, Subject};
 use crate::alerts::log;
 use crate::engine::{Engine, QueryError};
+use crate::links::event::LinkEvent;
 
 /// Changes that are kept in memory.
 const RING_MAX: usize = 10_000;
@@ -45,6 +46,10 @@ pub struct Told {
     pub transition: &'static str,
     pub id: String,
     pub firing: bool,
+    /// Links that it has come through.
+    pub(crate) hops: u32,
+    /// The one target that is told; everyone who listens when there is none.
+    pub(crate) only: Option<String>,
     /// When it was decided, µs since 1970 UTC.
     pub at: i64,
     /// As a server-sent event, whose data is `body`.
@@ -57,23 +62,51 @@ pub struct Told {
 
 impl Told {
     pub(crate) fn new(change: &Change) -> Option<Self> {
-        let Subject::Alert(alert) = &change.subject else { return None };
         if !change.told {
             return None;
         }
+        match &change.subject {
+            Subject::Alert(alert) => Some(Self::of_alert(change, alert)),
+            Subject::Event(event) => Some(Self::of_link(change, event)),
+            Subject::Silence(_) | Subject::Position => None,
+        }
+    }
+
+    fn of_alert(change: &Change, alert: &Episode) -> Self {
         let (frame, body) = frame(change, &event(change, alert));
-        Some(Self {
+        Self {
             sequence: change.sequence,
             topic: alert.topic.clone(),
             severity: alert.severity,
             transition: change.transition.word(),
             id: alert.id.clone(),
             firing: alert.phase == Phase::Firing,
+            hops: 0,
+            only: None,
             at: change.at,
             frame,
             body,
             pushed: pushed(alert),
-        })
+        }
+    }
+
+    fn of_link(change: &Change, event: &LinkEvent) -> Self {
+        let (frame, body) = frame(change, &event.body(change.sequence, time(change.at)));
+        Self {
+            sequence: change.sequence,
+            topic: event.topic.clone(),
+            severity: event.severity,
+            transition: change.transition.word(),
+            id: event.id.clone(),
+            firing: false,
+            hops: event.hops,
+            only: event.only.clone(),
+            at: change.at,
+            frame,
+            body,
+            // Alertmanager is told of alerts alone.
+            pushed: Bytes::new(),
+        }
     }
 
     fn bytes(&self) -> usize {

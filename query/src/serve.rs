@@ -6,6 +6,7 @@
 pub mod alerts;
 pub mod flight_sql;
 pub mod http;
+pub mod links;
 mod places;
 pub mod postgres;
 pub mod tls;

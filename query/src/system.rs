@@ -9,6 +9,7 @@
 //! | `ingest` | stream and spool that has: rows, last batch, what is durable and committed |
 //! | `queries` | statement that runs, and of the last ones that ran |
 //! | `views` | view: what it does, how far it is, what it costs |
+//! | `links` | link: where it leads, and what came of it since the node started |
 //! | `batches` | batch that a stream's rows came in (read from the rows themselves), and which agent sealed it |
 //! | `quarantine_reasons` | reason why readings are in `quarantine`, by stream and source |
 //! | `alerts` | alert that is pending or fires, as `alert_log` last says |
@@ -41,10 +42,11 @@ pub(crate) enum Kind {
     Ingest,
     Queries,
     Views,
+    Links,
 }
 
-const KINDS: [Kind; 7] =
-    [Kind::Streams, Kind::Columns, Kind::Files, Kind::Edges, Kind::Ingest, Kind::Queries, Kind::Views];
+const KINDS: [Kind; 8] =
+    [Kind::Streams, Kind::Columns, Kind::Files, Kind::Edges, Kind::Ingest, Kind::Queries, Kind::Views, Kind::Links];
 /// The tables that are questions.
 const VIEWS: [&str; 3] = ["alerts", "batches", "quarantine_reasons"];
 
@@ -58,6 +60,7 @@ impl Kind {
             Self::Ingest => "ingest",
             Self::Queries => "queries",
             Self::Views => "views",
+            Self::Links => "links",
         }
     }
 
@@ -148,6 +151,26 @@ impl Kind {
                 ("memory_bytes", Int64),
                 ("computed_s", Float64),
             ],
+            Self::Links => vec![
+                ("name", Utf8),
+                ("state", Utf8),
+                ("reason", Utf8),
+                ("from_topic", Utf8),
+                ("condition", Utf8),
+                ("to_kind", Utf8),
+                ("to_name", Utf8),
+                ("open", Int64),
+                ("told", Int64),
+                ("answered", Int64),
+                ("refused", Int64),
+                ("timed_out", Int64),
+                ("rate_limited", Int64),
+                ("failed", Int64),
+                ("last_at", timestamp_type()),
+                ("last_outcome", Utf8),
+                ("last_answer", Utf8),
+                ("last_error", Utf8),
+            ],
         };
         Arc::new(Schema::new(columns.into_iter().map(|(name, kind)| Field::new(name, kind, true)).collect::<Vec<_>>()))
     }
@@ -194,6 +217,7 @@ pub(crate) async fn pinned(kind: Kind, view: View<'_>) -> Result<Arc<dyn TablePr
         Kind::Ingest => rows::ingest(view),
         Kind::Queries => rows::queries(view),
         Kind::Views => rows::views(view),
+        Kind::Links => rows::links(view),
     };
     let schema = kind.schema();
     let rows = RecordBatch::try_new(Arc::clone(&schema), columns)?;

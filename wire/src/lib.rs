@@ -8,10 +8,12 @@ pub mod basic;
 mod body;
 mod bytes;
 pub mod cold;
+pub mod command;
 pub mod hot;
 pub mod ids;
 pub mod line;
 pub mod named;
+pub mod rate;
 pub mod reference;
 pub mod request;
 pub mod schema;
@@ -21,7 +23,9 @@ mod zip;
 
 pub use ack::{Acks, Mark, PositionsAnswer, Refusal, RefusedAnswer, RefusedRequest, StreamAck};
 pub use cold::{DataFile, DataFiles};
+pub use command::{Command, CommandReply, CommandsAnswer, Handed};
 pub use ids::{EdgeId, FieldName, NameError, Seq, SpoolId, StreamName};
+pub use rate::{Allowance, Rate};
 pub use schema::{FieldType, SchemaId, StreamField, StreamSchema};
 pub use sealed::{BodyFormat, CutBatch, SealedBatch};
 

@@ -261,6 +261,8 @@ pub mod own {
     pub const ALERT_DELIVERIES: &str = "alert_deliveries";
     /// The stream of which agent sealed which batches.
     pub const BATCH_ORIGINS: &str = "batch_origins";
+    /// The stream of what links have done.
+    pub const LINK_LOG: &str = "link_log";
 
     fn schema(fields: &[(&str, FieldType)]) -> StreamSchema {
         let fields = fields
@@ -371,6 +373,32 @@ pub mod own {
             ("configuration", FieldType::Int64),
         ])
     }
+
+    /// `link_log`: a hop of the link `link` at `at`, begun (`outcome` is `begun`) or ended: what the event of `from_topic` with the
+    /// sequence `cause` in `alert_log` has brought about. Rows of one hop have one `hop_id`; `hops` counts how many links the
+    /// alert has come through. `latency_ms` is from the decision to the end. `detail` is the hop as JSON, from which a restarted
+    /// node goes on; `position` (of the last row of a batch) the sequence up to which all was looked at.
+    pub fn link_log() -> StreamSchema {
+        schema(&[
+            ("link", FieldType::Text),
+            ("outcome", FieldType::Text),
+            ("hop_id", FieldType::Text),
+            ("hops", FieldType::Int64),
+            ("from_topic", FieldType::Text),
+            ("cause", FieldType::Int64),
+            ("alert_id", FieldType::Text),
+            ("rule", FieldType::Text),
+            ("to_kind", FieldType::Text),
+            ("to_name", FieldType::Text),
+            ("command", FieldType::Text),
+            ("payload", FieldType::Text),
+            ("answer", FieldType::Text),
+            ("latency_ms", FieldType::Float64),
+            ("at", FieldType::Timestamp),
+            ("detail", FieldType::Text),
+            ("position", FieldType::Int64),
+        ])
+    }
 }
 
 /// Whether a name is that of a stream that Weir fills itself.
@@ -380,7 +408,7 @@ pub fn is_own_stream(stream: &StreamName) -> bool {
 
 /// Whether a name is that of a stream that the cloud alone fills: nobody else may write there.
 pub fn is_cloud_stream(stream: &StreamName) -> bool {
-    matches!(stream.as_str(), own::ALERT_LOG | own::ALERT_DELIVERIES | own::BATCH_ORIGINS)
+    matches!(stream.as_str(), own::ALERT_LOG | own::ALERT_DELIVERIES | own::BATCH_ORIGINS | own::LINK_LOG)
 }
 
 #[cfg(test)]

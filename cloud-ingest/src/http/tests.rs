@@ -48,10 +48,10 @@ fn the_answer_of_the_last_part_counts_for_each_sequence() {
 }
 
 const REQUEST_BYTES_MAX: usize = 64 << 10;
-const EDGE: &str = "gw";
+pub(super) const EDGE: &str = "gw";
 
 /// A door behind which all is taken, and the numbers of what was.
-fn door() -> (Arc<Door>, Arc<parking_lot::Mutex<Vec<u64>>>) {
+pub(super) fn door() -> (Arc<Door>, Arc<parking_lot::Mutex<Vec<u64>>>) {
     let (jobs, asked) = std::sync::mpsc::channel();
     let taken = Arc::new(parking_lot::Mutex::new(Vec::new()));
     let seen = Arc::clone(&taken);
@@ -65,7 +65,10 @@ fn door() -> (Arc<Door>, Arc<parking_lot::Mutex<Vec<u64>>>) {
         }
     });
     let door = Door {
-        edges: vec![EdgeSettings { id: EDGE.parse().unwrap(), token: "t".to_owned() }],
+        edges: [(EDGE, "t"), ("other", "o")]
+            .map(|(id, token)| EdgeSettings { id: id.parse().unwrap(), token: token.to_owned() })
+            .into(),
+        commands: Arc::new(Commands::new([EDGE.parse().unwrap(), "other".parse().unwrap()], 8)),
         write: WriteSettings::default(),
         request_bytes_max: REQUEST_BYTES_MAX,
         room: room_of(4 * REQUEST_BYTES_MAX),

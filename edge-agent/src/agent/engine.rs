@@ -37,6 +37,7 @@ use crate::entry::Entry;
 use crate::journal::{Journal, JournalSender};
 use crate::pipeline::{LaneCut, Pipeline, SnapshotError};
 use crate::publish::{Outbox, Replay};
+use crate::remote::RemoteStatus;
 use crate::source::SourceState;
 use crate::spool::{Spool, SpoolError};
 use crate::uplink::http::{CloudClient, Failed};
@@ -156,6 +157,8 @@ pub(super) struct Parts {
     pub(super) incidents: Vec<String>,
     /// Where alerts are published; None without a broker for them.
     pub(super) outbox: Option<Arc<Outbox>>,
+    /// What became of commands of the cloud.
+    pub(super) remote: Arc<Mutex<RemoteStatus>>,
 }
 
 /// See the module's documentation.

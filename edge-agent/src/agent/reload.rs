@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::engine::Order;
@@ -42,6 +42,8 @@ pub(super) struct Reload {
     pub(super) journal: Arc<Journal>,
     pub(super) orders: mpsc::Sender<Order>,
     pub(super) configuration: Arc<Mutex<ConfigurationStatus>>,
+    /// Whom the settings tell which commands may be done.
+    pub(super) commanded: watch::Sender<Settings>,
     pub(super) token: CancellationToken,
 }
 
@@ -138,6 +140,7 @@ impl Reload {
         let _ = self.orders.send(order).await;
         self.intake.start(&next, &self.journal, at_end, &self.sources);
         self.journal.clock().change(next.clock.clone());
+        self.commanded.send_replace(next.clone());
         self.settings = next;
         Ok(())
     }

@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::clock::ClockStatus;
 use crate::pipeline::{SourceTotals, StreamTotals};
 use crate::publish::PublisherStatus;
+use crate::remote::RemoteStatus;
 use crate::rules::{self, RuleTotals};
 
 /// All of it, from one moment.
@@ -39,6 +40,8 @@ pub struct Status {
     pub firing: Vec<FiringStatus>,
     /// The way to the broker that gets alerts.
     pub publisher: Option<PublisherStatus>,
+    /// Commands of the cloud.
+    pub commands: RemoteStatus,
 }
 
 /// Alerts that are shown one by one.

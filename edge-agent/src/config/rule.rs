@@ -199,9 +199,11 @@ pub(super) fn publisher(settings: &Settings) -> Result<MqttSettings, String> {
             Ok(MqttSettings { client_id, ..(*one).clone() })
         }
         [] => {
-            Err("a [[rule]] has a topic or a command and there is no broker: write [publish] url = \"mqtt://127.0.0.1:1883\""
+            Err("something is to be published and there is no broker: write [publish] url = \"mqtt://127.0.0.1:1883\""
                 .to_owned())
         }
-        _ => Err("a [[rule]] has a topic or a command and there are several brokers: write [publish] source = \"…\"".to_owned()),
+        _ => {
+            Err("something is to be published and there are several brokers: write [publish] source = \"…\"".to_owned())
+        }
     }
 }

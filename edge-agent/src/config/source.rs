@@ -496,7 +496,7 @@ impl MqttSettings {
     }
 
     /// One that only names a broker, for a client that publishes.
-    pub(super) fn of_broker(url: Url) -> Self {
+    pub(crate) fn of_broker(url: Url) -> Self {
         Self {
             name: String::new(),
             url,

@@ -258,9 +258,11 @@ fn the_shipped_configuration_shows_every_key() {
         }
         _ => true,
     });
-    assert_eq!(tables, ["source", "stream", "rule", "lane"], "a table is not looked at here");
+    assert_eq!(tables, ["source", "stream", "rule", "command", "lane"], "a table is not looked at here");
     check("[[rule]]", expected("[[rule]]\nzzz = 1"));
     check("[rule.command]", expected("[[rule]]\nname = \"r\"\non = \"s\"\ncommand = { zzz = 1 }"));
+    check("[[command]]", expected("[[command]]\nzzz = 1"));
+    check("[command.publish]", expected("[[command]]\nname = \"c\"\npublish = { zzz = 1 }"));
     check("[[lane]]", expected("[[lane]]\nzzz = 1"));
     check("[stream.traffic]", expected("[stream.s]\nzzz = 1"));
     check("[stream.traffic.fields]", expected("[stream.s.fields]\nv = { zzz = 1 }"));

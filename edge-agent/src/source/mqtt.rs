@@ -192,7 +192,7 @@ impl Run {
                 tracing::error!(client = %self.connection.client, reason, "the broker refused a subscription");
                 self.connection.state.error(format!("subscription refused: {reason}"));
             }
-            Event::Other => {}
+            Event::Acknowledged { .. } | Event::Other => {}
             Event::Lost(reason) => {
                 self.lost(reason);
                 let wait = (BACKOFF_MIN * 2_u32.pow(self.failures.min(16))).min(BACKOFF_MAX);

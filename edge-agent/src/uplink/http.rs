@@ -14,7 +14,7 @@ use reqwest::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, DATE, Hea
 use reqwest::{Certificate, Client, RequestBuilder, StatusCode, redirect};
 use url::Url;
 use wire::request::ENCODING;
-use wire::{Acks, EdgeId, RefusedAnswer, RefusedRequest, SchemaId, SealedBatch, SpoolId};
+use wire::{Acks, CommandReply, CommandsAnswer, EdgeId, RefusedAnswer, RefusedRequest, SchemaId, SealedBatch, SpoolId};
 
 use super::parcel::{Nodes, Parcel};
 use super::state::Failure;
@@ -159,6 +159,36 @@ impl CloudClient {
         self.acks(&answered)
     }
 
+    /// The commands of a node behind the number `after` of its `run`; waits for one, at most so long.
+    ///
+    /// # Errors
+    /// Why there is no answer, for people.
+    pub async fn commands(&self, url: usize, run: &str, after: u64, wait: Duration) -> Result<CommandsAnswer, String> {
+        let mut address = self.address(url, "commands");
+        let after = after.to_string();
+        let wait_ms = wait.as_millis().to_string();
+        address.query_pairs_mut().extend_pairs([("run", run), ("after", &after), ("wait_ms", &wait_ms)]);
+        let asked = self.ask(|client| client.get(address).timeout(wait + self.parts.timeout)).await;
+        let answered = asked.map_err(|failed| failed.text)?;
+        if answered.status != StatusCode::OK {
+            return Err(answered.shown());
+        }
+        serde_json::from_slice(&answered.text).map_err(|error| format!("an answer that is none: {error}"))
+    }
+
+    /// Says what became of a command. Whether the node still wanted to know makes no difference.
+    ///
+    /// # Errors
+    /// Why it was not heard, for people.
+    pub async fn answer_command(&self, url: usize, id: &str, reply: &CommandReply) -> Result<(), String> {
+        let address = self.address(url, &format!("commands/{id}"));
+        let answered = self.ask(|client| client.post(address).json(reply)).await.map_err(|failed| failed.text)?;
+        match answered.status {
+            StatusCode::OK | StatusCode::GONE => Ok(()),
+            _ => Err(answered.shown()),
+        }
+    }
+
     /// Batches and their schemas (canonical texts), as a request to a node.
     pub fn parcel(&self, url: usize, schemas: &[(SchemaId, &str)], batches: &[SealedBatch]) -> Parcel {
         self.nodes.lock().parcel(url, schemas, batches)
@@ -272,6 +302,12 @@ struct Answered {
     /// When its head had come.
     answered_at: Instant,
     text: Vec<u8>,
+}
+
+impl Answered {
+    fn shown(&self) -> String {
+        format!("{}: {}", self.status, String::from_utf8_lossy(&self.text[..self.text.len().min(200)]))
+    }
 }
 
 /// Sends a request and reads the answer, not much further than it may be long.

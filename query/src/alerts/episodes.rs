@@ -27,6 +27,7 @@ pub(crate) use self::change::{Change, Subject, Transition};
 pub(crate) use self::people::Unknown;
 use super::episode::{CLOUD, Episode, Phase, Policy, Quiet, Raised, Says, Seen, Severity, Watch, id};
 use super::silence::Silence;
+use crate::links::event::LinkEvent;
 
 /// Of the time between two ticks at most this counts.
 pub(crate) const STEP_US: i64 = 60_000_000;
@@ -183,6 +184,13 @@ impl Episodes {
     /// A change that is only a place in the sequence.
     pub(crate) fn mark(&mut self, now: i64) {
         self.push(Transition::Position, now, now, false, Subject::Position, None, None);
+    }
+
+    /// A link tells something; its sequence.
+    pub(crate) fn event(&mut self, event: LinkEvent, now: i64) -> i64 {
+        let (by, id) = (Some(format!("link {}", event.link)), Some(event.id.clone()));
+        self.push(Transition::Event, now, now, true, Subject::Event(Box::new(event)), by, id);
+        self.sequence
     }
 
     /// What a row means for one rule.

@@ -22,6 +22,7 @@ use super::rule::caller;
 use super::silence::Silence;
 use crate::engine::{Engine, QueryError};
 use crate::follow::Position;
+use crate::links::event::LinkEvent;
 
 /// Rows of one batch, their text in bytes, and dates, of which a batch may have 64.
 const ROWS_MAX: usize = 4_096;
@@ -71,6 +72,7 @@ fn size(change: &Change) -> usize {
             let aliases = alert.aliases.iter().map(String::len).sum::<usize>();
             3 * alert.labels.len() + 2 * (alert.message.len() + alert.topic.len() + aliases + alert.rule.len())
         }
+        Subject::Event(event) => 4 * serde_json::to_string(event).map_or(0, |text| text.len()),
         _ => 0,
     };
     1_000 + said + about
@@ -138,6 +140,11 @@ fn text(name: &str, change: &Change, alert: Option<&Episode>, position: Option<&
         ("rule", Subject::Silence(silence)) => silence.rule.clone(),
         ("state", Subject::Silence(_)) => own("silence"),
         ("detail", Subject::Silence(silence)) => serde_json::to_string(silence).ok(),
+        ("state", Subject::Event(_)) => own("event"),
+        ("severity", Subject::Event(event)) => own(event.severity.word()),
+        ("topic", Subject::Event(event)) => own(&event.topic),
+        ("message", Subject::Event(event)) => own(&event.payload),
+        ("detail", Subject::Event(event)) => serde_json::to_string(event).ok(),
         _ => {
             let alert = alert?;
             match name {
@@ -311,9 +318,15 @@ fn changes_of(batch: &RecordBatch) -> Vec<Change> {
     let change = |row: usize| {
         let sequence = batch.column(4).as_primitive::<Int64Type>().value(row);
         let transition = serde_json::from_value(serde_json::Value::String(text(0, row).unwrap_or_default()));
-        let episode = serde_json::from_str::<Episode>(&text(3, row).unwrap_or_default());
-        let (transition, episode) = match (transition, episode) {
-            (Ok(transition), Ok(episode)) => (transition, episode),
+        let detail = text(3, row).unwrap_or_default();
+        let subject = match transition {
+            Ok(Transition::Event) => {
+                serde_json::from_str::<LinkEvent>(&detail).map(|event| Subject::Event(event.into()))
+            }
+            _ => serde_json::from_str::<Episode>(&detail).map(|episode| Subject::Alert(episode.into())),
+        };
+        let (transition, subject) = match (transition, subject) {
+            (Ok(transition), Ok(subject)) => (transition, subject),
             (Err(error), _) | (_, Err(error)) => {
                 // It would hold up everyone behind it for ever.
                 tracing::error!(sequence, %error, "a change in alert_log is not understood, and told to nobody");
@@ -328,10 +341,24 @@ fn changes_of(batch: &RecordBatch) -> Vec<Change> {
             told: true,
             actor: text(1, row),
             note: text(2, row),
-            subject: Subject::Alert(Box::new(episode)),
+            subject,
         })
     };
     (0..batch.num_rows()).filter_map(change).collect()
+}
+
+/// The sequence of what a hop of a link has told, if it has.
+///
+/// # Errors
+/// When the stream cannot be asked.
+pub(crate) async fn sequence_of_event(engine: &Engine, id: &str) -> Result<Option<i64>, QueryError> {
+    if engine.tables().cold(&stream()).is_none() {
+        return Ok(None);
+    }
+    let id = id.replace('\'', "''");
+    let told = format!("SELECT sequence FROM alert_log WHERE transition = 'event' AND note = '{id}' LIMIT 1");
+    let rows = ask(engine, &told).await?;
+    Ok(rows.iter().flat_map(|batch| batch.column(0).as_primitive::<Int64Type>().iter().flatten()).next())
 }
 
 /// In the lane of the rules: no reader holds it up.

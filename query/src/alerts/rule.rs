@@ -236,7 +236,7 @@ pub(crate) fn check_name(name: &str) -> Result<(), String> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-' | b'.');
     if name.is_empty() || name.len() > NAME_BYTES_MAX || !name.bytes().all(plain) || name.starts_with('.') {
         return Err(format!(
-            "`{:.80}` is no name of a rule: letters, digits, `_`, `-` and `.`, at most 63",
+            "`{:.80}` is no name: letters, digits, `_`, `-` and `.`, at most 63",
             name.escape_default()
         ));
     }

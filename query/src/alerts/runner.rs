@@ -31,6 +31,7 @@ use super::store::Loaded;
 use super::{RuleStatus, Word};
 use crate::clock::now_us;
 use crate::engine::Engine;
+use crate::links::event::LinkEvent;
 use crate::publish::Hub;
 use crate::sink::{Sink, SinkError};
 
@@ -51,13 +52,42 @@ const WAIT_MAX: Duration = Duration::from_secs(5);
 /// What is asked of the task.
 #[derive(Debug)]
 pub(crate) enum Command {
-    Put { rule: Box<Rule>, reply: oneshot::Sender<()> },
-    Delete { name: String, reply: oneshot::Sender<()> },
-    Open { page: Page, reply: oneshot::Sender<Opened> },
-    Silences { reply: oneshot::Sender<serde_json::Value> },
-    Say { id: String, word: Word, by: String, note: String, reply: oneshot::Sender<Result<(), Unknown>> },
-    Silence { silence: Silence, reply: oneshot::Sender<Result<(), Unknown>> },
-    Unsilence { id: String, by: String, reply: oneshot::Sender<Result<(), Unknown>> },
+    Put {
+        rule: Box<Rule>,
+        reply: oneshot::Sender<()>,
+    },
+    Delete {
+        name: String,
+        reply: oneshot::Sender<()>,
+    },
+    Open {
+        page: Page,
+        reply: oneshot::Sender<Opened>,
+    },
+    Silences {
+        reply: oneshot::Sender<serde_json::Value>,
+    },
+    Say {
+        id: String,
+        word: Word,
+        by: String,
+        note: String,
+        reply: oneshot::Sender<Result<(), Unknown>>,
+    },
+    Silence {
+        silence: Silence,
+        reply: oneshot::Sender<Result<(), Unknown>>,
+    },
+    Unsilence {
+        id: String,
+        by: String,
+        reply: oneshot::Sender<Result<(), Unknown>>,
+    },
+    /// A link tells something; answered with its sequence.
+    Event {
+        event: Box<LinkEvent>,
+        reply: oneshot::Sender<i64>,
+    },
 }
 
 /// A rule in the task.
@@ -86,6 +116,7 @@ struct Followed {
 enum Reply {
     Said(oneshot::Sender<Result<(), Unknown>>),
     Done(oneshot::Sender<()>),
+    Event(oneshot::Sender<i64>, i64),
 }
 
 /// See the module.
@@ -396,6 +427,10 @@ impl Runner {
                 };
                 self.said(said, reply);
             }
+            Command::Event { event, reply } => {
+                let sequence = episodes.event(*event, now);
+                self.replies.push(Reply::Event(reply, sequence));
+            }
             Command::Silence { silence, reply } => {
                 let said = episodes.silence(silence, now);
                 self.said(said, reply);
@@ -490,6 +525,7 @@ impl Runner {
             match reply {
                 Reply::Said(reply) => drop(reply.send(Ok(()))),
                 Reply::Done(reply) => drop(reply.send(())),
+                Reply::Event(reply, sequence) => drop(reply.send(sequence)),
             }
         }
         Some(())

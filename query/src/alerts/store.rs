@@ -41,8 +41,7 @@ impl RuleStore {
                 }
             }
         }
-        let made = fs::create_dir_all(directory).and_then(|()| directory.parent().map_or(Ok(()), sync));
-        made.map_err(|error| format!("make {}: {error}", directory.display()))?;
+        make(directory)?;
         for path in files(directory)? {
             let name = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default().to_owned();
             let settings = RuleSettings::parse(&name, &read(&path)?);
@@ -78,13 +77,7 @@ impl RuleStore {
 
     pub(crate) fn put(&mut self, settings: RuleSettings, text: &str) -> Result<(), String> {
         let name = settings.name.clone();
-        let path = self.path(&name)?;
-        let kept = |error: std::io::Error| format!("keep {}: {error}", path.display());
-        let aside = self.directory.join(format!(".{name}.new"));
-        let mut file = File::create(&aside).map_err(kept)?;
-        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(kept)?;
-        fs::rename(&aside, &path).map_err(kept)?;
-        self.sync().map_err(kept)?;
+        replace(&self.directory, &name, text)?;
         self.rules.insert(name, Loaded { settings, configured: false });
         Ok(())
     }
@@ -97,38 +90,57 @@ impl RuleStore {
             }
             Some(_) => {}
         }
-        let path = self.path(name)?;
-        let removed = fs::remove_file(&path).and_then(|()| self.sync());
-        removed.map_err(|error| format!("remove {}: {error}", path.display()))?;
+        remove(&self.directory, name)?;
         self.rules.remove(name);
         Ok(())
     }
 
     pub(crate) fn text(&self, name: &str) -> Option<String> {
         self.rules.get(name).filter(|known| !known.configured)?;
-        fs::read_to_string(self.path(name).ok()?).ok()
+        read(&file(&self.directory, name).ok()?).ok()
     }
+}
 
-    fn path(&self, name: &str) -> Result<PathBuf, String> {
-        check_name(name)?;
-        Ok(self.directory.join(format!("{name}.toml")))
-    }
+/// Makes the directory of such files, durably.
+pub(crate) fn make(directory: &Path) -> Result<(), String> {
+    let made = fs::create_dir_all(directory).and_then(|()| directory.parent().map_or(Ok(()), sync));
+    made.map_err(|error| format!("make {}: {error}", directory.display()))
+}
 
-    fn sync(&self) -> std::io::Result<()> {
-        sync(&self.directory)
-    }
+/// Writes `<name>.toml`, durably: it is there as it was or as it is.
+pub(crate) fn replace(directory: &Path, name: &str, text: &str) -> Result<(), String> {
+    let path = file(directory, name)?;
+    let kept = |error: std::io::Error| format!("keep {}: {error}", path.display());
+    let aside = directory.join(format!(".{name}.new"));
+    let mut file = File::create(&aside).map_err(kept)?;
+    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(kept)?;
+    fs::rename(&aside, &path).map_err(kept)?;
+    sync(directory).map_err(kept)
+}
+
+/// Removes `<name>.toml`, durably.
+pub(crate) fn remove(directory: &Path, name: &str) -> Result<(), String> {
+    let path = file(directory, name)?;
+    let removed = fs::remove_file(&path).and_then(|()| sync(directory));
+    removed.map_err(|error| format!("remove {}: {error}", path.display()))
+}
+
+fn file(directory: &Path, name: &str) -> Result<PathBuf, String> {
+    check_name(name)?;
+    Ok(directory.join(format!("{name}.toml")))
 }
 
 fn sync(directory: &Path) -> std::io::Result<()> {
     File::open(directory)?.sync_all()
 }
 
-fn read(path: &Path) -> Result<String, String> {
+/// Reads one of them.
+pub(crate) fn read(path: &Path) -> Result<String, String> {
     fs::read_to_string(path).map_err(|error| format!("read {}: {error}", path.display()))
 }
 
 /// The TOML files of a directory, in order of name.
-fn files(directory: &Path) -> Result<Vec<PathBuf>, String> {
+pub(crate) fn files(directory: &Path) -> Result<Vec<PathBuf>, String> {
     let listed = fs::read_dir(directory).map_err(|error| format!("read {}: {error}", directory.display()))?;
     let mut files: Vec<PathBuf> = listed.filter_map(Result::ok).map(|entry| entry.path()).collect();
     files.retain(|path| path.extension().is_some_and(|extension| extension == "toml"));

@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::topic::{self, TOPIC_BYTES_MAX};
 
 /// Longest message as it is written, and as it comes out.
-const MESSAGE_BYTES_MAX: usize = 4_096;
+pub(crate) const MESSAGE_BYTES_MAX: usize = 4_096;
 /// Steps that one message may take.
 const FUEL: u64 = 10_000;
 /// Of a value within a text; the rest is left out.
@@ -30,7 +30,7 @@ pub(crate) type Words = BTreeMap<String, Value>;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Message(String);
 
-fn environment() -> Environment<'static> {
+pub(crate) fn environment() -> Environment<'static> {
     let mut environment = Environment::empty();
     environment.add_filter("abs", filters::abs);
     environment.add_filter("default", filters::default);
@@ -51,7 +51,7 @@ fn environment() -> Environment<'static> {
 }
 
 /// Refuses what could make a long text out of a short one.
-fn within_bounds(text: &str) -> Result<(), String> {
+pub(crate) fn within_bounds(text: &str) -> Result<(), String> {
     let mut rest = text;
     while let Some(at) = rest.find("{{").into_iter().chain(rest.find("{%")).chain(rest.find("{#")).min() {
         let (opening, inside) = rest[at..].split_at(2);
@@ -117,19 +117,36 @@ impl Message {
 
     /// The message of a row. One that fails says so, and what its rule is.
     pub(crate) fn fill(&self, words: &Words) -> String {
-        let mut out = Limited(Vec::new());
-        let filled = environment()
-            .template_from_named_str("message", &self.0)
-            .and_then(|template| template.render_captured_to(short(words), &mut out).map(drop));
-        let text = String::from_utf8_lossy(&out.0).into_owned();
+        let (text, filled) = self.filled(words);
         match filled {
             Ok(()) => text,
-            Err(_) if out.0.len() >= MESSAGE_BYTES_MAX => text,
+            Err(_) if text.len() >= MESSAGE_BYTES_MAX => text,
             Err(error) => {
                 let rule = words.get("rule").and_then(Value::as_str).unwrap_or_default();
                 format!("{rule} (its message fails: {})", error.kind())
             }
         }
+    }
+
+    /// The text of these words, if it is whole.
+    ///
+    /// # Errors
+    /// When it fails, or is too long.
+    pub(crate) fn whole(&self, words: &Words) -> Result<String, String> {
+        let (text, filled) = self.filled(words);
+        match filled {
+            Ok(()) => Ok(text),
+            Err(_) if text.len() >= MESSAGE_BYTES_MAX => Err(format!("more than {MESSAGE_BYTES_MAX} bytes")),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn filled(&self, words: &Words) -> (String, Result<(), minijinja::Error>) {
+        let mut out = Limited(Vec::new());
+        let filled = environment()
+            .template_from_named_str("message", &self.0)
+            .and_then(|template| template.render_captured_to(short(words), &mut out).map(drop));
+        (String::from_utf8_lossy(&out.0).into_owned(), filled)
     }
 }
 
@@ -138,7 +155,8 @@ pub(crate) fn shorten(message: &str) -> String {
     message[..message.floor_char_boundary(MESSAGE_BYTES_MAX)].to_owned()
 }
 
-fn short(words: &Words) -> Words {
+/// Values as far as texts have them.
+pub(crate) fn short(words: &Words) -> Words {
     let cut = |value: &Value| match value {
         Value::String(text) => Value::String(text[..text.floor_char_boundary(VALUE_BYTES_MAX)].to_owned()),
         other => other.clone(),
@@ -210,6 +228,14 @@ impl Places {
             parts.push(Part::Text(plain));
         }
         Ok(Self(parts))
+    }
+
+    /// What its places name.
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.iter().filter_map(|part| match part {
+            Part::Place(name) => Some(&**name),
+            Part::Text(_) => None,
+        })
     }
 
     /// As a text.

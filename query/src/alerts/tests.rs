@@ -13,8 +13,10 @@ use tokio_util::sync::CancellationToken;
 use wire::schema::own;
 use wire::{FieldType, StreamField, StreamName, StreamSchema};
 
+use super::rule::caller;
 use super::*;
 use crate::caller::{Caller, Right};
+use crate::clock::now_us;
 use crate::engine::EngineSettings;
 use crate::lanes::LaneSettings;
 use crate::sink::SinkError;
@@ -115,7 +117,7 @@ impl Node {
     }
 
     async fn texts(&self, sql: &str) -> Vec<String> {
-        let rows = statement::rows(&self.engine, sql, usize::MAX).await.unwrap();
+        let rows = self.engine.rows_as(&caller(), sql, usize::MAX).await.unwrap();
         let text = |batch: &RecordBatch, row: usize| {
             let options = arrow_cast::display::FormatOptions::default();
             let value =

@@ -7,7 +7,7 @@ use ring::digest::{SHA256, digest};
 /// Longest topic in bytes.
 pub(crate) const TOPIC_BYTES_MAX: usize = 1_000;
 /// Longest level that is made of a value, in bytes.
-const LEVEL_BYTES_MAX: usize = 128;
+pub(crate) const LEVEL_BYTES_MAX: usize = 128;
 /// Longest value of a label, in bytes.
 const LABEL_BYTES_MAX: usize = 256;
 /// Of what was cut: what tells it from others that begin like it.
@@ -34,6 +34,11 @@ impl TopicFilter {
             }
         }
         Ok(Self(levels.into_iter().map(str::to_owned).collect()))
+    }
+
+    /// Its levels.
+    pub(crate) fn levels(&self) -> &[String] {
+        &self.0
     }
 
     /// Whether a topic is among those that are meant.

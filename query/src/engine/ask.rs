@@ -116,12 +116,16 @@ impl Engine {
         // Many times a second: not for the list of what people asked.
         running.planned();
         let (session, tables) = (self.session().clone(), Arc::clone(&self.tables));
-        let (statements, views, pool) =
-            (Arc::clone(&self.statements), Arc::clone(&self.views), Arc::clone(running.pool()));
+        let (statements, views, links, pool) = (
+            Arc::clone(&self.statements),
+            Arc::clone(&self.views),
+            Arc::clone(&self.links),
+            Arc::clone(running.pool()),
+        );
         let work = async move {
             let state = session.state();
-            let (tables, views) = (tables.as_ref(), views.as_ref());
-            let view = View { tables, statements: &statements, views, caller: &caller };
+            let (tables, views, links) = (tables.as_ref(), views.as_ref(), links.as_ref());
+            let view = View { tables, statements: &statements, views, links, caller: &caller };
             let pinned = pin_over(plan, &state, view, states).await?;
             let physical = state.create_physical_plan(&pinned).await?;
             let memory: Arc<dyn MemoryPool> = Arc::clone(&pool) as _;

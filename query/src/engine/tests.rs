@@ -326,7 +326,7 @@ async fn files(engine: &Engine, sql: &str) -> usize {
     let prepared = engine.prepare(&begin(engine).await, sql, None).await.unwrap();
     let (state, caller) = (engine.session().state(), Caller::node());
     let (tables, views) = (engine.tables().as_ref(), engine.views.as_ref());
-    let view = View { tables, statements: &engine.statements, views, caller: &caller };
+    let view = View { tables, statements: &engine.statements, views, links: &engine.links, caller: &caller };
     let pinned = pin(LogicalPlan::clone(prepared.plan()), &state, view).await.unwrap();
     let mut plans = vec![state.create_physical_plan(&pinned).await.unwrap()];
     let mut files = 0;

@@ -44,7 +44,9 @@ pub struct Subscription {
 
 impl Subscription {
     pub(crate) fn wants(&self, told: &Told) -> bool {
-        (self.severities.is_empty() || self.severities.contains(&told.severity)) && self.topic.matches(&told.topic)
+        told.only.is_none()
+            && (self.severities.is_empty() || self.severities.contains(&told.severity))
+            && self.topic.matches(&told.topic)
     }
 }
 

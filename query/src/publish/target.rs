@@ -200,7 +200,7 @@ impl Place {
                 continue;
             };
             let since = now_us() - i64::try_from(self.settings.max_age.as_micros()).unwrap_or(i64::MAX);
-            let wanted: Vec<Arc<Told>> = page.into_iter().filter(|told| self.subscription.wants(told)).collect();
+            let wanted: Vec<Arc<Told>> = page.into_iter().filter(|told| self.wants(told)).collect();
             let (old, wanted): (Vec<_>, Vec<_>) = wanted.into_iter().partition(|told| told.at < since);
             if let Some(newest) = old.last() {
                 self.status.lock().missed += old.len() as u64;
@@ -241,6 +241,10 @@ impl Place {
             }
         }
         Some(None)
+    }
+
+    fn wants(&self, told: &Told) -> bool {
+        told.only.as_deref().map_or_else(|| self.subscription.wants(told), |only| only == self.settings.name)
     }
 
     /// It has this change.

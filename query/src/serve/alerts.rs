@@ -65,7 +65,7 @@ pub fn router(alerts: Arc<Alerts>, readers: Readers) -> Router {
         .with_state(Shared { alerts, readers })
 }
 
-fn told(status: StatusCode, error: &str) -> Response {
+pub(super) fn told(status: StatusCode, error: &str) -> Response {
     (status, Json(json!({ "error": error }))).into_response()
 }
 
@@ -78,37 +78,47 @@ fn refused(error: &AlertError) -> Response {
     told(status, &error.to_string())
 }
 
-fn answer<T: serde::Serialize>(done: Result<T, AlertError>) -> Response {
+pub(super) fn answer<T: serde::Serialize>(done: Result<T, AlertError>) -> Response {
     match done {
         Ok(done) => Json(done).into_response(),
         Err(error) => refused(&error),
     }
 }
 
-type Peer = ConnectInfo<SocketAddr>;
+pub(super) type Peer = ConnectInfo<SocketAddr>;
 
 impl Shared {
-    /// Who may see alerts.
     #[expect(clippy::result_large_err, reason = "the error is the response that is sent")]
     fn reader(&self, peer: &Peer, headers: &HeaderMap) -> Result<Caller, Response> {
-        let caller = admit(&self.readers, peer.0, headers)?;
-        if caller.scope().is_some() {
-            let error = "alerts are for readers without a scope: a rule sees every row";
-            return Err(told(StatusCode::FORBIDDEN, error));
-        }
-        Ok(caller)
+        seeing_all(&self.readers, peer, headers)
     }
 
-    /// Who may do something about them.
     #[expect(clippy::result_large_err, reason = "the error is the response that is sent")]
     fn with(&self, right: Right, peer: &Peer, headers: &HeaderMap) -> Result<Caller, Response> {
-        let caller = self.reader(peer, headers)?;
-        if caller.may(right) {
-            return Ok(caller);
-        }
-        let error = format!("`{}` may not: its [[reader]] needs rights = [\"{right}\"]", caller.name());
-        Err(told(StatusCode::FORBIDDEN, &error))
+        having(right, &self.readers, peer, headers)
     }
+}
+
+/// Who may see alerts, and what is made of them.
+#[expect(clippy::result_large_err, reason = "the error is the response that is sent")]
+pub(super) fn seeing_all(readers: &Readers, peer: &Peer, headers: &HeaderMap) -> Result<Caller, Response> {
+    let caller = admit(readers, peer.0, headers)?;
+    if caller.scope().is_some() {
+        let error = "alerts are for readers without a scope: a rule sees every row";
+        return Err(told(StatusCode::FORBIDDEN, error));
+    }
+    Ok(caller)
+}
+
+/// Who may do something about them.
+#[expect(clippy::result_large_err, reason = "the error is the response that is sent")]
+pub(super) fn having(right: Right, readers: &Readers, peer: &Peer, headers: &HeaderMap) -> Result<Caller, Response> {
+    let caller = seeing_all(readers, peer, headers)?;
+    if caller.may(right) {
+        return Ok(caller);
+    }
+    let error = format!("`{}` may not: its [[reader]] needs rights = [\"{right}\"]", caller.name());
+    Err(told(StatusCode::FORBIDDEN, &error))
 }
 
 async fn rules(State(door): State<Shared>, peer: Peer, headers: HeaderMap) -> Response {

@@ -14,6 +14,7 @@ use wire::schema::{FieldType, TS};
 use crate::catalog::SpoolFacts;
 use crate::clock::{now_us, us};
 use crate::fused_table::{Frozen, View};
+use crate::links::LinkStatus;
 use crate::remark::ColumnNote;
 use crate::views::{Doing, Progress};
 
@@ -242,5 +243,31 @@ pub(super) fn views(view: View<'_>) -> Vec<ArrayRef> {
         number(|progress| progress.revisions),
         number(|progress| progress.memory_bytes),
         Arc::new(progress().map(|progress| sees.then_some(progress.computed.as_secs_f64())).collect::<Float64Array>()),
+    ]
+}
+
+pub(super) fn links(view: View<'_>) -> Vec<ArrayRef> {
+    // They are about alerts, which are for callers who see everything.
+    let all = if view.caller.scope().is_none() { view.links.all() } else { Vec::new() };
+    let number = |of: fn(&LinkStatus) -> u64| integers(all.iter().map(|link| Some(count(of(link)))));
+    vec![
+        texts(all.iter().map(|link| link.name.clone())),
+        texts(all.iter().map(|link| link.state.to_owned())),
+        texts(all.iter().map(|link| link.reason.clone())),
+        texts(all.iter().map(|link| link.from.clone())),
+        texts(all.iter().map(|link| link.when.clone())),
+        texts(all.iter().map(|link| link.to_kind.to_owned())),
+        texts(all.iter().map(|link| link.to.clone())),
+        number(|link| link.open),
+        number(|link| link.told),
+        number(|link| link.answered),
+        number(|link| link.refused),
+        number(|link| link.timed_out),
+        number(|link| link.rate_limited),
+        number(|link| link.failed),
+        times(all.iter().map(|link| link.last_at)),
+        texts(all.iter().map(|link| link.last_outcome.map(str::to_owned))),
+        texts(all.iter().map(|link| link.last_answer.clone())),
+        texts(all.iter().map(|link| link.last_error.clone())),
     ]
 }

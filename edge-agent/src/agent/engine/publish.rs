@@ -134,6 +134,7 @@ impl Engine {
             rules: parts.pipeline.rules().map(RuleStatus::from).collect(),
             firing: parts.pipeline.firing().take(FIRING_MAX).map(FiringStatus::from).collect(),
             publisher: parts.outbox.as_ref().map(|outbox| outbox.status()),
+            commands: parts.remote.lock().clone(),
         };
         *parts.status.lock() = status;
     }

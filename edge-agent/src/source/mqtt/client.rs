@@ -48,6 +48,10 @@ pub(crate) enum Event {
     Subscribed,
     /// One more filter is unsubscribed.
     Unsubscribed,
+    /// The broker has a publication, or refuses it.
+    Acknowledged {
+        refused: Option<String>,
+    },
     /// A subscription, or its end, was refused.
     Refused(String),
     Lost(String),
@@ -179,6 +183,7 @@ impl EventLoop {
                     }
                     Ok(Raw::Incoming(Packet::SubAck(_))) => Event::Subscribed,
                     Ok(Raw::Incoming(Packet::UnsubAck(_))) => Event::Unsubscribed,
+                    Ok(Raw::Incoming(Packet::PubAck(_))) => Event::Acknowledged { refused: None },
                     Ok(_) => Event::Other,
                     Err(error) => {
                         // What was read from the old connection would be taken for the next one's.
@@ -188,7 +193,7 @@ impl EventLoop {
                 }
             }
             Self::V5(events) => {
-                use v5::mqttbytes::v5::{Packet, SubscribeReasonCode, UnsubAckReason};
+                use v5::mqttbytes::v5::{Packet, PubAckReason, SubscribeReasonCode, UnsubAckReason};
                 match events.poll().await {
                     Ok(v5::Event::Incoming(Packet::ConnAck(answer))) => {
                         Event::Connected { session_present: answer.session_present }
@@ -200,6 +205,11 @@ impl EventLoop {
                             Some(code) => Event::Refused(format!("{code:?}")),
                             None => Event::Subscribed,
                         }
+                    }
+                    Ok(v5::Event::Incoming(Packet::PubAck(answer))) => {
+                        let taken =
+                            matches!(answer.reason, PubAckReason::Success | PubAckReason::NoMatchingSubscribers);
+                        Event::Acknowledged { refused: (!taken).then(|| format!("{:?}", answer.reason)) }
                     }
                     Ok(v5::Event::Incoming(Packet::UnsubAck(answer))) => {
                         use UnsubAckReason::{NoSubscriptionExisted, Success};

@@ -61,7 +61,7 @@ pub async fn hear(settings: &MqttSettings, client: &str, within: Duration, messa
                 heard.error = Some(reason);
                 break;
             }
-            Event::Unsubscribed | Event::Other => {}
+            Event::Unsubscribed | Event::Acknowledged { .. } | Event::Other => {}
         }
     }
     if heard.subscribed {

@@ -2,6 +2,7 @@
 
 use super::super::episode::Episode;
 use super::super::silence::Silence;
+use crate::links::event::LinkEvent;
 
 /// What became of an alert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -27,6 +28,8 @@ pub(crate) enum Transition {
     Commented,
     Silence,
     Unsilence,
+    /// A link tells something.
+    Event,
     /// Only how far the streams were read.
     Position,
 }
@@ -50,6 +53,7 @@ impl Transition {
             Self::Commented => "commented",
             Self::Silence => "silence",
             Self::Unsilence => "unsilence",
+            Self::Event => "event",
             Self::Position => "position",
         }
     }
@@ -60,6 +64,7 @@ impl Transition {
 pub(crate) enum Subject {
     Alert(Box<Episode>),
     Silence(Silence),
+    Event(Box<LinkEvent>),
     Position,
 }
 
