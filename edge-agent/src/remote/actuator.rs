@@ -138,7 +138,7 @@ async fn connection(
     status: &Shown,
     token: &CancellationToken,
 ) -> Result<bool, String> {
-    let (client, mut events) = client::publisher(broker, id).map_err(|error| error.to_string())?;
+    let (client, mut events) = client::without_session(broker, id).map_err(|error| error.to_string())?;
     let mut connected = false;
     loop {
         let event = {
