@@ -12,6 +12,7 @@ mod cloud_alerts;
 mod comments;
 mod demo;
 mod differential;
+mod disk_full;
 mod doors;
 mod doors_limits;
 mod faults;
