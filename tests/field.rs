@@ -158,5 +158,6 @@ async fn a_backlog_of_a_million_drains_while_live_data_flows() {
         assert!(started.elapsed() < PATIENCE * 8, "the backlog does not drain: {old}");
     }
     println!("{} live readings; some came before the end of the backlog: {overtook}", next - BACKLOG);
+    assert!(overtook, "live readings waited for the backlog");
     whole(&cloud, &mut edge, next as i64).await;
 }

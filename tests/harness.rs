@@ -238,6 +238,11 @@ impl Edge {
         std::fs::write(&self.config, format!("{}{more}", self.head)).unwrap();
     }
 
+    /// SIGHUP: it reads its configuration.
+    pub(crate) fn hang_up(&self) {
+        self.process.signal("HUP");
+    }
+
     /// Starts the process, which must not run.
     pub(crate) fn run(&mut self) {
         self.process.start();

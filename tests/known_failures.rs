@@ -359,7 +359,8 @@ async fn vector_17644_damage_in_every_log_neither_spins_nor_hinders_a_stop() {
     tokio::time::sleep(Duration::from_secs(2)).await;
     let used = stage.edge.cpu_seconds() - before;
     println!("{used} CPU-seconds in 2 s");
-    assert!(used < 1.0, "it spins");
+    // A loop without a wait would use one of these seconds at the least.
+    assert!(used < 0.2, "it spins: {used} CPU-seconds");
     let started = Instant::now();
     stage.edge.stop();
     assert!(started.elapsed() < SOON, "it stops after {:?}", started.elapsed());
@@ -437,6 +438,7 @@ async fn vector_26198_messages_with_as_many_readings_as_a_batch_holds_are_kept_w
 /// while the input went on taking.
 #[tokio::test(flavor = "multi_thread")]
 async fn vector_18336_half_a_record_at_the_end_stops_nothing() {
+    half_a_record_of_the_truth().await;
     let Some(mut stage) = Stage::set().await else { return };
     stage.cloud.stop();
     stage.spool(&[0..100, 100..200]).await;
@@ -457,6 +459,59 @@ async fn vector_18336_half_a_record_at_the_end_stops_nothing() {
     stage.edge.wait().await;
     send(&stage.broker, 200..300).await;
     whole(&stage.cloud, &mut stage.edge, 300).await;
+}
+
+/// The record that truly came next, cut off behind each of its bytes.
+async fn half_a_record_of_the_truth() {
+    /// Of the lane's record; of the journal's, which holds one message, each.
+    const CUTS: usize = 12;
+    let mut random = seeded();
+    let Some(mut stage) = Stage::set().await else { return };
+    stage.cloud.stop();
+    stage.spool(std::slice::from_ref(&(0..100))).await;
+    stage.edge.kill();
+    let (data, before) = (stage.data(), stage.directory.path().join("before"));
+    let copy = |from: &Path, to: &Path| {
+        std::fs::remove_dir_all(to).ok();
+        assert!(std::process::Command::new("cp").arg("-a").args([from, to]).status().unwrap().success());
+    };
+    copy(&data, &before);
+    let (journal, _) = logs(&data);
+    let log = lane(&data, "rest");
+    let written = |log: &Path| std::fs::read(segments(log).pop().unwrap()).unwrap();
+    let (journal_before, lane_before) = (records(&written(&journal)).len(), large(&written(&log)).len());
+    stage.edge.run();
+    stage.edge.wait().await;
+    stage.spool(std::slice::from_ref(&(100..200))).await;
+    stage.edge.kill();
+    let (journal_after, lane_after) = (written(&journal), written(&log));
+    let journal_next = records(&journal_after)[journal_before..].to_vec();
+    // A crash while the journal writes: nothing of the spool is newer.
+    let messages =
+        journal_next.iter().find(|record| journal_after[(*record).clone()].windows(4).any(|at| at == b"\"n\":"));
+    let message = messages.expect("messages came").clone();
+    let mut cuts = (0..CUTS).map(|_| (journal.clone(), random.random_range(message.clone()))).collect::<Vec<_>>();
+    let batch = large(&lane_after)[lane_before].clone();
+    cuts.extend((0..CUTS).map(|_| (log.clone(), random.random_range(batch.clone()))));
+    let after = stage.directory.path().join("after");
+    copy(&data, &after);
+    for (log, cut) in cuts {
+        let of_journal = log == journal;
+        copy(if of_journal { &before } else { &after }, &data);
+        let path = segments(&log).pop().unwrap();
+        let whole = if of_journal { &journal_after } else { &lane_after };
+        let mut torn = whole.clone();
+        torn[cut..].fill(0);
+        std::fs::write(path, torn).unwrap();
+        stage.edge.run();
+        // What was not in the journal was not acknowledged; what was is in the lane, or gets there again.
+        let there = if of_journal { 100 } else { 200 };
+        let all = |status: &Value| spooled(status) >= there && status["journal"]["lag_bytes"] == 0;
+        let status = until(&mut stage.edge, "what was there is in the spool", all).await;
+        assert_eq!(status["incidents"], serde_json::json!([]), "cut at {cut} of {log:?}");
+        assert!(of_journal || spooled(&status) == 200, "cut at {cut} of {log:?}: {status:#}");
+        stage.edge.kill();
+    }
 }
 
 /// nanomq #2432: cached messages were deleted before they were sent, so those on their way were lost when the link died

@@ -13,6 +13,7 @@ mod commands;
 mod comments;
 mod demo;
 mod differential;
+mod disk_full;
 mod doors;
 mod doors_limits;
 mod faults;

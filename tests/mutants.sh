@@ -46,6 +46,6 @@ mutant txn-check cloud-ingest/src/delta.rs 's/if \*first <= committed \{/if fals
 mutant cloud-ack-before-sync cloud-ingest/src/wal.rs 's/^        self\.log\.sync\(\)\.map\(\|_\| \(\)\)$/        Ok(())/' --workspace --lib ingest::tests::what_was_acknowledged
 mutant look-before-gap cloud-ingest/src/ingest/admit.rs 's/^ *Verdict::Gap \{ \.\. \} \| Verdict::Forked if looked.*$//' --workspace --lib ingest::tests::two_nodes
 mutant carry-off cloud-ingest/src/ingest.rs 's/^        self\.carry\(pins\)\?;$/        let _ = pins;/' --workspace --lib ingest::tests::a_stream_that_cannot_commit
-mutant edge-ack-before-sync edge-agent/src/journal.rs 's/let end = self\.log\.sync\(\)\?; \/\/ before acknowledged/let end = if self.waiting_bytes > 65_536 { self.log.sync()? } else { self.log.synced() };/' --workspace --test weir nothing_is_lost_or_doubled_when_the_edge_agent_is_killed
+mutant edge-ack-before-sync edge-agent/src/journal.rs 's/let end = self\.log\.sync\(\)\?; \/\/ before acknowledged/let end = if to - from > 64 { self.log.sync()? } else { self.log.synced() };/' --workspace --test weir nothing_is_lost_or_doubled_when_the_edge_agent_is_killed
 mutant redelivery-list-off edge-agent/src/redelivery.rs 's/^        if !dup \{$/        if dup || !dup {/' --workspace --test weir nothing_is_lost_or_doubled_when_the_edge_agent_is_killed
 exit $survivors

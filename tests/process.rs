@@ -97,10 +97,16 @@ impl Process {
         child.wait().unwrap();
     }
 
+    /// A signal by its name, as in `HUP`.
+    pub(crate) fn signal(&self, name: &str) {
+        let id = self.pid().to_string();
+        assert!(Command::new("kill").args([&format!("-{name}"), &id]).status().unwrap().success());
+    }
+
     /// SIGTERM, and waits for a good end.
     pub(crate) fn stop(&mut self) {
+        self.signal("TERM");
         let mut child = self.child.take().expect("it runs");
-        assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
         let started = Instant::now();
         let status = loop {
             if let Some(status) = child.try_wait().unwrap() {

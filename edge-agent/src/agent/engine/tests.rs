@@ -1,6 +1,7 @@
 mod change;
 mod clock;
 mod links;
+mod torn;
 
 use std::os::unix::fs::symlink;
 
