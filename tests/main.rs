@@ -15,6 +15,7 @@ mod demo;
 mod differential;
 mod doors;
 mod doors_limits;
+mod embedded_broker;
 mod faults;
 mod field;
 mod forks;
