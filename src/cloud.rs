@@ -1,5 +1,6 @@
 //! `weir cloud --config FILE`: ingest and SQL in one process.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use query::{Alerts, Engine, EngineSettings, LaneSettings, Links, Right, Scope, V
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::broker::{self, BrokerPlace};
 use crate::embedded::{Embedded, Running};
 use crate::links::NodeCourier;
 use crate::sink::NodeSink;
@@ -97,12 +99,15 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     }
     let spill = settings.data_dir.join("spill");
     let (listen, limits, alerts) = (settings.listen.clone(), limits(&settings, &spill), alert_settings(&settings)?);
-    let links = link_room(&settings);
+    let (links, broker) = (link_room(&settings), broker_place(&settings)?);
     let certificate = |door: DoorName| certificate(&listen, door);
     let kept = views(&settings);
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
     let tables = Arc::new(NodeTables(cloud.catalogue(), cloud.remarks()));
     let sink = Arc::new(NodeSink(cloud.writer()));
+    if let Some(place) = broker {
+        tokio::task::spawn_blocking(|| broker::start(place)).await.context("start the broker")??;
+    }
     // The directory is this node's alone since its log is open.
     empty(&spill)?;
     let engine = Arc::new(Engine::new(tables, limits).context("start the engine")?);
@@ -200,6 +205,34 @@ fn right(right: ReaderRight) -> Right {
         ReaderRight::Alerts => Right::Alerts,
         ReaderRight::Links => Right::Links,
     }
+}
+
+/// What `[broker]` says, and who may come in.
+fn broker_place(settings: &Settings) -> anyhow::Result<Option<BrokerPlace>> {
+    let Some(broker) = &settings.broker else { return Ok(None) };
+    // Whoever is in hears everything.
+    let sees_all = |reader: &&ReaderSettings| reader.edges.is_none() && reader.scope.is_none();
+    let readers = settings.reader.iter().filter(sees_all).map(|reader| (reader.name.clone(), reader.password.clone()));
+    let mut guests = HashMap::new();
+    for (name, password) in settings.edge.iter().map(|edge| (edge.id.to_string(), edge.token.clone())).chain(readers) {
+        anyhow::ensure!(
+            guests.insert(name.clone(), password).is_none(),
+            "[broker]: an [[edge]] and a [[reader]] are both called `{name}`: one needs another name"
+        );
+    }
+    anyhow::ensure!(!guests.is_empty(), "[broker]: there is no [[edge]] and no [[reader]] who could come in");
+    for listen in std::iter::once(broker.listen).chain(broker.listen_v4) {
+        if !listen.ip().is_loopback() {
+            tracing::warn!(%listen, "[broker] carries passwords in the clear: only in a network that is trusted");
+        }
+    }
+    Ok(Some(BrokerPlace {
+        name: "site",
+        listen: broker.listen,
+        listen_v4: broker.listen_v4,
+        guests: Some(guests),
+        connections_max: broker.connections,
+    }))
 }
 
 /// What `[links]` says, and where links may lead.

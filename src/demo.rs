@@ -5,7 +5,6 @@
 //! that truth once everything is committed, and fails when they differ. It stops from left to right, after an error
 //! too: city, agent, cloud.
 
-mod broker;
 mod city;
 mod verdict;
 
@@ -18,6 +17,7 @@ use edge_agent::agent::{self, AgentHandle};
 use tokio_util::sync::CancellationToken;
 
 use self::city::{City, SPEED_MAX, Truth};
+use crate::broker::{self, BrokerPlace};
 use crate::cloud::{self, Node};
 use crate::publish::{BrokerAddress, Publisher};
 
@@ -106,7 +106,8 @@ pub(crate) async fn demo(arguments: DemoArguments) -> anyhow::Result<()> {
     let broker = match &arguments.url {
         Some(address) => address.clone(),
         None => {
-            broker::start(SocketAddr::from((Ipv4Addr::LOCALHOST, ports.broker)))?;
+            let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, ports.broker));
+            broker::start(BrokerPlace { name: "demo", listen, listen_v4: None, guests: None, connections_max: 100 })?;
             BrokerAddress { host: Ipv4Addr::LOCALHOST.to_string(), port: ports.broker }
         }
     };

@@ -1,6 +1,7 @@
 //! `weir`: the one binary for people.
 
 mod bench;
+mod broker;
 mod cloud;
 mod demo;
 mod embedded;

@@ -16,6 +16,7 @@ mod differential;
 mod disk_full;
 mod doors;
 mod doors_limits;
+mod embedded_broker;
 mod faults;
 mod field;
 mod forks;

@@ -18,11 +18,13 @@ use wire::{BATCH_BYTES_MAX, BATCH_DATES_MAX, BATCH_DECODED_BYTES_MAX, EdgeId};
 use crate::store::S3Settings;
 
 mod alerts;
+mod broker;
 mod lake;
 mod links;
 mod views;
 
 pub use alerts::{AlertSettings, PublishKind, PublishSettings};
+pub use broker::BrokerSettings;
 pub use lake::{CompactSettings, Keep, KeepSettings, LakeSettings, StreamSettings};
 pub use links::LinksSettings;
 pub use views::ViewsSettings;
@@ -68,6 +70,9 @@ pub struct Settings {
     pub alerts: AlertSettings,
     #[serde(default)]
     pub links: LinksSettings,
+    /// An MQTT broker in the same process; none unless it is set.
+    #[serde(default)]
+    pub broker: Option<BrokerSettings>,
     /// An edge agent in the same process.
     #[serde(default)]
     pub agent: Option<AgentSettings>,
@@ -405,6 +410,7 @@ impl Settings {
         self.views.check()?;
         self.alerts.check(self.listen.http_connections)?;
         self.links.check()?;
+        self.broker.as_ref().map_or(Ok(()), BrokerSettings::check)?;
         let mut ids = HashSet::new();
         for edge in &self.edge {
             if !ids.insert(&edge.id) {
@@ -564,6 +570,8 @@ mod tests {
         check(&target("kind = \"webhook\"\nurl = \"mqtt://b\""), "http:// or https://");
         check(&target("kind = \"mqtt\"\nurl = \"mqtt://b\"\nsecret = \"x\""), "of a webhook");
         check(&target("kind = \"fax\"\nurl = \"mqtt://b\""), "fax");
+        check("[broker]\nlisten = \"127.0.0.1:1\"\nlisten_v4 = \"127.0.0.1:1\"", "another address");
+        check("[broker]\nlisten = \"127.0.0.1:0\"", "needs a port");
         check("[links]\ncommands_waiting = 0", "from 1 to 500");
         check("[links]\ndirektory = \"x\"", "did you mean `directory`?");
         check("[alerts]\ndirektory = \"x\"", "did you mean `directory`?");
