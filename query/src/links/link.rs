@@ -510,6 +510,7 @@ mod tests {
             hops: 0,
             only: None,
             at: 1_000_000,
+            frame: Bytes::new(),
             body,
             pushed: Bytes::new(),
         }

@@ -128,6 +128,8 @@ async fn a_batch_that_is_too_much_for_one_append_is_divided() {
     // A hundred moments in one batch, and fifty rows of one moment, which cannot be divided.
     let moments: Vec<i64> = (1..101).collect();
     kept.arrive(0, &moments, at(100));
+    // While the first is told as past the next such batch waits.
+    assert_eq!(kept.round(at(100)).await, Round::More);
     kept.arrive(1, &[200; 50], at(200));
     kept.arrive(0, &[300, 301], at(301));
     kept.settle(at(301)).await;
@@ -142,6 +144,20 @@ async fn a_batch_that_is_too_much_for_one_append_is_divided() {
     kept.arrive(0, &[302], at(302));
     kept.settle(at(302)).await;
     assert_eq!(kept.numbers(&told.replace("ts F", "count(*) F")).await, ["104"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_that_one_append_has_no_room_for_takes_several() {
+    let sql = "CREATE MATERIALIZED VIEW kept AS SELECT ts, repeat('x', 400000) AS wide FROM traffic";
+    let mut kept = Stage::new(sql, limits()).await;
+    kept.arrive(0, &[0], at(0));
+    kept.settle(at(0)).await;
+    // 40 MB in one batch.
+    kept.arrive(0, &(1..101).collect::<Vec<_>>(), at(100));
+    kept.settle(at(100)).await;
+    let appends = "SELECT max(bytes) <= 33554432, sum(n), count(*) > 2 FROM (SELECT count(*) AS n, sum(octet_length(wide)) AS \
+                   bytes FROM kept_changes WHERE view_empty IS FALSE GROUP BY _seq) AS q";
+    assert_eq!(kept.numbers(appends).await, ["true | 101 | true"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
