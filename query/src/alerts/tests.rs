@@ -82,6 +82,10 @@ impl Node {
     }
 
     fn over(city: Arc<City>, directory: PathBuf) -> Self {
+        Self::with(city, directory, None)
+    }
+
+    fn with(city: Arc<City>, directory: PathBuf, rules: Option<PathBuf>) -> Self {
         let handle = city::Handle(Arc::clone(&city));
         let lanes = vec![LaneSettings { threads: 1, running: 8, ..LaneSettings::default() }];
         let settings = EngineSettings { lanes, ..EngineSettings::default() };
@@ -92,7 +96,7 @@ impl Node {
         engine.keep_views(Arc::clone(&gate) as _, views, token.clone()).unwrap();
         let settings = AlertSettings {
             data_dir: directory.clone(),
-            directory: None,
+            directory: rules,
             horizon: Duration::from_secs(3_600),
             stale_after: Duration::from_secs(3_600),
             devices_max: 1_000,
@@ -279,4 +283,173 @@ async fn what_is_open_is_shown_in_pages_and_nothing_of_it_is_left_out() {
     let severities: Vec<_> = whole.alerts.iter().map(|alert| alert["severity"].as_str().unwrap()).collect();
     assert!(severities.is_sorted() && severities[0] == "critical", "the worst first: {severities:?}");
     assert!(Page::place("nonsense").is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crowd_that_catches_up_reads_the_stream_a_few_times() {
+    let mut node = Node::start();
+    node.alerts.put("high", HIGH).await.unwrap();
+    for round in 0..8_i64 {
+        let devices: Vec<String> = (0..200).map(|device| format!("d{device}")).collect();
+        let speed = if round % 2 == 0 { 200.0 } else { 1.0 };
+        node.arrive(&devices.iter().map(|device| (round - 100, device.as_str(), "a", speed)).collect::<Vec<_>>());
+    }
+    node.until_recorded("SELECT count(*) FROM alert_log WHERE told", &["1600"]).await;
+    let (city, directory) = (Arc::clone(&node.city), node.directory.clone());
+    node.directory = PathBuf::new();
+    node.token.cancel();
+    until("the task ends", || node.alerts.commands.is_closed()).await;
+    city.restart();
+    let node = Node::over(city, directory);
+    let hub = Arc::clone(node.alerts.hub());
+    wait_for_hub(&hub, &node.token).await.unwrap();
+    let expected: Vec<i64> = {
+        let texts = node.texts("SELECT sequence FROM alert_log WHERE told ORDER BY sequence").await;
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    };
+    // Everyone stands somewhere else, and takes a little at a time.
+    let crowd: Vec<_> = (0..100_usize)
+        .map(|one| {
+            let (hub, after) = (Arc::clone(&hub), if one % 2 == 0 { 0 } else { expected[one] });
+            tokio::spawn(async move {
+                let (mut at, mut got) = (after, Vec::new());
+                loop {
+                    let page = hub.after(at, 64).await.unwrap();
+                    let Some(last) = page.last() else { return (after, got) };
+                    at = last.sequence;
+                    got.extend(page.iter().map(|told| told.sequence));
+                }
+            })
+        })
+        .collect();
+    for one in crowd {
+        let (after, got) = one.await.unwrap();
+        let wanted: Vec<i64> = expected.iter().copied().filter(|sequence| *sequence > after).collect();
+        assert_eq!(got, wanted);
+    }
+    let asked = "SELECT count(*) FROM system.queries WHERE text LIKE '%FROM alert_log WHERE told AND sequence >%'";
+    let asked: usize = node.texts(asked).await[0].parse().unwrap();
+    assert!(asked <= 10, "{asked} times");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_a_device_calls_itself_its_topic_is_one() {
+    let node = Node::start();
+    node.alerts.put("high", &format!("{HIGH}topic = \"alerts/{{device}}/high\"")).await.unwrap();
+    let long = ["x".repeat(65_536), format!("{}y", "x".repeat(65_535))];
+    let names =
+        ["+", "#", "a/b", "$SYS", "\u{0}\u{7}\n", "", "a b", "ä", "'; DROP TABLE x", "{{ device }}", "{device}"];
+    let names: Vec<&str> = names.into_iter().chain(long.iter().map(String::as_str)).collect();
+    node.arrive(&names.iter().map(|name| (0, *name, "r", 200.0)).collect::<Vec<_>>());
+    let all = names.len().to_string();
+    node.until_recorded("SELECT count(DISTINCT alert_id) FROM alert_log WHERE told", &[&all]).await;
+    let told = node.alerts.hub().after(0, 100).await.unwrap();
+    assert_eq!(told.len(), names.len());
+    for told in &told {
+        let levels: Vec<&str> = told.topic.split('/').collect();
+        assert!(levels.len() == 3 && told.topic.len() < 1_000, "{:?}", told.topic);
+        assert!(!told.topic.contains(['+', '#']) && !told.topic.chars().any(char::is_control), "{:?}", told.topic);
+        assert!(TopicFilter::parse("alerts/+/high").unwrap().matches(&told.topic));
+        // One event is one: no value ends it, or begins another.
+        let frame = std::str::from_utf8(&told.frame).unwrap();
+        assert_eq!(frame.matches('\n').count(), 4, "{frame}");
+        let event: serde_json::Value = serde_json::from_slice(&told.body).unwrap();
+        assert_eq!(event["subject"], told.topic);
+    }
+}
+
+/// Rules that are anything: every one is refused with a reason or runs, and the node answers others meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_rules_of_nonsense_are_refused_or_run() {
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+    const PARTS: [&str; 24] = [
+        "speed",
+        "> 100",
+        "road",
+        "device",
+        "AND",
+        "OR",
+        "(",
+        ")",
+        "1e308",
+        "'x'",
+        "NULL",
+        "IS NOT NULL",
+        "/ 0",
+        "count(*)",
+        "random()",
+        "now()",
+        "\u{0}",
+        "-- ",
+        "CASE WHEN",
+        "END",
+        "latest('traffic')",
+        "❄",
+        "speed > 100",
+        "true",
+    ];
+    let seed = std::env::var("WEIR_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or_else(rand::random::<u64>);
+    println!("WEIR_SEED={seed}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut nonsense = |length: usize| -> String {
+        (0..length).map(|_| PARTS[random.random_range(0..PARTS.len())]).collect::<Vec<_>>().join(" ")
+    };
+    let mut text = String::new();
+    for rule in 0..RULES_MAX {
+        let own = match rule % 5 {
+            0 => serde_json::json!(format!("SELECT device FROM traffic WHERE {}", nonsense(rule % 9))),
+            1 => serde_json::json!(nonsense(rule % 30)),
+            2 => serde_json::json!(format!("SELECT {} FROM traffic", nonsense(1 + rule % 4))),
+            3 => serde_json::json!(format!("SELECT device FROM traffic WHERE speed > {rule}")),
+            _ => serde_json::json!(format!("SELECT device FROM nowhere{} WHERE {}", rule % 7, nonsense(3))),
+        };
+        // A JSON text is one of TOML, too.
+        text.push_str(&format!("[[rule]]\nname = \"r{rule}\"\nsql = {own}\n"));
+    }
+    let directory = std::env::temp_dir().join(format!("weir-rules-{:032x}", rand::random::<u128>()));
+    std::fs::create_dir_all(&directory).unwrap();
+    std::fs::write(directory.join("all.toml"), text).unwrap();
+    let rss_kib = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok()).unwrap_or(0)
+    };
+    let before = rss_kib();
+    let city = City::new();
+    let field = |name: &str, kind| StreamField { name: name.parse().unwrap(), kind };
+    city.create(&name("traffic"), vec![field("speed", FieldType::Float64), field("road", FieldType::Text)]);
+    city.create(&name(own::ALERT_LOG), own::alert_log().fields().to_vec());
+    let node = Node::with(
+        city,
+        std::env::temp_dir().join(format!("weir-alerts-{:032x}", rand::random::<u128>())),
+        Some(directory.clone()),
+    );
+    let (mut slowest, begun) = (Duration::ZERO, Instant::now());
+    while node.alerts.rules().len() < RULES_MAX {
+        let asked = Instant::now();
+        assert_eq!(node.texts("SELECT 1").await, ["1"]);
+        slowest = slowest.max(asked.elapsed());
+        assert!(begun.elapsed() < 5 * PATIENCE, "{} rules are read", node.alerts.rules().len());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    println!("{RULES_MAX} rules in {:?}; the slowest answer meanwhile: {slowest:?}", begun.elapsed());
+    assert!(slowest < Duration::from_secs(10), "{slowest:?}");
+    // They begin with what comes next.
+    let marked = "SELECT count(*) > 0 FROM alert_log WHERE transition = 'position'";
+    node.until_recorded(marked, &["true"]).await;
+    // Those that make sense find their rows.
+    node.arrive(&[(0, "d", "r", 99.5)]);
+    let expected: usize = (0..RULES_MAX).filter(|rule| rule % 5 == 3 && *rule < 100).count();
+    let found =
+        "SELECT count(*) FROM alert_log WHERE transition = 'firing' AND CAST(substr(rule, 2) AS BIGINT) % 5 = 3";
+    node.until_recorded(found, &[&expected.to_string()]).await;
+    for status in node.alerts.rules() {
+        let is_told = status.state == "runs" || status.reason.as_ref().is_some_and(|reason| !reason.is_empty());
+        assert!(is_told, "{status:?}");
+    }
+    let grown_mib = rss_kib().saturating_sub(before) >> 10;
+    println!("{grown_mib} MiB more");
+    assert!(grown_mib < 1_024, "{grown_mib} MiB more");
+    std::fs::remove_dir_all(&directory).unwrap();
 }

@@ -5,6 +5,8 @@ use super::super::episode::Candidate;
 use super::super::template::{Message, Places, Words};
 use super::*;
 
+mod ended;
+
 const S: i64 = 1_000_000;
 const HORIZON: i64 = 3_600 * S;
 /// 2026-01-01.
