@@ -3,6 +3,7 @@
 //! CPU-seconds are user and system time of a process from its start (`/proc/<pid>/stat`), peak RSS is `VmHWM`, bytes to
 //! disk are `write_bytes` of `/proc/<pid>/io`. Every report names commit, date, machine and command.
 
+mod alerts;
 mod commit;
 mod drain;
 mod ingest;
@@ -46,6 +47,8 @@ pub(crate) enum BenchCommand {
     Recover(recover::RecoverBench),
     /// Views that follow a stream: their cost beside asking again, their lag, the curve of their work
     Views(views::ViewsBench),
+    /// From a reading to its alert, many rules, many subscribers
+    Alerts(alerts::AlertsBench),
     /// Load, commits, compaction, retention, vacuum and questions together, checked every second
     Soak(soak::SoakBench),
 }
@@ -74,6 +77,7 @@ pub(crate) async fn bench(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Readers(bench) => bench.run().await?,
         BenchCommand::Recover(bench) => bench.run().await?,
         BenchCommand::Views(bench) => bench.run().await?,
+        BenchCommand::Alerts(bench) => bench.run().await?,
         BenchCommand::Soak(bench) => bench.run().await?,
     };
     let report = json!({

@@ -6,6 +6,7 @@
     reason = "a test stops at what it does not expect, and prints its seed"
 )]
 
+mod alert_faults;
 mod alerts;
 mod bad_input;
 mod cloud_alerts;

@@ -107,7 +107,7 @@ impl Links {
             }
         }
         let (changes, received) = mpsc::channel(CHANGES_MAX);
-        let runner = Runner::new((Arc::clone(&engine), sink, Arc::clone(alerts), courier), links, received);
+        let runner = Runner::new(Arc::clone(&engine), sink, Arc::clone(alerts), courier, links, received);
         tokio::spawn(runner.run(token));
         let store = tokio::sync::Mutex::new(store);
         Ok(Arc::new(Self { engine, changes, places, store }))

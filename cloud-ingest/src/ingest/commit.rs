@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use segment_log::FileLayer;
 use wire::StreamName;
+use wire::schema::is_cloud_stream;
 
 use super::Ingest;
 use super::errand::{self, CommitEnd, Done};
@@ -61,7 +62,10 @@ impl<L: FileLayer> Ingest<L> {
                 self.metrics.commits.add(1);
                 self.metrics.commit_ms.set(took_ms);
                 self.metrics.commit_ms_total.add(took_ms);
-                self.metrics.rows_committed.add(rows);
+                // Like those that came: what the cloud writes of itself is not counted.
+                if !is_cloud_stream(name) {
+                    self.metrics.rows_committed.add(rows);
+                }
             }
             CommitEnd::Moved => tracing::debug!(stream = %name, "another commit was faster"),
             CommitEnd::Failed { reason } => {

@@ -77,7 +77,10 @@ pub(super) struct Runner {
 
 impl Runner {
     pub(super) fn new(
-        (engine, sink, alerts, courier): (Arc<Engine>, Arc<dyn Sink>, Arc<Alerts>, Arc<dyn Courier>),
+        engine: Arc<Engine>,
+        sink: Arc<dyn Sink>,
+        alerts: Arc<Alerts>,
+        courier: Arc<dyn Courier>,
         links: Vec<(Result<Link, Box<Refused>>, bool)>,
         changes: mpsc::Receiver<Change>,
     ) -> Self {
@@ -311,9 +314,10 @@ impl Runner {
 
     /// Gives an event its place in the sequence, once. None when the node stops.
     async fn tell(&self, hop: Arc<Hop>, again: bool) -> Option<End> {
-        while again {
+        let mut unknown = again;
+        while unknown {
             match crate::alerts::log::sequence_of_event(&self.engine, &hop.id).await {
-                Ok(None) => break,
+                Ok(None) => unknown = false,
                 Ok(Some(sequence)) => return Some((hop, Outcome::Told, sequence.to_string())),
                 Err(error) => {
                     tracing::warn!(%error, "what a link has told is not known yet");

@@ -87,7 +87,7 @@ impl Below {
             below.0.insert(definition.name.clone(), definition.id());
             let read = streams(&plan(engine, &definition.select).await?)?;
             let name = format!("the view {}", definition.name);
-            next.extend(read.into_iter().map(|stream| (stream, [&through[..], &[name.clone()]].concat())));
+            next.extend(read.into_iter().map(|stream| (stream, [&through[..], std::slice::from_ref(&name)].concat())));
         }
         Ok(below)
     }
