@@ -108,12 +108,14 @@ const BACKLOG: u64 = 1_000_000;
 const PER_MESSAGE: u64 = 100;
 
 /// Messages of [`PER_MESSAGE`] numbers.
+/// Over a link on which a million readings take some seconds.
 fn many(url: &str) -> String {
     mqtt_source(
         url,
         "field/+",
         "field",
-        "readings = \"/r\"\n[source.map]\ndevice = \"topic:1\"\nn = \"/n\"\n[stream.field.fields]\nn = { type = \"int64\" }\n",
+        "readings = \"/r\"\n[source.map]\ndevice = \"topic:1\"\nn = \"/n\"\n[stream.field.fields]\nn = { type = \"int64\" }\n\
+         [[lane]]\nname = \"rest\"\nstreams = []\nmax_bytes = \"4GiB\"\nbandwidth = \"128KiB\"\n",
     )
 }
 
