@@ -16,6 +16,8 @@ use tokio_util::sync::CancellationToken;
 use wire::command::COMMAND_WAIT_MAX;
 use wire::{Command, CommandReply, CommandsAnswer, EdgeId, Handed};
 
+use crate::delta::file::new_name;
+
 /// Questions of one edge that wait at a time: a connection that died without a word, and those that come after it.
 const POLLS_MAX: usize = 4;
 
@@ -82,7 +84,7 @@ impl Commands {
     pub fn new(edges: impl IntoIterator<Item = EdgeId>, waiting_max: usize) -> Self {
         let edge = |id| (id, Edge { waiting: Mutex::default(), newest: watch::Sender::new(0) });
         Self {
-            run: format!("{:016x}", random()),
+            run: new_name(),
             edges: edges.into_iter().map(edge).collect(),
             waiting_max,
             closed: CancellationToken::new(),
@@ -254,12 +256,6 @@ impl Drop for Poll<'_> {
 
 fn ms(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
-}
-
-/// Another number at each start, from what makes hash maps so.
-fn random() -> u64 {
-    use std::hash::BuildHasher;
-    std::hash::RandomState::new().hash_one(std::process::id())
 }
 
 #[cfg(test)]

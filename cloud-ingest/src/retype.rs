@@ -93,9 +93,9 @@ pub async fn retype(
     let store = table.snapshot().log_store.object_store(None);
     let mut underway = Underway::begin(store).await.map_err(failed)?;
     let mut work = Work { stream: &stream, pace, underway: &mut underway, progress };
-    let retyped = swap(table, column, kind, &mut work).await?;
+    let retyped = swap(table, column, kind, &mut work).await;
     underway.end().await;
-    Ok(retyped)
+    retyped
 }
 
 /// How a rewrite goes on: within its share of a core, and telling so.

@@ -208,18 +208,7 @@ impl VisitorMut for Travel<'_> {
             };
             let alias = Some(alias.take().unwrap_or_else(|| named("latest")));
             let name = ObjectName::from(vec![Ident::with_quote('"', format!("{stream}@{whole}{NEWEST}"))]);
-            *table = TableFactor::Table {
-                name,
-                alias,
-                args: None,
-                with_hints: Vec::new(),
-                version: None,
-                with_ordinality: false,
-                partitions: Vec::new(),
-                json_path: None,
-                sample: None,
-                index_hints: Vec::new(),
-            };
+            *table = table_named(name, alias);
             return ControlFlow::Continue(());
         }
         if let Some(words) = hop::table_of(table) {
@@ -262,6 +251,22 @@ impl VisitorMut for Travel<'_> {
             *alias = Some(named(&base));
         }
         ControlFlow::Continue(())
+    }
+}
+
+/// A table by its name and nothing else, as FROM has it.
+pub(crate) fn table_named(name: ObjectName, alias: Option<TableAlias>) -> TableFactor {
+    TableFactor::Table {
+        name,
+        alias,
+        args: None,
+        with_hints: Vec::new(),
+        version: None,
+        with_ordinality: false,
+        partitions: Vec::new(),
+        json_path: None,
+        sample: None,
+        index_hints: Vec::new(),
     }
 }
 

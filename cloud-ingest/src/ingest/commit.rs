@@ -62,7 +62,7 @@ impl<L: FileLayer> Ingest<L> {
                 self.metrics.commits.add(1);
                 self.metrics.commit_ms.set(took_ms);
                 self.metrics.commit_ms_total.add(took_ms);
-                // Like those that came: what the cloud writes of itself is not counted.
+                // Rows of streams that the cloud alone fills came through no door; changes of views are counted here.
                 if !is_cloud_stream(name) {
                     self.metrics.rows_committed.add(rows);
                 }

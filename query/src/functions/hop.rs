@@ -342,19 +342,7 @@ fn named(words: Vec<Ident>) -> (TableFactor, Option<TableAlias>) {
         let name = if word.quote_style.is_some() { word.value.clone() } else { word.value.to_lowercase() };
         alias_of(as_of::parts(&name).0.to_owned())
     });
-    let table = TableFactor::Table {
-        name: ObjectName::from(words),
-        alias: None,
-        args: None,
-        with_hints: Vec::new(),
-        version: None,
-        with_ordinality: false,
-        partitions: Vec::new(),
-        json_path: None,
-        sample: None,
-        index_hints: Vec::new(),
-    };
-    (table, called)
+    (as_of::table_named(ObjectName::from(words), None), called)
 }
 
 fn alias_of(name: String) -> TableAlias {
