@@ -3,12 +3,17 @@
 //! What the log says of a file prunes before anything is opened: its `_date`, and the first and last event time and device.
 //! Files are dealt out to the partitions by size. Their footers are kept in the runtime's metadata cache; files never
 //! change, so what is kept stays right. A column that a file does not have is null, and one of another type is cast.
+//! When few devices are asked for and many files may have them, `pages` reads them.
 //!
 //! Row counts are those of the log and exact, so that a bare `count(*)` reads no file. Bounds of `ts` and `device` may be
 //! wider than a file's rows (the log cuts times to milliseconds): they serve to leave out files, never as an answer.
 
+mod pages;
+
 use std::sync::Arc;
 
+use arrow::compute::cast;
+use arrow_array::{RecordBatch, RecordBatchOptions};
 use arrow_schema::{DataType, Schema, SchemaRef};
 use chrono::DateTime;
 use datafusion::catalog::Session;
@@ -31,6 +36,13 @@ use wire::schema::{DATE, DEVICE, TS, timestamp_type};
 use wire::{DAY_US, DataFile};
 
 use crate::catalog::ColdTable;
+
+pub(crate) use pages::PagesExec;
+
+/// With more devices than this, most of each file is read anyway.
+const DEVICES_FEW: usize = 16;
+/// With fewer files than this, what each of them costs does not matter.
+const FILES_MANY: usize = 4;
 
 /// A scan of the files that may have rows for these filters; `None` when there are none. `schema` is the table's, its last
 /// column `_date`; `wanted` are columns of it, in this order.
@@ -55,22 +67,35 @@ pub(crate) fn scan(
     // Large ones first, each to the group that has the least: and in the same order whenever it is asked.
     files.sort_unstable_by(|a, b| (b.bytes, &b.path).cmp(&(a.bytes, &a.path)));
     let partitions = session.config().target_partitions().clamp(1, files.len());
-    let mut groups = vec![(0, FileGroup::default()); partitions];
-    let stored =
-        Arc::new(Schema::new(schema.fields().iter().filter(|field| field.name() != DATE).cloned().collect::<Vec<_>>()));
-    let ts_at = stored.index_of(TS)?;
+    let mut groups = vec![(0, Vec::new()); partitions];
     let root = Path::from_url_path(cold.log_store.root_url().path()).map_err(external)?;
     for file in &files {
         let (bytes, group) = groups.iter_mut().min_by_key(|(bytes, _)| *bytes).expect("there is one at least");
         *bytes += file.bytes;
-        group.push(partitioned(file, &root, &stored, ts_at)?);
+        group.push(*file);
     }
-    let projection = wanted.fields().iter().map(|field| schema.index_of(field.name()));
-    let projection = projection.collect::<Result<Vec<_>, _>>()?;
-    let date = schema.field_with_name(DATE)?.clone();
     let url = store_of(session, cold)?;
     let store = session.runtime_env().object_store(&url)?;
     let footers = session.runtime_env().cache_manager.get_file_metadata_cache();
+    if let Some(devices) = bounds.devices.as_ref().filter(|devices| devices.len() <= DEVICES_FEW)
+        && files.len() >= FILES_MANY
+    {
+        let groups = groups.iter().map(|(_, group)| group.iter().map(|file| object(file, &root)).collect());
+        let groups = groups.collect::<Result<Vec<_>>>()?;
+        let few = pages::Wanted { devices: devices.clone(), first: bounds.first, last: bounds.last };
+        return Ok(Some(Arc::new(PagesExec::new(groups, few, Arc::clone(wanted), store, footers))));
+    }
+    let stored =
+        Arc::new(Schema::new(schema.fields().iter().filter(|field| field.name() != DATE).cloned().collect::<Vec<_>>()));
+    let ts_at = stored.index_of(TS)?;
+    let groups = groups.iter().map(|(_, group)| {
+        let files = group.iter().map(|file| partitioned(file, &root, &stored, ts_at));
+        Ok(FileGroup::new(files.collect::<Result<_>>()?))
+    });
+    let groups = groups.collect::<Result<Vec<_>>>()?;
+    let projection = wanted.fields().iter().map(|field| schema.index_of(field.name()));
+    let projection = projection.collect::<Result<Vec<_>, _>>()?;
+    let date = schema.field_with_name(DATE)?.clone();
     let options = session.config_options().execution.parquet.clone();
     let mut source = ParquetSource::new(
         TableSchema::builder(Arc::clone(&stored)).with_table_partition_cols(vec![Arc::new(date)]).build(),
@@ -82,7 +107,7 @@ pub(crate) fn scan(
     let rows = files.iter().map(|file| file.rows).sum::<Option<u64>>();
     statistics.num_rows = count(rows);
     let config = FileScanConfigBuilder::new(url, Arc::new(source))
-        .with_file_groups(groups.into_iter().map(|(_, group)| group).collect())
+        .with_file_groups(groups)
         .with_statistics(statistics)
         .with_projection_indices(Some(projection))?
         .with_limit(limit)
@@ -105,17 +130,34 @@ fn partitioned(file: &DataFile, root: &Path, stored: &Schema, ts_at: usize) -> R
             ..ColumnStatistics::new_unknown()
         };
     }
+    Ok(PartitionedFile::new_from_meta(object(file, root)?)
+        .with_partition_values(vec![ScalarValue::Date32(Some(file.date))])
+        .with_statistics(Arc::new(statistics)))
+}
+
+/// What the store says of a file.
+fn object(file: &DataFile, root: &Path) -> Result<ObjectMeta> {
     let within = Path::from_url_path(&file.path).map_err(external)?;
-    let meta = ObjectMeta {
+    Ok(ObjectMeta {
         location: root.parts().chain(within.parts()).collect(),
         last_modified: DateTime::from_timestamp_millis(file.modified_ms).unwrap_or_default(),
         size: file.bytes,
         e_tag: None,
         version: None,
-    };
-    Ok(PartitionedFile::new_from_meta(meta)
-        .with_partition_values(vec![ScalarValue::Date32(Some(file.date))])
-        .with_statistics(Arc::new(statistics)))
+    })
+}
+
+/// Rows of a file in the types of the table.
+pub(crate) fn typed(rows: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch> {
+    let of_file = rows.schema();
+    let (mut fields, mut columns) = (Vec::new(), Vec::new());
+    for (field, column) in of_file.fields().iter().zip(rows.columns()) {
+        let kind = schema.field_with_name(field.name()).map_or(field.data_type(), |field| field.data_type());
+        fields.push(field.as_ref().clone().with_data_type(kind.clone()));
+        columns.push(if column.data_type() == kind { Arc::clone(column) } else { cast(column, kind)? });
+    }
+    let options = RecordBatchOptions::new().with_row_count(Some(rows.num_rows()));
+    Ok(RecordBatch::try_new_with_options(Arc::new(Schema::new(fields)), columns, &options)?)
 }
 
 fn count(rows: Option<u64>) -> Precision<usize> {

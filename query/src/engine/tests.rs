@@ -23,6 +23,7 @@ use wire::{DAY_US, DataFile, DataFiles, Mark, Seq, SpoolId, StreamName};
 use super::*;
 use crate::caller::Door;
 use crate::catalog::{ColdTable, SpoolFacts, TablesError};
+use crate::cold::PagesExec;
 use crate::scope::Scope;
 
 mod limits;
@@ -333,6 +334,7 @@ async fn files(engine: &Engine, sql: &str) -> usize {
     while let Some(plan) = plans.pop() {
         let scan = plan.downcast_ref::<DataSourceExec>().and_then(|scan| scan.data_source().downcast_ref());
         files += scan.map_or(0, |scan: &FileScanConfig| scan.file_groups.iter().map(|group| group.len()).sum());
+        files += plan.downcast_ref::<PagesExec>().map_or(0, PagesExec::files);
         plans.extend(plan.children().into_iter().cloned());
     }
     files

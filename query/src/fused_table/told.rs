@@ -16,6 +16,7 @@ use datafusion::physical_plan::filter_pushdown::{FilterDescription, FilterPushdo
 use datafusion::physical_plan::metrics::{ExecutionPlanMetricsSet, MetricsSet};
 use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, PlanProperties};
 
+use crate::cold::PagesExec;
 use crate::execution::counted;
 
 /// See the module.
@@ -49,6 +50,7 @@ fn files_of(plan: &Arc<dyn ExecutionPlan>) -> usize {
     let scan =
         plan.downcast_ref::<DataSourceExec>().and_then(|scan| scan.data_source().downcast_ref::<FileScanConfig>());
     let own = scan.map_or(0, |scan| scan.file_groups.iter().map(|group| group.len()).sum::<usize>());
+    let own = plan.downcast_ref::<PagesExec>().map_or(own, PagesExec::files);
     own + plan.children().into_iter().map(files_of).sum::<usize>()
 }
 

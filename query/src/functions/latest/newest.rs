@@ -14,7 +14,7 @@ use arrow::compute::{cast, interleave_record_batch};
 use arrow::datatypes::{DataType, Int64Type, SchemaRef, TimestampMicrosecondType};
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
-use datafusion::common::{DataFusionError, HashMap, Result, exec_datafusion_err, exec_err};
+use datafusion::common::{HashMap, Result, exec_datafusion_err, exec_err};
 use datafusion::datasource::listing::PartitionedFile;
 use datafusion::datasource::physical_plan::parquet::{DefaultParquetFileReaderFactory, ParquetFileReaderFactory};
 use datafusion::object_store::ObjectStore;
@@ -28,6 +28,7 @@ use futures::TryStreamExt;
 use wire::schema::{DEVICE, RECEIVED_AT, SEQ, SPOOL, TS};
 
 use super::super::asof::exec::greater;
+use crate::cold::typed;
 use crate::fused_table::hot_columns;
 
 const ORDER: [&str; 5] = [TS, DEVICE, RECEIVED_AT, SPOOL, SEQ];
@@ -314,16 +315,4 @@ fn too_many<T>(bytes_max: usize) -> Result<T> {
         "latest(…) may keep {bytes_max} bytes in memory, and this stream has more devices than fit; \
          give it more (latest_memory), or ask with last(v, ts) and GROUP BY device"
     )
-}
-
-/// A batch of a file in the types of the table.
-fn typed(batch: &RecordBatch, schema: &SchemaRef) -> Result<RecordBatch, DataFusionError> {
-    let of_file = batch.schema();
-    let (mut fields, mut columns) = (Vec::new(), Vec::new());
-    for (field, column) in of_file.fields().iter().zip(batch.columns()) {
-        let kind = schema.field_with_name(field.name()).map_or(field.data_type(), |field| field.data_type());
-        fields.push(field.as_ref().clone().with_data_type(kind.clone()));
-        columns.push(if column.data_type() == kind { Arc::clone(column) } else { cast(column, kind)? });
-    }
-    Ok(RecordBatch::try_new(Arc::new(arrow::datatypes::Schema::new(fields)), columns)?)
 }

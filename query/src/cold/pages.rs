@@ -1,0 +1,289 @@
+//! Rows of few devices out of many files: of each file only the pages that may have them are read.
+//!
+//! A question about one device over a year meets a file for each day, and takes a page out of each. DataFusion's Parquet
+//! source prepares each file anew (its predicates, its pruning, two dozen counters), which costs more than to read the
+//! page. Here a file costs a look at its footer, which is kept, and one request for the bytes of its pages. What the
+//! pages have beside the rows that are wanted goes with them: whoever asks filters.
+//!
+//! Bounds of row groups and pages leave out what they can; a file without them is read whole. So the answer does not
+//! depend on the order of a file's rows.
+
+use std::fmt;
+use std::sync::Arc;
+
+use arrow_array::RecordBatch;
+use arrow_schema::SchemaRef;
+use datafusion::common::Result;
+use datafusion::common::tree_node::TreeNodeRecursion;
+use datafusion::datasource::physical_plan::parquet::metadata::DFParquetMetadata;
+use datafusion::execution::cache::cache_manager::FileMetadataCache;
+use datafusion::execution::{SendableRecordBatchStream, TaskContext};
+use datafusion::object_store::{ObjectMeta, ObjectStore};
+use datafusion::parquet::DecodeResult;
+use datafusion::parquet::arrow::ProjectionMask;
+use datafusion::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, RowSelection, RowSelector};
+use datafusion::parquet::arrow::push_decoder::{ParquetPushDecoder, ParquetPushDecoderBuilder};
+use datafusion::parquet::basic::{LogicalType, TimeUnit};
+use datafusion::parquet::file::metadata::{PageIndexPolicy, ParquetMetaData};
+use datafusion::parquet::file::page_index::column_index::ColumnIndexMetaData;
+use datafusion::parquet::file::statistics::Statistics as ColumnBounds;
+use datafusion::physical_expr::{EquivalenceProperties, Partitioning, PhysicalExpr};
+use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType, ReplaceChildrenOptions};
+use datafusion::physical_plan::metrics::{ExecutionPlanMetricsSet, MetricsSet};
+use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
+use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, PlanProperties};
+use futures::{StreamExt, TryStreamExt, stream};
+use wire::schema::{DATE, DEVICE, TS};
+
+use super::typed;
+use crate::execution::counted;
+use crate::fused_table::hot_columns;
+
+/// Files of a partition that are opened before their rows are asked for.
+const AHEAD: usize = 4;
+
+/// What is wanted: rows of these devices with event times from `first` to `last`, microseconds, both included.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    pub(super) devices: Vec<String>,
+    pub(super) first: i64,
+    pub(super) last: i64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct PagesExec {
+    /// Of each partition.
+    files: Vec<Vec<ObjectMeta>>,
+    read: Arc<Read>,
+    properties: Arc<PlanProperties>,
+    metrics: ExecutionPlanMetricsSet,
+}
+
+#[derive(Debug)]
+struct Read {
+    wanted: Wanted,
+    schema: SchemaRef,
+    store: Arc<dyn ObjectStore>,
+    footers: Arc<FileMetadataCache>,
+}
+
+impl PagesExec {
+    /// A scan of these files, dealt out to partitions; `schema` is what comes out.
+    pub(super) fn new(
+        files: Vec<Vec<ObjectMeta>>,
+        wanted: Wanted,
+        schema: SchemaRef,
+        store: Arc<dyn ObjectStore>,
+        footers: Arc<FileMetadataCache>,
+    ) -> Self {
+        let properties = PlanProperties::new(
+            EquivalenceProperties::new(Arc::clone(&schema)),
+            Partitioning::UnknownPartitioning(files.len()),
+            EmissionType::Incremental,
+            Boundedness::Bounded,
+        );
+        Self {
+            files,
+            read: Arc::new(Read { wanted, schema, store, footers }),
+            properties: Arc::new(properties),
+            metrics: ExecutionPlanMetricsSet::new(),
+        }
+    }
+
+    /// How many files are read.
+    pub(crate) fn files(&self) -> usize {
+        self.files.iter().map(Vec::len).sum()
+    }
+}
+
+impl DisplayAs for PagesExec {
+    fn fmt_as(&self, _: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PagesExec: files={}, devices={}", self.files(), self.read.wanted.devices.len())
+    }
+}
+
+impl ExecutionPlan for PagesExec {
+    fn name(&self) -> &str {
+        "PagesExec"
+    }
+
+    fn properties(&self) -> &Arc<PlanProperties> {
+        &self.properties
+    }
+
+    fn children(&self) -> Vec<&Arc<dyn ExecutionPlan>> {
+        Vec::new()
+    }
+
+    fn apply_expressions(
+        &self,
+        _: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> Result<TreeNodeRecursion>,
+    ) -> Result<TreeNodeRecursion> {
+        Ok(TreeNodeRecursion::Continue)
+    }
+
+    fn replace_children(
+        self: Arc<Self>,
+        _: Vec<Arc<dyn ExecutionPlan>>,
+        _: ReplaceChildrenOptions,
+    ) -> Result<Arc<dyn ExecutionPlan>> {
+        Ok(self)
+    }
+
+    fn with_new_children(self: Arc<Self>, _: Vec<Arc<dyn ExecutionPlan>>) -> Result<Arc<dyn ExecutionPlan>> {
+        Ok(self)
+    }
+
+    fn execute(&self, partition: usize, context: Arc<TaskContext>) -> Result<SendableRecordBatchStream> {
+        let (read, rows_max) = (Arc::clone(&self.read), context.session_config().batch_size());
+        let opened = stream::iter(self.files[partition].clone()).map(move |file| {
+            let read = Arc::clone(&read);
+            async move { read.open(file, rows_max).await }
+        });
+        let rows = opened.buffered(AHEAD).try_flatten();
+        let rows = Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.read.schema), rows));
+        Ok(counted(rows, &self.metrics, partition))
+    }
+
+    fn metrics(&self) -> Option<MetricsSet> {
+        Some(self.metrics.clone_inner())
+    }
+}
+
+impl Read {
+    /// The rows of a file: what its pages take is read before the first is asked for.
+    async fn open(
+        self: Arc<Self>,
+        file: ObjectMeta,
+        rows_max: usize,
+    ) -> Result<impl futures::Stream<Item = Result<RecordBatch>> + use<>> {
+        let footer = DFParquetMetadata::new(&*self.store, &file)
+            .with_file_metadata_cache(Some(Arc::clone(&self.footers)))
+            .with_page_index_policy(Some(PageIndexPolicy::Optional))
+            .fetch_metadata()
+            .await?;
+        let (groups, selection) = self.wanted.places(&footer);
+        let opened = if groups.is_empty() {
+            None
+        } else {
+            let reader = ArrowReaderMetadata::try_new(footer, ArrowReaderOptions::new())?;
+            let names = self.schema.fields().iter().map(|field| field.name().as_str());
+            // Dates are told by times.
+            let names = names.map(|name| if name == DATE { TS } else { name });
+            let columns = ProjectionMask::columns(reader.parquet_schema(), names);
+            let mut decoder = ParquetPushDecoderBuilder::new_with_metadata(reader)
+                .with_projection(columns)
+                .with_row_groups(groups)
+                .with_row_selection(selection)
+                .with_batch_size(rows_max)
+                .build()?;
+            let first = self.next(&mut decoder, &file).await?;
+            first.map(|first| (first, decoder, file))
+        };
+        Ok(stream::try_unfold(opened, move |opened| {
+            let read = Arc::clone(&self);
+            async move {
+                let Some((batch, mut decoder, file)) = opened else { return Ok(None) };
+                let rows = hot_columns(&typed(&batch, &read.schema)?, &read.schema)?;
+                let next = read.next(&mut decoder, &file).await?;
+                Ok(Some((rows, next.map(|next| (next, decoder, file)))))
+            }
+        }))
+    }
+
+    async fn next(&self, decoder: &mut ParquetPushDecoder, file: &ObjectMeta) -> Result<Option<RecordBatch>> {
+        loop {
+            match decoder.try_decode()? {
+                DecodeResult::Data(batch) => return Ok(Some(batch)),
+                DecodeResult::Finished => return Ok(None),
+                DecodeResult::NeedsData(ranges) => {
+                    let bytes = self.store.get_ranges(&file.location, &ranges).await?;
+                    decoder.push_ranges(ranges, bytes)?;
+                }
+            }
+        }
+    }
+}
+
+impl Wanted {
+    /// The row groups of a file that may have wanted rows, and which of their rows, one group after the other.
+    fn places(&self, footer: &ParquetMetaData) -> (Vec<usize>, RowSelection) {
+        let columns = footer.file_metadata().schema_descr();
+        let find = |name: &str| columns.columns().iter().position(|column| column.path().string() == name);
+        let is_micros = |at: &usize| matches!(columns.column(*at).logical_type_ref(), Some(LogicalType::Timestamp(kind)) if kind.unit == TimeUnit::MICROS);
+        let (device, ts) = (find(DEVICE), find(TS).filter(is_micros));
+        let (mut groups, mut selectors) = (Vec::new(), Vec::new());
+        for (index, group) in footer.row_groups().iter().enumerate() {
+            let bounds = |column: Option<usize>| group.column(column?).statistics();
+            if !self.may_have_device(bounds(device)) || !self.may_have_time(bounds(ts)) {
+                continue;
+            }
+            let rows = usize::try_from(group.num_rows()).unwrap_or(0);
+            let pages = |column: Option<usize>| Pages::of(footer, index, column?, rows);
+            let of_device = pages(device).map(|pages| pages.select(|page| pages.has_device(page, &self.devices)));
+            let of_time = pages(ts).map(|pages| pages.select(|page| pages.has_time(page, self.first, self.last)));
+            let selected = match (of_device, of_time) {
+                (Some(one), Some(other)) => one.intersection(&other),
+                (one, other) => one.or(other).unwrap_or_else(|| vec![RowSelector::select(rows)].into()),
+            };
+            if selected.selects_any() {
+                groups.push(index);
+                selectors.extend(Vec::from(selected));
+            }
+        }
+        (groups, selectors.into())
+    }
+
+    fn may_have_device(&self, bounds: Option<&ColumnBounds>) -> bool {
+        let bounds = bounds.and_then(|bounds| Some((bounds.min_bytes_opt()?, bounds.max_bytes_opt()?)));
+        bounds.is_none_or(|(min, max)| self.devices.iter().any(|device| (min..=max).contains(&device.as_bytes())))
+    }
+
+    fn may_have_time(&self, bounds: Option<&ColumnBounds>) -> bool {
+        let Some(ColumnBounds::Int64(bounds)) = bounds else { return true };
+        bounds.min_opt().is_none_or(|min| *min <= self.last) && bounds.max_opt().is_none_or(|max| *max >= self.first)
+    }
+}
+
+/// The pages of a column in a row group.
+struct Pages<'a> {
+    index: &'a ColumnIndexMetaData,
+    /// The first row of each, and where the last one ends.
+    starts: Vec<usize>,
+}
+
+impl<'a> Pages<'a> {
+    fn of(footer: &'a ParquetMetaData, group: usize, column: usize, rows: usize) -> Option<Self> {
+        let index = footer.column_index()?.get(group)?.get(column)?;
+        let pages = footer.offset_index()?.get(group)?.get(column)?.page_locations();
+        let starts = pages.iter().map(|page| usize::try_from(page.first_row_index).ok());
+        let starts = starts.chain([Some(rows)]).collect::<Option<Vec<_>>>()?;
+        Some(Self { index, starts })
+    }
+
+    fn select(&self, has: impl Fn(usize) -> bool) -> RowSelection {
+        let pages = self.starts.windows(2).enumerate();
+        let ranges = pages.filter(|(page, _)| has(*page)).map(|(_, rows)| rows[0]..rows[1]);
+        RowSelection::from_consecutive_ranges(ranges, self.starts.last().copied().unwrap_or(0))
+    }
+
+    fn has_device(&self, page: usize, devices: &[String]) -> bool {
+        let ColumnIndexMetaData::BYTE_ARRAY(index) = self.index else { return true };
+        match (index.min_value(page), index.max_value(page)) {
+            (Some(min), Some(max)) => devices.iter().any(|device| (min..=max).contains(&device.as_bytes())),
+            _ => !index.is_null_page(page),
+        }
+    }
+
+    fn has_time(&self, page: usize, first: i64, last: i64) -> bool {
+        let ColumnIndexMetaData::INT64(index) = self.index else { return true };
+        match (index.min_value(page), index.max_value(page)) {
+            (Some(min), Some(max)) => *min <= last && *max >= first,
+            _ => !index.is_null_page(page),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

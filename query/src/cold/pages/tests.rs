@@ -1,0 +1,122 @@
+use std::collections::BTreeMap;
+
+use arrow::compute::{concat_batches, filter_record_batch, lexsort_to_indices, take_record_batch};
+use arrow::datatypes::{DataType, Field, Int64Type, Schema, TimestampMicrosecondType};
+use arrow_array::cast::AsArray;
+use arrow_array::{Array, ArrayRef, BooleanArray, Int64Array, StringArray, TimestampMicrosecondArray};
+use chrono::Utc;
+use datafusion::object_store::memory::InMemory;
+use datafusion::object_store::path::Path;
+use datafusion::object_store::{ObjectStoreExt, PutPayload};
+use datafusion::parquet::arrow::ArrowWriter;
+use datafusion::parquet::file::properties::{EnabledStatistics, WriterProperties};
+use datafusion::prelude::SessionContext;
+use futures::TryStreamExt;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::*;
+
+/// Rows as (ts, device, n), n telling them apart.
+fn rows(random: &mut StdRng, first: i64, count: usize, devices: usize) -> RecordBatch {
+    let device = |random: &mut StdRng| (!random.random_ratio(1, 20)).then(|| random.random_range(0..devices));
+    let device = (0..count).map(|_| device(random).map(|device| format!("d{device:03}")));
+    let device = StringArray::from_iter(device.collect::<Vec<_>>());
+    let ts = (0..count).map(|_| random.random_range(0..1_000)).collect::<Vec<_>>();
+    let ts = TimestampMicrosecondArray::from(ts).with_timezone("UTC");
+    let n = Int64Array::from_iter_values(first..first + count as i64);
+    let columns: [(&str, ArrayRef); 3] = [(TS, Arc::new(ts)), (DEVICE, Arc::new(device)), ("n", Arc::new(n))];
+    RecordBatch::try_from_iter_with_nullable(columns.map(|(name, column)| (name, column, name != TS))).unwrap()
+}
+
+fn sorted(rows: &RecordBatch) -> RecordBatch {
+    let by = [1, 0].map(|at| arrow::compute::SortColumn { values: Arc::clone(rows.column(at)), options: None });
+    take_record_batch(rows, &lexsort_to_indices(&by, None).unwrap()).unwrap()
+}
+
+fn file(rows: &RecordBatch, properties: WriterProperties) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut writer = ArrowWriter::try_new(&mut bytes, rows.schema(), Some(properties)).unwrap();
+    writer.write(rows).unwrap();
+    writer.close().unwrap();
+    bytes
+}
+
+/// What `n` has where the rows are wanted, each with how often it came.
+fn wanted_of(rows: &RecordBatch, wanted: &Wanted) -> BTreeMap<i64, usize> {
+    let (ts, device) = (rows["ts"].as_primitive::<TimestampMicrosecondType>(), rows["device"].as_string::<i32>());
+    let is_wanted = (0..rows.num_rows()).map(|row| {
+        let named = device.is_valid(row) && wanted.devices.iter().any(|one| one == device.value(row));
+        Some(named && (wanted.first..=wanted.last).contains(&ts.value(row)))
+    });
+    let found = filter_record_batch(rows, &BooleanArray::from_iter(is_wanted)).unwrap();
+    let mut counts = BTreeMap::new();
+    for n in found["n"].as_primitive::<Int64Type>().values() {
+        *counts.entry(*n).or_insert(0) += 1;
+    }
+    counts
+}
+
+#[tokio::test]
+async fn every_wanted_row_comes_once_however_files_are_written() {
+    let seed = std::env::var("WEIR_SEED").ok().and_then(|text| text.parse().ok()).unwrap_or_else(rand::random);
+    println!("WEIR_SEED={seed}");
+    let random = &mut StdRng::seed_from_u64(seed);
+    let (mut read, mut all) = (0, 0);
+    for case in 0..60 {
+        let store = Arc::new(InMemory::new());
+        let (mut files, mut written, mut first) = (vec![Vec::new(); random.random_range(1..4)], Vec::new(), 0);
+        for index in 0..random.random_range(1..9) {
+            let (count, devices) = (random.random_range(1..600), random.random_range(1..60));
+            let mut of_file = rows(random, first, count, devices);
+            first += count as i64;
+            if random.random_ratio(3, 4) {
+                of_file = sorted(&of_file);
+            }
+            let told = [EnabledStatistics::Page, EnabledStatistics::Chunk, EnabledStatistics::None];
+            let properties = WriterProperties::builder()
+                .set_statistics_enabled(told[random.random_range(0..3_usize).min(random.random_range(0..3))])
+                .set_max_row_group_row_count(Some(random.random_range(50..300)))
+                .set_data_page_row_count_limit(random.random_range(5..80))
+                .set_write_batch_size(random.random_range(1..16))
+                .set_column_index_truncate_length(random.random_bool(0.3).then_some(2))
+                .build();
+            let bytes = file(&of_file, properties);
+            let location = Path::from(format!("{case}/{index}"));
+            let object = ObjectMeta {
+                location: location.clone(),
+                last_modified: Utc::now(),
+                size: bytes.len() as u64,
+                e_tag: None,
+                version: None,
+            };
+            store.put(&location, PutPayload::from(bytes)).await.unwrap();
+            let groups = files.len();
+            files[index % groups].push(object);
+            written.push(of_file);
+        }
+        let written = concat_batches(&written[0].schema(), &written).unwrap();
+        let devices = (0..random.random_range(1..4)).map(|_| format!("d{:03}", random.random_range(0..70))).collect();
+        let ends = [random.random_range(0..1_000), random.random_range(0..1_000)];
+        let (first, last) = (ends[0].min(ends[1]), ends[0].max(ends[1]));
+        let wanted = Wanted { devices, first, last };
+        let expected = wanted_of(&written, &wanted);
+        // With a column that no file has.
+        let mut fields = written.schema().fields().to_vec();
+        fields.push(Arc::new(Field::new("missing", DataType::Float64, true)));
+        let (schema, session) = (Arc::new(Schema::new(fields)), SessionContext::new());
+        let footers = session.runtime_env().cache_manager.get_file_metadata_cache();
+        let plan = Arc::new(PagesExec::new(files, wanted, Arc::clone(&schema), store, footers));
+        let mut found = Vec::new();
+        for partition in 0..plan.properties().partitioning.partition_count() {
+            let rows = plan.execute(partition, session.task_ctx()).unwrap();
+            found.extend(rows.try_collect::<Vec<_>>().await.unwrap());
+        }
+        let found = concat_batches(&schema, &found).unwrap();
+        assert_eq!(found["missing"].null_count(), found.num_rows());
+        assert_eq!(wanted_of(&found, &plan.read.wanted), expected, "case {case}");
+        (read, all) = (read + found.num_rows(), all + written.num_rows());
+    }
+    println!("{read} of {all} rows read");
+    assert!(read * 2 < all, "bounds leave out most: {read} of {all} rows read");
+}
