@@ -66,7 +66,7 @@ impl Chunk {
         let bytes = rows.get_array_memory_size();
         let runs = vec![HotRun { spool, seq: mark.seq, start: 0, rows: rows.num_rows() }];
         let spans = HashMap::from([(spool, Span { first: mark.seq, last: mark })]);
-        Self { rows: HotRows { rows, runs }, spans, dates, bytes, wal, since }
+        Self { rows: HotRows::new(rows, runs), spans, dates, bytes, wal, since }
     }
 
     fn len(&self) -> usize {
@@ -102,7 +102,9 @@ impl Chunk {
             from: parts.iter().map(|part| part.wal.from).min()?,
             bytes: parts.iter().map(|part| part.wal.bytes).sum(),
         };
-        Some(Self { rows: HotRows { rows, runs }, spans, dates, bytes, wal, since: first.since })
+        let times = parts.iter().filter_map(|part| part.rows.times);
+        let times = times.reduce(|one, other| (one.0.min(other.0), one.1.max(other.1)));
+        Some(Self { rows: HotRows { rows, runs, times }, spans, dates, bytes, wal, since: first.since })
     }
 
     /// What is left of it above what is committed; `None` when nothing is.
@@ -132,7 +134,7 @@ impl Chunk {
             .map(|(spool, span)| (*spool, Span { first: span.first.max(committed(spool).next()), last: span.last }))
             .collect();
         let bytes = rows.get_array_memory_size();
-        Some(Self { rows: HotRows { rows, runs }, spans, bytes, ..self.clone() })
+        Some(Self { rows: HotRows::new(rows, runs), spans, bytes, ..self.clone() })
     }
 }
 

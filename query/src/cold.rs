@@ -166,7 +166,7 @@ fn count(rows: Option<u64>) -> Precision<usize> {
 
 /// What comparisons with constants leave of event times and devices.
 #[derive(Debug, PartialEq, Eq)]
-struct Bounds {
+pub(crate) struct Bounds {
     /// Microseconds, both ends included.
     first: i64,
     last: i64,
@@ -175,7 +175,7 @@ struct Bounds {
 }
 
 impl Bounds {
-    fn of(filters: &[Expr]) -> Self {
+    pub(crate) fn of(filters: &[Expr]) -> Self {
         let mut bounds = Self { first: i64::MIN, last: i64::MAX, devices: None };
         for filter in filters.iter().flat_map(split_conjunction) {
             bounds.narrow(filter);
@@ -215,6 +215,11 @@ impl Bounds {
         self.last = self.last.min(last);
     }
 
+    /// Whether rows from the first to the last of these event times may be wanted.
+    pub(crate) fn may_have_times(&self, (first, last): (i64, i64)) -> bool {
+        last >= self.first && first <= self.last
+    }
+
     fn may_have_date(&self, date: i32) -> bool {
         let day = i64::from(date) * DAY_US;
         day <= self.last && day + DAY_US > self.first
@@ -224,7 +229,7 @@ impl Bounds {
         let has_device = |(from, to): &(String, String)| {
             self.devices.as_ref().is_none_or(|devices| devices.iter().any(|device| (from..=to).contains(&device)))
         };
-        file.earliest_us() <= self.last && file.latest_us() >= self.first && file.device.as_ref().is_none_or(has_device)
+        self.may_have_times((file.earliest_us(), file.latest_us())) && file.device.as_ref().is_none_or(has_device)
     }
 }
 

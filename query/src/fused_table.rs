@@ -8,7 +8,8 @@
 //! A caller with a scope sees its rows of it: the filter lies right above both halves, and nothing passes it on the way
 //! down but what cannot fail (`scope`).
 //!
-//! Filters go into the Parquet scan (`cold`); hot rows are filtered by the plan above.
+//! Filters go into the Parquet scan (`cold`); hot batches whose event times they leave out are not read, and the rows of
+//! others are filtered by the plan above.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -38,7 +39,7 @@ use wire::{DAY_US, StreamName};
 
 use crate::caller::Caller;
 use crate::catalog::{ColdTable, Tables};
-use crate::cold;
+use crate::cold::{self, Bounds};
 use crate::functions::latest::PinnedLatest;
 use crate::functions::latest::cache::{Held, LatestCache};
 use crate::functions::latest::computed;
@@ -85,13 +86,13 @@ impl LiveTable {
     pub(crate) fn past(cold: ColdTable) -> Self {
         Self {
             schema: Arc::clone(&cold.schema),
-            asked: Asked::Past(Arc::new(Frozen { cold, hot: Vec::new(), runs: Vec::new() })),
+            asked: Asked::Past(Arc::new(Frozen { cold, hot: Vec::new(), times: Vec::new(), runs: Vec::new() })),
         }
     }
 
     /// The newest rows of the table as it was at this snapshot.
     pub(crate) fn latest_past(cold: ColdTable) -> Self {
-        let frozen = Arc::new(Frozen { cold, hot: Vec::new(), runs: Vec::new() });
+        let frozen = Arc::new(Frozen { cold, hot: Vec::new(), times: Vec::new(), runs: Vec::new() });
         Self { schema: Arc::clone(&frozen.cold.schema), asked: Asked::LatestPast(frozen) }
     }
 
@@ -158,6 +159,8 @@ impl TableProvider for LiveTable {
 pub struct Frozen {
     cold: ColdTable,
     hot: Vec<RecordBatch>,
+    /// The first and last event time of each.
+    times: Vec<(i64, i64)>,
     /// Which batches the rows of each are of, and last those without rows.
     runs: Vec<Vec<HotRun>>,
 }
@@ -173,9 +176,10 @@ impl Frozen {
             match answer.map_err(|error| DataFusionError::External(Box::new(error)))? {
                 HotAnswer::Rows(rows) => {
                     let (rows, empty): (Vec<_>, Vec<_>) = rows.into_iter().partition(|hot| hot.rows.num_rows() > 0);
+                    let times = rows.iter().map(|hot| hot.times.unwrap_or((i64::MIN, i64::MAX))).collect();
                     let (hot, mut runs): (Vec<_>, Vec<_>) = rows.into_iter().map(|hot| (hot.rows, hot.runs)).unzip();
                     runs.push(empty.into_iter().flat_map(|hot| hot.runs).collect());
-                    return Ok(Self { cold, hot, runs });
+                    return Ok(Self { cold, hot, times, runs });
                 }
                 HotAnswer::Stale(at_least) => {
                     let reloaded = tables.reload(stream, at_least).await;
@@ -194,6 +198,12 @@ impl Frozen {
     /// The hot half: batches that have rows.
     pub(crate) fn hot(&self) -> &[RecordBatch] {
         &self.hot
+    }
+
+    /// The first and last event time of all rows; wider than they are where files do not say exactly.
+    pub(crate) fn span(&self) -> Option<(i64, i64)> {
+        let files = self.cold.files.iter().map(|file| (file.earliest_us(), file.latest_us()));
+        files.chain(self.times.iter().copied()).reduce(|one, other| (one.0.min(other.0), one.1.max(other.1)))
     }
 
     /// Which batches the rows of each of [`Frozen::hot`] are of, and last those without rows.
@@ -423,21 +433,25 @@ impl PinnedTable {
             inputs.extend(cold);
         }
         if !self.frozen.hot.is_empty() || inputs.is_empty() {
-            let plan = self.hot_plan(wanted, session.config().target_partitions())?;
-            let rows = self.frozen.hot.iter().map(RecordBatch::num_rows).sum();
-            inputs.push(if self.told { Arc::new(ToldExec::hot(rows, plan)) } else { plan as _ });
+            let all = self.frozen.hot.iter().map(RecordBatch::num_rows).sum::<usize>();
+            let bounds = Bounds::of(filters);
+            let hot = self.frozen.hot.iter().zip(&self.frozen.times);
+            let hot = hot.filter(|(_, times)| bounds.may_have_times(**times)).map(|(rows, _)| rows).collect::<Vec<_>>();
+            let rows = hot.iter().map(|rows| rows.num_rows()).sum();
+            let plan = hot_plan(&hot, wanted, session.config().target_partitions())?;
+            inputs.push(if self.told { Arc::new(ToldExec::hot(rows, all - rows, plan)) } else { plan });
         }
         UnionExec::try_new(inputs)
     }
+}
 
-    fn hot_plan(&self, wanted: &SchemaRef, partitions: usize) -> Result<Arc<dyn ExecutionPlan>> {
-        let mut parts = vec![Vec::new(); partitions.clamp(1, self.frozen.hot.len().max(1))];
-        let count = parts.len();
-        for (index, rows) in self.frozen.hot.iter().enumerate() {
-            parts[index % count].push(hot_columns(rows, wanted)?);
-        }
-        Ok(MemorySourceConfig::try_new_exec(&parts, Arc::clone(wanted), None)?)
+fn hot_plan(hot: &[&RecordBatch], wanted: &SchemaRef, partitions: usize) -> Result<Arc<dyn ExecutionPlan>> {
+    let mut parts = vec![Vec::new(); partitions.clamp(1, hot.len().max(1))];
+    let count = parts.len();
+    for (index, rows) in hot.iter().enumerate() {
+        parts[index % count].push(hot_columns(rows, wanted)?);
     }
+    Ok(MemorySourceConfig::try_new_exec(&parts, Arc::clone(wanted), None)?)
 }
 
 /// Hot rows as the plan wants them: by name, missing ones null, dates from `ts`.

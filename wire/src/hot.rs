@@ -8,8 +8,11 @@
 use std::fmt;
 
 use arrow_array::RecordBatch;
+use arrow_array::cast::AsArray;
+use arrow_array::types::TimestampMicrosecondType;
 
 use crate::ids::{Seq, SpoolId, StreamName};
+use crate::schema::TS;
 
 /// Rows of one batch within a merged hot batch: `rows` rows from `start`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +29,21 @@ pub struct HotRows {
     pub rows: RecordBatch,
     /// Covers `rows` without holes, in order.
     pub runs: Vec<HotRun>,
+    /// The first and last event time of `rows`, microseconds; none without rows.
+    pub times: Option<(i64, i64)>,
+}
+
+impl HotRows {
+    /// Rows of a table, with their event times as they say.
+    pub fn new(rows: RecordBatch, runs: Vec<HotRun>) -> Self {
+        let ts = rows.column_by_name(TS).and_then(|ts| ts.as_primitive_opt::<TimestampMicrosecondType>());
+        let times = ts.and_then(|ts| {
+            let first = *ts.values().first()?;
+            let wider = |(first, last): (i64, i64), us: &i64| (first.min(*us), last.max(*us));
+            Some(ts.values().iter().fold((first, first), wider))
+        });
+        Self { rows, runs, times }
+    }
 }
 
 /// Answer of a node for one stream at one table version.

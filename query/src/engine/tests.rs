@@ -176,9 +176,9 @@ impl HotSource for Handle {
             return Ok(HotAnswer::Stale(committed as u64));
         }
         let first = at * BATCHES_PER_COMMIT;
-        let rows = (first..now.max(first)).map(|index| HotRows {
-            rows: self.0.batches[index].clone(),
-            runs: vec![HotRun { spool: SpoolId([1; 16]), seq: Seq(index as u64 + 1), start: 0, rows: ROWS }],
+        let rows = (first..now.max(first)).map(|index| {
+            let run = HotRun { spool: SpoolId([1; 16]), seq: Seq(index as u64 + 1), start: 0, rows: ROWS };
+            HotRows::new(self.0.batches[index].clone(), vec![run])
         });
         Ok(HotAnswer::Rows(rows.collect()))
     }

@@ -36,9 +36,9 @@ impl ToldExec {
         Self::new(label, input)
     }
 
-    /// The half in memory.
-    pub(super) fn hot(rows: usize, input: Arc<dyn ExecutionPlan>) -> Self {
-        Self::new(format!("HotRows: rows={rows}"), input)
+    /// The half in memory: how many rows are read, and how many the plan left out.
+    pub(super) fn hot(rows: usize, pruned: usize, input: Arc<dyn ExecutionPlan>) -> Self {
+        Self::new(format!("HotRows: rows={rows}, rows_pruned={pruned}"), input)
     }
 
     fn new(label: String, input: Arc<dyn ExecutionPlan>) -> Self {

@@ -3,13 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use arrow::compute::{max, min};
-use arrow_array::cast::AsArray;
-use arrow_array::types::TimestampMicrosecondType;
 use arrow_array::{ArrayRef, Date32Array, Float64Array, Int64Array, StringArray, TimestampMicrosecondArray};
 use datafusion::common::Result;
 use wire::DataFile;
-use wire::schema::{FieldType, TS};
+use wire::schema::FieldType;
 
 use crate::catalog::SpoolFacts;
 use crate::clock::{now_us, us};
@@ -52,14 +49,7 @@ pub(super) async fn streams(view: View<'_>) -> Result<Vec<ArrayRef>> {
         if view.caller.scope().is_none() {
             let frozen = Frozen::take(view.tables, &stream).await?;
             let (cold, hot) = (frozen.cold(), frozen.hot());
-            let mut first = cold.files.iter().map(|file| file.earliest_us()).min();
-            let mut last = cold.files.iter().map(|file| file.latest_us()).max();
-            for ts in
-                hot.iter().filter_map(|rows| rows.column_by_name(TS)?.as_primitive_opt::<TimestampMicrosecondType>())
-            {
-                first = first.into_iter().chain(min(ts)).min();
-                last = last.into_iter().chain(max(ts)).max();
-            }
+            let (first, last) = frozen.span().unzip();
             let hot_rows = count(hot.iter().map(|rows| rows.num_rows()).sum::<usize>());
             let files = &cold.files;
             let numbers = [count(files.rows()), count(files.bytes()), count(files.len()), hot_rows].map(Some);

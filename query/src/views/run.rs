@@ -264,7 +264,7 @@ impl Runner {
             Some(settled) => Some(*settled),
             None => {
                 let edges = heard.edges(stream, facts.iter().filter(|fact| fact.stream == *stream), now);
-                let stored = seen.states.get(stream).and_then(|frozen| span(frozen)).map(|(_, last)| last);
+                let stored = seen.states.get(stream).and_then(|frozen| frozen.span()).map(|(_, last)| last);
                 // A stream that never had a row holds nothing back, like an edge that is silent.
                 watermark::of_stream(&edges, stored, idle_us).map(Some)
             }
@@ -292,7 +292,7 @@ impl Runner {
         let shape = &self.view.shape;
         for stream in shape.streams.iter().chain(&shape.references) {
             let frozen = Frozen::take(tables.as_ref(), stream).await.map_err(|error| self.engine.explain(error))?;
-            if let Some((first, last)) = span(&frozen).filter(|_| shape.streams.contains(stream)) {
+            if let Some((first, last)) = frozen.span().filter(|_| shape.streams.contains(stream)) {
                 whole = Some(whole.map_or((first, last), |(from, to)| (from.min(first), to.max(last))));
             }
             states.insert(stream.clone(), Arc::new(frozen));
@@ -355,25 +355,6 @@ impl Runner {
         self.piece = usize::try_from(count / 4).unwrap_or(1).max(1);
         Some(self.state.first_of(piece, self.piece))
     }
-}
-
-/// The first and last event time of a table; wider than its rows where its files do not say exactly.
-fn span(frozen: &Frozen) -> Option<(i64, i64)> {
-    let mut span: Option<(i64, i64)> = None;
-    let mut widen = |first: i64, last: i64| {
-        span = Some(span.map_or((first, last), |(from, to)| (from.min(first), to.max(last))));
-    };
-    for file in frozen.cold().files.iter() {
-        widen(file.earliest_us(), file.latest_us());
-    }
-    for rows in frozen.hot() {
-        let ts = rows.column_by_name(TS).and_then(|ts| ts.as_primitive_opt::<TimestampMicrosecondType>());
-        let Some(ts) = ts else { continue };
-        if let (Some(first), Some(last)) = (arrow::compute::min(ts), arrow::compute::max(ts)) {
-            widen(first, last);
-        }
-    }
-    span
 }
 
 /// Whether a row of a view's stream is a row of its results, and not only a record.

@@ -202,9 +202,7 @@ impl HotSource for Handle {
         self.0.asked.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         let state = self.0.state.lock();
         let above = state.batches.iter().filter(|batch| batch.version.is_none_or(|version| version > at));
-        Ok(HotAnswer::Rows(
-            above.map(|batch| HotRows { rows: self.0.record_batch(&batch.rows), runs: Vec::new() }).collect(),
-        ))
+        Ok(HotAnswer::Rows(above.map(|batch| HotRows::new(self.0.record_batch(&batch.rows), Vec::new())).collect()))
     }
 }
 

@@ -398,9 +398,8 @@ impl Handle {
             Some(grace) if at + 1 == table.version => grace,
             _ => return HotAnswer::Stale(table.version),
         };
-        let rows = grace.iter().chain(&table.hot).map(|(spool, seq, rows)| HotRows {
-            rows: rows.clone(),
-            runs: vec![HotRun { spool: *spool, seq: *seq, start: 0, rows: rows.num_rows() }],
+        let rows = grace.iter().chain(&table.hot).map(|(spool, seq, rows)| {
+            HotRows::new(rows.clone(), vec![HotRun { spool: *spool, seq: *seq, start: 0, rows: rows.num_rows() }])
         });
         HotAnswer::Rows(rows.collect())
     }
