@@ -2,8 +2,9 @@
 //!
 //! A question about one device over a year meets a file for each day, and takes a page out of each. DataFusion's Parquet
 //! source prepares each file anew (its predicates, its pruning, two dozen counters), which costs more than to read the
-//! page. Here a file costs a look at its footer, which is kept, and one request for the bytes of its pages. What the
-//! pages have beside the rows that are wanted goes with them: whoever asks filters.
+//! page. Here a file costs a look at its footer, which is kept, and one request for the bytes of its pages. Devices are
+//! read as indices into the page's dictionary, so that its other rows are left out before a text is made for any. Other
+//! times that a page has go with them: whoever asks filters.
 //!
 //! Bounds of row groups and pages leave out what they can; a file without them is read whole. So the answer does not
 //! depend on the order of a file's rows.
@@ -11,8 +12,10 @@
 use std::fmt;
 use std::sync::Arc;
 
+use arrow::datatypes::{ArrowNativeType, DataType, Int32Type, Schema, SchemaRef};
 use arrow_array::RecordBatch;
-use arrow_schema::SchemaRef;
+use arrow_array::cast::AsArray;
+use arrow_select::filter::filter_record_batch;
 use datafusion::common::Result;
 use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::datasource::physical_plan::parquet::metadata::DFParquetMetadata;
@@ -167,10 +170,10 @@ impl Read {
         let opened = if groups.is_empty() {
             None
         } else {
-            let reader = ArrowReaderMetadata::try_new(footer, ArrowReaderOptions::new())?;
+            let reader = devices_as_indices(footer)?;
             let names = self.schema.fields().iter().map(|field| field.name().as_str());
             // Dates are told by times.
-            let names = names.map(|name| if name == DATE { TS } else { name });
+            let names = names.map(|name| if name == DATE { TS } else { name }).chain([DEVICE]);
             let columns = ProjectionMask::columns(reader.parquet_schema(), names);
             let mut decoder = ParquetPushDecoderBuilder::new_with_metadata(reader)
                 .with_projection(columns)
@@ -185,7 +188,8 @@ impl Read {
             let read = Arc::clone(&self);
             async move {
                 let Some((batch, mut decoder, file)) = opened else { return Ok(None) };
-                let rows = hot_columns(&typed(&batch, &read.schema)?, &read.schema)?;
+                let rows = read.wanted.of_devices(&batch)?;
+                let rows = hot_columns(&typed(&rows, &read.schema)?, &read.schema)?;
                 let next = read.next(&mut decoder, &file).await?;
                 Ok(Some((rows, next.map(|next| (next, decoder, file)))))
             }
@@ -204,6 +208,20 @@ impl Read {
             }
         }
     }
+}
+
+/// How to read a file: its own types, but that devices are indices into a dictionary.
+fn devices_as_indices(footer: Arc<ParquetMetaData>) -> Result<ArrowReaderMetadata> {
+    let own = ArrowReaderMetadata::try_new(Arc::clone(&footer), ArrowReaderOptions::new())?;
+    let fields = own.schema().fields().iter().map(|field| match field.data_type() {
+        DataType::Utf8 if field.name() == DEVICE => {
+            let indices = DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
+            Arc::new(field.as_ref().clone().with_data_type(indices))
+        }
+        _ => Arc::clone(field),
+    });
+    let schema = Arc::new(Schema::new_with_metadata(fields.collect::<Vec<_>>(), own.schema().metadata().clone()));
+    Ok(ArrowReaderMetadata::try_new(footer, ArrowReaderOptions::new().with_schema(schema))?)
 }
 
 impl Wanted {
@@ -233,6 +251,19 @@ impl Wanted {
             }
         }
         (groups, selectors.into())
+    }
+
+    /// Leaves out rows of other devices.
+    fn of_devices(&self, rows: &RecordBatch) -> Result<RecordBatch> {
+        let Some(devices) = rows.column_by_name(DEVICE).and_then(|column| column.as_dictionary_opt::<Int32Type>())
+        else {
+            return Ok(rows.clone());
+        };
+        let Some(texts) = devices.values().as_string_opt::<i32>() else { return Ok(rows.clone()) };
+        let named = texts.iter().map(|text| text.is_some_and(|text| self.devices.iter().any(|device| device == text)));
+        let named = named.collect::<Vec<_>>();
+        let kept = devices.keys().iter().map(|key| key.and_then(|key| named.get(key.as_usize()).copied()));
+        Ok(filter_record_batch(rows, &kept.collect())?)
     }
 
     fn may_have_device(&self, bounds: Option<&ColumnBounds>) -> bool {
