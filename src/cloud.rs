@@ -103,7 +103,7 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let certificate = |door: DoorName| certificate(&listen, door);
     let kept = views(&settings);
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
-    let tables = Arc::new(NodeTables(cloud.catalogue(), cloud.remarks()));
+    let tables = Arc::new(NodeTables(cloud.catalogue(), cloud.remarks(), cloud.metrics()));
     let sink = Arc::new(NodeSink(cloud.writer()));
     if let Some(place) = broker {
         tokio::task::spawn_blocking(|| broker::start(place)).await.context("start the broker")??;
