@@ -27,7 +27,7 @@ use crate::sequencer::Verdict;
 /// four ninths.
 const SHARE: usize = 4;
 /// Who finds no room tries again within this time; those behind take none until then.
-const HUNGRY: Duration = Duration::from_secs(10);
+pub(super) const HUNGRY: Duration = Duration::from_secs(10);
 
 /// Until when those who found no room wait for it.
 #[derive(Debug, Default)]

@@ -15,7 +15,11 @@ struct Own {
 impl Own {
     /// Writes a batch; whether it was taken.
     fn write(&mut self, node: &mut Node, stream: &'static str) -> bool {
-        let mut answered = put(node, stream);
+        self.write_rows(node, stream, |_| 200)
+    }
+
+    fn write_rows(&mut self, node: &mut Node, stream: &'static str, rows: fn(u64) -> u64) -> bool {
+        let mut answered = put(node, stream, rows);
         loop {
             node.ingest.turn().unwrap();
             match answered.try_recv() {
@@ -34,8 +38,8 @@ impl Own {
 type Answer = oneshot::Receiver<Result<crate::ingest::write::Written, RefusedRequest>>;
 
 /// Puts a batch of a stream of the node's own into the queue.
-fn put(node: &Node, stream: &str) -> Answer {
-    let mut sender = Sender { rows: |_| 200, ..Sender::new(9, stream) };
+fn put(node: &Node, stream: &str, rows: fn(u64) -> u64) -> Answer {
+    let mut sender = Sender { rows, ..Sender::new(9, stream) };
     let Arrived { schema, rows, .. } = sender.batch(WIDER_FROM);
     let rows = rows.unwrap();
     let cut = CutBatch::seal(stream.parse().unwrap(), &schema, &rows, NO_WATERMARK, "test", 0).unwrap();
@@ -166,9 +170,43 @@ fn an_alert_passes_the_readings_that_wait() {
         node.jobs.send(Job::Batches { class: Class::Readings, batches, reply, _place }).unwrap();
         answers.push(answered);
     }
-    let mut alert = put(&node, "alert_log");
+    let mut alert = put(&node, "alert_log", |_| 200);
     node.ingest.turn().unwrap();
     assert!(matches!(alert.try_recv(), Ok(Ok(_))), "it waits for readings");
     let left = answers.iter_mut().filter_map(|answer| answer.try_recv().err()).count();
     assert!(left > 0, "all readings share its sync");
+}
+
+#[test]
+fn what_found_no_room_finds_it_before_more_readings_do() {
+    let layer = machine();
+    let gate = Gate { inner: layer.clone(), below: "/tables", shut: Arc::default() };
+    let mut settings = settings("/a");
+    settings.hot.max_bytes = Size(1 << 20);
+    (settings.wal.segment_bytes, settings.wal.max_bytes) = (Size(1 << 20), Size(64 << 20));
+    (settings.pressure.alerts, settings.pressure.views) = (0.1, 0.1);
+    let mut node = Node::start(&layer, settings, sim_store_through(gate.clone(), &layer).unwrap()).unwrap();
+    let mut traffic = Sender { rows: |_| 200, ..Sender::new(1, "traffic") };
+    let mut noise = Sender { rows: |_| 200, ..Sender::new(1, "noise") };
+    let mut own = Own::default();
+    while noise.durable < WIDER_FROM {
+        assert!(send(&mut traffic, &mut node) && send(&mut noise, &mut node));
+    }
+    assert!(own.write(&mut node, VIEW));
+    gate.shut.store(true, Ordering::Relaxed);
+    while send(&mut traffic, &mut node) || send(&mut noise, &mut node) {}
+    // More than what is left for views.
+    let large = |_| 4_000;
+    assert!(!own.write_rows(&mut node, VIEW, large), "it has room");
+    gate.shut.store(false, Ordering::Relaxed);
+    let begun = Instant::now();
+    while node.ingest.streams.values().any(|stream| !stream.hot.is_empty()) {
+        assert!(begun.elapsed() < Duration::from_secs(60), "nothing is committed");
+        node.ingest.turn().unwrap();
+    }
+    assert!(begun.elapsed() < super::admit::HUNGRY, "it came too late to see");
+    assert!(!send(&mut traffic, &mut node), "a reading is taken while a view waits");
+    assert!(own.write_rows(&mut node, VIEW, large));
+    assert!(send(&mut traffic, &mut node));
+    node.drain();
 }
