@@ -15,7 +15,7 @@ use crate::process::{PATIENCE, POLL};
 const SMALL: &str = "[commit]\nmax_age = \"1h\"\n[hot]\nmax_bytes = \"128MiB\"\n\
                      [wal]\nsegment_bytes = \"34MiB\"\nmax_bytes = \"1GiB\"\n";
 /// An alert about the node itself.
-const PRESSED: &str = "sql = \"SELECT class AS device FROM system.pressure WHERE class = 'readings' AND hot_free_bytes < 2048\"\n\
+const PRESSED: &str = "sql = \"SELECT class AS device FROM system.pressure WHERE class = 'readings' AND hot_free_bytes < 4096\"\n\
                        every = \"1s\"\nmessage = \"no room for readings\"\nseverity = \"critical\"\ntopic = \"alerts/node/pressed\"\n";
 /// Each can take four fifths of what the others have left.
 const STREAMS: usize = 12;
@@ -120,7 +120,6 @@ async fn readings_wait_while_alerts_and_views_go_on_and_all_is_there_once() {
     let view = "CREATE MATERIALIZED VIEW told AS SELECT ts, transition, rule, sequence FROM alert_log";
     cloud.sql(view).await.unwrap();
     until(&cloud, "SELECT count(*) FROM told WHERE transition = 'firing'", 1).await;
-    put(&cloud, "pressed", PRESSED).await;
 
     take_away(directory.path());
     let mut stuck = 0;
@@ -128,10 +127,11 @@ async fn readings_wait_while_alerts_and_views_go_on_and_all_is_there_once() {
         stuck += usize::from(!flood.fill(&sender).await);
     }
     assert!(stuck > 0, "there is still room for a reading");
+    // The rule is put now, asked each second, and this is a debug build.
     let full = Instant::now();
-    // The rule is asked each second, the machine is busy, and this is a debug build.
+    put(&cloud, "pressed", PRESSED).await;
     let pressed = tokio::time::timeout(Duration::from_secs(15), listener.next()).await.expect("the alert is told");
-    println!("the alert was told {:?} after there was no room for a reading", full.elapsed());
+    println!("the alert was told {:?} after its rule was put, without room for a reading", full.elapsed());
     assert_eq!((&pressed["data"]["rule"], &pressed["data"]["device"]), (&json!("pressed"), &json!("readings")));
     let fired = "SELECT count(*) FROM alert_log WHERE rule = 'pressed' AND transition = 'firing'";
     assert_eq!(cloud.integer(fired).await, 1, "it is told, and not in the record");

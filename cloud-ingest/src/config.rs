@@ -546,6 +546,7 @@ mod tests {
         check("[pressure]\nalerts = 0.001", "less than 8MiB");
         check("[hot]\nmax_bytes = \"128MiB\"\n[pressure]\nalerts = 0.06", "set it to 0.0625 at least");
         check("[hot]\nmax_bytes = \"128MiB\"\n[pressure]\nviews = 0.4375001", "together must be at most");
+        check("[hot]\nmax_bytes = \"128MiB\"\n[pressure]\nviews = 0.4", "less than 80MiB");
         check("[pressure]\nviews_waiting = 0", "at least 1");
         check("[pressure]\nvews = 0.1", "did you mean `views`?");
         check("[limits]\nrequest_bytes = \"4MiB\"", "at least 33MiB");

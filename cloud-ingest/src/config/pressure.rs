@@ -6,9 +6,11 @@ use wire::BATCH_DECODED_BYTES_MAX;
 use super::Settings;
 use crate::class::{ByClass, Class};
 
-/// Changes of alerts may be so large at once, as text.
+/// Changes of alerts are written at once up to so much text.
 const ALERTS_BYTES_MIN: usize = 8 << 20;
-/// So much is not kept for anybody.
+/// A batch of readings with where its rows come from.
+const READINGS_BYTES_MIN: usize = BATCH_DECODED_BYTES_MAX + (16 << 20);
+/// Not more than this part is kept for those before.
 const KEPT_MAX: f64 = 0.5;
 
 /// What is kept for those who go before readings.
@@ -57,14 +59,14 @@ impl PressureSettings {
         let part = |part: f64| (hot as f64 * part) as usize;
         if part(self.alerts) < ALERTS_BYTES_MIN {
             return Err(format!(
-                "[pressure] alerts is less than 8MiB of hot.max_bytes, which the largest change of alerts may have: set it to \
+                "[pressure] alerts is less than 8MiB of hot.max_bytes, as much as changes of alerts may have that are written at once: set it to \
                  {:.4} at least, or more hot.max_bytes",
                 ALERTS_BYTES_MIN as f64 / hot as f64
             ));
         }
-        if hot - part(self.alerts + self.views) < BATCH_DECODED_BYTES_MAX {
+        if hot - part(self.alerts + self.views) < READINGS_BYTES_MIN {
             return Err(
-                "[pressure] alerts and views leave less than 64MiB of hot.max_bytes, and a batch of readings may \
+                "[pressure] alerts and views leave less than 80MiB of hot.max_bytes, and a batch of readings may \
                         have as much: lower them, or set more hot.max_bytes"
                     .to_owned(),
             );

@@ -10,9 +10,10 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use arrow_array::RecordBatch;
 use segment_log::{AppendError, FileLayer};
 use wire::schema::{StreamField, is_cloud_stream};
-use wire::{FIELDS_MAX, RefusedRequest, StreamName};
+use wire::{EdgeId, FIELDS_MAX, RefusedRequest, StreamName};
 
 use super::errand::{Subject, Ticket};
 use super::request::{Arrived, Outcome, Request};
@@ -26,6 +27,8 @@ use crate::sequencer::Verdict;
 /// A stream may have so many times what is free of memory and WAL: alone four fifths of all, one of two that are stuck
 /// four ninths.
 const SHARE: usize = 4;
+/// Of a row in hot: spool, number, arrival and what is rescued, with their offsets.
+const PROVENANCE_BYTES: usize = 64;
 /// Who finds no room tries again within this time; those behind take none until then.
 pub(super) const HUNGRY: Duration = Duration::from_secs(10);
 
@@ -130,7 +133,7 @@ impl<L: FileLayer> Ingest<L> {
             }
         }
         let class = Class::of(&header.edge, name);
-        if !self.has_room(name, class, rows.get_array_memory_size(), arrived.batch.bytes().len()) {
+        if !self.has_room(name, class, hot_bytes(rows, &header.edge), arrived.batch.bytes().len()) {
             return Ok(pushed_back(name));
         }
         let received_at_us = chrono::Utc::now().timestamp_micros();
@@ -178,18 +181,22 @@ impl<L: FileLayer> Ingest<L> {
             + live_budget.kept_from(class);
         let fits =
             bytes <= hot_free && self.wal.bytes() as usize + wal_bytes + reserve <= self.settings.wal.max_bytes.bytes();
-        match (in_share, fits) {
-            (true, true) => {
-                self.hungry.fed(class);
-                return true;
-            }
-            (true, false) => self.hungry.waits(class, now),
-            // Its own table takes no commits: nobody is to wait for that.
-            (false, _) => {}
+        if in_share && fits {
+            self.hungry.fed(class);
+            return true;
+        }
+        // One that has more than its share waits for its own table, and nobody is to wait for that.
+        if !fits && stream.hot.bytes() <= SHARE * hot_free && stream.hot.wal_bytes() <= SHARE * wal_free {
+            self.hungry.waits(class, now);
         }
         self.hungry.tell(class, now);
         false
     }
+}
+
+/// Decoded bytes of rows with where they come from, as they will be in hot.
+pub(super) fn hot_bytes(rows: &RecordBatch, edge: &EdgeId) -> usize {
+    rows.get_array_memory_size() + rows.num_rows() * (PROVENANCE_BYTES + edge.as_str().len())
 }
 
 fn pushed_back(stream: &StreamName) -> Outcome {

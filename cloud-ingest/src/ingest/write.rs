@@ -15,7 +15,7 @@ use wire::ids::OWN_EDGE;
 use wire::schema::StreamField;
 use wire::{EdgeId, Mark, RefusedRequest, SealedBatch, StreamName};
 
-use super::admit::lacks;
+use super::admit::{hot_bytes, lacks};
 use super::errand::{Subject, Ticket};
 use super::stream::{Accepted, Stream};
 use super::{Fault, Ingest, RETRY_AFTER_MS};
@@ -109,7 +109,7 @@ impl<L: FileLayer> Ingest<L> {
         writing.batches = batches;
         writing.written.repeated += seen.iter().map(|(_, batch)| u64::from(batch.cut.rows)).sum::<u64>();
         let wanted = writing.wanted(|name| self.aliases(name));
-        let bytes = writing.batches.iter().map(|(_, batch)| batch.rows.get_array_memory_size()).sum::<usize>();
+        let bytes = writing.batches.iter().map(|(_, batch)| hot_bytes(&batch.rows, &writing.edge)).sum::<usize>();
         let (wal_bytes, looked) = (writing.wal_bytes(), writing.looked.take());
         if let Some(stream) = wanted.keys().find(|stream| self.held.contains_key(*stream)) {
             writing.push_back(stream);

@@ -122,7 +122,7 @@ fn readings_wait_first_then_views_then_alerts_and_all_is_there_in_the_end() {
     println!("taken under pressure: views {}, alerts of edges {}, alerts {}", taken[0], taken[1], taken[2]);
     assert!(taken.iter().all(|count| *count > 0), "{taken:?}");
     let (_, hot) = free(&node, Class::Alerts);
-    assert!(hot.iter().map(|(_, bytes)| bytes).sum::<usize>() <= (1 << 20) + (64 << 10), "{hot:?}");
+    assert!(hot.iter().map(|(_, bytes)| bytes).sum::<usize>() <= 1 << 20, "{hot:?}");
     for class in Class::ALL {
         assert!(node.ingest.metrics.classes[class].pushed_back.get() > 0, "{class:?}");
     }
