@@ -129,7 +129,7 @@ impl Cloud {
             room: http::room_of(settings.limits.waiting_bytes.bytes()),
             decoded: http::room_of(settings.limits.decoded_bytes.bytes()),
             places: queue::places(&settings),
-            reading: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),
+            reading: Arc::new(Semaphore::new(2 * std::thread::available_parallelism().map_or(1, usize::from))),
             jobs,
             metrics: Arc::clone(&metrics),
             ready: AtomicBool::new(false),

@@ -61,8 +61,8 @@ pub(crate) struct Door {
     pub(crate) decoded: Arc<Semaphore>,
     /// Places in the queue of the ingest thread.
     pub(crate) places: ByClass<Arc<Semaphore>>,
-    /// Requests that are unpacked, checked or decoded at a time: one for each processor. More would not be faster, and leave
-    /// none to the ingest thread and to alerts.
+    /// Requests that are unpacked, checked or decoded at a time: two for each processor, so that a large one
+    /// does not hold up small ones. More would not be faster, and leave nothing to the ingest thread and to alerts.
     pub(crate) reading: Arc<Semaphore>,
     pub(crate) jobs: Jobs,
     pub(crate) metrics: Arc<Metrics>,
