@@ -4,19 +4,21 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use cloud_ingest::class::Class;
 use cloud_ingest::delta::{Note, TableSnapshot};
 use cloud_ingest::ledger::Entry;
+use cloud_ingest::metrics::{ClassMetrics, Metrics};
 use cloud_ingest::remarks::Remarks;
 use cloud_ingest::{Catalogue, Moment};
-use query::{AsOf, ColdTable, ColumnNote, Remark, SpoolFacts, Tables, TablesError};
+use query::{AsOf, ClassFacts, ColdTable, ColumnNote, Remark, SpoolFacts, Tables, TablesError};
 use tokio::sync::watch;
 use wire::hot::HotSource;
 use wire::schema::own::BATCH_ORIGINS;
 use wire::{Seq, StreamName};
 
-/// The catalogue of this process, and how something is said of its tables.
+/// The catalogue of this process, how something is said of its tables, and what it counts.
 #[derive(Debug)]
-pub(crate) struct NodeTables(pub(crate) Arc<Catalogue>, pub(crate) Remarks);
+pub(crate) struct NodeTables(pub(crate) Arc<Catalogue>, pub(crate) Remarks, pub(crate) Arc<Metrics>);
 
 fn cold(snapshot: &TableSnapshot) -> ColdTable {
     ColdTable {
@@ -81,6 +83,25 @@ impl Tables for NodeTables {
             }
         };
         self.0.ledger().entries().into_iter().map(facts).collect()
+    }
+
+    fn classes(&self) -> Vec<ClassFacts> {
+        let facts = |(class, of): (Class, &ClassMetrics)| ClassFacts {
+            class: class.name(),
+            received: of.received.get(),
+            durable: of.durable.get(),
+            duplicate: of.duplicate.get(),
+            refused: of.refused.get(),
+            pushed_back: of.pushed_back.get(),
+            committed: of.committed.get(),
+            hot_rows: of.hot_rows.get(),
+            hot_bytes: of.hot_bytes.get(),
+            hot_kept_bytes: of.hot_kept_bytes.get(),
+            hot_free_bytes: of.hot_free_bytes.get(),
+            wal_bytes: of.wal_bytes.get(),
+            wal_free_bytes: of.wal_free_bytes.get(),
+        };
+        self.2.classes.iter().map(facts).collect()
     }
 
     fn changed(&self) -> watch::Receiver<u64> {

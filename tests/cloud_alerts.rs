@@ -16,6 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use wire::{FieldType, StreamField, StreamSchema};
 
+use crate::doors_limits::resident;
 use crate::harness::{Answer, Chain, Cloud, Edge, Mosquitto, Sender, mqtt_source, publish};
 use crate::listener::Listener;
 use crate::load::seeded;
@@ -436,4 +437,80 @@ async fn whoever_has_a_token_writes_no_decisions() {
     assert!(acks.refused.len() == 1 && acks.refused[0].reason.contains("the cloud alone"), "{acks:?}");
     let streams = cloud.sql("SELECT name FROM system.streams").await.unwrap();
     assert!(!streams.contains(&json!({ "name": "alert_log" })), "{streams:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_alerts_wait_for_a_target_that_hangs_and_for_nobody_else() {
+    const ALERTS: usize = 10_000;
+    let directory = tempfile::tempdir().unwrap();
+    let hanging = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = hanging.local_addr().unwrap();
+    let held = tokio::spawn(async move {
+        let mut all = Vec::new();
+        loop {
+            all.push(hanging.accept().await.unwrap());
+        }
+    });
+    let got: Got = Arc::default();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let good = listener.local_addr().unwrap();
+    tokio::spawn(serve(listener, Arc::clone(&got)));
+    let target = |name: &str, url: String, more: &str| {
+        format!("[[alerts.publish]]\nname = \"{name}\"\nkind = \"webhook\"\nurl = \"{url}\"\n{more}\n")
+    };
+    let targets = [
+        target("hangs", format!("http://{address}/hook"), "timeout = \"300ms\"\nattempts = 1000"),
+        target("good", format!("http://{good}/hook"), ""),
+    ];
+    let cloud = Cloud::start(directory.path(), "a", &targets.concat()).await;
+    let mut readings = Readings::to(&cloud);
+    readings.send(&[("d", 1)]).await;
+    put(&cloud, "high", RULE).await;
+    let mut heard = listening(&cloud, "?after=0");
+    heard.connect().await;
+    let before = resident(&cloud) >> 20;
+    let devices: Vec<String> = (0..ALERTS).map(|n| format!("d{n}")).collect();
+    let begun = Instant::now();
+    readings.send(&devices.iter().map(|device| (device.as_str(), 200)).collect::<Vec<_>>()).await;
+    for _ in 0..ALERTS {
+        assert_eq!(heard.next().await["data"]["transition"], "firing");
+    }
+    println!("{ALERTS} alerts to a listener beside a target that hangs: {:?}", begun.elapsed());
+    assert!(begun.elapsed() < PATIENCE);
+    // The other target goes on, in order, while this one has none of them; all are counted, and none is held in memory for it.
+    let enough = 1_000;
+    while got.lock().unwrap().len() < enough {
+        assert!(begun.elapsed() < 2 * PATIENCE, "{} of {enough}", got.lock().unwrap().len());
+        tokio::time::sleep(POLL).await;
+    }
+    let told: Vec<i64> =
+        got.lock().unwrap().iter().map(|(_, body)| body["data"]["sequence"].as_i64().unwrap()).collect();
+    assert!(told.windows(2).all(|pair| pair[0] < pair[1]), "out of order, or twice");
+    let from = told[0];
+    let behind = cloud.counter("weir_alert_behind{target=\"hangs\"}").await;
+    assert!(behind >= ALERTS as u64, "{behind} behind");
+    assert!(cloud.counter("weir_alert_retried_total{target=\"hangs\"}").await > 0);
+    assert_eq!(cloud.counter("weir_alert_delivered_total{target=\"hangs\"}").await, 0);
+    let grown = (resident(&cloud) >> 20).saturating_sub(before);
+    println!("{grown} MiB more than before them");
+    assert!(grown < 400, "{grown} MiB");
+    // What comes next is told at once.
+    let asked = Instant::now();
+    readings.send(&[("d0", 5)]).await;
+    assert_eq!(heard.next().await["data"]["transition"], "resolved");
+    assert!(asked.elapsed() < Duration::from_secs(5), "{:?}", asked.elapsed());
+    // It answers: it gets them from where it stood, each in order.
+    held.abort();
+    drop(held.await);
+    let late: Got = Arc::default();
+    tokio::spawn(serve(TcpListener::bind(address).await.unwrap(), Arc::clone(&late)));
+    let begun = Instant::now();
+    while late.lock().unwrap().len() < enough {
+        assert!(begun.elapsed() < 2 * PATIENCE, "{} of {enough}", late.lock().unwrap().len());
+        tokio::time::sleep(POLL).await;
+    }
+    let told: Vec<i64> =
+        late.lock().unwrap().iter().map(|(_, body)| body["data"]["sequence"].as_i64().unwrap()).collect();
+    assert!(told.windows(2).all(|pair| pair[0] < pair[1]), "out of order, or twice");
+    assert_eq!(told[0], from, "it begins with another than the one that it hung at");
 }

@@ -22,7 +22,7 @@ async fn text(cloud: &Cloud, statement: &str) -> (u16, String) {
 }
 
 /// Memory of the process that is resident, bytes.
-fn resident(cloud: &Cloud) -> usize {
+pub(crate) fn resident(cloud: &Cloud) -> usize {
     let status = std::fs::read_to_string(format!("/proc/{}/status", cloud.pid())).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() << 10

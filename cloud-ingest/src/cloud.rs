@@ -20,7 +20,7 @@ use crate::catalog::Catalogue;
 use crate::commands::Commands;
 use crate::config::Settings;
 use crate::http::{self, Door};
-use crate::ingest::{Done, Ingest, Job, StartError};
+use crate::ingest::{Done, Ingest, Job, StartError, queue};
 use crate::maintain::Maintenance;
 use crate::metrics::Metrics;
 use crate::origins;
@@ -128,7 +128,8 @@ impl Cloud {
             request_bytes_max: settings.limits.request_bytes.bytes(),
             room: http::room_of(settings.limits.waiting_bytes.bytes()),
             decoded: http::room_of(settings.limits.decoded_bytes.bytes()),
-            places: Arc::new(Semaphore::new(settings.limits.requests_waiting)),
+            places: queue::places(&settings),
+            reading: Arc::new(Semaphore::new(2 * std::thread::available_parallelism().map_or(1, usize::from))),
             jobs,
             metrics: Arc::clone(&metrics),
             ready: AtomicBool::new(false),
@@ -145,7 +146,7 @@ impl Cloud {
 
     /// Where this node's own streams are written.
     pub fn writer(&self) -> Writer {
-        Writer::new(self.door.jobs.clone(), Arc::clone(&self.door.places))
+        Writer::new(self.door.jobs.clone(), self.door.places.clone())
     }
 
     /// How something is said of its tables.
@@ -187,7 +188,7 @@ impl Cloud {
             axum::serve(listener.tap_io(|_| {}), service).with_graceful_shutdown(stop).await
         });
         let stop = CancellationToken::new();
-        let writer = Writer::new(self.door.jobs.clone(), Arc::clone(&self.door.places));
+        let writer = Writer::new(self.door.jobs.clone(), self.door.places.clone());
         let task = tokio::spawn(origins::run(self.catalogue, writer, stop.clone()));
         let origins = Origins { task, stop: stop.drop_guard() };
         Ok(CloudHandle { http, door: self.door, server, origins, thread: self.thread, upkeep: self.upkeep })

@@ -21,12 +21,14 @@ mod alerts;
 mod broker;
 mod lake;
 mod links;
+mod pressure;
 mod views;
 
 pub use alerts::{AlertSettings, PublishKind, PublishSettings};
 pub use broker::BrokerSettings;
 pub use lake::{CompactSettings, Keep, KeepSettings, LakeSettings, StreamSettings};
 pub use links::LinksSettings;
+pub use pressure::PressureSettings;
 pub use views::ViewsSettings;
 
 /// Batches of doors that can be remembered: some 150 bytes each, in memory and on disk.
@@ -48,6 +50,9 @@ pub struct Settings {
     pub wal: WalSettings,
     #[serde(default)]
     pub hot: HotSettings,
+    /// Who waits when memory or log are full.
+    #[serde(default)]
+    pub pressure: PressureSettings,
     #[serde(default)]
     pub limits: LimitSettings,
     #[serde(default)]
@@ -506,7 +511,7 @@ impl Settings {
         if self.hot.max_bytes.bytes() < 2 * BATCH_DECODED_BYTES_MAX {
             return Err("[hot] max_bytes must be at least 128MiB: a batch may have 64MiB when it is decoded".to_owned());
         }
-        Ok(())
+        self.pressure.check(self)
     }
 }
 
@@ -535,6 +540,15 @@ mod tests {
         check("[wal]\nsegment_bytes = \"1MiB\"", "at least 33MiB");
         check("[wal]\nmax_bytes = \"100MiB\"\nsegment_bytes = \"40MiB\"", "at least eight times");
         check("[hot]\nmax_bytes = \"1MiB\"", "at least 128MiB");
+        check("[pressure]\nalerts = 2.0", "from 0 to 0.5");
+        check("[pressure]\nviews = nan", "from 0 to 0.5");
+        check("[pressure]\nalerts = 0.3\nviews = 0.3", "together must be at most 0.5");
+        check("[pressure]\nalerts = 0.001", "less than 8MiB");
+        check("[hot]\nmax_bytes = \"128MiB\"\n[pressure]\nalerts = 0.06", "set it to 0.0625 at least");
+        check("[hot]\nmax_bytes = \"128MiB\"\n[pressure]\nviews = 0.4375001", "together must be at most");
+        check("[hot]\nmax_bytes = \"128MiB\"\n[pressure]\nviews = 0.4", "less than 80MiB");
+        check("[pressure]\nviews_waiting = 0", "at least 1");
+        check("[pressure]\nvews = 0.1", "did you mean `views`?");
         check("[limits]\nrequest_bytes = \"4MiB\"", "at least 33MiB");
         check("[limits]\nrequests_waiting = 0", "at least 1");
         check("[limits]\ndecoded_bytes = \"64MiB\"", "at least 128MiB");

@@ -10,7 +10,6 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes, to_bytes};
@@ -28,11 +27,12 @@ use wire::{
     Acks, BATCH_DECODED_BYTES_MAX, EdgeId, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId, StreamAck, StreamSchema,
 };
 
+use crate::class::{ByClass, Class};
 use crate::commands::Commands;
 use crate::config::{EdgeSettings, WriteSettings};
 use crate::ingest::request::Arrived;
-use crate::ingest::{Job, RETRY_AFTER_MS, Reply};
-use crate::metrics::Metrics;
+use crate::ingest::{Job, Jobs, RETRY_AFTER_MS, Reply};
+use crate::metrics::{Metrics, Tally};
 
 mod commands;
 mod write;
@@ -60,8 +60,11 @@ pub(crate) struct Door {
     /// Room for decoded rows, in the same units.
     pub(crate) decoded: Arc<Semaphore>,
     /// Places in the queue of the ingest thread.
-    pub(crate) places: Arc<Semaphore>,
-    pub(crate) jobs: Sender<Job>,
+    pub(crate) places: ByClass<Arc<Semaphore>>,
+    /// Requests that are unpacked, checked or decoded at a time: two for each processor, so that a large one
+    /// does not hold up small ones. More would not be faster, and leave nothing to the ingest thread and to alerts.
+    pub(crate) reading: Arc<Semaphore>,
+    pub(crate) jobs: Jobs,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) ready: AtomicBool,
     pub(crate) schemas: RwLock<HashMap<SchemaId, Arc<StreamSchema>>>,
@@ -166,14 +169,14 @@ async fn take_batches(door: &Arc<Door>, edge: &str, headers: &HeaderMap, body: B
     let unpacked_len = if is_packed { Some(unpacked_len(&body)?) } else { None };
     let _more_room = unpacked_len.map(|len| room(door, len)).transpose()?;
     let reader = Arc::clone(door);
-    let reading = tokio::task::spawn_blocking(move || {
+    let reading = on_a_thread(door, move || {
         let body = match unpacked_len {
             None => body,
             Some(len) => request::unpack(&body, len).ok_or_else(not_packed)?,
         };
         read(&reader, &edge, body).map(|batches| parts(batches, PART_BYTES))
     });
-    let mut parts = reading.await.map_err(|_| unreadable())??.into_iter();
+    let mut parts = reading.await??.into_iter();
     let mut all = Acks::default();
     for part in parts.by_ref() {
         match take_part(door, part).await {
@@ -221,13 +224,41 @@ fn merge(all: &mut Acks, later: Acks) {
 
 /// Counts the rows of parts that the ingest thread never saw.
 fn push_back(door: &Door, parts: impl Iterator<Item = Part>) {
-    let rows = parts.map(|(_, part)| rows_of(&part)).sum();
-    door.metrics.rows_received.add(rows);
-    door.metrics.rows_pushed_back.add(rows);
+    for (_, part) in parts {
+        count_back(door, &tally_of(&part));
+    }
 }
 
-fn rows_of(part: &[Checked]) -> u64 {
-    part.iter().map(|(batch, _)| u64::from(batch.header().rows)).sum()
+fn count_back(door: &Door, tally: &ByClass<Tally>) {
+    for (class, tally) in tally.iter() {
+        door.metrics.came_in(class, tally);
+    }
+}
+
+/// The rows of a part by class, all pushed back.
+fn tally_of(part: &[Checked]) -> ByClass<Tally> {
+    let mut tally = ByClass::<Tally>::default();
+    for (batch, _) in part {
+        tally[class_of(batch)].pushed_back += u64::from(batch.header().rows);
+    }
+    tally
+}
+
+fn class_of(batch: &SealedBatch) -> Class {
+    Class::of(&batch.header().edge, &batch.header().stream)
+}
+
+/// Works on a request when it is its turn.
+async fn on_a_thread<T: Send + 'static>(
+    door: &Door,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, RefusedRequest> {
+    let turn = Arc::clone(&door.reading).acquire_owned().await.map_err(|_| unreadable())?;
+    let working = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        work()
+    });
+    working.await.map_err(|_| unreadable())
 }
 
 fn unreadable() -> RefusedRequest {
@@ -262,16 +293,15 @@ async fn take_part(door: &Arc<Door>, (bytes, part): Part) -> Result<Acks, Refuse
     let room = Arc::clone(&door.decoded).acquire_many_owned(units).await;
     let _room = room.map_err(|_| RefusedRequest::NotReady { detail: "the node stops".to_owned() })?;
     let stream = part[0].0.header().stream.clone();
-    let rows = rows_of(&part);
+    let (tally, class) = (tally_of(&part), part.iter().map(|(batch, _)| class_of(batch)).max());
+    let class = class.unwrap_or(Class::Readings);
     let decode = |(batch, schema): Checked| Arrived { rows: batch.decode(&schema), batch, schema };
-    let decoding = tokio::task::spawn_blocking(move || part.into_iter().map(decode).collect());
-    let batches = decoding.await.map_err(|_| unreadable())?;
+    let batches = on_a_thread(door, move || part.into_iter().map(decode).collect()).await?;
     let full = || {
-        door.metrics.rows_received.add(rows);
-        door.metrics.rows_pushed_back.add(rows);
+        count_back(door, &tally);
         RefusedRequest::PushedBack { stream, retry_after_ms: RETRY_AFTER_MS }
     };
-    ask(door, |reply, _place| Job::Batches { batches, reply, _place }, full).await
+    ask(door, class, |reply, _place| Job::Batches { class, batches, reply, _place }, full).await
 }
 
 /// Room for so many bytes of requests.
@@ -328,16 +358,17 @@ async fn give_positions(door: &Arc<Door>, edge: &str, headers: &HeaderMap, query
         return Err(RefusedRequest::Damaged { detail: "?spool=… is missing".to_owned() }.into());
     }
     let full = || RefusedRequest::NotReady { detail: "busy".to_owned() };
-    ask(door, |reply, _place| Job::Positions { spools, reply, _place }, full).await
+    ask(door, Class::Readings, |reply, _place| Job::Positions { spools, reply, _place }, full).await
 }
 
 async fn ask(
     door: &Door,
+    class: Class,
     job: impl FnOnce(Reply, OwnedSemaphorePermit) -> Job,
     full: impl FnOnce() -> RefusedRequest,
 ) -> Result<Acks, RefusedAnswer> {
     let gone = || RefusedRequest::NotReady { detail: "the node stops".to_owned() };
-    let Ok(place) = Arc::clone(&door.places).try_acquire_owned() else { return Err(full().into()) };
+    let Ok(place) = Arc::clone(&door.places[class]).try_acquire_owned() else { return Err(full().into()) };
     let (reply, answered) = oneshot::channel();
     door.jobs.send(job(reply, place)).map_err(|_| gone())?;
     answered.await.map_err(|_| gone())?

@@ -13,7 +13,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use segment_log::{AppendError, FileLayer, FreeError, Options, Position, ReadError, SyncError};
@@ -22,14 +21,18 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use wire::sealed::BatchHeader;
 use wire::{Acks, RefusedAnswer, RefusedRequest, SpoolId, StreamAck, StreamName};
 
+use self::admit::Hungry;
 use self::carry::Carry;
 pub(crate) use self::errand::Done;
 use self::errand::{LookBook, Subject, Ticket};
+pub(crate) use self::queue::Jobs;
+use self::queue::Queue;
 use self::request::{Arrived, Request};
 use self::stream::Stream;
 use self::write::Writing;
 use crate::alias::Aliases;
 use crate::catalog::Catalogue;
+use crate::class::{Budget, ByClass, Class};
 use crate::config::Settings;
 use crate::delta::TableError;
 use crate::metrics::Metrics;
@@ -41,6 +44,7 @@ mod admit;
 mod carry;
 mod commit;
 mod errand;
+pub(crate) mod queue;
 mod recover;
 pub(crate) mod request;
 mod stream;
@@ -49,8 +53,9 @@ pub(crate) mod write;
 /// Committed rows that wait for older queries may take so large a part of hot's memory: one in four.
 const GRACE_SHARE: usize = 4;
 const TICK: Duration = Duration::from_millis(100);
-/// Bytes that share one sync at most.
+/// Bytes that share one sync at most; and that go with alerts, which do not wait for much.
 const GROUP_BYTES_MAX: usize = 32 << 20;
+const GROUP_BYTES_WITH_ALERTS: usize = 1 << 20;
 /// Kept free in the WAL for its own records.
 const WAL_RESERVE_BYTES: u64 = 1 << 20;
 /// How long a request waits for the store at most. It is then answered with what is known.
@@ -63,15 +68,26 @@ pub(crate) const RETRY_AFTER_MS: u64 = 500;
 
 pub(crate) type Reply = oneshot::Sender<Result<Acks, RefusedAnswer>>;
 
-/// What the thread is asked to do. The channel has no bound of its own: requests hold a place, which the door gives out,
-/// and errands are at most two for each stream.
+/// What the thread is asked to do.
 #[derive(Debug)]
 pub(crate) enum Job {
-    Batches { batches: Vec<Arrived>, reply: Reply, _place: OwnedSemaphorePermit },
+    Batches { class: Class, batches: Vec<Arrived>, reply: Reply, _place: OwnedSemaphorePermit },
     Write { writing: Box<Writing>, _place: OwnedSemaphorePermit },
     Positions { spools: Vec<SpoolId>, reply: Reply, _place: OwnedSemaphorePermit },
     Done(Box<Done>),
     Stop,
+}
+
+impl Job {
+    /// Whose request it is; an errand is nobody's.
+    fn class(&self) -> Option<Class> {
+        match self {
+            Self::Batches { class, .. } => Some(*class),
+            Self::Write { writing, .. } => Some(writing.class()),
+            Self::Positions { .. } => Some(Class::Readings),
+            Self::Done(_) | Self::Stop => None,
+        }
+    }
 }
 
 /// Why the node cannot start.
@@ -123,6 +139,16 @@ enum Waiting {
     Positions { spools: Vec<SpoolId>, reply: Reply },
 }
 
+impl Waiting {
+    fn class(&self) -> Class {
+        match self {
+            Self::Batches(request) => request.class(),
+            Self::Write(writing) => writing.class(),
+            Self::Positions { .. } => Class::Readings,
+        }
+    }
+}
+
 /// The thread's own state.
 #[derive(Debug)]
 pub(crate) struct Ingest<L: FileLayer> {
@@ -146,10 +172,12 @@ pub(crate) struct Ingest<L: FileLayer> {
     carry_not_before: Option<Instant>,
     catalogue: Arc<Catalogue>,
     metrics: Arc<Metrics>,
-    looks_at_once: Arc<Semaphore>,
-    commits_at_once: Arc<Semaphore>,
-    sender: Sender<Job>,
-    jobs: Receiver<Job>,
+    looks_at_once: ByClass<Arc<Semaphore>>,
+    commits_at_once: ByClass<Arc<Semaphore>>,
+    /// Who found no room lately.
+    hungry: Hungry,
+    sender: Jobs,
+    jobs: Queue,
     /// When the last job came.
     busy: Instant,
     stopping: Option<Instant>,
@@ -164,7 +192,7 @@ impl<L: FileLayer> Ingest<L> {
         catalogue: Arc<Catalogue>,
         metrics: Arc<Metrics>,
         runtime: Handle,
-    ) -> Result<(Self, Sender<Job>), StartError> {
+    ) -> Result<(Self, Jobs), StartError> {
         let options = Options {
             segment_bytes: settings.wal.segment_bytes.0,
             max_bytes: settings.wal.max_bytes.0,
@@ -182,8 +210,8 @@ impl<L: FileLayer> Ingest<L> {
                 "the wal is damaged: edges still hold what was not committed, and send it again"
             );
         }
-        let (sender, jobs) = channel();
-        let at_once = || Arc::new(Semaphore::new(errand::AT_ONCE_MAX));
+        let (sender, jobs) = queue::queue();
+        let at_once = || ByClass::new(|class| Arc::new(Semaphore::new(errand::at_once_max(class))));
         let mut ingest = Self {
             settings,
             node: node_name(),
@@ -203,6 +231,7 @@ impl<L: FileLayer> Ingest<L> {
             metrics,
             looks_at_once: at_once(),
             commits_at_once: at_once(),
+            hungry: Hungry::default(),
             sender: sender.clone(),
             jobs,
             busy: Instant::now(),
@@ -227,15 +256,14 @@ impl<L: FileLayer> Ingest<L> {
 
     /// Waits for a job or the tick and does what is due; false when it has stopped.
     fn turn(&mut self) -> Result<bool, Fault> {
-        match self.jobs.recv_timeout(TICK) {
-            Ok(job) => {
+        match self.jobs.next_within(TICK) {
+            Some(job) => {
                 self.busy = Instant::now();
                 self.work(job)?;
             }
             // Damage in what is there will not pass for a torn tail (rule 8). Nothing is written where nothing is new.
-            Err(RecvTimeoutError::Timeout) if self.busy.elapsed() >= IDLE => self.wal.mark()?,
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Ok(false),
+            None if self.busy.elapsed() >= IDLE => self.wal.mark()?,
+            None => {}
         }
         self.tick()?;
         Ok(!self.stopped())
@@ -245,13 +273,16 @@ impl<L: FileLayer> Ingest<L> {
     /// that was admitted is synced and shown.
     fn work(&mut self, first: Job) -> Result<(), Fault> {
         let (mut requests, mut writes, mut done) = (Vec::new(), Vec::new(), Vec::new());
-        let mut bytes = 0;
+        let (mut bytes, mut bytes_max) = (0, GROUP_BYTES_MAX);
         let mut next = Some(first);
         while let Some(job) = next.take() {
+            if job.class() == Some(Class::Alerts) {
+                bytes_max = GROUP_BYTES_WITH_ALERTS;
+            }
             match job {
-                Job::Batches { batches, reply, .. } => {
+                Job::Batches { class, batches, reply, .. } => {
                     bytes += batches.iter().map(|arrived| arrived.batch.bytes().len()).sum::<usize>();
-                    requests.push(Request::new(batches, reply));
+                    requests.push(Request::new(class, batches, reply));
                 }
                 Job::Write { writing, .. } => {
                     bytes += writing.wal_bytes();
@@ -261,8 +292,8 @@ impl<L: FileLayer> Ingest<L> {
                 Job::Done(errand) => done.push(*errand),
                 Job::Stop => self.stopping = Some(Instant::now()),
             }
-            if bytes < GROUP_BYTES_MAX {
-                next = self.jobs.try_recv().ok();
+            if bytes < bytes_max {
+                next = self.jobs.next();
             }
         }
         self.take(requests, writes)?;
@@ -273,18 +304,21 @@ impl<L: FileLayer> Ingest<L> {
     }
 
     /// Admits requests, syncs once, shows what is durable, answers. Those that want something of the store are parked.
-    fn take(&mut self, requests: Vec<Request>, writes: Vec<Writing>) -> Result<(), Fault> {
+    fn take(&mut self, mut requests: Vec<Request>, mut writes: Vec<Writing>) -> Result<(), Fault> {
         let (mut staged, mut through, mut written) = (BTreeSet::new(), Vec::new(), Vec::new());
-        for mut request in requests {
-            match self.admit(&mut request, &mut staged)? {
-                None => through.push(request),
-                Some(ticket) => self.park(vec![ticket], Waiting::Batches(Box::new(request))),
-            }
-        }
+        // Who goes before finds room before.
+        writes.sort_by_key(Writing::class);
+        requests.sort_by_key(Request::class);
         for mut writing in writes {
             match self.admit_write(&mut writing, &mut staged)? {
                 None => written.push(writing),
                 Some(tickets) => self.park(tickets, Waiting::Write(Box::new(writing))),
+            }
+        }
+        for mut request in requests {
+            match self.admit(&mut request, &mut staged)? {
+                None => through.push(request),
+                Some(ticket) => self.park(vec![ticket], Waiting::Batches(Box::new(request))),
             }
         }
         if !staged.is_empty() {
@@ -309,21 +343,28 @@ impl<L: FileLayer> Ingest<L> {
         self.catalogue.heard(staged.iter());
         self.metrics.wal_syncs.set(self.wal.syncs());
         self.metrics.wal_bytes.set(self.wal.bytes());
-        self.metrics.hot_bytes.set(self.hot_bytes() as u64);
+        self.gauge();
     }
 
     fn park(&mut self, tickets: Vec<Ticket>, what: Waiting) {
         self.parked.push(Parked { tickets, until: Instant::now() + PARKED_MAX, what });
     }
 
+    /// Whether one more of a class may wait for the store.
+    fn may_park(&self, class: Class) -> bool {
+        let parked = self.parked.iter().filter(|parked| parked.what.class() == class).count();
+        parked < queue::requests_waiting(&self.settings)[class]
+    }
+
     /// Positions are answered when everything was looked at since they were asked for (rule 3).
     fn park_positions(&mut self, spools: Vec<SpoolId>, reply: Reply) {
-        if self.parked.len() >= self.settings.limits.requests_waiting {
+        if !self.may_park(Class::Readings) {
             reply.send(Err(RefusedRequest::NotReady { detail: "busy".to_owned() }.into())).ok();
             return;
         }
         let subjects = self.streams.keys().cloned().map(Subject::Stream).chain([Subject::All]).collect::<Vec<_>>();
-        let tickets = subjects.into_iter().map(|subject| self.ask(subject, &[])).collect();
+        let ask = |subject| self.ask(self.class_of(&subject), subject, &[]);
+        let tickets = subjects.into_iter().map(ask).collect();
         self.park(tickets, Waiting::Positions { spools, reply });
     }
 
@@ -412,6 +453,37 @@ impl<L: FileLayer> Ingest<L> {
         self.streams.values().map(|stream| stream.hot.bytes()).sum()
     }
 
+    /// Hot's memory, and what of it is kept for whom.
+    fn hot_budget(&self) -> Budget {
+        Budget::new(self.settings.hot.max_bytes.bytes(), self.settings.pressure.kept())
+    }
+
+    /// The part of the WAL that batches may fill which are not committed.
+    fn live_budget(&self) -> Budget {
+        Budget::new(self.settings.wal.max_bytes.bytes() / carry::LIVE_SHARE, self.settings.pressure.kept())
+    }
+
+    /// Tells how full it is.
+    fn gauge(&self) {
+        let (mut rows, mut hot, mut live) = (ByClass::<usize>::default(), ByClass::default(), ByClass::default());
+        for stream in self.streams.values() {
+            rows[stream.class] += stream.hot.rows();
+            hot[stream.class] += stream.hot.bytes();
+            live[stream.class] += stream.hot.wal_bytes();
+        }
+        self.metrics.hot_bytes.set(hot.iter().map(|(_, bytes)| *bytes as u64).sum());
+        let (hot_budget, live_budget) = (self.hot_budget(), self.live_budget());
+        for class in Class::ALL {
+            let of = &self.metrics.classes[class];
+            of.hot_rows.set(rows[class] as u64);
+            of.hot_bytes.set(hot[class] as u64);
+            of.hot_kept_bytes.set(hot_budget.kept(class) as u64);
+            of.hot_free_bytes.set(hot_budget.free(class, &hot) as u64);
+            of.wal_bytes.set(live[class] as u64);
+            of.wal_free_bytes.set(live_budget.free(class, &live) as u64);
+        }
+    }
+
     fn tick(&mut self) -> Result<(), Fault> {
         let now = Instant::now();
         let grace_bytes_max = self.settings.hot.max_bytes.bytes() / GRACE_SHARE / self.streams.len().max(1);
@@ -434,7 +506,7 @@ impl<L: FileLayer> Ingest<L> {
         self.repeats.sync()?;
         self.repeats.expire(chrono::Utc::now().timestamp_micros())?;
         self.wal.free_before(oldest.unwrap_or(self.wal.end()))?;
-        self.metrics.hot_bytes.set(self.hot_bytes() as u64);
+        self.gauge();
         self.metrics.wal_bytes.set(self.wal.bytes());
         Ok(())
     }

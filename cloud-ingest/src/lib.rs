@@ -2,6 +2,7 @@
 
 pub mod alias;
 pub mod catalog;
+pub mod class;
 pub mod cloud;
 pub mod commands;
 pub mod compact;

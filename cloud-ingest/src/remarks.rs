@@ -4,7 +4,6 @@
 //! see. It is answered when readers see it.
 
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use wire::StreamName;
@@ -12,7 +11,7 @@ use wire::StreamName;
 use crate::catalog::Catalogue;
 use crate::delta::DeltaTable;
 use crate::errors::chain;
-use crate::ingest::{Done, Job};
+use crate::ingest::{Done, Job, Jobs};
 use crate::store::Store;
 
 /// How long it may take to be shown, when it is written.
@@ -24,11 +23,11 @@ const LOOK: Duration = Duration::from_millis(5);
 pub struct Remarks {
     store: Store,
     catalogue: Arc<Catalogue>,
-    jobs: Sender<Job>,
+    jobs: Jobs,
 }
 
 impl Remarks {
-    pub(crate) fn new(store: Store, catalogue: Arc<Catalogue>, jobs: Sender<Job>) -> Self {
+    pub(crate) fn new(store: Store, catalogue: Arc<Catalogue>, jobs: Jobs) -> Self {
         Self { store, catalogue, jobs }
     }
 

@@ -2,7 +2,6 @@
 //! the table, as batches of the edge [`OWN_EDGE`], which no other may call itself.
 
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 
 use arrow_array::RecordBatch;
 use tokio::sync::{Semaphore, oneshot};
@@ -10,9 +9,10 @@ use wire::ids::OWN_EDGE;
 use wire::sealed::{CutError, NO_WATERMARK};
 use wire::{CutBatch, EdgeId, RefusedRequest, StreamName, StreamSchema};
 
+use crate::class::{ByClass, Class};
 use crate::doors::rows::Gathered;
-use crate::ingest::Job;
 use crate::ingest::write::Writing;
+use crate::ingest::{Job, Jobs};
 
 /// Why rows were not written: nothing of them is there, unless the node stopped meanwhile.
 #[derive(Debug, thiserror::Error)]
@@ -30,14 +30,14 @@ pub enum WriteError {
 /// See the module.
 #[derive(Debug, Clone)]
 pub struct Writer {
-    jobs: Sender<Job>,
-    places: Arc<Semaphore>,
+    jobs: Jobs,
+    places: ByClass<Arc<Semaphore>>,
     edge: EdgeId,
     agent: String,
 }
 
 impl Writer {
-    pub(crate) fn new(jobs: Sender<Job>, places: Arc<Semaphore>) -> Self {
+    pub(crate) fn new(jobs: Jobs, places: ByClass<Arc<Semaphore>>) -> Self {
         let edge = OWN_EDGE.parse().expect("it is a name");
         Self { jobs, places, edge, agent: format!("weir {}", env!("CARGO_PKG_VERSION")) }
     }
@@ -53,7 +53,8 @@ impl Writer {
         schema: &Arc<StreamSchema>,
         rows: RecordBatch,
     ) -> Result<(), WriteError> {
-        let _place = Arc::clone(&self.places).acquire_owned().await.map_err(|_| WriteError::Stops)?;
+        let place = Arc::clone(&self.places[Class::of(&self.edge, stream)]);
+        let _place = place.acquire_owned().await.map_err(|_| WriteError::Stops)?;
         let cut = CutBatch::seal(stream.clone(), schema, &rows, NO_WATERMARK, &self.agent, 0);
         let cut = cut.map_err(|source| WriteError::Rows { stream: stream.clone(), source })?;
         let batch = Gathered { cut, schema: Arc::clone(schema), rows };

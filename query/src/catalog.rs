@@ -82,6 +82,27 @@ pub struct SpoolFacts {
     pub configuration: u64,
 }
 
+/// What a node tells of one of the classes that it takes rows in, the first to go first.
+#[derive(Debug, Clone, Copy)]
+pub struct ClassFacts {
+    pub class: &'static str,
+    /// Rows since the node started, by what became of them.
+    pub received: u64,
+    pub durable: u64,
+    pub duplicate: u64,
+    pub refused: u64,
+    pub pushed_back: u64,
+    pub committed: u64,
+    pub hot_rows: u64,
+    pub hot_bytes: u64,
+    /// Bytes of memory that are kept for it, and that it could still take.
+    pub hot_kept_bytes: u64,
+    pub hot_free_bytes: u64,
+    /// Bytes of the log that are not committed, and that it could still take.
+    pub wal_bytes: u64,
+    pub wal_free_bytes: u64,
+}
+
 /// Where tables come from: the node's own catalogue, or (later) a catalogue that other nodes write.
 #[async_trait]
 pub trait Tables: Send + Sync + fmt::Debug {
@@ -95,6 +116,10 @@ pub trait Tables: Send + Sync + fmt::Debug {
     async fn cold_as_of(&self, stream: &StreamName, as_of: AsOf) -> Result<ColdTable, TablesError>;
     /// What is known of every spool that has sent something since the node started.
     fn spools(&self) -> Vec<SpoolFacts>;
+    /// How the classes fare in which the node takes rows.
+    fn classes(&self) -> Vec<ClassFacts> {
+        Vec::new()
+    }
     /// Tells that some table has moved on; several times may be told as one.
     fn changed(&self) -> watch::Receiver<u64>;
     /// Another number after each time that this table has moved on.

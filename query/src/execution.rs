@@ -57,12 +57,13 @@ impl Drop for Owned {
 }
 
 impl Execution {
-    /// A runtime with so many threads.
-    pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
+    /// A runtime with so many threads, which stand back behind others as far as `nice` says.
+    pub(crate) fn new(threads: usize, nice: i32) -> std::io::Result<Self> {
         let runtime = Builder::new_multi_thread()
             .worker_threads(threads.max(1))
             .thread_name("statement")
             .thread_stack_size(STACK_BYTES)
+            .on_thread_start(move || stand_back(nice))
             .enable_all()
             .build()?;
         Ok(Self(Arc::new(Owned(Some(runtime)))))
@@ -119,6 +120,19 @@ impl Execution {
     }
 }
 
+/// Of the calling thread alone, which is what Linux means by a process here.
+#[cfg(target_os = "linux")]
+fn stand_back(nice: i32) {
+    if nice > 0
+        && let Err(error) = rustix::process::setpriority_process(None, nice)
+    {
+        tracing::warn!(%error, "a thread of statements does not stand back behind alerts");
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn stand_back(_: i32) {}
+
 fn lost() -> DataFusionError {
     DataFusionError::Execution("the statement ended without an answer".to_owned())
 }
@@ -148,5 +162,22 @@ impl Stream for Rows {
 impl RecordBatchStream for Rows {
     fn schema(&self) -> SchemaRef {
         Arc::clone(&self.schema)
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn threads_stand_back_and_nobody_elses_do() {
+        let own = || rustix::process::getpriority_process(None).unwrap();
+        let before = own();
+        for nice in [0, before + 3] {
+            let execution = Execution::new(1, nice).unwrap();
+            let of_thread = execution.compute(async move { own() }).await.unwrap();
+            assert_eq!(of_thread, before.max(nice));
+        }
+        assert_eq!(own(), before);
     }
 }

@@ -124,6 +124,11 @@ impl LiveTable {
         }
     }
 
+    /// Whether it shows what links have done.
+    pub(crate) fn shows_links(&self) -> bool {
+        matches!(self.asked, Asked::System(Kind::Links))
+    }
+
     /// A table about the node itself.
     pub(crate) fn system(kind: Kind) -> Self {
         Self { schema: kind.schema(), asked: Asked::System(kind) }

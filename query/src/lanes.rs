@@ -1,5 +1,6 @@
 //! Lanes: statements of one lane wait for each other and never for those of another, so that a heavy report holds up no
-//! dashboard. Each lane has threads of its own, a number of places, and a queue in front of them.
+//! dashboard. Each lane has threads of its own, a number of places, and a queue in front of them. Where processors are
+//! short, threads of a nicer lane get less of them: rules go before views, and views before readers.
 //!
 //! The queue is fair among readers: whoever has a free turn goes next, however many statements somebody else has put
 //! in. A place is given back when the last row is sent, or nobody wants it any more.
@@ -29,6 +30,8 @@ pub struct LaneSettings {
     pub memory_bytes_max: usize,
     /// Threads that its statements run on.
     pub threads: usize,
+    /// How far its threads stand back behind others, as `nice` says it: from 0 to 19.
+    pub nice: i32,
 }
 
 impl Default for LaneSettings {
@@ -40,6 +43,7 @@ impl Default for LaneSettings {
             timeout: Duration::from_secs(300),
             memory_bytes_max: 512 << 20,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
+            nice: 0,
         }
     }
 }
@@ -109,7 +113,7 @@ impl Queue {
 
 impl Lane {
     fn new(settings: LaneSettings) -> std::io::Result<Self> {
-        let execution = Execution::new(settings.threads)?;
+        let execution = Execution::new(settings.threads, settings.nice)?;
         let queue = Mutex::new(Queue { free: settings.running.max(1), turns: VecDeque::new() });
         Ok(Self { settings, execution, queue })
     }

@@ -38,7 +38,7 @@ mod volatile;
 pub use alerts::Alerts;
 pub use as_of::AsOf;
 pub use caller::{Caller, Door, Right};
-pub use catalog::{ColdTable, SpoolFacts, Tables, TablesError};
+pub use catalog::{ClassFacts, ColdTable, SpoolFacts, Tables, TablesError};
 pub use engine::{Engine, EngineSettings, Prepared, QueryError};
 pub use follow::Position;
 pub use lanes::LaneSettings;

@@ -7,6 +7,7 @@
 //! | `files` | Parquet file of a stream's newest version |
 //! | `edges` | edge that has sent something since the node started |
 //! | `ingest` | stream and spool that has: rows, last batch, what is durable and committed |
+//! | `pressure` | class of those who write: what became of their rows, and how much room they have |
 //! | `queries` | statement that runs, and of the last ones that ran |
 //! | `views` | view: what it does, how far it is, what it costs |
 //! | `links` | link: where it leads, and what came of it since the node started |
@@ -40,13 +41,23 @@ pub(crate) enum Kind {
     Files,
     Edges,
     Ingest,
+    Pressure,
     Queries,
     Views,
     Links,
 }
 
-const KINDS: [Kind; 8] =
-    [Kind::Streams, Kind::Columns, Kind::Files, Kind::Edges, Kind::Ingest, Kind::Queries, Kind::Views, Kind::Links];
+const KINDS: [Kind; 9] = [
+    Kind::Streams,
+    Kind::Columns,
+    Kind::Files,
+    Kind::Edges,
+    Kind::Ingest,
+    Kind::Pressure,
+    Kind::Queries,
+    Kind::Views,
+    Kind::Links,
+];
 /// The tables that are questions.
 const VIEWS: [&str; 3] = ["alerts", "batches", "quarantine_reasons"];
 
@@ -58,6 +69,7 @@ impl Kind {
             Self::Files => "files",
             Self::Edges => "edges",
             Self::Ingest => "ingest",
+            Self::Pressure => "pressure",
             Self::Queries => "queries",
             Self::Views => "views",
             Self::Links => "links",
@@ -121,6 +133,22 @@ impl Kind {
                 ("committed", Int64),
                 ("agent", Utf8),
                 ("configuration", Int64),
+            ],
+            Self::Pressure => vec![
+                ("place", Int64),
+                ("class", Utf8),
+                ("received", Int64),
+                ("durable", Int64),
+                ("duplicate", Int64),
+                ("refused", Int64),
+                ("pushed_back", Int64),
+                ("committed", Int64),
+                ("hot_rows", Int64),
+                ("hot_bytes", Int64),
+                ("hot_kept_bytes", Int64),
+                ("hot_free_bytes", Int64),
+                ("wal_bytes", Int64),
+                ("wal_free_bytes", Int64),
             ],
             Self::Queries => vec![
                 ("id", Int64),
@@ -215,6 +243,7 @@ pub(crate) async fn pinned(kind: Kind, view: View<'_>) -> Result<Arc<dyn TablePr
         Kind::Files => rows::files(view)?,
         Kind::Edges => rows::edges(view),
         Kind::Ingest => rows::ingest(view),
+        Kind::Pressure => rows::pressure(view),
         Kind::Queries => rows::queries(view),
         Kind::Views => rows::views(view),
         Kind::Links => rows::links(view),

@@ -52,11 +52,11 @@ pub(super) const EDGE: &str = "gw";
 
 /// A door behind which all is taken, and the numbers of what was.
 pub(super) fn door() -> (Arc<Door>, Arc<parking_lot::Mutex<Vec<u64>>>) {
-    let (jobs, asked) = std::sync::mpsc::channel();
+    let (jobs, asked) = crate::ingest::queue::queue();
     let taken = Arc::new(parking_lot::Mutex::new(Vec::new()));
     let seen = Arc::clone(&taken);
     std::thread::spawn(move || {
-        while let Ok(Job::Batches { batches, reply, .. }) = asked.recv() {
+        while let Some(Job::Batches { batches, reply, .. }) = asked.next_within(Duration::from_secs(60)) {
             for Arrived { batch, rows, .. } in batches {
                 assert_eq!(rows.unwrap().num_rows(), 1_000);
                 seen.lock().push(batch.header().seq.0);
@@ -73,7 +73,8 @@ pub(super) fn door() -> (Arc<Door>, Arc<parking_lot::Mutex<Vec<u64>>>) {
         request_bytes_max: REQUEST_BYTES_MAX,
         room: room_of(4 * REQUEST_BYTES_MAX),
         decoded: room_of(2 * BATCH_DECODED_BYTES_MAX),
-        places: Arc::new(Semaphore::new(8)),
+        places: ByClass::new(|_| Arc::new(Semaphore::new(8))),
+        reading: Arc::new(Semaphore::new(2)),
         jobs,
         metrics: Arc::default(),
         ready: AtomicBool::new(true),

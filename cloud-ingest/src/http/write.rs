@@ -21,11 +21,12 @@ use tokio::sync::oneshot;
 use wire::line::Precision;
 use wire::{EdgeId, RefusedRequest};
 
-use super::{Door, ROOM_UNIT, length, room, whole};
+use super::{Door, ROOM_UNIT, length, on_a_thread, room, whole};
 use crate::doors::rows::{Gathered, Gathering, RowsError};
 use crate::doors::{self, Told};
 use crate::ingest::write::{Writing, Written};
 use crate::ingest::{Job, RETRY_AFTER_MS};
+use crate::metrics::Tally;
 use crate::repeats::WriteId;
 
 mod influx;
@@ -231,7 +232,7 @@ async fn take(
     let stops = |_| Refused::Later("the node stops".to_owned());
     let _rows = Arc::clone(&door.decoded).acquire_many_owned(units).await.map_err(stops)?;
     let writer = edge.clone();
-    let reading = tokio::task::spawn_blocking(move || {
+    let reading = on_a_thread(door, move || {
         let body = text.unpack()?;
         let mut rows = doors::gathering(source, bytes_max);
         let (told, how) = read(&body, &writer, &mut rows)?;
@@ -239,19 +240,17 @@ async fn take(
         let batches = with_ids(rows.finish()?, told.by_arrival, &parts);
         Ok::<_, Refused>((told, batches, text))
     });
-    let unreadable = |_| Refused::Later("the request could not be read".to_owned());
-    let (told, batches, _text) = reading.await.map_err(unreadable)??;
+    let (told, batches, _text) = reading.await??;
     if batches.is_empty() {
         return Ok(told);
     }
     let rows: u64 = batches.iter().map(|(_, batch)| u64::from(batch.cut.rows)).sum();
-    let Ok(_place) = Arc::clone(&door.places).try_acquire_owned() else {
-        door.metrics.rows_received.add(rows);
-        door.metrics.rows_pushed_back.add(rows);
-        return Err(Refused::Later("too many requests at once".to_owned()));
-    };
     let (reply, answered) = oneshot::channel();
     let writing = Box::new(Writing::new(edge, batches, reply));
+    let Ok(_place) = Arc::clone(&door.places[writing.class()]).try_acquire_owned() else {
+        door.metrics.came_in(writing.class(), &Tally { pushed_back: rows, ..Tally::default() });
+        return Err(Refused::Later("too many requests at once".to_owned()));
+    };
     door.jobs.send(Job::Write { writing, _place }).map_err(|_| Refused::Later("the node stops".to_owned()))?;
     let Written { .. } = answered.await.map_err(|_| Refused::Later("the node stops".to_owned()))??;
     Ok(told)

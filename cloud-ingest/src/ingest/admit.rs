@@ -2,25 +2,68 @@
 //!
 //! A batch at fault is refused from its bytes alone. One that needs a table, a field, or another look at the log (rule 3:
 //! no gap and no fork is answered without) waits for the errand. The others are judged by their sequence, and taken if
-//! there is room for them.
+//! there is room for them: for readings as long as that leaves what is kept for views and alerts ([`Budget`]), and nobody
+//! takes room while someone who goes before waits for it.
+//!
+//! [`Budget`]: crate::class::Budget
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
+use arrow_array::RecordBatch;
 use segment_log::{AppendError, FileLayer};
 use wire::schema::{StreamField, is_cloud_stream};
-use wire::{FIELDS_MAX, RefusedRequest, StreamName};
+use wire::{EdgeId, FIELDS_MAX, RefusedRequest, StreamName};
 
 use super::errand::{Subject, Ticket};
 use super::request::{Arrived, Outcome, Request};
 use super::stream::Accepted;
-use super::{Fault, Ingest, RETRY_AFTER_MS, carry};
+use super::{Fault, Ingest, RETRY_AFTER_MS};
 use crate::alias;
+use crate::class::{ByClass, Class};
 use crate::delta::TableSnapshot;
 use crate::sequencer::Verdict;
 
 /// A stream may have so many times what is free of memory and WAL: alone four fifths of all, one of two that are stuck
 /// four ninths.
 const SHARE: usize = 4;
+/// Of a row in hot: spool, number, arrival and what is rescued, with their offsets.
+const PROVENANCE_BYTES: usize = 64;
+/// Who finds no room tries again within this time; those behind take none until then.
+pub(super) const HUNGRY: Duration = Duration::from_secs(10);
+
+/// Until when those who found no room wait for it.
+#[derive(Debug, Default)]
+pub(super) struct Hungry {
+    until: ByClass<Option<Instant>>,
+    told: Option<Instant>,
+}
+
+impl Hungry {
+    /// Whether someone who goes before this class waits.
+    fn before(&self, class: Class, now: Instant) -> bool {
+        class.before().any(|before| self.until[before].is_some_and(|until| until > now))
+    }
+
+    fn waits(&mut self, class: Class, now: Instant) {
+        self.until[class] = Some(now + HUNGRY);
+    }
+
+    /// Says so when it is alerts that are pushed back, not each time.
+    fn tell(&mut self, class: Class, now: Instant) {
+        if class == Class::Alerts && self.told.is_none_or(|told| told + HUNGRY <= now) {
+            self.told = Some(now);
+            tracing::error!(
+                "no room for alerts: what is kept for them in memory or in the write-ahead log is full, because their \
+                 tables take no commits"
+            );
+        }
+    }
+
+    fn fed(&mut self, class: Class) {
+        self.until[class] = None;
+    }
+}
 
 impl<L: FileLayer> Ingest<L> {
     /// Takes the batches of a request one after the other; stops at one for which the store must be looked at.
@@ -31,8 +74,9 @@ impl<L: FileLayer> Ingest<L> {
     ) -> Result<Option<Ticket>, Fault> {
         while let Some((arrived, looked)) = request.next() {
             let outcome = match self.admit_batch(&arrived, looked, staged)? {
-                Outcome::Look(fields) if self.parked.len() < self.settings.limits.requests_waiting => {
-                    let ticket = self.ask(Subject::Stream(arrived.batch.header().stream.clone()), &fields);
+                Outcome::Look(fields) if self.may_park(request.class()) => {
+                    let ticket =
+                        self.ask(request.class(), Subject::Stream(arrived.batch.header().stream.clone()), &fields);
                     request.put_back(arrived);
                     return Ok(Some(ticket));
                 }
@@ -88,7 +132,8 @@ impl<L: FileLayer> Ingest<L> {
                 return Ok(Outcome::Back(RefusedRequest::Forked { spool, stream, at }));
             }
         }
-        if !self.has_room(name, rows.get_array_memory_size(), arrived.batch.bytes().len()) {
+        let class = Class::of(&header.edge, name);
+        if !self.has_room(name, class, hot_bytes(rows, &header.edge), arrived.batch.bytes().len()) {
             return Ok(pushed_back(name));
         }
         let received_at_us = chrono::Utc::now().timestamp_micros();
@@ -110,28 +155,48 @@ impl<L: FileLayer> Ingest<L> {
         Ok(Outcome::Durable)
     }
 
-    /// Whether there is room for a batch in memory and WAL, and in its stream's share of each. A stream may have so much
-    /// of what is free ([`SHARE`] times) that some always is: one that cannot commit is pushed back alone.
-    pub(super) fn has_room(&self, name: &StreamName, bytes: usize, wal_bytes: usize) -> bool {
+    /// Whether there is room for a batch of a class in memory and WAL, and in its stream's share of each. A stream may have
+    /// so much of what is free ([`SHARE`] times) that some always is: one that cannot commit is pushed back alone.
+    pub(super) fn has_room(&mut self, name: &StreamName, class: Class, bytes: usize, wal_bytes: usize) -> bool {
+        let now = Instant::now();
         let Some(stream) = self.streams.get(name) else { return false };
-        if self.carry.as_ref().is_some_and(|carry| carry.stream == *name) {
+        if self.carry.as_ref().is_some_and(|carry| carry.stream == *name) || self.hungry.before(class, now) {
             return false;
         }
-        let (mut hot, mut live, mut largest) = (0, 0, 0);
+        let (mut hot, mut live, mut largest) = (ByClass::<usize>::default(), ByClass::<usize>::default(), 0);
         for stream in self.streams.values() {
             let wal_bytes = stream.hot.wal_bytes();
-            (hot, live, largest) = (hot + stream.hot.bytes(), live + wal_bytes, wal_bytes.max(largest));
+            hot[stream.class] += stream.hot.bytes();
+            live[stream.class] += wal_bytes;
+            largest = wal_bytes.max(largest);
         }
-        let (hot_max, wal_max) = (self.settings.hot.max_bytes.bytes(), self.settings.wal.max_bytes.bytes());
-        // A segment for the batch itself, and one for those that share its sync.
-        let reserve = self.carry_room(largest) + 2 * self.settings.wal.segment_bytes.bytes();
-        let free = hot_max.saturating_sub(hot);
-        let wal_free = (wal_max / carry::LIVE_SHARE).saturating_sub(live);
-        self.wal.bytes() as usize + wal_bytes + reserve <= wal_max
-            && bytes <= free
-            && stream.hot.bytes() + bytes <= SHARE * free
-            && stream.hot.wal_bytes() + wal_bytes <= SHARE * wal_free
+        let (hot_free, live_budget) = (self.hot_budget().free(class, &hot), self.live_budget());
+        let wal_free = live_budget.free(class, &live);
+        let in_share =
+            stream.hot.bytes() + bytes <= SHARE * hot_free && stream.hot.wal_bytes() + wal_bytes <= SHARE * wal_free;
+        // A segment for the batch itself, and one for those that share its sync; alerts go without the latter.
+        let segments = if class == Class::Alerts { 1 } else { 2 };
+        let reserve = self.carry_room(largest)
+            + segments * self.settings.wal.segment_bytes.bytes()
+            + live_budget.kept_from(class);
+        let fits =
+            bytes <= hot_free && self.wal.bytes() as usize + wal_bytes + reserve <= self.settings.wal.max_bytes.bytes();
+        if in_share && fits {
+            self.hungry.fed(class);
+            return true;
+        }
+        // One that has more than its share waits for its own table, and nobody is to wait for that.
+        if !fits && stream.hot.bytes() <= SHARE * hot_free && stream.hot.wal_bytes() <= SHARE * wal_free {
+            self.hungry.waits(class, now);
+        }
+        self.hungry.tell(class, now);
+        false
     }
+}
+
+/// Decoded bytes of rows with where they come from, as they will be in hot.
+pub(super) fn hot_bytes(rows: &RecordBatch, edge: &EdgeId) -> usize {
+    rows.get_array_memory_size() + rows.num_rows() * (PROVENANCE_BYTES + edge.as_str().len())
 }
 
 fn pushed_back(stream: &StreamName) -> Outcome {

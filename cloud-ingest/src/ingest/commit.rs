@@ -8,6 +8,7 @@ use wire::schema::is_cloud_stream;
 
 use super::Ingest;
 use super::errand::{self, CommitEnd, Done};
+use crate::class::Class;
 use crate::config::Settings;
 use crate::delta::{DeltaTable, TableError};
 
@@ -43,10 +44,11 @@ impl<L: FileLayer> Ingest<L> {
         let Some(stream) = self.streams.get_mut(name) else { return };
         let taking = stream.hot.take(self.settings.commit.max_partitions, bytes_max);
         stream.commits.running = Some(Instant::now());
+        let at_once = &self.commits_at_once[stream.class];
         let (stream, mut table) = (name.clone(), stream.table.clone());
         let end = CommitEnd::Failed { reason: TableError::Unanswered.to_string() };
         let died = Done::Committed { stream: stream.clone(), table: table.clone(), end };
-        self.send(&self.commits_at_once, errand::COMMIT_MAX, died, async move {
+        self.send(at_once, errand::COMMIT_MAX, died, async move {
             let end = errand::commit(&mut table, taking).await;
             Done::Committed { stream, table, end }
         });
@@ -62,8 +64,9 @@ impl<L: FileLayer> Ingest<L> {
                 self.metrics.commits.add(1);
                 self.metrics.commit_ms.set(took_ms);
                 self.metrics.commit_ms_total.add(took_ms);
-                // Rows of streams that the cloud alone fills came through no door; changes of views are counted here.
-                if !is_cloud_stream(name) {
+                self.metrics.classes[stream.class].committed.add(rows);
+                // What the node writes by itself came through no door.
+                if !is_cloud_stream(name) && stream.class != Class::Views {
                     self.metrics.rows_committed.add(rows);
                 }
             }

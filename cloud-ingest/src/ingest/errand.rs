@@ -3,7 +3,7 @@
 //! A *look* makes or opens the table of a stream, reads what others committed, and adds the fields that are missing.
 //! One look at a subject runs at a time; those who ask meanwhile share the next one, so that what they learn is never
 //! older than their question. A *commit* runs beside looks: both compare and swap, and the newer table wins. So many
-//! errands run at a time ([`AT_ONCE_MAX`] of each kind), and each for so long ([`LOOK_MAX`], [`COMMIT_MAX`]): one that the
+//! errands run at a time ([`at_once_max`] of each kind), and each for so long ([`LOOK_MAX`], [`COMMIT_MAX`]): one that the
 //! store never answers has failed, and if it comes through all the same, the next one finds its commit.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,14 +18,21 @@ use wire::schema::StreamField;
 
 use super::stream::Stream;
 use super::{Fault, Ingest, Job};
+use crate::class::Class;
 use crate::delta::{CommitError, DeltaTable, TableError};
 use crate::errors::chain;
 use crate::hot::Taking;
 use crate::rescue::refit;
 use crate::store::{Store, list_streams};
 
-/// Looks, and commits, that run at a time.
-pub(super) const AT_ONCE_MAX: usize = 16;
+/// Looks, and commits, of a class that run at a time: those that hang hold up none of another class.
+pub(super) fn at_once_max(class: Class) -> usize {
+    match class {
+        Class::Alerts => 4,
+        Class::Views => 8,
+        Class::Readings => 16,
+    }
+}
 /// The longest look.
 pub(super) const LOOK_MAX: Duration = Duration::from_secs(60);
 /// The longest commit.
@@ -131,27 +138,28 @@ pub(crate) type Listed = Vec<(StreamName, Result<DeltaTable, TableError>)>;
 
 impl<L: FileLayer> Ingest<L> {
     /// Asks for a look at the store.
-    pub(super) fn ask(&mut self, subject: Subject, fields: &[StreamField]) -> Ticket {
+    pub(super) fn ask(&mut self, class: Class, subject: Subject, fields: &[StreamField]) -> Ticket {
         let (ticket, start) = self.looks.ask(subject.clone(), fields);
         if let Some(fields) = start {
-            self.start_look(subject, fields);
+            self.start_look(class, subject, fields);
         }
         ticket
     }
 
-    fn start_look(&self, subject: Subject, fields: Vec<StreamField>) {
+    fn start_look(&self, class: Class, subject: Subject, fields: Vec<StreamField>) {
+        let at_once = &self.looks_at_once[class];
         let store = self.store.clone();
         match subject {
             Subject::All => {
                 let known = self.streams.keys().cloned().collect();
                 let died = Done::Listed { outcome: Err(TableError::Unanswered) };
                 let listing = async move { Done::Listed { outcome: list(&store, &known).await } };
-                self.send(&self.looks_at_once, LOOK_MAX, died, listing);
+                self.send(at_once, LOOK_MAX, died, listing);
             }
             Subject::Stream(stream) => {
                 let table = self.streams.get(&stream).map(|stream| stream.table.clone());
                 let died = Done::Looked { stream: stream.clone(), outcome: Err(TableError::Unanswered) };
-                self.send(&self.looks_at_once, LOOK_MAX, died, async move {
+                self.send(at_once, LOOK_MAX, died, async move {
                     let outcome = look(&store, &stream, table, &fields).await;
                     Done::Looked { stream, outcome }
                 });
@@ -206,13 +214,21 @@ impl<L: FileLayer> Ingest<L> {
         if let Some((subject, failure)) = looked {
             let failure = failure.map(|error| chain(&error));
             if let Some(fields) = self.looks.finish(&subject, failure) {
-                self.start_look(subject, fields);
+                self.start_look(self.class_of(&subject), subject, fields);
             }
         }
         if let Some(fault) = self.store.sync_failure() {
             return Err(Fault::Store(fault.to_owned()));
         }
         self.free()
+    }
+
+    /// The class of a look that several may have asked for.
+    pub(super) fn class_of(&self, subject: &Subject) -> Class {
+        match subject {
+            Subject::All => Class::Readings,
+            Subject::Stream(name) => self.streams.get(name).map_or(Class::Readings, |stream| stream.class),
+        }
     }
 
     pub(super) fn adopt_all(&mut self, tables: Listed) {

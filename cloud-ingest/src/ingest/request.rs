@@ -9,7 +9,8 @@ use wire::sealed::BodyError;
 use wire::{Acks, Refusal, RefusedAnswer, RefusedRequest, SealedBatch, SpoolId, StreamAck, StreamName, StreamSchema};
 
 use super::Reply;
-use crate::metrics::Metrics;
+use crate::class::{ByClass, Class};
+use crate::metrics::{Metrics, Tally};
 
 /// A batch as the door hands it over: undamaged, its rows decoded, or the reason why they cannot be.
 #[derive(Debug)]
@@ -32,18 +33,11 @@ pub(super) enum Outcome {
     Look(Vec<StreamField>),
 }
 
-/// Rows, by what became of them (rule 6).
-#[derive(Debug, Default)]
-struct Tally {
-    durable: u64,
-    duplicate: u64,
-    refused: u64,
-    pushed_back: u64,
-}
-
 /// The batches that are left of a request, and what became of the others.
 #[derive(Debug)]
 pub(super) struct Request {
+    /// Whose place it has: that of the batch which goes last.
+    class: Class,
     reply: Reply,
     batches: VecDeque<Arrived>,
     looked: Option<Result<(), String>>,
@@ -52,12 +46,13 @@ pub(super) struct Request {
     stopped: BTreeSet<(SpoolId, StreamName)>,
     refused: Vec<Refusal>,
     back: Option<RefusedRequest>,
-    tally: Tally,
+    tally: ByClass<Tally>,
 }
 
 impl Request {
-    pub(super) fn new(batches: Vec<Arrived>, reply: Reply) -> Self {
+    pub(super) fn new(class: Class, batches: Vec<Arrived>, reply: Reply) -> Self {
         Self {
+            class,
             reply,
             batches: batches.into(),
             looked: None,
@@ -65,8 +60,12 @@ impl Request {
             stopped: BTreeSet::new(),
             refused: Vec::new(),
             back: None,
-            tally: Tally::default(),
+            tally: ByClass::default(),
         }
+    }
+
+    pub(super) fn class(&self) -> Class {
+        self.class
     }
 
     /// The next batch to admit, and how the look ended that it waited for.
@@ -76,7 +75,7 @@ impl Request {
             let header = arrived.batch.header();
             let key = (header.spool, header.stream.clone());
             if self.stopped.contains(&key) {
-                self.tally.pushed_back += u64::from(header.rows);
+                self.tally[Class::of(&header.edge, &header.stream)].pushed_back += u64::from(header.rows);
                 continue;
             }
             self.touched.insert(key);
@@ -98,17 +97,18 @@ impl Request {
     pub(super) fn count(&mut self, arrived: &Arrived, outcome: Outcome) {
         let header = arrived.batch.header();
         let rows = u64::from(header.rows);
+        let tally = &mut self.tally[Class::of(&header.edge, &header.stream)];
         match outcome {
-            Outcome::Durable => self.tally.durable += rows,
-            Outcome::Duplicate => self.tally.duplicate += rows,
+            Outcome::Durable => tally.durable += rows,
+            Outcome::Duplicate => tally.duplicate += rows,
             Outcome::Look(_) => {}
             Outcome::Back(answer) => {
-                self.tally.pushed_back += rows;
+                tally.pushed_back += rows;
                 self.stopped.insert((header.spool, header.stream.clone()));
                 self.back.get_or_insert(answer);
             }
             Outcome::Refused(reason) => {
-                self.tally.refused += rows;
+                tally.refused += rows;
                 self.stopped.insert((header.spool, header.stream.clone()));
                 let (spool, stream, seq) = (header.spool, header.stream.clone(), header.seq);
                 self.refused.push(Refusal { spool, stream, seq, reason });
@@ -123,12 +123,9 @@ impl Request {
 
     /// Answers, when everything that was taken is durable and shown.
     pub(super) fn answer(self, node: &str, acks: Vec<StreamAck>, metrics: &Metrics) {
-        let Tally { durable, duplicate, refused, pushed_back } = self.tally;
-        metrics.rows_received.add(durable + duplicate + refused + pushed_back);
-        metrics.rows_durable.add(durable);
-        metrics.rows_duplicate.add(duplicate);
-        metrics.rows_refused.add(refused);
-        metrics.rows_pushed_back.add(pushed_back);
+        for (class, tally) in self.tally.iter() {
+            metrics.came_in(class, tally);
+        }
         let acks = Acks { node: node.to_owned(), acks, refused: self.refused };
         let answer = match self.back {
             None => Ok(acks),

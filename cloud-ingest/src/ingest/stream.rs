@@ -12,6 +12,7 @@ use wire::{Mark, SealedBatch, Seq, SpoolId, StreamName};
 use super::errand::CommitEnd;
 use crate::alias::{self, Aliases};
 use crate::catalog::TableState;
+use crate::class::Class;
 use crate::delta::{DeltaTable, TableSnapshot};
 use crate::hot::{Chunk, HotSet, InWal};
 use crate::rescue::{Provenance, refit, rescue};
@@ -63,6 +64,8 @@ pub(super) struct Stream {
     pub(super) snapshot: TableSnapshot,
     pub(super) hot: HotSet,
     pub(super) commits: Commits,
+    /// That of its batches which goes first.
+    pub(super) class: Class,
     sequences: Sequences,
     aliases: Aliases,
     /// Those of its hot batches, and older ones.
@@ -74,7 +77,7 @@ impl Stream {
         let snapshot = table.snapshot();
         let hot = HotSet::new(snapshot.version);
         let (sequences, schemas, commits) = (Sequences::new(), Schemas::new(), Commits::default());
-        Self { name, table, snapshot, hot, commits, sequences, aliases, schemas }
+        Self { name, table, snapshot, hot, commits, class: Class::Readings, sequences, aliases, schemas }
     }
 
     pub(super) fn sequence(&mut self, spool: SpoolId) -> &mut Sequence {
@@ -97,6 +100,7 @@ impl Stream {
     pub(super) fn accept(&mut self, accepted: Accepted<'_>) -> Chunk {
         let header = accepted.batch.header();
         let mark = Mark { seq: header.seq, crc: accepted.batch.chain_crc() };
+        self.class = self.class.min(Class::of(&header.edge, &header.stream));
         self.sequence(header.spool).advance(mark);
         self.schemas.entry(accepted.schema.id()).or_insert_with(|| Arc::clone(accepted.schema));
         let rows = self.fitted(accepted.rows, header, accepted.received_at_us);

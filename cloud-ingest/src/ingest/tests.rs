@@ -17,6 +17,7 @@ use crate::config::{Size, Span};
 use crate::delta::power_cut::rows_on_disk;
 use crate::store::tests::{sim_machine, sim_store, sim_store_through};
 
+mod pressure;
 mod retype;
 mod write;
 
@@ -134,7 +135,7 @@ impl Sender {
             let from = self.durable + 1 - random.below(self.durable - self.committed + 1);
             let count = 1 + random.below(3);
             let batches = (from..from + count).map(|seq| self.batch(seq)).collect();
-            node.ask(|reply, _place| Job::Batches { batches, reply, _place })?
+            node.ask(|reply, _place| Job::Batches { class: Class::Readings, batches, reply, _place })?
         };
         self.heard(answer);
         Ok(())
@@ -148,7 +149,7 @@ impl Sender {
 /// A process. Dropping it waits for its errands, as a machine that has lost power does nothing any more.
 struct Node {
     ingest: Ingest<SimLayer>,
-    jobs: std::sync::mpsc::Sender<Job>,
+    jobs: Jobs,
     catalogue: Arc<Catalogue>,
     _runtime: Runtime,
 }
@@ -316,10 +317,10 @@ fn a_table_that_cannot_be_opened_stops_only_its_own_stream() {
     assert_eq!(answer.acks.iter().map(|ack| &ack.stream).collect::<Vec<_>>(), [&traffic.stream]);
     let before = traffic.durable;
     let batches = vec![traffic.batch(before + 1)];
-    traffic.heard(node.ask(|reply, _place| Job::Batches { batches, reply, _place }).unwrap());
+    traffic.heard(node.ask(|reply, _place| Job::Batches { class: Class::Readings, batches, reply, _place }).unwrap());
     assert_eq!(traffic.durable, before + 1);
     let batches = vec![bad.batch(bad.durable + 1)];
-    let answer = node.ask(|reply, _place| Job::Batches { batches, reply, _place }).unwrap();
+    let answer = node.ask(|reply, _place| Job::Batches { class: Class::Readings, batches, reply, _place }).unwrap();
     assert!(matches!(answer.unwrap_err().refused, RefusedRequest::PushedBack { .. }));
     node.drain();
 }
@@ -331,7 +332,8 @@ fn questions_for_many_tables_need_few_threads() {
     let mut senders = (0..24).map(|index| Sender::new(1, &format!("s{index}"))).collect::<Vec<_>>();
     for sender in &mut senders {
         let batches = vec![sender.batch(1)];
-        sender.heard(node.ask(|reply, _place| Job::Batches { batches, reply, _place }).unwrap());
+        sender
+            .heard(node.ask(|reply, _place| Job::Batches { class: Class::Readings, batches, reply, _place }).unwrap());
     }
     let spools = vec![senders[0].spool];
     let answer = node.ask(|reply, _place| Job::Positions { spools, reply, _place }).unwrap().unwrap();
@@ -398,7 +400,7 @@ fn a_stream_that_cannot_commit_is_pushed_back_alone_and_pins_no_segments() {
     let send = |sender: &mut Sender, node: &mut Node| {
         let batches = vec![sender.batch(sender.durable + 1)];
         let before = sender.durable;
-        let answer = node.ask(|reply, _place| Job::Batches { batches, reply, _place }).unwrap();
+        let answer = node.ask(|reply, _place| Job::Batches { class: Class::Readings, batches, reply, _place }).unwrap();
         sender.heard(answer);
         sender.durable > before
     };

@@ -15,12 +15,14 @@ use wire::ids::OWN_EDGE;
 use wire::schema::StreamField;
 use wire::{EdgeId, Mark, RefusedRequest, SealedBatch, StreamName};
 
-use super::admit::lacks;
+use super::admit::{hot_bytes, lacks};
 use super::errand::{Subject, Ticket};
 use super::stream::{Accepted, Stream};
 use super::{Fault, Ingest, RETRY_AFTER_MS};
 use crate::alias::{self, Aliases};
+use crate::class::Class;
 use crate::doors::rows::Gathered;
+use crate::metrics::Tally;
 use crate::repeats::WriteId;
 use crate::wal::Replayed;
 
@@ -39,6 +41,8 @@ pub(crate) struct Written {
 /// A request of a door.
 #[derive(Debug)]
 pub(crate) struct Writing {
+    /// That of the batch which goes last: it is taken whole.
+    class: Class,
     edge: EdgeId,
     batches: Vec<(Option<WriteId>, Gathered)>,
     looked: Option<Result<(), String>>,
@@ -50,7 +54,13 @@ pub(crate) struct Writing {
 impl Writing {
     /// A batch without an id is never taken for one that was seen before.
     pub(crate) fn new(edge: EdgeId, batches: Vec<(Option<WriteId>, Gathered)>, reply: WriteReply) -> Self {
-        Self { edge, batches, looked: None, written: Written::default(), back: None, reply }
+        let class = batches.iter().map(|(_, batch)| Class::of(&edge, &batch.cut.stream)).max();
+        let class = class.unwrap_or(Class::Readings);
+        Self { class, edge, batches, looked: None, written: Written::default(), back: None, reply }
+    }
+
+    pub(crate) fn class(&self) -> Class {
+        self.class
     }
 
     /// Bytes that it adds to the WAL.
@@ -99,7 +109,7 @@ impl<L: FileLayer> Ingest<L> {
         writing.batches = batches;
         writing.written.repeated += seen.iter().map(|(_, batch)| u64::from(batch.cut.rows)).sum::<u64>();
         let wanted = writing.wanted(|name| self.aliases(name));
-        let bytes = writing.batches.iter().map(|(_, batch)| batch.rows.get_array_memory_size()).sum::<usize>();
+        let bytes = writing.batches.iter().map(|(_, batch)| hot_bytes(&batch.rows, &writing.edge)).sum::<usize>();
         let (wal_bytes, looked) = (writing.wal_bytes(), writing.looked.take());
         if let Some(stream) = wanted.keys().find(|stream| self.held.contains_key(*stream)) {
             writing.push_back(stream);
@@ -110,15 +120,17 @@ impl<L: FileLayer> Ingest<L> {
             .filter(|(name, fields)| self.streams.get(*name).is_none_or(|stream| lacks(&stream.snapshot, fields)));
         let missing: Vec<_> = missing.map(|(name, fields)| (name.clone(), fields.clone())).collect();
         if let Some((name, _)) = missing.first() {
-            if looked.is_some() || self.parked.len() >= self.settings.limits.requests_waiting {
+            if looked.is_some() || !self.may_park(writing.class) {
                 tracing::warn!(stream = %name, ?looked, "stream is pushed back");
                 writing.push_back(name);
                 return Ok(None);
             }
-            let ask = |(name, fields): (StreamName, Vec<StreamField>)| self.ask(Subject::Stream(name), &fields);
+            let ask = |(name, fields): (StreamName, Vec<StreamField>)| {
+                self.ask(writing.class, Subject::Stream(name), &fields)
+            };
             return Ok(Some(missing.into_iter().map(ask).collect()));
         }
-        if let Some(stream) = wanted.keys().find(|stream| !self.has_room(stream, bytes, wal_bytes)) {
+        if let Some(stream) = wanted.keys().find(|stream| !self.has_room(stream, writing.class, bytes, wal_bytes)) {
             writing.push_back(stream);
             return Ok(None);
         }
@@ -160,12 +172,12 @@ impl<L: FileLayer> Ingest<L> {
     pub(super) fn answer_write(&self, writing: Writing) {
         let Written { rows, repeated } = writing.written;
         let left = writing.batches.iter().map(|(_, batch)| u64::from(batch.cut.rows)).sum::<u64>();
+        let tally = Tally { durable: rows, duplicate: repeated, refused: 0, pushed_back: left };
         // What the node writes by itself came through no door.
-        if writing.edge.as_str() != OWN_EDGE {
-            self.metrics.rows_received.add(rows + repeated + left);
-            self.metrics.rows_durable.add(rows);
-            self.metrics.rows_duplicate.add(repeated);
-            self.metrics.rows_pushed_back.add(left);
+        if writing.edge.as_str() == OWN_EDGE {
+            self.metrics.wrote(writing.class, &tally);
+        } else {
+            self.metrics.came_in(writing.class, &tally);
         }
         // A caller that has gone sends again, and is told that it is there.
         writing.reply.send(writing.back.map_or(Ok(writing.written), Err)).ok();

@@ -77,6 +77,7 @@ impl Node {
         let field = |name: &str, kind| StreamField { name: name.parse().unwrap(), kind };
         city.create(&name("traffic"), vec![field("speed", FieldType::Float64), field("road", FieldType::Text)]);
         city.create(&name(own::ALERT_LOG), own::alert_log().fields().to_vec());
+        city.create(&name(own::LINK_LOG), own::link_log().fields().to_vec());
         let directory = std::env::temp_dir().join(format!("weir-alerts-{:032x}", rand::random::<u128>()));
         Self::over(city, directory)
     }
@@ -206,6 +207,7 @@ async fn a_rule_that_would_feed_itself_through_views_is_refused() {
     for create in [
         "CREATE MATERIALIZED VIEW a AS SELECT ts, rule, sequence FROM alert_log",
         "CREATE MATERIALIZED VIEW b AS SELECT ts, rule, sequence FROM a",
+        "CREATE MATERIALIZED VIEW l AS SELECT ts, link FROM link_log",
         "CREATE MATERIALIZED VIEW c AS SELECT ts, device, speed FROM traffic",
     ] {
         let begun = Instant::now();
@@ -238,6 +240,11 @@ async fn a_rule_that_would_feed_itself_through_views_is_refused() {
         ("sql = \"SELECT rule FROM alert_log\"", ""),
         ("sql = \"SELECT rule, count(*) AS n FROM alert_log GROUP BY rule\"", ""),
         ("sql = \"SELECT rule FROM latest('alert_log')\"", ""),
+        ("sql = \"SELECT rule FROM system.alerts\"", ""),
+        ("on = \"link_log\"\nwhen = \"outcome = 'timed_out'\"", "what links do"),
+        ("sql = \"SELECT link FROM latest('link_log')\"", "what links do"),
+        ("sql = \"SELECT name FROM system.links WHERE told > 3\"", "what links do"),
+        ("sql = \"SELECT link, count(*) AS n FROM l GROUP BY link\"", "the view l"),
         ("on = \"alert_log\"\nabsent = \"1m\"", ""),
         ("on = \"b_changes\"\nabsent = \"1m\"", "the view b, the view a"),
         ("sql = \"SELECT rule FROM a\"", "the view a"),

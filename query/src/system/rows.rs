@@ -8,7 +8,7 @@ use datafusion::common::Result;
 use wire::DataFile;
 use wire::schema::FieldType;
 
-use crate::catalog::SpoolFacts;
+use crate::catalog::{ClassFacts, SpoolFacts};
 use crate::clock::{now_us, us};
 use crate::fused_table::{Frozen, View};
 use crate::links::LinkStatus;
@@ -179,6 +179,28 @@ pub(super) fn ingest(view: View<'_>) -> Vec<ArrayRef> {
         integers(spools.iter().map(|spool| count(spool.committed.0))),
         texts(spools.iter().map(|spool| spool.agent.clone())),
         integers(spools.iter().map(|spool| spool.configuration.cast_signed())),
+    ]
+}
+
+pub(super) fn pressure(view: View<'_>) -> Vec<ArrayRef> {
+    // Numbers are of rows of everybody.
+    let classes = if view.caller.scope().is_none() { view.tables.classes() } else { Vec::new() };
+    let number = |of: fn(&ClassFacts) -> u64| integers(classes.iter().map(|class| Some(count(of(class)))));
+    vec![
+        integers((1..=classes.len()).map(|place| Some(count(place)))),
+        texts(classes.iter().map(|class| class.class.to_owned())),
+        number(|class| class.received),
+        number(|class| class.durable),
+        number(|class| class.duplicate),
+        number(|class| class.refused),
+        number(|class| class.pushed_back),
+        number(|class| class.committed),
+        number(|class| class.hot_rows),
+        number(|class| class.hot_bytes),
+        number(|class| class.hot_kept_bytes),
+        number(|class| class.hot_free_bytes),
+        number(|class| class.wal_bytes),
+        number(|class| class.wal_free_bytes),
     ]
 }
 

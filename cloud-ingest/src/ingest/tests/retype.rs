@@ -129,7 +129,7 @@ fn a_version_of_before_is_answered_stale() {
     node.ingest.settings.commit.max_age = Span(Duration::from_secs(3_600));
     let mut sender = Sender::new(1, "traffic");
     let batches = vec![sender.batch(1)];
-    sender.heard(node.ask(|reply, _place| Job::Batches { batches, reply, _place }).unwrap());
+    sender.heard(node.ask(|reply, _place| Job::Batches { class: Class::Readings, batches, reply, _place }).unwrap());
     let before = node.catalogue.state(&sender.stream).unwrap();
     assert!(by_hand(&runtime, &layer, &sender.stream, FieldType::Text));
     node.ask(|reply, _place| Job::Positions { spools: vec![sender.spool], reply, _place }).unwrap().unwrap();

@@ -49,7 +49,7 @@ impl Below {
     /// Of a SELECT.
     ///
     /// # Errors
-    /// When it reads the alerts' own log, through views too; when a view below cannot be planned now.
+    /// When it reads what comes of alerts, through views too; when a view below cannot be planned now.
     pub(super) async fn of(engine: &Engine, plan: &LogicalPlan, here: &str) -> Result<Self, RuleError> {
         Self::walk(engine, streams(plan)?, here).await
     }
@@ -68,12 +68,12 @@ impl Below {
         let mut next: Vec<(StreamName, Vec<String>)> =
             streams_of_rule.into_iter().map(|stream| (stream, Vec::new())).collect();
         while let Some((stream, through)) = next.pop() {
-            if [own::ALERT_LOG, own::ALERT_DELIVERIES].contains(&stream.as_str()) {
+            if let Some(own) = feeds_itself(&stream) {
                 let through = match &through[..] {
                     [] => String::new(),
                     views => format!(" (it reads {stream} through {})", views.join(", ")),
                 };
-                let reason = format!("{here}: a rule about the alerts' own log would feed itself{through}");
+                let reason = format!("{here}: a rule about {own} would feed itself{through}");
                 return Err(RuleError::Refused(reason));
             }
             if !seen.insert(stream.clone()) {
@@ -103,15 +103,27 @@ impl Below {
     }
 }
 
+/// What a rule is about that reads what comes of alerts: those of links are alerts and commands again.
+fn feeds_itself(stream: &StreamName) -> Option<&'static str> {
+    match stream.as_str() {
+        own::ALERT_LOG | own::ALERT_DELIVERIES => Some("the alerts' own log"),
+        own::LINK_LOG => Some("what links do"),
+        _ => None,
+    }
+}
+
 /// The streams that a plan scans.
 fn streams(plan: &LogicalPlan) -> Result<BTreeSet<StreamName>, RuleError> {
     let mut streams = BTreeSet::new();
     let looked = plan.apply_with_subqueries(|node| {
         if let LogicalPlan::TableScan(scan) = node
             && let Ok(provider) = datafusion::datasource::source_as_provider(&scan.source)
-            && let Some(stream) = provider.downcast_ref::<LiveTable>().and_then(LiveTable::reads)
+            && let Some(live) = provider.downcast_ref::<LiveTable>()
         {
-            streams.insert(stream.clone());
+            streams.extend(live.reads().cloned());
+            if live.shows_links() {
+                streams.insert(own::LINK_LOG.parse().expect("own names are valid"));
+            }
         }
         Ok(TreeNodeRecursion::Continue)
     });
