@@ -31,6 +31,7 @@ mod listener;
 mod load;
 mod loading;
 mod network;
+mod operators_day;
 mod process;
 mod proxy;
 mod real_data;
