@@ -247,6 +247,9 @@ async fn replay(city: &mut City, day: &Day, speed: f64, kills: usize, random: &m
         }
         known.extend(step.readings.iter().map(|reading| (reading.device.as_str(), reading.ts)));
         diary.sent.push((step.ts, Instant::now()));
+        if part == Some(Part::Broker) {
+            city.settled(day.steps[0].readings.len() + known.len()).await;
+        }
         if let Some((part, begun, left)) = away.take() {
             if left == 0 {
                 city.run(part).await;
@@ -425,6 +428,11 @@ async fn check_record(cloud: &Cloud, expected: &Alerts, from_before: bool) {
 /// What is stored is what was sent, each once, and the view is its SELECT.
 async fn check_lake(cloud: &Cloud, day: &Day) {
     let distinct = day.distinct();
+    let begun = Instant::now();
+    while (cloud.integer("SELECT count(*) FROM traffic").await as usize) < distinct.len() {
+        assert!(begun.elapsed() < PATIENCE, "not all of {} readings are stored", distinct.len());
+        tokio::time::sleep(POLL).await;
+    }
     let sums = "SELECT count(*) AS n, sum(avg_speed) AS s, sum(vehicle_count) AS v, \
                 sum(avg_speed * (extract(epoch FROM ts) % 86400)) AS w FROM traffic";
     let found = cloud.sql(sums).await.unwrap();
