@@ -7,6 +7,7 @@ mod alerts;
 mod commit;
 mod drain;
 mod ingest;
+mod nab;
 mod parts;
 mod path;
 mod queries;
@@ -49,6 +50,8 @@ pub(crate) enum BenchCommand {
     Views(views::ViewsBench),
     /// From a reading to its alert, many rules, many subscribers
     Alerts(alerts::AlertsBench),
+    /// Ready-made rules over the labelled traffic of the Numenta Anomaly Benchmark: precision and recall
+    Nab(nab::NabBench),
     /// Load, commits, compaction, retention, vacuum and questions together, checked every second
     Soak(soak::SoakBench),
 }
@@ -78,6 +81,7 @@ pub(crate) async fn bench(command: BenchCommand) -> anyhow::Result<()> {
         BenchCommand::Recover(bench) => bench.run().await?,
         BenchCommand::Views(bench) => bench.run().await?,
         BenchCommand::Alerts(bench) => bench.run().await?,
+        BenchCommand::Nab(bench) => bench.run().await?,
         BenchCommand::Soak(bench) => bench.run().await?,
     };
     let report = json!({

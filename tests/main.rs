@@ -32,6 +32,7 @@ mod load;
 mod loading;
 mod network;
 mod pressure;
+mod operators_day;
 mod process;
 mod proxy;
 mod real_data;

@@ -14,7 +14,8 @@ const DISTINCT: i64 = 323_296;
 const VEHICLES: i64 = 1_172_544;
 const LATE: i64 = 55;
 
-fn aarhus() -> Option<PathBuf> {
+/// The Aarhus file; None, and a word about it, when it is not there.
+pub(crate) fn aarhus() -> Option<PathBuf> {
     let told = std::env::var_os("WEIR_SHARED_DATA").map(PathBuf::from);
     let data = told.clone().unwrap_or_else(|| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../shared/data"));
     let path = data.join("aarhus/traffic_2014-08_40_sensors.csv.gz");
@@ -126,4 +127,40 @@ fn outside(table: &Path) {
     let output = Command::new(python).args(["-c", script]).arg(table).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), format!("{ROWS} {DISTINCT} {VEHICLES}"));
+}
+
+#[test]
+fn ready_made_rules_are_counted_on_labelled_traffic() {
+    let Some(file) = aarhus() else { return };
+    let data = file.parent().and_then(Path::parent).unwrap().join("nab");
+    let directory = tempfile::tempdir().unwrap();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let output = Command::new(env!("CARGO_BIN_EXE_weir"))
+        .args(["bench", "nab", "--data"])
+        .args([&data, Path::new("--rules"), &root.join("configs/rules/traffic.toml")])
+        .args([
+            Path::new("--views"),
+            &root.join("configs/views"),
+            Path::new("--data-dir"),
+            &directory.path().join("nab"),
+        ])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let result = &report["result"];
+    println!("{result:#}");
+    let rows: i64 = result["rows"].as_object().unwrap().values().map(|rows| rows.as_i64().unwrap()).sum();
+    assert_eq!((rows, result["views"].as_object().unwrap().len()), (15_664, 2));
+    let rules = result["rules"].as_object().unwrap();
+    assert_eq!(rules.len(), 6);
+    // Labelled windows of the three, two and two series.
+    for (rule, windows) in
+        [("congestion", 7), ("sudden_drop", 7), ("stuck_detector", 7), ("crowded", 3), ("slow_way", 4)]
+    {
+        for how in ["shipped", "held_out"] {
+            assert_eq!(rules[rule][how]["windows"], windows, "{rule}");
+        }
+    }
+    assert!(rules["silent_detector"]["not_tried"].is_string());
 }

@@ -219,6 +219,12 @@ impl Episode {
         from <= end.saturating_add(slack) && self.from <= to.unwrap_or(i64::MAX).saturating_add(slack)
     }
 
+    /// How far an interval of event time is from its own; 0 when they meet.
+    pub(crate) fn distance(&self, from: i64, to: i64) -> i64 {
+        let end = self.to.unwrap_or(i64::MAX);
+        from.saturating_sub(end).max(self.from.saturating_sub(to)).max(0)
+    }
+
     pub(crate) fn is_called(&self, id: &str) -> bool {
         self.id == id || self.aliases.iter().any(|alias| alias == id)
     }

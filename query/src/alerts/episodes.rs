@@ -13,6 +13,7 @@
 //! - What only edges raise that are not heard any more is marked stale, and goes on until somebody ends it (`stale`, `people`).
 
 mod change;
+mod ended;
 mod merge;
 mod people;
 mod quiet;
@@ -33,8 +34,6 @@ use crate::links::event::LinkEvent;
 pub(crate) const STEP_US: i64 = 60_000_000;
 /// How long the end of a candidate is waited for when its alert has ended already.
 const SETTLE_US: i64 = 10_000_000;
-/// Ended alerts that may still be extended.
-const ENDED_MAX: usize = 10_000;
 
 /// Which rule, as its text is: name and hash.
 pub(crate) type RuleKey = (String, String);
@@ -45,8 +44,9 @@ pub(crate) struct Episodes {
     horizon: i64,
     policies: BTreeMap<String, Arc<Policy>>,
     open: BTreeMap<RuleKey, HashMap<String, Episode>>,
-    /// The last that ended, by rule and label set, the oldest first in the queue.
-    ended: HashMap<(RuleKey, String), Episode>,
+    /// The last that ended, by rule and label set, the oldest first in the queues. An edge that was away tells of several at once,
+    /// before the rows that they are about.
+    ended: HashMap<(RuleKey, String), VecDeque<Episode>>,
     ended_order: VecDeque<(RuleKey, String)>,
     silences: BTreeMap<String, Silence>,
     sequence: i64,
@@ -233,20 +233,6 @@ impl Episodes {
         self.put(key, episode);
     }
 
-    fn is_before_an_end_by_hand(&self, key: &RuleKey, seen: &Seen<'_>) -> bool {
-        let ended = self.ended.get(&(key.clone(), seen.labels.to_owned()));
-        ended.and_then(|ended| ended.ended_by_hand).is_some_and(|at| seen.to <= at)
-    }
-
-    /// An alert that ended by others, and that this row belongs to.
-    fn found_again(&mut self, key: &RuleKey, policy: &Policy, seen: &Seen<'_>) -> Option<Episode> {
-        let key = (key.clone(), seen.labels.to_owned());
-        let ended = self.ended.get(&key)?;
-        let is_open_to_rows = !ended.raised.contains_key(CLOUD) && ended.ended_by_hand.is_none();
-        let belongs = is_open_to_rows && ended.meets(seen.from, Some(seen.to), policy.slack);
-        if belongs { self.ended.remove(&key) } else { None }
-    }
-
     fn holds(&mut self, policy: &Policy, episode: &mut Episode, seen: &Seen<'_>, now: i64) {
         let severity = seen.severity.unwrap_or(policy.severity);
         let is_new = episode.watch.is_none();
@@ -330,39 +316,6 @@ impl Episodes {
             Phase::Resolved if !episode.is_raised() => self.keep_ended(key, episode),
             _ => {
                 self.open.entry(key).or_default().insert(episode.labels.clone(), episode);
-            }
-        }
-    }
-
-    fn keep_ended(&mut self, key: RuleKey, mut episode: Episode) {
-        let watch = episode.watch.take().filter(|watch| !watch.firing);
-        let key = (key, episode.labels.clone());
-        // What was pending by rows stays so, as an alert of its own.
-        if let Some(watch) = watch {
-            let id = id(&episode.hash, episode.device.as_deref(), &episode.labels, watch.from);
-            let next = Episode {
-                id,
-                phase: Phase::Pending,
-                told: false,
-                quiet: None,
-                from: watch.from,
-                to: None,
-                acknowledged: None,
-                assigned: None,
-                raised: BTreeMap::new(),
-                aliases: Vec::new(),
-                watch: Some(watch),
-                ..episode.clone()
-            };
-            self.record(Transition::Pending, next.from, self.now, false, &next);
-            self.open.entry(key.0.clone()).or_default().insert(next.labels.clone(), next);
-        }
-        if self.ended.insert(key.clone(), episode).is_none() {
-            self.ended_order.push_back(key);
-        }
-        while self.ended_order.len() > ENDED_MAX {
-            if let Some(oldest) = self.ended_order.pop_front() {
-                self.ended.remove(&oldest);
             }
         }
     }

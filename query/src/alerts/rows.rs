@@ -26,6 +26,7 @@ use super::episodes::Episodes;
 use super::rule::RowsOnly;
 use super::template::{Places, Words};
 use super::topic::label;
+use crate::views;
 
 /// Rows of a batch on which a condition may fail before the rest of it says nothing.
 const FAILURES_MAX: usize = 64;
@@ -339,7 +340,10 @@ impl FreshRows {
             let column = batch.column_by_name(name)?;
             column.as_primitive_opt::<TimestampMicrosecondType>()
         };
-        let (ts, start, end) = (column(TS), column(WINDOW_START), column(WINDOW_END));
+        let ts = column(TS);
+        // Windows of edges, and of views.
+        let start = column(WINDOW_START).or_else(|| column(views::WINDOW));
+        let end = column(WINDOW_END).or_else(|| column(views::END));
         let at = |column: Option<&arrow_array::PrimitiveArray<TimestampMicrosecondType>>, row: usize| {
             column.filter(|column| column.is_valid(row)).map(|column| column.value(row))
         };
@@ -394,5 +398,33 @@ impl Newest {
         let (_, bound, _) = all.select_nth_unstable(middle);
         let bound = *bound;
         self.of.retain(|_, to| *to >= bound);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow_array::TimestampMicrosecondArray;
+
+    use super::*;
+
+    const HOUR: i64 = 3_600_000_000;
+
+    fn times(columns: &[(&str, Option<i64>)]) -> (i64, i64) {
+        let column = |value: &Option<i64>| Arc::new(TimestampMicrosecondArray::from(vec![*value])) as ArrayRef;
+        let columns = columns.iter().map(|(name, value)| (*name, column(value), true));
+        let batch = RecordBatch::try_from_iter_with_nullable(columns).unwrap();
+        FreshRows::new(batch, &mut Newest::default(), 10).times[0]
+    }
+
+    /// By its beginning alone an hour is old as soon as it is over: its alerts would be history, and nobody told.
+    #[test]
+    fn a_window_lasts_from_its_start_to_its_end_whoever_made_it() {
+        let ts = (TS, Some(7 * HOUR));
+        assert_eq!(times(&[ts]), (7 * HOUR, 7 * HOUR));
+        for (start, end) in [(WINDOW_START, WINDOW_END), (views::WINDOW, views::END)] {
+            assert_eq!(times(&[ts, (start, Some(7 * HOUR)), (end, Some(8 * HOUR))]), (7 * HOUR, 8 * HOUR));
+            // A view of single rows has the columns, and nothing in them.
+            assert_eq!(times(&[ts, (start, None), (end, None)]), (7 * HOUR, 7 * HOUR));
+        }
     }
 }

@@ -51,16 +51,13 @@ impl Episodes {
                 self.tell_of_the_past(candidate, now);
                 return;
             }
-            None => match self.ended.get(&(key.clone(), candidate.labels.clone())).is_some_and(fits) {
-                true => self
-                    .ended
-                    .remove(&(key.clone(), candidate.labels.clone()))
-                    .unwrap_or_else(|| of_candidate(candidate)),
-                false if self.room == 0 => {
+            None => match self.take_fitting(&(key.clone(), candidate.labels.clone()), candidate, fits) {
+                Some(episode) => episode,
+                None if self.room == 0 => {
                     self.turned_away += 1;
                     return;
                 }
-                false => {
+                None => {
                     self.room -= 1;
                     of_candidate(candidate)
                 }

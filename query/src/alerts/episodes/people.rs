@@ -77,7 +77,7 @@ impl Episodes {
         change: impl FnOnce(&mut Episode),
     ) -> Result<(), Unknown> {
         let open = self.open.values_mut().flat_map(HashMap::values_mut);
-        let episode = open.chain(self.ended.values_mut()).find(|episode| episode.is_called(id));
+        let episode = open.chain(self.ended.values_mut().flatten()).find(|episode| episode.is_called(id));
         let episode = episode.ok_or_else(|| Unknown::Alert(id.to_owned()))?;
         change(episode);
         let episode = episode.clone();

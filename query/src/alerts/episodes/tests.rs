@@ -319,6 +319,42 @@ fn edge_and_cloud_raise_one_alert() {
     assert_eq!(stage.words(), ["merged", "merged", "firing!"]);
 }
 
+/// After an outage an edge's alerts come before the readings that they are about, several of one device among them.
+#[test]
+fn rows_that_come_behind_several_alerts_of_an_edge_raise_none_of_them_again() {
+    let rule = policy(|policy| policy.slack = 30 * S);
+    for edge_first in [true, false] {
+        let mut stage = Stage::new(&[&rule]);
+        let episodes = [("aa", 0, 10), ("bb", 100, 110), ("cc", 130, 140)];
+        let claims = |stage: &mut Stage| {
+            for (id, from, to) in episodes {
+                stage.episodes.candidate(&candidate(id, "gw", from, None), stage.now);
+                stage.episodes.candidate(&candidate(id, "gw", from, Some(to)), stage.now);
+            }
+        };
+        let rows = |stage: &mut Stage| {
+            for (_, from, to) in episodes {
+                stage.see(&rule, from, true);
+                stage.see(&rule, to, false);
+            }
+        };
+        if edge_first {
+            claims(&mut stage)
+        } else {
+            rows(&mut stage)
+        }
+        let told = ["firing!", "resolved!"].repeat(episodes.len());
+        assert_eq!(stage.words(), told);
+        if edge_first {
+            rows(&mut stage)
+        } else {
+            claims(&mut stage)
+        }
+        let again: Vec<String> = stage.words().into_iter().filter(|word| word.ends_with('!')).collect();
+        assert!(again.is_empty(), "{again:?} when edge_first is {edge_first}");
+    }
+}
+
 #[test]
 fn a_candidate_whose_end_does_not_follow_fires_again() {
     let rule = policy(|_| {});

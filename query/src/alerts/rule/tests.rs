@@ -103,7 +103,7 @@ async fn a_rule_over_history_fires_when_it_would_have() {
 #[test]
 fn the_shipped_rules_are_rules_and_a_hash_is_that_of_the_edge() {
     let rules = RuleSettings::parse_file(include_str!("../../../../configs/rules/traffic.toml")).unwrap();
-    assert_eq!(rules.len(), 4);
+    assert_eq!(rules.len(), 6);
     // As edge-agent/src/rules/rule.rs has it: the SHA-256 of this text, its first 16 bytes.
     let rule = RuleSettings::parse("r", "on = \"s\"\nwhen = \"v > 1\"\nfor = \"1s\"\nlabels = { a = \"b\" }").unwrap();
     let text = r#"["r","s","v > 1",null,1000000,null,{"a":"b"}]"#;
