@@ -22,7 +22,7 @@ use datafusion::sql::sqlparser::tokenizer::{Token, Tokenizer, Word};
 
 use crate::catalog::SCHEMA;
 use crate::engine::QueryError;
-use crate::functions::hop;
+use crate::functions::over_table;
 
 /// A state of the past.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -211,7 +211,7 @@ impl VisitorMut for Travel<'_> {
             *table = table_named(name, alias);
             return ControlFlow::Continue(());
         }
-        if let Some(words) = hop::table_of(table) {
+        if let Some(words) = over_table::table_of(table) {
             if let (Some(whole), [before @ .., last]) = (self.whole, words) {
                 let stream = called(last);
                 let in_public = before.last().is_none_or(|schema| schema.value.eq_ignore_ascii_case(SCHEMA));

@@ -14,8 +14,10 @@ mod histogram;
 pub(crate) mod hop;
 pub(crate) mod latest;
 mod one_group;
+pub(crate) mod over_table;
 mod over_time;
 mod planner;
+pub(crate) mod session;
 pub(crate) mod time_bucket;
 mod utc;
 
@@ -40,9 +42,10 @@ pub(crate) fn state(config: SessionConfig, runtime: Arc<RuntimeEnv>, gapfill_row
     let ours: [Arc<dyn OptimizerRule + Send + Sync>; 2] =
         [Arc::new(gapfill::PlanGapFill { rows_max: gapfill_rows_max }), Arc::new(asof::PushIntoAsOf)];
     let mut rules: Vec<_> = ours.into_iter().chain(Optimizer::new().rules).collect();
-    // Where conditions stand right above a HOP: what comes later puts columns between.
+    // Where conditions stand right above a HOP or a SESSION: what comes later puts columns between.
     let pushed = rules.iter().position(|rule| rule.name() == "push_down_filter").map_or(rules.len(), |at| at + 1);
-    rules.insert(pushed, Arc::new(hop::BoundHop));
+    let bounds: [Arc<dyn OptimizerRule + Send + Sync>; 2] = [Arc::new(hop::BoundHop), Arc::new(session::BoundSession)];
+    rules.splice(pushed..pushed, bounds);
     SessionStateBuilder::new()
         .with_config(config)
         .with_runtime_env(runtime)
@@ -89,6 +92,7 @@ pub(crate) fn register(session: &SessionContext, tables: &Arc<dyn Tables>, lates
     }
     session.register_relation_planner(Arc::new(asof::PlanAsOf))?;
     session.register_relation_planner(Arc::new(hop::PlanHop))?;
+    session.register_relation_planner(Arc::new(session::PlanSession))?;
     session.register_udtf("latest", Arc::new(latest::LatestFunction::new(Arc::clone(tables), Arc::clone(latest))));
     Ok(())
 }

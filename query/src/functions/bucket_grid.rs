@@ -15,7 +15,7 @@ use chrono_tz::Tz;
 
 const DAY_US: i64 = 86_400_000_000;
 /// Monday 2000-01-03, 00:00.
-const MONDAY_US: i64 = 10_959 * DAY_US;
+pub(super) const MONDAY_US: i64 = 10_959 * DAY_US;
 /// How far a stretch of one offset is looked for, days. Beyond it a new stretch begins.
 const STRETCH_DAYS: i64 = 400;
 /// Longest time that a clock is set back, microseconds.

@@ -18,6 +18,8 @@ use super::gapfill::GapFill;
 use super::gapfill::exec::{Fill, GapFillExec};
 use super::hop::Hop;
 use super::hop::exec::HopExec;
+use super::session::Sessions;
+use super::session::exec::SessionExec;
 
 /// The session's planner.
 #[derive(Debug)]
@@ -75,6 +77,15 @@ impl ExtensionPlanner for Nodes {
             let time = expression(&hop.time, logical.schema())?;
             let schema = Arc::clone(node.schema().inner());
             return Ok(Some(Arc::new(HopExec::new(Arc::clone(input), schema, time, hop.windows.clone(), hop.starts))));
+        }
+        if let Some(sessions) = node.as_any().downcast_ref::<Sessions>() {
+            let ([logical], [input]) = (logical_inputs, physical_inputs) else {
+                return internal_err!("SESSION has one input");
+            };
+            let time = expression(&sessions.time, logical.schema())?;
+            let keys = sessions.keys.iter().map(|key| expression(key, logical.schema())).collect::<Result<_>>()?;
+            let schema = Arc::clone(node.schema().inner());
+            return Ok(Some(Arc::new(SessionExec::new(Arc::clone(input), schema, time, keys, sessions.silence))));
         }
         if let Some(join) = node.as_any().downcast_ref::<AsOf>() {
             let ([left, right], [left_input, right_input]) = (logical_inputs, physical_inputs) else {

@@ -6,6 +6,7 @@ mod examples;
 mod gapfill;
 mod hop;
 mod places;
+mod session;
 mod time_bucket;
 
 use std::sync::Arc;

@@ -5,8 +5,12 @@
 //! begins with each. Whether the grid and the function agree is looked at in every row that a view gets (`run/windows.rs`).
 //!
 //! A window is known by its slot: the bucket that it begins with. What a view must ask and has told are sets of slots, each as
-//! the stretch of time from its beginning to that of the next. Only [`Grid::touched`], [`Grid::rows`], [`Grid::until`] and
-//! [`Grid::closing`] know that a window may be longer than its slot.
+//! the stretch of time from its beginning to that of the next. Only [`Grid::touched`], [`Grid::held`], [`Grid::rows`],
+//! [`Grid::until`], [`Grid::closing`] and [`Grid::stands`] know that a window may be longer than its slot.
+//!
+//! The sessions of a `SESSION` begin anywhere. They are known by the moment at which they end: those that end at one moment are
+//! a window, and it stands in the slot that holds the moment. So when a slot has gone by all that ended in it has closed, and
+//! a row changes nothing that ended before it came.
 
 use datafusion::common::ScalarValue;
 use datafusion::logical_expr::Expr;
@@ -15,21 +19,39 @@ use datafusion::logical_expr::expr::ScalarFunction;
 use super::intervals::Intervals;
 use crate::functions::bucket_grid::{Buckets, Width};
 use crate::functions::hop::Windows;
+use crate::functions::session::Silence;
 use crate::functions::time_bucket;
+
+/// Of a gap: how much of it a slot of sessions is, and from where to where. The rows of a slot are read when it has gone by,
+/// and sessions are told so much later than they end, at most.
+const SLOTS_OF_GAP: i64 = 8;
+const SLOT_US: [i64; 2] = [1_000_000, 60_000_000];
 
 /// See the module. Equal grids have equal windows.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Grid(Windows);
+pub(crate) struct Grid {
+    windows: Windows,
+    /// What ends sessions, when windows are those.
+    silence: Option<Silence>,
+}
 
 impl From<Buckets> for Grid {
     fn from(buckets: Buckets) -> Self {
-        Self(Windows { buckets, hops: 1 })
+        Self::from(Windows { buckets, hops: 1 })
     }
 }
 
 impl From<Windows> for Grid {
     fn from(windows: Windows) -> Self {
-        Self(windows)
+        Self { windows, silence: None }
+    }
+}
+
+impl From<Silence> for Grid {
+    fn from(silence: Silence) -> Self {
+        let slot = (silence.gap_us / SLOTS_OF_GAP).clamp(SLOT_US[0], SLOT_US[1]);
+        let buckets = Buckets::new(Width::Micros(slot), None, None, (0, 0)).expect("a second and more is a width");
+        Self { silence: Some(silence), ..Self::from(buckets) }
     }
 }
 
@@ -81,49 +103,88 @@ impl Grid {
         function.args.get(1)
     }
 
-    /// Whether a row may lie in more than one window.
-    pub(crate) fn hops(&self) -> bool {
-        self.0.hops > 1
+    /// Whether the rows of some windows are rows of others, too.
+    pub(crate) fn overlaps(&self) -> bool {
+        self.windows.hops > 1 || self.is_sessions()
     }
 
-    /// Its slots, as windows: what stands in the stream of a view at the time that its window begins.
-    pub(crate) fn slots(&self) -> Self {
-        Self(Windows { hops: 1, ..self.0.clone() })
+    /// Whether it has the sessions of a `SESSION`.
+    pub(crate) fn is_sessions(&self) -> bool {
+        self.silence.is_some()
+    }
+
+    /// What the rows that a view has told stand in, at the times of its stream: the slots of windows that begin with one. Of
+    /// sessions nothing but the time is known.
+    pub(crate) fn slots(&self) -> Option<Self> {
+        (!self.is_sessions()).then(|| Self::from(self.windows.buckets.clone()))
     }
 
     /// The slot of this instant. Instants that none holds, beyond all dates, stand for themselves.
     pub(crate) fn slot(&mut self, at: i64) -> (i64, i64) {
-        let start = self.0.buckets.start(at).unwrap_or(at);
+        let start = self.windows.buckets.start(at).unwrap_or(at);
         (start, self.next(start))
     }
 
     fn next(&mut self, start: i64) -> i64 {
-        self.0.buckets.next(start).unwrap_or(i64::MAX)
+        self.windows.buckets.next(start).unwrap_or(i64::MAX)
     }
 
-    /// The slots of all windows that hold one of these instants, the last included.
+    /// Whether a window may stand here.
+    pub(crate) fn stands(&mut self, at: i64) -> bool {
+        self.is_sessions() || self.slot(at).0 == at
+    }
+
+    /// The slots of all windows that rows at these instants change, the last included.
     pub(crate) fn touched(&mut self, first: i64, last: i64) -> (i64, i64) {
-        (self.0.holding(first).map_or(first, |(first, _)| first), self.slot(last).1)
+        match self.silence {
+            Some(silence) => {
+                // Of all rows of a slot alike.
+                let last = self.slot(last).1.saturating_add(silence.reach_us());
+                (self.slot(first).0, self.slot(last).1)
+            }
+            None => (self.windows.holding(first).map_or(first, |(first, _)| first), self.slot(last).1),
+        }
     }
 
-    /// Where the window that begins here ends.
+    /// The slots of all windows that have rows, when these are the first and the last instant of any.
+    pub(crate) fn held(&mut self, first: i64, last: i64) -> (i64, i64) {
+        match self.silence {
+            Some(silence) => (self.slot(first).0, self.slot(last.saturating_add(silence.gap_us)).1),
+            None => self.touched(first, last),
+        }
+    }
+
+    /// Where the window that begins here ends. Sessions are known by their end.
     pub(crate) fn until(&mut self, start: i64) -> i64 {
-        self.0.end(start).unwrap_or(i64::MAX)
+        if self.is_sessions() {
+            return start;
+        }
+        self.windows.end(start).unwrap_or(i64::MAX)
     }
 
     /// The times of the rows of windows with these whole slots.
     pub(crate) fn rows(&mut self, slots: &Intervals) -> Intervals {
         let mut rows = Intervals::default();
         for (from, to) in slots.iter() {
-            let last = (to < i64::MAX).then(|| self.slot(to.saturating_sub(1)).0);
-            rows.insert(from, last.map_or(i64::MAX, |last| self.until(last)));
+            let (from, to) = match self.silence {
+                Some(silence) => silence.rows((from, to)),
+                None if to < i64::MAX => {
+                    let last = self.slot(to.saturating_sub(1)).0;
+                    (from, self.until(last))
+                }
+                None => (from, to),
+            };
+            rows.insert(from, to);
         }
         rows
     }
 
-    /// Windows that begin before this have ended when it is this late.
+    /// Windows that stand before this have ended when it is this late.
     pub(crate) fn closing(&mut self, now: i64) -> i64 {
-        self.touched(now, now).0
+        match self.silence {
+            Some(_) => self.slot(now).0,
+            None => self.touched(now, now).0,
+        }
     }
 
     /// The first `count` slots of a set of whole slots, as a set; a stretch without end counts as one.

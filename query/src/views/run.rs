@@ -309,7 +309,7 @@ impl Runner {
 
     fn tell(&mut self, seen: &Seen) {
         let settled = self.state.settled();
-        let (first, end) = seen.span.map_or((0, 0), |(first, last)| self.state.grid().touched(first, last));
+        let (first, end) = seen.span.map_or((0, 0), |(first, last)| self.state.grid().held(first, last));
         let (live, past) = self.state.left();
         let (live, past) = (live.within(first, end), past.within(first, end));
         let ends = past.first().zip(past.iter().next_back()).map(|((from, _), (_, to))| (from, to));

@@ -6,7 +6,9 @@
 //! [`Grid`] over an event time makes a window. An aggregate, a window function or a DISTINCT keeps what it groups by, and
 //! must group by one of the two; a join keeps what it equates. At the end a column must be left that holds the window: then
 //! the rows of a window can be asked from the source rows of that window alone, and a row that comes in changes that window
-//! and no other. A row comes once in each window of a `HOP`, and goes on as several rows. Or each row comes from one row of one stream: then new rows give new rows, and nothing ever changes.
+//! and no other. A row comes once in each window of a `HOP`, and goes on as several rows. In a `SESSION` it depends on rows
+//! around it, and `window_end` is all that is left of event time. Or each row comes from one row of one stream: then new rows
+//! give new rows, and nothing ever changes.
 //!
 //! A reference table may be joined by event time (`join.rs`): a revision that holds from x changes nothing before x. What
 //! it shows as the end of an older revision changes all the same, so that nothing but the join may look at `valid_to`.
@@ -22,6 +24,7 @@ use wire::schema::TS;
 
 use super::grid::Grid;
 use crate::functions::hop::Hop;
+use crate::functions::session::Sessions;
 use crate::fused_table::LiveTable;
 use crate::volatile;
 
@@ -46,10 +49,7 @@ pub(crate) enum Known {
 pub(crate) struct ViewSource {
     pub(crate) name: StreamName,
     pub(crate) changes: StreamName,
-    /// Its windows, and which of its columns holds them; a view of rows has none.
-    pub(crate) windows: Option<(usize, Grid)>,
-    /// Which of its columns holds the event time of a row, when it is a view of rows.
-    pub(crate) time: Option<usize>,
+    pub(crate) kept: Kept,
 }
 
 /// Says what the plan under a name in FROM is, when it is the plan of a view of any kind.
@@ -119,11 +119,11 @@ pub(crate) fn of(plan: &LogicalPlan, look: Look<'_>) -> Result<Shape> {
         };
         Kept::Rows { column }
     } else {
-        let window = flow.windows.into_iter().min_by_key(|(index, grid)| (grid.hops(), *index));
+        let window = flow.windows.into_iter().min_by_key(|(index, grid)| (grid.overlaps(), *index));
         let Some((column, grid)) = window else {
             return plan_err!(
                 "the columns of a view must tell the window that a row belongs to: add time_bucket('5 minutes', ts), \
-                 window_start, or whatever it groups by, to its columns"
+                 window_start of HOP, window_end of SESSION, or whatever it groups by, to its columns"
             );
         };
         Kept::Windows { column, grid }
@@ -199,6 +199,9 @@ impl Found<'_> {
                 if let Some(hop) = extension.node.as_any().downcast_ref::<Hop>() {
                     return self.flow(&hop.input)?.hopped(hop);
                 }
+                if let Some(sessions) = extension.node.as_any().downcast_ref::<Sessions>() {
+                    return self.flow(&sessions.input)?.in_sessions(sessions);
+                }
                 let name = extension.node.name();
                 plan_err!("{name} looks beyond the window of a row: a view joins reference tables by their _history")
             }
@@ -235,9 +238,13 @@ impl Found<'_> {
             Known::View(view) => {
                 self.shape.streams.insert(view.changes.clone());
                 self.shape.views.insert(view.changes, view.name);
-                let rows = view.windows.is_none();
-                let times = view.windows.iter().map(|(column, _)| *column).chain(view.time).collect();
-                Ok(Flow { times, windows: view.windows.into_iter().collect(), rows, ..Flow::default() })
+                // Its rows stand where their windows begin, however long these are, or where sessions end.
+                let (column, windows, rows) = match view.kept {
+                    Kept::Windows { column, grid } => (column, grid.slots(), false),
+                    Kept::Rows { column } => (column, None, true),
+                };
+                let windows = windows.into_iter().map(|slots| (column, slots)).collect();
+                Ok(Flow { times: BTreeSet::from([column]), windows, rows, ..Flow::default() })
             }
         }
     }
@@ -334,11 +341,27 @@ impl Flow {
             return plan_err!("a view follows a stream: HOP takes its event time");
         }
         // Of two columns of such windows, which of them a row depends on could not be told by their grid alone.
-        if !self.is_own_time(&hop.time, hop.input.schema()) || self.windows.iter().any(|(_, grid)| grid.hops()) {
+        if !self.is_own_time(&hop.time, hop.input.schema()) || self.windows.iter().any(|(_, grid)| grid.overlaps()) {
             return plan_err!("HOP takes the event time of a stream, once: HOP(traffic, ts, …)");
         }
         self.windows.push((hop.input.schema().fields().len(), Grid::from(hop.windows.clone())));
         Ok(Self { rows: false, ..self })
+    }
+
+    /// Each row in its session: it depends on others of its key, and with all of them on none that ends at another moment.
+    fn in_sessions(self, sessions: &Sessions) -> Result<Self> {
+        let schema = sessions.input.schema();
+        if self.history.is_some() {
+            return plan_err!("a view follows a stream: SESSION takes its event time");
+        }
+        if !self.is_own_time(&sessions.time, schema) {
+            return plan_err!("SESSION takes the event time of a stream: SESSION(traffic, ts, …)");
+        }
+        for key in &sessions.keys {
+            check(key, &self, schema)?;
+        }
+        let windows = vec![(sessions.end(), Grid::from(sessions.silence))];
+        Ok(Self { windows, hidden: self.hidden, ..Self::default() })
     }
 
     fn aggregated(&self, aggregate: &Aggregate) -> Result<Self> {
@@ -400,7 +423,9 @@ impl Flow {
             if self.only.is_some() {
                 return plan_err!("{what} over a window function must be by the window that this is partitioned by");
             }
-            return plan_err!("{what} goes over rows of all times: add time_bucket('5 minutes', ts) to GROUP BY");
+            return plan_err!(
+                "{what} goes over rows of all times: add time_bucket('5 minutes', ts), or window_end of SESSION, to GROUP BY"
+            );
         }
         Ok(Self { rows: false, ..self })
     }

@@ -21,6 +21,7 @@ use crate::lanes::LaneSettings;
 
 pub(crate) mod city;
 mod limits;
+mod sessions;
 mod statements;
 mod words;
 
@@ -81,7 +82,9 @@ fn question(random: &mut StdRng) -> String {
         1 => format!("{hop}, 'Europe/Copenhagen'"),
         _ => hop,
     };
-    match random.random_range(0..18) {
+    let gap = random.random_range(1..6);
+    let session = format!("INTERVAL '{gap} minutes', '{} minutes'", gap * [1, 2, 5, 300][random.random_range(0..4)]);
+    match random.random_range(0..24) {
         // Too much for one answer, now and then.
         17 => format!("SELECT ts, device, repeat(device, 200) AS wide, speed FROM traffic {filter}"),
         0 => format!("SELECT ts, device, speed * 2 AS twice, road FROM traffic {filter}"),
@@ -135,6 +138,31 @@ fn question(random: &mut StdRng) -> String {
         15 => format!(
             "SELECT window_start AS b, max(v) AS v, count(*) AS n FROM HOP((SELECT ts, speed AS v FROM traffic {filter} \
              UNION ALL SELECT ts, temperature AS v FROM weather), ts, {hop}) GROUP BY window_start HAVING max(v) < 45"
+        ),
+        18 => format!(
+            "SELECT device, window_start, window_end AS b, count(*) AS n, sum(speed) AS s FROM SESSION(traffic, ts, device, \
+             {session}) {filter} GROUP BY 1, 2, 3 {having}"
+        ),
+        19 => format!(
+            "SELECT ts, device, speed, window_start, s.window_end AS b FROM session(traffic, ts, device, {session}) s {filter}"
+        ),
+        20 => format!(
+            "SELECT window_end AS b, count(DISTINCT device) AS n, max(window_end - window_start) > INTERVAL '9 minutes' AS long \
+             FROM SESSION((SELECT ts, device, road FROM traffic {filter}), ts, (device, road), {session}) GROUP BY 1"
+        ),
+        21 => format!(
+            "SELECT b, device, speed FROM (SELECT window_end AS b, device, speed, row_number() OVER (PARTITION BY device, \
+             window_end ORDER BY ts DESC, speed DESC) AS r FROM SESSION(traffic, ts, device, {session}) {filter}) q WHERE r = 1"
+        ),
+        22 => format!(
+            "SELECT t.b, t.device, t.n, w.warm FROM (SELECT window_end AS b, device, count(*) AS n FROM SESSION(traffic, ts, \
+             device, {session}) {filter} GROUP BY 1, 2) t LEFT JOIN (SELECT window_end AS b, device, max(temperature) AS warm \
+             FROM SESSION(weather, ts, device, {session}) GROUP BY 1, 2) w ON w.b = t.b AND w.device = t.device"
+        ),
+        23 => format!(
+            "SELECT window_end AS b, device, max(v) AS v, count(*) AS n FROM SESSION((SELECT ts, device, speed AS v FROM traffic \
+             {filter} UNION ALL SELECT ts, device, temperature AS v FROM weather), ts, device, {session}) GROUP BY 1, 2 \
+             HAVING max(v) < 45"
         ),
         9 => format!(
             "SELECT {window} AS b, sum(most) AS s, max(n) AS n FROM (SELECT ts, device, max(speed) AS most, count(*) AS n \
@@ -526,6 +554,33 @@ async fn what_cannot_be_kept_is_refused_with_the_reason() {
         (
             "SELECT t.b, w.n FROM (SELECT window_start AS b, count(*) AS n FROM HOP(traffic, ts, '1 minute', '5 minutes') GROUP BY 1) t \
              JOIN (SELECT time_bucket('1 minute', ts) AS b, count(*) AS n FROM weather GROUP BY 1) w ON w.b = t.b",
+            "windows of one size",
+        ),
+        // Sessions that begin together do not end together, and a row moves the others of its session.
+        (
+            "SELECT device, window_start, count(*) AS n FROM SESSION(traffic, ts, device, '5 minutes') GROUP BY 1, 2",
+            "window_end of SESSION",
+        ),
+        ("SELECT ts, device FROM SESSION(traffic, ts, device, '5 minutes')", "window_end of SESSION"),
+        (
+            "SELECT time_bucket('1 hour', ts) AS b, max(window_end) AS e FROM SESSION(traffic, ts, device, '5 minutes') GROUP BY 1",
+            "window_end of SESSION",
+        ),
+        (
+            "SELECT window_end, row_number() OVER (PARTITION BY device ORDER BY ts) AS r FROM SESSION(traffic, ts, device, '5 minutes')",
+            "rows of all times",
+        ),
+        (
+            "SELECT window_end FROM SESSION((SELECT max(ts) AS ts, time_bucket('1 hour', ts) AS h FROM traffic GROUP BY 2), ts, h, '1 minute')",
+            "event time of a stream",
+        ),
+        (
+            "SELECT window_end FROM SESSION((SELECT ts AS ts, device FROM SESSION(traffic, ts, device, '5 minutes')), ts, device, '1 hour')",
+            "event time of a stream",
+        ),
+        (
+            "SELECT t.b, w.n FROM (SELECT window_end AS b, count(*) AS n FROM SESSION(traffic, ts, device, '5 minutes') GROUP BY 1) t \
+             JOIN (SELECT window_end AS b, count(*) AS n FROM SESSION(weather, ts, device, '6 minutes') GROUP BY 1) w ON w.b = t.b",
             "windows of one size",
         ),
         ("SELECT nothing FROM traffic", "no column"),

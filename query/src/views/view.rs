@@ -79,12 +79,7 @@ impl View {
 
     /// This view as a source of another.
     pub(crate) fn as_source(&self) -> ViewSource {
-        let (windows, time) = match &self.shape.kept {
-            // Its rows stand where their windows begin, however long these are.
-            Kept::Windows { column, grid } => (Some((*column, grid.slots())), None),
-            Kept::Rows { column } => (None, Some(*column)),
-        };
-        ViewSource { name: self.definition.name.clone(), changes: self.changes.clone(), windows, time }
+        ViewSource { name: self.definition.name.clone(), changes: self.changes.clone(), kept: self.shape.kept.clone() }
     }
 
     /// The question over the rows of windows with these slots alone. Others that it gives may lack rows.
@@ -92,10 +87,10 @@ impl View {
         let Kept::Windows { column, grid } = &self.shape.kept else { return Ok(self.plan.clone()) };
         let mut grid = grid.clone();
         let plan = self.within(&grid.rows(slots))?;
-        if !grid.hops() {
+        if !grid.overlaps() {
             return Ok(plan);
         }
-        // Their rows lie in others, too, which need not be made.
+        // Their rows lie in others, too, which need not be told.
         let mut slots = slots.clone();
         slots.merge_to(STRETCHES_MAX);
         let (qualifier, field) = plan.schema().qualified_field(*column);

@@ -14,7 +14,7 @@ use datafusion::sql::sqlparser::dialect::Dialect;
 use datafusion::sql::sqlparser::keywords::Keyword;
 use datafusion::sql::sqlparser::tokenizer::{Location, Token, Tokenizer};
 
-use crate::functions::hop;
+use crate::functions::over_table;
 
 /// Whether this join is one.
 pub(super) fn is_asof(join: &Join) -> bool {
@@ -85,7 +85,7 @@ pub(crate) fn words(dialect: &dyn Dialect, sql: &str) -> Option<String> {
     Some(text)
 }
 
-/// Puts every ASOF join of a statement, and what is joined before it, into parentheses of its own; and every HOP.
+/// Puts every ASOF join of a statement, and what is joined before it, into parentheses of its own; and every HOP and SESSION.
 pub(crate) fn nest(statement: &mut Parsed) {
     match statement {
         Parsed::Statement(statement) => nest_sql(statement),
@@ -114,7 +114,7 @@ impl VisitorMut for Nest {
         if let TableFactor::NestedJoin { table_with_joins, .. } = factor {
             parenthesise(table_with_joins);
         }
-        hop::nest(factor);
+        over_table::nest(factor);
         ControlFlow::Continue(())
     }
 }

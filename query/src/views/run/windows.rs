@@ -168,7 +168,7 @@ impl Runner {
     fn due(&mut self, due: Due, seen: &Seen) -> (Intervals, Intervals) {
         let closing = self.state.closing().unwrap_or(i64::MIN);
         let (from, to) = match seen.span {
-            Some((first, last)) => self.state.grid().touched(first, last),
+            Some((first, last)) => self.state.grid().held(first, last),
             None => (closing, closing),
         };
         self.state.done(&Intervals::of(i64::MIN, from.min(closing)));
@@ -273,7 +273,7 @@ impl Runner {
             indices.entry(*start).or_default().push(u32::try_from(row).map_err(ViewError::table)?);
         }
         for (start, rows) in indices {
-            if self.state.grid().slot(start).0 != start {
+            if !self.state.grid().stands(start) {
                 return Err(ViewError::Stuck(format!(
                     "a row of a window that begins at {start} µs, where none begins"
                 )));

@@ -87,7 +87,7 @@ fn streams(join: &Join, left: Flow, right: Flow) -> Result<Flow> {
     }
     // With equal times every window of either side holds for both, though each may be in another of those that overlap;
     // otherwise only that which they share.
-    let holds = |grid: &Grid| same_time && !grid.hops() || same_windows.contains(grid);
+    let holds = |grid: &Grid| same_time && !grid.overlaps() || same_windows.contains(grid);
     let keep = |flow: Flow| Flow {
         times: if same_time { flow.times } else { Default::default() },
         windows: flow.windows.into_iter().filter(|(_, grid)| holds(grid)).collect(),

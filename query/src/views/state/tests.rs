@@ -3,6 +3,7 @@ use wire::{Seq, SpoolId};
 use super::*;
 use crate::functions::bucket_grid::{Buckets, Width};
 use crate::functions::hop::Windows;
+use crate::functions::session::Silence;
 
 const MINUTE: i64 = 60_000_000;
 
@@ -162,4 +163,27 @@ fn windows_that_hop_are_due_when_they_have_ended_and_touched_by_each_of_their_ro
     assert_eq!(hops().until(10 * MINUTE), 25 * MINUTE);
     state.changed_from(&"r".parse().unwrap(), position(3), Some(31 * MINUTE));
     assert_eq!(minutes(&state.due(Due::Closed).1), [(20, 55)]);
+}
+
+#[test]
+fn sessions_are_due_when_they_have_ended_and_touched_by_rows_before_their_end() {
+    // Slots of a minute.
+    let sessions = || Grid::from(Silence::new(8 * MINUTE, 60 * MINUTE).unwrap());
+    let mut state = State::new("id".to_owned(), sessions(), 2 * MINUTE, None);
+    state.observe(Some(62 * MINUTE));
+    state.begin(Some(17 * MINUTE), Positions::from([(stream(), position(1))]));
+    assert_eq!((minutes(state.left().1), minutes(state.left().0)), (vec![(17, 60)], vec![(60, i64::MAX)]));
+    let all = state.due(Due::Closed).1;
+    assert_eq!(minutes(&sessions().rows(&all)), [(17 - 136, 60)]);
+    state.done(&all);
+    assert_eq!(state.settled(), Some(60 * MINUTE));
+    // A late row moves what ends from then on, as far as it has closed.
+    let (from, to) = sessions().touched(21 * MINUTE + 1, 22 * MINUTE);
+    assert_eq!((from, to), (21 * MINUTE, (23 + 136 + 1) * MINUTE));
+    state.saw(&stream(), position(2), &Intervals::of(from, to));
+    assert_eq!(minutes(&state.due(Due::Closed).0), [(21, 60)]);
+    assert_eq!(sessions().held(21 * MINUTE, 52 * MINUTE), (21 * MINUTE, 61 * MINUTE));
+    assert_eq!((sessions().until(7), sessions().stands(7), sessions().slots()), (7, true, None));
+    let slot = |gap: i64| Grid::from(Silence::new(gap, 60 * MINUTE).unwrap()).slot(0).1;
+    assert_eq!([1, 80_000_000, 60 * MINUTE].map(slot), [1_000_000, 10_000_000, MINUTE]);
 }

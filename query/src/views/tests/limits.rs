@@ -3,16 +3,16 @@
 use super::*;
 
 /// A view of rows that a test deals out, and its runner.
-struct Stage {
-    city: Arc<City>,
+pub(super) struct Stage {
+    pub(super) city: Arc<City>,
     engine: Arc<Engine>,
     view: Arc<View>,
-    runner: Option<Runner>,
+    pub(super) runner: Option<Runner>,
     limits: RunLimits,
 }
 
 impl Stage {
-    async fn new(sql: &str, limits: RunLimits) -> Self {
+    pub(super) async fn new(sql: &str, limits: RunLimits) -> Self {
         let city = City::new();
         city.create(&words::stream("traffic"), words::traffic_fields());
         let engine = engine(&city);
@@ -21,7 +21,7 @@ impl Stage {
     }
 
     /// Rows of `traffic` at these seconds, each of a device of its own.
-    fn arrive(&self, edge: u8, seconds: &[i64], now: Moment) {
+    pub(super) fn arrive(&self, edge: u8, seconds: &[i64], now: Moment) {
         let row = |(index, second): (usize, &i64)| Row {
             ts: START + second * SECOND,
             device: format!("d{index}"),
@@ -48,7 +48,7 @@ impl Stage {
     }
 
     /// Rounds until nothing more is due.
-    async fn settle(&mut self, now: Moment) {
+    pub(super) async fn settle(&mut self, now: Moment) {
         for _ in 0..100 {
             if self.round(now).await == Round::Done {
                 return;
@@ -57,7 +57,7 @@ impl Stage {
         panic!("it never ends");
     }
 
-    async fn numbers(&self, sql: &str) -> Vec<String> {
+    pub(super) async fn numbers(&self, sql: &str) -> Vec<String> {
         let plan = self.engine.plan_for_view(sql).await.unwrap().plan().clone();
         texts(&self.engine.ask("a test", plan, States::new(), LIMITS).await.unwrap().rows)
     }
@@ -67,11 +67,11 @@ impl Stage {
     }
 }
 
-fn limits() -> RunLimits {
+pub(super) fn limits() -> RunLimits {
     RunLimits { rows_max: 100_000, bytes_max: 64 << 20, windows_max: 1_000, record_every_us: 0 }
 }
 
-fn at(second: i64) -> Moment {
+pub(super) fn at(second: i64) -> Moment {
     Moment { wall_us: START + second * SECOND, since_us: second * SECOND }
 }
 
