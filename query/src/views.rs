@@ -28,6 +28,7 @@ pub(crate) mod definition;
 
 mod columns;
 mod emitted;
+mod ending;
 mod grid;
 mod intervals;
 mod kept;

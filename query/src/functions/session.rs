@@ -73,6 +73,12 @@ impl Silence {
         at - before >= self.gap_us || before < cut && first <= cut - self.cut_us
     }
 
+    /// Whether rows that go on may be cut between two that are both in `[from, to)`.
+    pub(crate) fn may_cut(self, from: i64, to: i64) -> bool {
+        let bucket = |at: i64| at.saturating_sub(MONDAY_US).div_euclid(self.cut_us);
+        bucket(from) != bucket(to.saturating_sub(1))
+    }
+
     /// A session that holds a row, or would if there were one, ends less than this behind it; and a row that comes changes
     /// sessions that end from then on until less than this behind it.
     pub(crate) fn reach_us(self) -> i64 {

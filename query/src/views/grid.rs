@@ -109,8 +109,13 @@ impl Grid {
     }
 
     /// Whether it has the sessions of a `SESSION`.
-    pub(crate) fn is_sessions(&self) -> bool {
+    fn is_sessions(&self) -> bool {
         self.silence.is_some()
+    }
+
+    /// What ends the sessions that it has.
+    pub(crate) fn silence(&self) -> Option<Silence> {
+        self.silence
     }
 
     /// What the rows that a view has told stand in, at the times of its stream: the slots of windows that begin with one. Of

@@ -86,7 +86,7 @@ impl View {
     pub(crate) fn of_windows(&self, slots: &Intervals) -> Result<LogicalPlan> {
         let Kept::Windows { column, grid } = &self.shape.kept else { return Ok(self.plan.clone()) };
         let mut grid = grid.clone();
-        let plan = self.within(&grid.rows(slots))?;
+        let plan = self.narrowed(self.plan.clone(), &grid.rows(slots))?;
         if !grid.overlaps() {
             return Ok(plan);
         }
@@ -101,11 +101,11 @@ impl View {
         }
     }
 
-    /// The question over rows of these times alone.
-    fn within(&self, times: &Intervals) -> Result<LogicalPlan> {
+    /// The question, or a part of it, over rows of these times alone.
+    pub(crate) fn narrowed(&self, plan: LogicalPlan, times: &Intervals) -> Result<LogicalPlan> {
         let mut times = times.clone();
         times.merge_to(STRETCHES_MAX);
-        let narrowed = self.plan.clone().transform_up(|node| {
+        let narrowed = plan.transform_up(|node| {
             let LogicalPlan::TableScan(scan) = &node else { return Ok(Transformed::no(node)) };
             let provider = source_as_provider(&scan.source)?;
             let stream = provider.downcast_ref::<LiveTable>().and_then(LiveTable::stream);

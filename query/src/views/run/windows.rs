@@ -10,7 +10,7 @@ use arrow_array::types::Int64Type;
 use arrow_array::{Array, ArrayRef, RecordBatch, UInt32Array};
 use arrow_select::take::take;
 use datafusion::datasource::provider_as_source;
-use datafusion::logical_expr::LogicalPlanBuilder;
+use datafusion::logical_expr::{LogicalPlan, LogicalPlanBuilder};
 use datafusion::prelude::col;
 use futures::TryStreamExt;
 use wire::StreamName;
@@ -25,6 +25,7 @@ use crate::fused_table::LiveTable;
 use crate::views::columns::{self, EMPTY, REVISION, WINDOW};
 use crate::views::definition::Emit;
 use crate::views::emitted::{Digest, Told};
+use crate::views::ending;
 use crate::views::grid::Grid;
 use crate::views::intervals::Intervals;
 use crate::views::state::{Due, STRETCHES_MAX};
@@ -210,19 +211,17 @@ impl Runner {
     }
 
     async fn evaluate(&mut self, piece: &Intervals, seen: &Seen, writer: &mut Writer) -> Result<(), ViewError> {
-        let view = Arc::clone(&self.view);
-        let plan = view.of_windows(piece).map_err(|error| self.engine.explain(error))?;
-        let limits = [self.limits.rows_max, self.limits.bytes_max];
-        let answered = self.engine.ask(view.definition.name.as_str(), plan, seen.states.clone(), limits).await?;
-        self.progress.computed += answered.computed;
-        self.progress.memory_bytes = self.progress.memory_bytes.max(answered.memory_bytes as u64);
+        let answer = match self.question(piece, seen).await? {
+            Some(plan) => self.asked(plan, seen).await?,
+            None => Vec::new(),
+        };
         let unknown = self.emitted.unknown(piece);
         if !unknown.is_empty() {
             let told = self.told(&unknown).await?;
             self.emitted.learn(&unknown, told);
         }
         let known = self.emitted.within(piece);
-        let mut windows = self.by_window(piece, &answered.rows)?;
+        let mut windows = self.by_window(piece, &answer)?;
         let gone = known.iter().filter(|(start, told)| told.digest.is_some() && !windows.contains_key(start));
         let gone: Vec<i64> = gone.map(|(start, _)| *start).collect();
         windows.extend(gone.into_iter().map(|start| (start, None)));
@@ -249,6 +248,30 @@ impl Runner {
         }
         self.emitted.trim();
         Ok(())
+    }
+
+    /// The question over a piece; None when it has no answer there, because no session ends.
+    async fn question(&mut self, piece: &Intervals, seen: &Seen) -> Result<Option<LogicalPlan>, ViewError> {
+        let view = Arc::clone(&self.view);
+        let engine = Arc::clone(&self.engine);
+        let failed = |error| engine.explain(error);
+        let plan = view.of_windows(piece).map_err(failed)?;
+        let Some(question) = ending::question(&view, piece).map_err(failed)? else { return Ok(Some(plan)) };
+        let keys = self.asked(question, seen).await?;
+        Ok(match keys.iter().map(RecordBatch::num_rows).sum() {
+            0 => None,
+            1..=ending::KEYS_MAX => Some(ending::of_keys(plan, &keys).map_err(failed)?),
+            _ => Some(plan),
+        })
+    }
+
+    async fn asked(&mut self, plan: LogicalPlan, seen: &Seen) -> Result<Vec<RecordBatch>, ViewError> {
+        let limits = [self.limits.rows_max, self.limits.bytes_max];
+        let name = self.view.definition.name.as_str();
+        let answered = self.engine.ask(name, plan, seen.states.clone(), limits).await?;
+        self.progress.computed += answered.computed;
+        self.progress.memory_bytes = self.progress.memory_bytes.max(answered.memory_bytes as u64);
+        Ok(answered.rows)
     }
 
     /// The stored columns of the rows of each window of a piece.

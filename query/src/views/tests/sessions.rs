@@ -1,6 +1,7 @@
 //! Sessions that a late row makes longer, joins, or begins; and those that do not end.
 
 use super::limits::{Stage, at, limits};
+use super::{Row, SECOND, START, words};
 
 const VIEW: &str = "CREATE MATERIALIZED VIEW kept WITH (lateness = '1 minute') AS SELECT device, window_start, window_end, \
                     count(*) AS n FROM SESSION(traffic, ts, device, '2 minutes', '1 hour') GROUP BY 1, 2, 3";
@@ -53,6 +54,13 @@ async fn a_late_row_makes_sessions_longer_joins_them_and_begins_others() {
         "00:07:00Z | 2 | d0 | 00:00:00Z | 6",
     ];
     assert_eq!(kept.numbers(TOLD).await, told);
+    // The last of all is over when an edge says so, though no row comes behind it.
+    let last = Row { ts: START + 4_000 * SECOND, device: "d0".to_owned(), value: None, text: None };
+    let told_by = Some(START + 9_000 * SECOND);
+    kept.city.arrive(&words::stream("traffic"), 3, &[last], told_by, at(9_000).wall_us);
+    kept.settle(at(9_000)).await;
+    let last = ["00:52:00Z | 1 | d0 | 00:50:00Z | 1", "01:08:40Z | 1 | d0 | 01:06:40Z | 1"];
+    assert_eq!(kept.numbers(TOLD).await, [&told[..], &last].concat());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -61,7 +69,7 @@ async fn a_session_that_does_not_end_is_told_in_pieces_and_one_late_row_changes_
     // A reading a minute for six hours from 0:30 on, but for the one of 1:10.
     for minute in (30..390).filter(|minute| *minute != 70) {
         kept.arrive(0, &[minute * 60], at(minute * 60));
-        if minute % 17 == 0 {
+        if minute % 7 == 0 {
             kept.settle(at(minute * 60)).await;
         }
     }
@@ -92,4 +100,36 @@ async fn a_session_that_does_not_end_is_told_in_pieces_and_one_late_row_changes_
         pieces[4],
     ];
     assert_eq!(kept.numbers(TOLD).await, told);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_are_asked_by_their_names_and_null_is_one() {
+    let sql = "CREATE MATERIALIZED VIEW kept AS SELECT road, device, window_end, count(*) AS n FROM SESSION(traffic, ts, \
+               (road, device), '2 minutes', '1 hour') GROUP BY 1, 2, 3";
+    let mut kept = Stage::new(sql, limits()).await;
+    let arrive = |kept: &Stage, minute: i64, rows: &[(&str, Option<&str>)]| {
+        let row = |(device, road): &(&str, Option<&str>)| Row {
+            ts: START + minute * 60 * SECOND,
+            device: (*device).to_owned(),
+            value: None,
+            text: road.map(str::to_owned),
+        };
+        let rows: Vec<Row> = rows.iter().map(row).collect();
+        kept.city.arrive(&words::stream("traffic"), 0, &rows, Some(rows[0].ts), at(minute * 60).wall_us);
+    };
+    let (all, none) = ([("d0", Some("a")), ("d0", None), ("d1", Some("a"))], [("d0", Some("b"))]);
+    for (minute, rows) in [(0, &none[..]), (1, &all), (2, &all[1..]), (5, &none), (9, &none)] {
+        arrive(&kept, minute, rows);
+        kept.settle(at(minute * 60)).await;
+    }
+    let told = "SELECT right(CAST(view_window AS TEXT), 9), view_revision, road, device, n FROM kept_changes \
+                WHERE view_window IS NOT NULL";
+    let expected = [
+        "00:02:00Z | 1 | b | d0 | 1",
+        "00:03:00Z | 1 | a | d0 | 1",
+        "00:04:00Z | 1 | a | d1 | 2",
+        "00:04:00Z | 1 | null | d0 | 2",
+        "00:07:00Z | 1 | b | d0 | 1",
+    ];
+    assert_eq!(kept.numbers(told).await, expected);
 }
