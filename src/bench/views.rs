@@ -5,9 +5,10 @@
 //! that without. Each second it is looked how many rows the last view is behind. At the end each view must show what its question
 //! gives, for all windows that have closed. Then nothing comes for a while, and then rows of another stream only: what views cost
 //! that have nothing to do. The curves are of one view: seconds that it computed for a million new rows, by the rows that were
-//! there before, and by the length of its windows.
+//! there before, and by the length of its windows. With `--python` Bytewax and Pathway answer the question over the same rows, and
+//! must agree with the view (`views/peers.py`).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,7 +17,7 @@ use serde_json::{Value, json};
 use wire::{BATCH_ROWS_MAX, SpoolId};
 
 use super::Common;
-use super::ingest::{Sender, cut, cut_of, schema};
+use super::ingest::{Sender, committed, cut, cut_of, schema};
 use super::parts::{Cloud, Directory, PATIENCE, POLL, free_port};
 use crate::sql;
 
@@ -25,6 +26,8 @@ const BEATS: u64 = 10;
 /// Batches of history in one request.
 const IN_REQUEST: u64 = 8;
 const WINDOW: &str = "10 seconds";
+const WINDOW_S: &str = "10";
+const PEERS: &str = include_str!("views/peers.py");
 const SETTINGS: &str = "[commit]\nmax_age = \"10s\"\n[views]\nmax = 1000\n";
 /// How often a question is asked again, to measure it.
 const ASKED: u32 = 5;
@@ -44,6 +47,12 @@ pub(crate) struct ViewsBench {
     /// Rows before the views are made; the curve begins with a sixteenth of it
     #[arg(long, default_value_t = 8_000_000)]
     history: u64,
+    /// A Python with pyarrow, and with bytewax, pathway or both: the same question over the same rows beside the view's answers
+    #[arg(long)]
+    python: Option<PathBuf>,
+    /// Rows that the peers get
+    #[arg(long, default_value_t = 1_000_000)]
+    peer_rows: u64,
     #[command(flatten)]
     common: Common,
 }
@@ -94,6 +103,7 @@ impl ViewsBench {
             let mut stage = self.stage(&directory.0, batch_rows, self.history / 16, 1, window).await?;
             by_window.push(json!({ "window": window, "computed_s_per_million": self.per_million(&mut stage).await? }));
         }
+        let peers = self.peers(&directory.0, batch_rows).await?;
         let seconds = self.seconds as f64;
         let alone_s = steady[0].1.cpu_s;
         let told = steady.iter().map(|(views, followed, rerun_cpu_s, [idle, other], peak_rss_mb)| {
@@ -120,6 +130,7 @@ impl ViewsBench {
             "steady": told.collect::<Vec<_>>(),
             "by_history": by_history,
             "by_window": by_window,
+            "peers": peers,
         }))
     }
 
@@ -173,6 +184,45 @@ impl ViewsBench {
             computed_s: stage.computed_s().await? - computed_s,
             behind,
         })
+    }
+
+    /// What others answer over the rows that a view has told of, and what they cost. Windows that the view has not closed
+    /// are theirs alone.
+    async fn peers(&self, directory: &Path, batch_rows: usize) -> anyhow::Result<Value> {
+        let Some(python) = &self.python else { return Ok(Value::Null) };
+        let stage = self.stage(directory, batch_rows, self.peer_rows, 1, WINDOW).await?;
+        let rows = stage.sent * batch_rows as u64;
+        committed(&stage.cloud, rows).await?;
+        let shown = "SELECT arrow_cast(b, 'Int64') AS b, n, speed, most FROM v0 ORDER BY b";
+        let shown = sql::rows(&stage.cloud.http, shown).await?;
+        let mut told = json!({});
+        for peer in ["bytewax", "pathway"] {
+            let output = tokio::process::Command::new(python)
+                .args(["-c", PEERS])
+                .arg(stage.cloud.table("load"))
+                .args([WINDOW_S, peer])
+                .output()
+                .await
+                .with_context(|| format!("start {}", python.display()))?;
+            ensure!(output.status.success(), "{peer} failed: {}", String::from_utf8_lossy(&output.stderr));
+            let text = String::from_utf8_lossy(&output.stdout);
+            let answer: Value =
+                serde_json::from_str(text.lines().last().unwrap_or_default()).context("read its answer")?;
+            let (Some(windows), Some(cpu_s)) = (answer["windows"].as_array(), answer["cpu_s"].as_f64()) else {
+                continue;
+            };
+            ensure!(answer["rows"] == rows, "{peer} got {} of {rows} rows", answer["rows"]);
+            ensure!(!shown.is_empty() && windows.len() >= shown.len(), "{peer}: {} windows", windows.len());
+            for (ours, theirs) in shown.iter().zip(windows) {
+                let (mean, their_mean) = (ours["speed"].as_f64(), theirs[2].as_f64());
+                let is_near = mean.zip(their_mean).is_some_and(|(one, other)| (one - other).abs() <= 1e-9 * one.abs());
+                let same = ours["b"] == theirs[0] && ours["n"] == theirs[1] && ours["most"] == theirs[3] && is_near;
+                ensure!(same, "{peer} answers {theirs}, and the view {ours:?}");
+            }
+            let a_second = (rows as f64 / cpu_s).round();
+            told[peer] = json!({ "rows": rows, "cpu_s": cpu_s, "rows_per_second_and_core": a_second });
+        }
+        Ok(told)
     }
 
     async fn per_million(&self, stage: &mut Stage) -> anyhow::Result<f64> {

@@ -68,6 +68,8 @@ pub(super) const PLAN: &[Accident] = &[
     accident("east", "08:35", "09:00", What::Speed(11.0), Told::Nothing),
     // Two windows only.
     accident("north", "07:00", "07:10", What::Speed(11.0), Told::Nothing),
+    // Three: from the start of the first to the end of the last it has lasted long enough.
+    accident("north", "11:00", "11:15", What::Speed(11.0), Told::Once("slow_district")),
 ];
 
 /// A reading, as it is sent.
