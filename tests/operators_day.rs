@@ -301,11 +301,14 @@ fn micros(time: &Value) -> Option<i64> {
     time.as_str().map(|text| chrono::DateTime::parse_from_rfc3339(text).unwrap().timestamp_micros())
 }
 
+/// What was told of one alert after the other, by its sequence, and when it was heard.
+type Changes<'a> = BTreeMap<i64, (&'a Value, Instant)>;
+
 /// What one subscriber has heard is what is expected: each alert begins and ends once, at its times, in time.
 fn check_heard(subscriber: &Subscriber, expected: &Alerts, diary: &Diary) {
     let heard = subscriber.heard.lock().unwrap();
     // By rule and device: ids in the order of their sequence, each with its changes.
-    let mut told: BTreeMap<(String, String), BTreeMap<i64, (&Value, Instant)>> = BTreeMap::new();
+    let mut told: BTreeMap<(String, String), Changes<'_>> = BTreeMap::new();
     for (event, at) in heard.events.values() {
         let data = &event["data"];
         told.entry(key(data)).or_default().insert(data["sequence"].as_i64().unwrap(), (data, *at));
@@ -329,7 +332,7 @@ fn check_heard(subscriber: &Subscriber, expected: &Alerts, diary: &Diary) {
             assert!(ids.insert(id.to_owned()), "{who}: two alerts have the id {id}");
             assert!(changes.iter().all(|(data, _)| data["id"] == id), "{who}: {changes:#?}");
             for ((data, at), decided_by) in changes.iter().zip([Some(alert.fires_by), alert.ends_by]) {
-                check_times(&who, *rule, data, alert);
+                check_times(&who, rule, data, alert);
                 let (delay, disturbed) = diary.delay(decided_by.unwrap(), *at);
                 assert!(delay < IN_TIME, "{who}: {delay:?} late: {data:#}");
                 if disturbed { &mut held_up } else { &mut quiet }.push(delay);

@@ -55,7 +55,7 @@ const GRACE_SHARE: usize = 4;
 const TICK: Duration = Duration::from_millis(100);
 /// Bytes that share one sync at most; and that go with alerts, which do not wait for much.
 const GROUP_BYTES_MAX: usize = 32 << 20;
-const GROUP_BYTES_WITH_ALERTS: usize = 1 << 20;
+const GROUP_BYTES_WITH_ALERTS: usize = if cfg!(test) { 1 << 10 } else { 1 << 20 };
 /// Kept free in the WAL for its own records.
 const WAL_RESERVE_BYTES: u64 = 1 << 20;
 /// How long a request waits for the store at most. It is then answered with what is known.

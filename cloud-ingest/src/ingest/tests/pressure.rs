@@ -161,9 +161,9 @@ fn an_alert_passes_the_readings_that_wait() {
     let mut traffic = Sender { rows: |_| 8_000, ..Sender::new(1, "traffic") };
     let mut own = Own::default();
     assert!(own.write(&mut node, "alert_log") && send(&mut traffic, &mut node));
-    // Ten requests that need a group each wait before it.
+    // Requests that are more than goes along with an alert wait before it; none for a new column.
     let mut answers = Vec::new();
-    for seq in 2..12 {
+    for seq in 2..WIDER_FROM {
         let batches = vec![traffic.batch(seq)];
         let (reply, answered) = oneshot::channel();
         let _place = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
