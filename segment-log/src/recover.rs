@@ -15,6 +15,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -27,6 +28,11 @@ use crate::{LogId, Options, Position};
 
 use repair::{blank_from, drop_blank, new_segment, open_newest, remove_behind, repair_headers, write_again};
 use survey::{Verdict, judge, survey};
+
+/// A lock that is taken may be free in a moment: the process that had it is ending, or a child of ours that has not become
+/// another program yet holds what was open here.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+const LOCK_AGAIN: Duration = Duration::from_millis(5);
 
 /// A range of the log that holds no readable record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -264,10 +270,14 @@ fn lock_identity<L: FileLayer>(layer: &L, directory: &Path) -> Result<L::File, O
         other => other,
     }
     .map_err(|source| OpenError::io(&path, source))?;
-    match file.try_lock() {
-        Ok(true) => Ok(file),
-        Ok(false) => Err(OpenError::Locked(directory.to_path_buf())),
-        Err(source) => Err(OpenError::io(&path, source)),
+    let began = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(true) => return Ok(file),
+            Ok(false) if began.elapsed() < LOCK_PATIENCE => std::thread::sleep(LOCK_AGAIN),
+            Ok(false) => return Err(OpenError::Locked(directory.to_path_buf())),
+            Err(source) => return Err(OpenError::io(&path, source)),
+        }
     }
 }
 
