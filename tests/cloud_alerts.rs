@@ -479,14 +479,7 @@ async fn ten_thousand_alerts_wait_for_a_target_that_hangs_and_for_nobody_else() 
     assert!(begun.elapsed() < PATIENCE);
     // The other target goes on, in order, while this one has none of them; all are counted, and none is held in memory for it.
     let enough = 1_000;
-    while got.lock().unwrap().len() < enough {
-        assert!(begun.elapsed() < 2 * PATIENCE, "{} of {enough}", got.lock().unwrap().len());
-        tokio::time::sleep(POLL).await;
-    }
-    let told: Vec<i64> =
-        got.lock().unwrap().iter().map(|(_, body)| body["data"]["sequence"].as_i64().unwrap()).collect();
-    assert!(told.windows(2).all(|pair| pair[0] < pair[1]), "out of order, or twice");
-    let from = told[0];
+    let from = told_in_order(&got, enough, begun).await;
     let behind = cloud.counter("weir_alert_behind{target=\"hangs\"}").await;
     assert!(behind >= ALERTS as u64, "{behind} behind");
     assert!(cloud.counter("weir_alert_retried_total{target=\"hangs\"}").await > 0);
@@ -505,12 +498,18 @@ async fn ten_thousand_alerts_wait_for_a_target_that_hangs_and_for_nobody_else() 
     let late: Got = Arc::default();
     tokio::spawn(serve(TcpListener::bind(address).await.unwrap(), Arc::clone(&late)));
     let begun = Instant::now();
-    while late.lock().unwrap().len() < enough {
-        assert!(begun.elapsed() < 2 * PATIENCE, "{} of {enough}", late.lock().unwrap().len());
+    let first = told_in_order(&late, enough, begun).await;
+    assert_eq!(first, from, "it begins with another than the one that it hung at");
+}
+
+/// Waits until a target has got so many alerts, each once and in order; the sequence of the first.
+async fn told_in_order(got: &Got, enough: usize, begun: Instant) -> i64 {
+    while got.lock().unwrap().len() < enough {
+        assert!(begun.elapsed() < 2 * PATIENCE, "{} of {enough}", got.lock().unwrap().len());
         tokio::time::sleep(POLL).await;
     }
     let told: Vec<i64> =
-        late.lock().unwrap().iter().map(|(_, body)| body["data"]["sequence"].as_i64().unwrap()).collect();
+        got.lock().unwrap().iter().map(|(_, body)| body["data"]["sequence"].as_i64().unwrap()).collect();
     assert!(told.windows(2).all(|pair| pair[0] < pair[1]), "out of order, or twice");
-    assert_eq!(told[0], from, "it begins with another than the one that it hung at");
+    told[0]
 }
