@@ -1,6 +1,6 @@
 //! The tables that `query` asks for, from the catalogue of the node in the same process.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -28,6 +28,27 @@ fn cold(snapshot: &TableSnapshot) -> ColdTable {
         txn: Arc::clone(&snapshot.txn),
         description: snapshot.description().map(str::to_owned),
         schema: Arc::clone(&snapshot.schema),
+    }
+}
+
+impl NodeTables {
+    fn facts(&self, entry: Entry) -> SpoolFacts {
+        let state = self.0.state(&entry.stream);
+        let committed = state.and_then(|state| Some(state.snapshot.txn.get(&entry.spool)?.seq)).unwrap_or(Seq(0));
+        SpoolFacts {
+            stream: entry.stream,
+            edge: entry.edge,
+            spool: entry.spool,
+            rows: entry.rows,
+            batches: entry.batches,
+            received_at_us: entry.received_at_us,
+            max_ts: entry.max_ts,
+            watermark: entry.watermark,
+            durable: entry.durable.max(committed),
+            committed,
+            agent: entry.agent,
+            configuration: entry.configuration,
+        }
     }
 }
 
@@ -64,25 +85,11 @@ impl Tables for NodeTables {
     }
 
     fn spools(&self) -> Vec<SpoolFacts> {
-        let facts = |entry: Entry| {
-            let state = self.0.state(&entry.stream);
-            let committed = state.and_then(|state| Some(state.snapshot.txn.get(&entry.spool)?.seq)).unwrap_or(Seq(0));
-            SpoolFacts {
-                stream: entry.stream,
-                edge: entry.edge,
-                spool: entry.spool,
-                rows: entry.rows,
-                batches: entry.batches,
-                received_at_us: entry.received_at_us,
-                max_ts: entry.max_ts,
-                watermark: entry.watermark,
-                durable: entry.durable.max(committed),
-                committed,
-                agent: entry.agent,
-                configuration: entry.configuration,
-            }
-        };
-        self.0.ledger().entries().into_iter().map(facts).collect()
+        self.0.ledger().entries().into_iter().map(|entry| self.facts(entry)).collect()
+    }
+
+    fn spools_of(&self, streams: &BTreeSet<StreamName>) -> Vec<SpoolFacts> {
+        streams.iter().flat_map(|stream| self.0.ledger().entries_of(stream)).map(|entry| self.facts(entry)).collect()
     }
 
     fn classes(&self) -> Vec<ClassFacts> {

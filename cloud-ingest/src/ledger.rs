@@ -125,4 +125,11 @@ impl Ledger {
     pub fn entries(&self) -> Vec<Entry> {
         self.entries.lock().values().cloned().collect()
     }
+
+    /// Those of one stream.
+    pub fn entries_of(&self, stream: &StreamName) -> Vec<Entry> {
+        let entries = self.entries.lock();
+        let from = entries.range((stream.clone(), SpoolId([0; 16]))..);
+        from.take_while(|((of, _), _)| of == stream).map(|(_, entry)| entry.clone()).collect()
+    }
 }

@@ -116,6 +116,10 @@ pub trait Tables: Send + Sync + fmt::Debug {
     async fn cold_as_of(&self, stream: &StreamName, as_of: AsOf) -> Result<ColdTable, TablesError>;
     /// What is known of every spool that has sent something since the node started.
     fn spools(&self) -> Vec<SpoolFacts>;
+    /// The same, of the spools of these streams.
+    fn spools_of(&self, streams: &BTreeSet<StreamName>) -> Vec<SpoolFacts> {
+        self.spools().into_iter().filter(|spool| streams.contains(&spool.stream)).collect()
+    }
     /// How the classes fare in which the node takes rows.
     fn classes(&self) -> Vec<ClassFacts> {
         Vec::new()

@@ -115,6 +115,14 @@ pub(crate) fn scan(
     Ok(Some(DataSourceExec::from_data_source(config)))
 }
 
+/// How many rows the files have at most that may have rows within these bounds; of a file that does not say, as many as there
+/// can be.
+pub(crate) fn rows_about(cold: &ColdTable, bounds: &Bounds) -> u64 {
+    let dates = cold.files.dates().filter(|(date, _)| bounds.may_have_date(*date));
+    let files = dates.flat_map(|(_, files)| files).filter(|file| bounds.may_have(file));
+    files.map(|file| file.rows.unwrap_or(u64::MAX)).fold(0, u64::saturating_add)
+}
+
 /// A file as DataFusion takes it, with what is known of its columns but `_date`. `root` is the table's place in its store.
 fn partitioned(file: &DataFile, root: &Path, stored: &Schema, ts_at: usize) -> Result<PartitionedFile> {
     let mut statistics = Statistics::new_unknown(stored);

@@ -35,8 +35,9 @@ use crate::functions;
 use crate::functions::asof::syntax;
 use crate::functions::latest::cache::LatestCache;
 use crate::functions::latest::distinct_on;
-use crate::fused_table::{View, pin};
+use crate::fused_table::{Newest, View, pin};
 use crate::lanes::{LaneSettings, Lanes, Place};
+use crate::memory::StatementPool;
 use crate::links::board::Board;
 use crate::names;
 use crate::remark::{self, Remark};
@@ -50,13 +51,17 @@ use crate::views::{ViewSettings, Views};
 mod ask;
 mod explain;
 mod limited;
+mod parts;
+mod ready;
 
-pub(crate) use ask::States;
+pub(crate) use ask::{Question, States};
 pub use ask::VIEWS_LANE;
 pub use explain::QueryError;
 use explain::{Changes, Stopped};
 pub(crate) use limited::bytes_of;
 use limited::limited;
+pub(crate) use parts::Parts;
+pub(crate) use ready::Ready;
 
 /// Longest statement in bytes.
 pub const SQL_BYTES_MAX: usize = 1 << 20;
@@ -141,6 +146,9 @@ pub struct Engine {
     statements: Arc<Statements>,
     views: Arc<Views>,
     links: Arc<Board>,
+    /// Plans what is asked many times.
+    planner: Arc<ready::Planner>,
+    newest: Newest,
 }
 
 struct SessionContextDebug(SessionContext);
@@ -185,10 +193,12 @@ impl Engine {
             .map_err(|error| QueryError::Failed { message: format!("start threads for statements: {error}") })?;
         let latest = Arc::new(LatestCache::new(settings.latest_bytes_max));
         let statements = Statements::new(settings.recent_max);
+        equip(&session, &tables, &latest)?;
+        let planner = Arc::new(ready::Planner::of(&session));
         let session = SessionContextDebug(session);
-        let engine = Self { session, tables, latest, settings, lanes, statements, views, links: Arc::default() };
-        engine.equip(engine.session())?;
-        Ok(engine)
+        let links = Arc::default();
+        let newest = Newest::default();
+        Ok(Self { session, tables, latest, settings, lanes, statements, views, links, planner, newest })
     }
 
     /// Gives Weir's functions to a session that plans statements for this engine.
@@ -196,8 +206,7 @@ impl Engine {
     /// # Errors
     /// When the session takes none.
     pub(crate) fn equip(&self, session: &SessionContext) -> Result<(), QueryError> {
-        functions::register(session, &self.tables, &self.latest)
-            .map_err(|error| QueryError::Failed { message: error.to_string() })
+        equip(session, &self.tables, &self.latest)
     }
 
     /// The session that statements are planned in.
@@ -208,6 +217,11 @@ impl Engine {
     /// The tables that statements may name.
     pub(crate) fn tables(&self) -> &Arc<dyn Tables> {
         &self.tables
+    }
+
+    /// The newest states of tables, frozen once for all views.
+    pub(crate) fn newest(&self) -> &Newest {
+        &self.newest
     }
 
     /// The views that are kept.
@@ -415,6 +429,20 @@ impl Engine {
     }
 }
 
+fn equip(session: &SessionContext, tables: &Arc<dyn Tables>, latest: &Arc<LatestCache>) -> Result<(), QueryError> {
+    let equipped = functions::register(session, tables, latest);
+    equipped.map_err(|error| QueryError::Failed { message: error.to_string() })
+}
+
+/// Where a plan is carried out, in this memory. Functions are looked up when it is made: it goes without their names.
+fn task(state: &SessionState, pool: &Arc<StatementPool>) -> Arc<TaskContext> {
+    let memory_pool: Arc<dyn MemoryPool> = Arc::clone(pool) as _;
+    let runtime = RuntimeEnv { memory_pool, ..RuntimeEnv::clone(state.runtime_env()) };
+    let (id, config) = (state.session_id().to_owned(), state.config().clone());
+    let (scalar, higher, aggregate, window) = Default::default();
+    Arc::new(TaskContext::new(None, id, config, scalar, higher, aggregate, window, Arc::new(runtime)))
+}
+
 fn ended() -> QueryError {
     QueryError::Failed { message: "the statement has ended".to_owned() }
 }
@@ -462,10 +490,7 @@ impl Start {
         let view = View { tables: self.tables.as_ref(), statements: &self.statements, views, links, caller };
         let pinned = pin(plan, &state, view).await?;
         let physical = state.create_physical_plan(&pinned).await?;
-        let pool: Arc<dyn MemoryPool> = Arc::clone(self.running.pool()) as _;
-        let runtime = RuntimeEnv { memory_pool: pool, ..RuntimeEnv::clone(state.runtime_env()) };
-        let context = TaskContext::from(&state).with_runtime(Arc::new(runtime));
-        let rows = execute_stream(physical, Arc::new(context))?;
+        let rows = execute_stream(physical, task(&state, self.running.pool()))?;
         // As long as it computes it has its place, and no longer: who does not take the rows keeps nobody out.
         let (schema, leaves) = (rows.schema(), Leaves(self.running));
         let rows = rows.inspect(move |_| {

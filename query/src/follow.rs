@@ -41,7 +41,7 @@ pub struct Position {
 }
 
 impl Position {
-    /// Everything that a frozen state shows.
+    /// Everything that a frozen state shows: [`Frozen::position`].
     pub(crate) fn of(frozen: &Frozen) -> Self {
         let cold = frozen.cold();
         let files_ms = cold.files.iter().map(|file| file.modified_ms).max().unwrap_or(0);
@@ -124,7 +124,7 @@ pub(crate) async fn in_memory(
         return hot_behind(frozen, position, wanted).map(Some);
     }
     // What was hot then and was committed since is still told for a while; what came after the frozen state, too.
-    let shown = Position::of(frozen);
+    let shown = frozen.position();
     let hot = engine.tables().hot().hot(stream, position.version).await;
     let HotAnswer::Rows(hot) = hot.map_err(|error| DataFusionError::External(Box::new(error)))? else {
         return Ok(None);

@@ -12,11 +12,10 @@
 //! others are filtered by the plan above.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::TimestampMicrosecondType;
-use arrow_array::{ArrayRef, Date32Array, RecordBatch, new_null_array};
+use arrow_array::{ArrayRef, Date32Array, RecordBatch, TimestampMicrosecondArray, new_null_array};
 use arrow_schema::{ArrowError, SchemaRef};
 use async_trait::async_trait;
 use datafusion::catalog::{Session, TableProvider};
@@ -33,6 +32,7 @@ use datafusion::physical_plan::empty::EmptyExec;
 use datafusion::physical_plan::filter::FilterExec;
 use datafusion::physical_plan::projection::ProjectionExec;
 use datafusion::physical_plan::union::UnionExec;
+use parking_lot::Mutex;
 use wire::hot::{HotAnswer, HotRun};
 use wire::schema::{DATE, TS};
 use wire::{DAY_US, StreamName};
@@ -40,6 +40,7 @@ use wire::{DAY_US, StreamName};
 use crate::caller::Caller;
 use crate::catalog::{ColdTable, Tables};
 use crate::cold::{self, Bounds};
+use crate::follow::Position;
 use crate::functions::latest::PinnedLatest;
 use crate::functions::latest::cache::{Held, LatestCache};
 use crate::functions::latest::computed;
@@ -50,6 +51,7 @@ use crate::statements::Statements;
 use crate::system::{self, Kind};
 use crate::views::Views;
 
+pub(crate) mod gap;
 mod told;
 
 use told::ToldExec;
@@ -86,13 +88,13 @@ impl LiveTable {
     pub(crate) fn past(cold: ColdTable) -> Self {
         Self {
             schema: Arc::clone(&cold.schema),
-            asked: Asked::Past(Arc::new(Frozen { cold, hot: Vec::new(), times: Vec::new(), runs: Vec::new() })),
+            asked: Asked::Past(Arc::new(Frozen::new(cold, Vec::new(), Vec::new(), Vec::new()))),
         }
     }
 
     /// The newest rows of the table as it was at this snapshot.
     pub(crate) fn latest_past(cold: ColdTable) -> Self {
-        let frozen = Arc::new(Frozen { cold, hot: Vec::new(), times: Vec::new(), runs: Vec::new() });
+        let frozen = Arc::new(Frozen::new(cold, Vec::new(), Vec::new(), Vec::new()));
         Self { schema: Arc::clone(&frozen.cold.schema), asked: Asked::LatestPast(frozen) }
     }
 
@@ -168,9 +170,39 @@ pub struct Frozen {
     times: Vec<(i64, i64)>,
     /// Which batches the rows of each are of, and last those without rows.
     runs: Vec<Vec<HotRun>>,
+    span: OnceLock<Option<(i64, i64)>>,
+    position: OnceLock<Position>,
+}
+
+/// The states that were frozen last, for all who look at tables again and again: nothing is frozen twice between two moves.
+#[derive(Debug, Default)]
+pub(crate) struct Newest(Mutex<HashMap<StreamName, (u64, Arc<Frozen>)>>);
+
+impl Newest {
+    /// As [`Frozen::take`], of now.
+    pub(crate) async fn take(&self, tables: &dyn Tables, stream: &StreamName) -> Result<Arc<Frozen>> {
+        // Before the state: it is of this number or a later one.
+        let moves = tables.moves(stream);
+        let known = self.0.lock().get(stream).filter(|(at, _)| *at == moves).map(|(_, frozen)| Arc::clone(frozen));
+        if let Some(frozen) = known {
+            return Ok(frozen);
+        }
+        let frozen = Arc::new(Frozen::take(tables, stream).await?);
+        self.0.lock().insert(stream.clone(), (moves, Arc::clone(&frozen)));
+        Ok(frozen)
+    }
+
+    /// Nobody looks any more: what they hold is not kept for them.
+    pub(crate) fn forget(&self) {
+        self.0.lock().clear();
+    }
 }
 
 impl Frozen {
+    fn new(cold: ColdTable, hot: Vec<RecordBatch>, times: Vec<(i64, i64)>, runs: Vec<Vec<HotRun>>) -> Self {
+        Self { cold, hot, times, runs, span: OnceLock::new(), position: OnceLock::new() }
+    }
+
     /// Takes a state of `stream` that is whole: nothing missing, nothing twice.
     pub(crate) async fn take(tables: &dyn Tables, stream: &StreamName) -> Result<Self> {
         let Some(mut cold) = tables.cold(stream) else {
@@ -184,7 +216,7 @@ impl Frozen {
                     let times = rows.iter().map(|hot| hot.times.unwrap_or((i64::MIN, i64::MAX))).collect();
                     let (hot, mut runs): (Vec<_>, Vec<_>) = rows.into_iter().map(|hot| (hot.rows, hot.runs)).unzip();
                     runs.push(empty.into_iter().flat_map(|hot| hot.runs).collect());
-                    return Ok(Self { cold, hot, times, runs });
+                    return Ok(Self::new(cold, hot, times, runs));
                 }
                 HotAnswer::Stale(at_least) => {
                     let reloaded = tables.reload(stream, at_least).await;
@@ -205,10 +237,30 @@ impl Frozen {
         &self.hot
     }
 
+    /// The first and last event time of each of [`Frozen::hot`].
+    pub(crate) fn times(&self) -> &[(i64, i64)] {
+        &self.times
+    }
+
+    /// How many rows there may be at most of these filters on event time.
+    pub(crate) fn rows_about(&self, filters: &[Expr]) -> u64 {
+        let bounds = Bounds::of(filters);
+        let hot = self.hot.iter().zip(&self.times).filter(|(_, times)| bounds.may_have_times(**times));
+        let hot: usize = hot.map(|(rows, _)| rows.num_rows()).sum();
+        hot as u64 + cold::rows_about(&self.cold, &bounds)
+    }
+
     /// The first and last event time of all rows; wider than they are where files do not say exactly.
     pub(crate) fn span(&self) -> Option<(i64, i64)> {
-        let files = self.cold.files.iter().map(|file| (file.earliest_us(), file.latest_us()));
-        files.chain(self.times.iter().copied()).reduce(|one, other| (one.0.min(other.0), one.1.max(other.1)))
+        *self.span.get_or_init(|| {
+            let files = self.cold.files.iter().map(|file| (file.earliest_us(), file.latest_us()));
+            files.chain(self.times.iter().copied()).reduce(|one, other| (one.0.min(other.0), one.1.max(other.1)))
+        })
+    }
+
+    /// Where who has read all of it stands.
+    pub(crate) fn position(&self) -> &Position {
+        self.position.get_or_init(|| Position::of(self))
     }
 
     /// Which batches the rows of each of [`Frozen::hot`] are of, and last those without rows.
@@ -476,11 +528,13 @@ pub(crate) fn hot_columns(rows: &RecordBatch, wanted: &SchemaRef) -> Result<Reco
 }
 
 fn dates(rows: &RecordBatch) -> Result<ArrayRef, ArrowError> {
-    let ts = rows
-        .column_by_name(TS)
-        .and_then(|ts| ts.as_primitive_opt::<TimestampMicrosecondType>())
-        .ok_or_else(|| ArrowError::SchemaError("hot rows have no event time".to_owned()))?;
+    let ts = event_times(rows)?;
     Ok(Arc::new(ts.unary::<_, arrow_array::types::Date32Type>(|us| us.div_euclid(DAY_US) as i32) as Date32Array))
+}
+
+fn event_times(rows: &RecordBatch) -> Result<&TimestampMicrosecondArray, ArrowError> {
+    let ts = rows.column_by_name(TS).and_then(|ts| ts.as_primitive_opt());
+    ts.ok_or_else(|| ArrowError::SchemaError("hot rows have no event time".to_owned()))
 }
 
 #[cfg(test)]

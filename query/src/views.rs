@@ -32,6 +32,7 @@ mod ending;
 mod grid;
 mod intervals;
 mod kept;
+mod partials;
 mod run;
 pub(crate) mod shape;
 mod state;
@@ -398,6 +399,9 @@ impl Views {
         entry.sink.idle().await;
         kept::remove(&running.settings.kept, name).map_err(|message| QueryError::Failed { message })?;
         self.entries.write().remove(name);
+        if let Some(engine) = running.engine.upgrade() {
+            engine.newest().forget();
+        }
         tracing::info!(view = %name, "view dropped; its stream stays");
         Ok(())
     }

@@ -5,7 +5,7 @@
 //! that without. Each second it is looked how many rows the last view is behind. At the end each view must show what its question
 //! gives, for all windows that have closed. Then nothing comes for a while, and then rows of another stream only: what views cost
 //! that have nothing to do. The curves are of one view: seconds that it computed for a million new rows, by the rows that were
-//! there before, and by the length of its windows. With `--python` Bytewax and Pathway answer the question over the same rows, and
+//! there before, and by the length of its windows; the latter of a view, too, that tells its open windows each second. With `--python` Bytewax and Pathway answer the question over the same rows, and
 //! must agree with the view (`views/peers.py`).
 
 use std::path::{Path, PathBuf};
@@ -26,6 +26,7 @@ const BEATS: u64 = 10;
 /// Batches of history in one request.
 const IN_REQUEST: u64 = 8;
 const WINDOW: &str = "10 seconds";
+const FINAL: &str = "final";
 const WINDOW_S: &str = "10";
 const PEERS: &str = include_str!("views/peers.py");
 const SETTINGS: &str = "[commit]\nmax_age = \"10s\"\n[views]\nmax = 1000\n";
@@ -84,7 +85,7 @@ impl ViewsBench {
         let directory = Directory::new(&self.common)?;
         let mut steady = Vec::new();
         for views in [0, 1, self.views] {
-            let mut stage = self.stage(&directory.0, batch_rows, self.history, views, WINDOW).await?;
+            let mut stage = self.stage(&directory.0, batch_rows, self.history, views, (FINAL, WINDOW)).await?;
             let followed = self.follow(&mut stage, views).await?;
             stage.check(views, WINDOW).await?;
             let rerun_cpu_s = stage.rerun().await?;
@@ -95,13 +96,17 @@ impl ViewsBench {
         }
         let mut by_history = Vec::new();
         for history in [self.history / 16, self.history / 4, self.history] {
-            let mut stage = self.stage(&directory.0, batch_rows, history, 1, WINDOW).await?;
+            let mut stage = self.stage(&directory.0, batch_rows, history, 1, (FINAL, WINDOW)).await?;
             by_history.push(json!({ "rows": history, "computed_s_per_million": self.per_million(&mut stage).await? }));
         }
-        let mut by_window = Vec::new();
-        for window in ["1 second", "10 seconds", "100 seconds"] {
-            let mut stage = self.stage(&directory.0, batch_rows, self.history / 16, 1, window).await?;
-            by_window.push(json!({ "window": window, "computed_s_per_million": self.per_million(&mut stage).await? }));
+        let mut by_window = json!({});
+        for emit in [FINAL, "update"] {
+            let mut curve = Vec::new();
+            for window in ["1 second", "10 seconds", "100 seconds", "1000 seconds"] {
+                let mut stage = self.stage(&directory.0, batch_rows, self.history / 16, 1, (emit, window)).await?;
+                curve.push(json!({ "window": window, "computed_s_per_million": self.per_million(&mut stage).await? }));
+            }
+            by_window[emit] = curve.into();
         }
         let peers = self.peers(&directory.0, batch_rows).await?;
         let seconds = self.seconds as f64;
@@ -141,7 +146,7 @@ impl ViewsBench {
         batch_rows: usize,
         history: u64,
         views: usize,
-        window: &str,
+        (emit, window): (&str, &str),
     ) -> anyhow::Result<Stage> {
         let own = directory.join("stage");
         if own.exists() {
@@ -156,7 +161,7 @@ impl ViewsBench {
             stage.send(IN_REQUEST.min(batches - stage.sent)).await?;
         }
         for view in 0..views {
-            let view = format!("CREATE MATERIALIZED VIEW v{view} AS {}", question(window));
+            let view = format!("CREATE MATERIALIZED VIEW v{view} WITH (emit = '{emit}') AS {}", question(window));
             sql::rows(&stage.cloud.http, &view).await?;
         }
         stage.caught_up(views).await?;
@@ -190,7 +195,7 @@ impl ViewsBench {
     /// are theirs alone.
     async fn peers(&self, directory: &Path, batch_rows: usize) -> anyhow::Result<Value> {
         let Some(python) = &self.python else { return Ok(Value::Null) };
-        let stage = self.stage(directory, batch_rows, self.peer_rows, 1, WINDOW).await?;
+        let stage = self.stage(directory, batch_rows, self.peer_rows, 1, (FINAL, WINDOW)).await?;
         let rows = stage.sent * batch_rows as u64;
         committed(&stage.cloud, rows).await?;
         let shown = "SELECT arrow_cast(b, 'Int64') AS b, n, speed, most FROM v0 ORDER BY b";

@@ -7,15 +7,12 @@ use std::time::Duration;
 
 use arrow_array::RecordBatch;
 use datafusion::common::DataFusionError;
-use datafusion::execution::TaskContext;
-use datafusion::execution::memory_pool::MemoryPool;
-use datafusion::execution::runtime_env::RuntimeEnv;
 use datafusion::logical_expr::LogicalPlan;
 use datafusion::physical_plan::{ExecutionPlan, execute_stream};
 use futures::StreamExt;
 use wire::StreamName;
 
-use super::{Engine, Prepared, QueryError, bytes_of};
+use super::{Engine, Prepared, QueryError, bytes_of, task};
 use crate::caller::{Caller, Door};
 use crate::engine::explain::Stopped;
 use crate::fused_table::{Frozen, View, pin_over};
@@ -25,6 +22,20 @@ pub const VIEWS_LANE: &str = "views";
 
 /// States of tables that a question is asked of; others are frozen when it is.
 pub(crate) type States = HashMap<StreamName, Arc<Frozen>>;
+
+/// What is asked for a view.
+pub(crate) enum Question {
+    /// Planned when it is asked, over live tables, for all threads of its lane.
+    Plan(LogicalPlan),
+    /// A [`Ready`](super::Ready) one, filled where it is asked.
+    Ready(Box<dyn FnOnce(&States) -> Result<Arc<dyn ExecutionPlan>, DataFusionError> + Send>),
+}
+
+impl From<LogicalPlan> for Question {
+    fn from(plan: LogicalPlan) -> Self {
+        Self::Plan(plan)
+    }
+}
 
 /// What a question for a view gave.
 #[derive(Debug, Default)]
@@ -100,22 +111,22 @@ impl Engine {
         self.aside(&running, work).await?.map_err(|error| self.explain(error))
     }
 
-    /// All rows of a plan over these states, as the node sees them; at most so many rows and bytes.
+    /// All rows of a question over these states, as the node sees them; at most so many rows and bytes.
     ///
     /// # Errors
     /// When it fails, or a limit of its lane or of the answer is reached.
     pub(crate) async fn ask(
         &self,
         name: &str,
-        plan: LogicalPlan,
+        question: impl Into<Question>,
         states: States,
         [rows_max, bytes_max]: [usize; 2],
     ) -> Result<Answered, QueryError> {
-        let caller = caller();
+        let (caller, question) = (caller(), question.into());
         let running = self.begin(&caller, &self.enter(&caller).await?, name);
         // Many times a second: not for the list of what people asked.
         running.planned();
-        let (session, tables) = (self.session().clone(), Arc::clone(&self.tables));
+        let (session, planner, tables) = (self.session().clone(), Arc::clone(&self.planner), Arc::clone(&self.tables));
         let (statements, views, links, pool) = (
             Arc::clone(&self.statements),
             Arc::clone(&self.views),
@@ -123,15 +134,17 @@ impl Engine {
             Arc::clone(running.pool()),
         );
         let work = async move {
-            let state = session.state();
-            let (tables, views, links) = (tables.as_ref(), views.as_ref(), links.as_ref());
-            let view = View { tables, statements: &statements, views, links, caller: &caller };
-            let pinned = pin_over(plan, &state, view, states).await?;
-            let physical = state.create_physical_plan(&pinned).await?;
-            let memory: Arc<dyn MemoryPool> = Arc::clone(&pool) as _;
-            let runtime = RuntimeEnv { memory_pool: memory, ..RuntimeEnv::clone(state.runtime_env()) };
-            let context = TaskContext::from(&state).with_runtime(Arc::new(runtime));
-            let mut stream = execute_stream(Arc::clone(&physical), Arc::new(context))?;
+            let (physical, context) = match question {
+                Question::Ready(fill) => (fill(&states)?, planner.task(&pool)),
+                Question::Plan(plan) => {
+                    let state = session.state();
+                    let (tables, views, links) = (tables.as_ref(), views.as_ref(), links.as_ref());
+                    let view = View { tables, statements: &statements, views, links, caller: &caller };
+                    let pinned = pin_over(plan, &state, view, states).await?;
+                    (state.create_physical_plan(&pinned).await?, task(&state, &pool))
+                }
+            };
+            let mut stream = execute_stream(Arc::clone(&physical), context)?;
             let (mut rows, mut count, mut bytes) = (Vec::new(), 0, 0);
             while let Some(batch) = stream.next().await {
                 let batch = batch?;

@@ -88,6 +88,14 @@ impl Emitted {
         windows.without(&self.complete)
     }
 
+    /// These without an end, when nothing is known of what comes after them.
+    pub(crate) fn to_the_end(&self, windows: &Intervals) -> Option<Intervals> {
+        let (from, _) = windows.iter().next_back()?;
+        let mut open = windows.clone();
+        open.insert(from, i64::MAX);
+        (self.unknown(&open) == open).then_some(open)
+    }
+
     /// What the stream has of these times, all of it.
     pub(crate) fn learn(&mut self, windows: &Intervals, told: impl IntoIterator<Item = (i64, Told)>) {
         self.told.extend(told);
@@ -98,6 +106,11 @@ impl Emitted {
     pub(crate) fn within(&self, windows: &Intervals) -> BTreeMap<i64, Told> {
         let of = |(from, to): (i64, i64)| self.told.range(from..to).map(|(start, told)| (*start, *told));
         windows.iter().flat_map(of).collect()
+    }
+
+    /// Whether something is known to have been told of a window.
+    pub(crate) fn has(&self, start: i64) -> bool {
+        self.told.contains_key(&start)
     }
 
     /// A window was told.

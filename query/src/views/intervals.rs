@@ -50,6 +50,16 @@ impl Intervals {
         self.0.range(..=at).next_back().is_some_and(|(_, to)| at < *to)
     }
 
+    /// Whether all from `first` to `last`, which is included, is in one of them.
+    pub(crate) fn covers(&self, first: i64, last: i64) -> bool {
+        self.0.range(..=first).next_back().is_some_and(|(_, to)| last < *to)
+    }
+
+    /// Whether some of what lies from `first` to `last`, which is included, is in one of them.
+    pub(crate) fn meets(&self, first: i64, last: i64) -> bool {
+        self.0.range(..=last).next_back().is_some_and(|(_, to)| first < *to)
+    }
+
     /// Adds `[from, to)`.
     pub(crate) fn insert(&mut self, mut from: i64, mut to: i64) {
         if from >= to {
@@ -166,6 +176,10 @@ mod tests {
                 assert!(pairs.windows(2).all(|pair| pair[0].1 < pair[1].0), "they touch: {pairs:?}");
             }
             assert!((0..80).all(|at| set.contains(at) == model.contains(&at)));
+            let (first, length) = (random.random_range(-5..70), random.random_range(0..9));
+            let (last, mut part) = (first + length, first..=first + length);
+            assert_eq!(set.meets(first, last), part.clone().any(|at| model.contains(&at)));
+            assert_eq!(set.covers(first, last), part.all(|at| model.contains(&at)));
             assert_eq!(points(&set.within(10, 30)), model.range(10..30).copied().collect());
             let other = Intervals::of(20, 40);
             assert_eq!(points(&set.without(&other)), model.iter().copied().filter(|at| !other.contains(*at)).collect());

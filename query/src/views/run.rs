@@ -27,17 +27,19 @@ use super::definition::Emit;
 use super::emitted::Emitted;
 use super::grid::Grid;
 use super::intervals::Intervals;
+use super::partials::Partials;
 use super::shape::Kept;
 use super::state::{Record, State};
 use super::view::View;
 use super::watermark::{self, Heard, Moment};
 use crate::engine::{Engine, QueryError, States};
 use crate::follow::Position;
-use crate::fused_table::{Frozen, LiveTable};
+use crate::fused_table::LiveTable;
 use crate::sink::{Sink, SinkError};
 use aside::Aside;
 
 mod aside;
+mod parts;
 mod rows;
 mod windows;
 mod write;
@@ -47,6 +49,9 @@ const PIECES_MAX: usize = 16;
 /// A piece that took less is followed by one twice as long, and one that took more by a shorter one.
 const PIECE_SHORT: Duration = Duration::from_millis(200);
 const PIECE_LONG: Duration = Duration::from_secs(2);
+
+/// Memory for what was computed of windows that are asked more than once, bytes of one view.
+const PARTIALS_BYTES_MAX: usize = 16 << 20;
 
 /// Limits of one view.
 #[derive(Debug, Clone)]
@@ -126,6 +131,7 @@ pub(crate) struct Runner {
     limits: RunLimits,
     state: State,
     emitted: Emitted,
+    partials: Partials,
     /// Windows of one piece.
     piece: usize,
     now: Moment,
@@ -183,6 +189,7 @@ impl Runner {
         let mut runner = Self {
             state: State::new(id, grid, lateness_us, record),
             emitted: Emitted::new(limits.windows_max),
+            partials: Partials::new(PARTIALS_BYTES_MAX),
             piece: 1,
             now,
             heard: Heard::default(),
@@ -198,6 +205,7 @@ impl Runner {
         };
         runner.over_these_columns(begun)?;
         if is_new {
+            runner.emitted.learn(&Intervals::of(i64::MIN, i64::MAX), []);
             // Its stream is there from now on, for other views and for who follows it.
             runner.note().await?;
         }
@@ -255,7 +263,7 @@ impl Runner {
     /// Why it did not go on. It must be opened again: what is durable is in its stream.
     pub(crate) async fn round(&mut self, now: Moment) -> Result<Round, ViewError> {
         self.now = now;
-        let facts = self.engine.tables().spools();
+        let facts = self.engine.tables().spools_of(&self.view.shape.streams);
         let settled: BTreeMap<StreamName, Option<i64>> =
             self.view.shape.views.iter().map(|(changes, view)| (changes.clone(), (self.settled)(view))).collect();
         let seen = self.freeze().await?;
@@ -291,20 +299,21 @@ impl Runner {
         let (mut states, mut whole) = (States::new(), None::<(i64, i64)>);
         let shape = &self.view.shape;
         for stream in shape.streams.iter().chain(&shape.references) {
-            let frozen = Frozen::take(tables.as_ref(), stream).await.map_err(|error| self.engine.explain(error))?;
+            let frozen = self.engine.newest().take(tables.as_ref(), stream).await;
+            let frozen = frozen.map_err(|error| self.engine.explain(error))?;
             if let Some((first, last)) = frozen.span().filter(|_| shape.streams.contains(stream)) {
                 whole = Some(whole.map_or((first, last), |(from, to)| (from.min(first), to.max(last))));
             }
-            states.insert(stream.clone(), Arc::new(frozen));
+            states.insert(stream.clone(), frozen);
         }
         Ok(Seen { states, span: whole })
     }
 
     /// From where to where a stream has moved since it was read; None when it has not.
     fn moved(&self, seen: &Seen, stream: &StreamName) -> Option<[Position; 2]> {
-        let after = Position::of(seen.states.get(stream)?);
+        let after = seen.states.get(stream)?.position();
         let before = self.state.position(stream).cloned().unwrap_or_default();
-        (after != before).then_some([before, after])
+        (*after != before).then(|| [before, after.clone()])
     }
 
     fn tell(&mut self, seen: &Seen) {
@@ -318,7 +327,7 @@ impl Runner {
         self.progress.past = ends;
         self.progress.dirty_windows = self.state.count(&live) + self.state.count(&past);
         self.progress.settled = settled;
-        self.progress.memory_bytes = self.progress.memory_bytes.max(self.emitted.bytes() as u64);
+        self.progress.memory_bytes = self.progress.memory_bytes.max((self.emitted.bytes() + self.partials.bytes()) as u64);
         let (live, past) = self.state.left();
         self.aside.keep(|start| live.contains(start) || past.contains(start));
         self.progress.aside = self.aside.told();

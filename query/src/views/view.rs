@@ -3,12 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use arrow_array::RecordBatch;
 use arrow_schema::{FieldRef, SchemaRef};
 use datafusion::common::tree_node::{Transformed, TreeNode, TreeNodeRecursion};
-use datafusion::common::{Column, Result, ScalarValue};
+use datafusion::common::{Column, Result, ScalarValue, exec_err, plan_err};
 use datafusion::datasource::source_as_provider;
 use datafusion::logical_expr::{Expr, LogicalPlan, LogicalPlanBuilder};
-use datafusion::prelude::lit;
+use datafusion::prelude::{col, lit};
 use wire::schema::TS;
 use wire::{NameError, StreamName};
 
@@ -17,11 +18,15 @@ use super::definition::Definition;
 use super::intervals::Intervals;
 use super::shape::{self, Kept, Look, Shape, ViewSource};
 use crate::catalog::Tables;
-use crate::engine::{Engine, QueryError};
+use crate::engine::{Engine, Parts, QueryError, Question, Ready, States};
 use crate::fused_table::LiveTable;
+use crate::fused_table::gap::{Filling, Times};
 
 /// Stretches of time that a scan is told; of more the nearest become one, and what lies between is dropped afterwards.
 const STRETCHES_MAX: usize = 16;
+
+/// A question over more rows than these is planned for all threads of its lane.
+const READY_ROWS_MAX: u64 = 1 << 18;
 
 /// See the module.
 #[derive(Debug)]
@@ -36,6 +41,10 @@ pub(crate) struct View {
     pub(crate) read: BTreeMap<String, String>,
     /// The tables as it was planned over them.
     planned: Vec<(StreamName, SchemaRef)>,
+    /// The question, planned down to how it is carried out; None when it cannot be filled with other rows then.
+    ready: Option<Ready>,
+    /// How it is computed window by window, from what is new; None when it cannot be.
+    pub(crate) parts: Option<Parts>,
 }
 
 /// Ends the name of the stream of a view's results.
@@ -63,7 +72,12 @@ impl View {
         let shape = shape::of(&plan, look).map_err(|error| engine.explain(error))?;
         let columns = Columns::of(plan.schema().as_arrow(), &shape.kept).map_err(|error| engine.explain(error))?;
         let (planned, read) = read(&plan).map_err(|error| engine.explain(error))?;
-        Ok(Self { definition, plan, shape, columns, changes, read, planned })
+        let ready = Ready::of(engine, definition.name.as_str(), plan.clone()).await?;
+        // Rows of windows that overlap come to several.
+        let by_window = matches!(&shape.kept, Kept::Windows { grid, .. } if !grid.overlaps());
+        let parts = ready.as_ref().filter(|_| by_window).map(Parts::of).transpose();
+        let parts = parts.map_err(|error| engine.explain(error))?.flatten();
+        Ok(Self { definition, plan, shape, columns, changes, read, planned, ready, parts })
     }
 
     /// Whether its tables still have the types that it was planned with.
@@ -80,6 +94,42 @@ impl View {
     /// This view as a source of another.
     pub(crate) fn as_source(&self) -> ViewSource {
         ViewSource { name: self.definition.name.clone(), changes: self.changes.clone(), kept: self.shape.kept.clone() }
+    }
+
+    /// The question over the rows of windows with these slots alone, of these states, which are those that it will be asked
+    /// of. Others that it gives may lack rows.
+    pub(crate) fn asked_of(&self, slots: &Intervals, states: &States) -> Result<Question> {
+        let (Kept::Windows { grid, .. }, Some(ready)) = (&self.shape.kept, &self.ready) else {
+            return self.of_windows(slots).map(Question::from);
+        };
+        // Windows that overlap must not make the others that these rows lie in.
+        if grid.overlaps() {
+            return self.of_windows(slots).map(Question::from);
+        }
+        let mut times = grid.clone().rows(slots);
+        times.merge_to(STRETCHES_MAX);
+        let condition = among(&col(TS), &times);
+        let of_these = states.iter().filter(|(stream, _)| self.shape.streams.contains(*stream));
+        let rows = of_these.map(|(_, frozen)| frozen.rows_about(condition.as_slice())).fold(0, u64::saturating_add);
+        if rows > READY_ROWS_MAX {
+            return self.of_windows(slots).map(Question::from);
+        }
+        let (ready, streams) = (ready.clone(), self.shape.streams.clone());
+        Ok(Question::Ready(Box::new(move |states| {
+            ready.over(|stream| match states.get(stream) {
+                Some(frozen) if streams.contains(stream) => Ok(Filling::Part(frozen, &times)),
+                Some(frozen) => Ok(Filling::State(frozen)),
+                None => exec_err!("{stream} was not frozen"),
+            })
+        })))
+    }
+
+    /// The question over these rows of the one stream that a view of single rows has.
+    pub(crate) fn asked_over(&self, rows: RecordBatch) -> Result<Question> {
+        let Some(ready) = self.ready.clone() else {
+            return plan_err!("the plan of this question hides what it reads");
+        };
+        Ok(Question::Ready(Box::new(move |_| ready.over(|_| Ok(Filling::Rows(&rows))))))
     }
 
     /// The question over the rows of windows with these slots alone. Others that it gives may lack rows.
@@ -144,6 +194,20 @@ fn read(plan: &LogicalPlan) -> Result<(Vec<(StreamName, SchemaRef)>, BTreeMap<St
     };
     let read = tables.iter().flat_map(of_table).collect();
     Ok((tables, read))
+}
+
+impl Times for Intervals {
+    fn condition(&self, ts: &Expr) -> Option<Expr> {
+        among(ts, self)
+    }
+
+    fn hold(&self, first: i64, last: i64) -> bool {
+        self.covers(first, last)
+    }
+
+    fn touch(&self, first: i64, last: i64) -> bool {
+        self.meets(first, last)
+    }
 }
 
 /// Whether a time lies in one of these; None for no condition at all.

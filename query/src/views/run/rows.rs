@@ -14,13 +14,10 @@ use std::time::Instant;
 use arrow_array::cast::AsArray;
 use arrow_array::types::Int64Type;
 use arrow_array::{Array, RecordBatch, UInt32Array};
-use arrow_schema::SchemaRef;
 use arrow_select::concat::concat_batches;
 use arrow_select::take::take_record_batch;
-use datafusion::catalog::MemTable;
-use datafusion::common::tree_node::{Transformed, TreeNode};
 use datafusion::datasource::provider_as_source;
-use datafusion::logical_expr::{LogicalPlan, LogicalPlanBuilder};
+use datafusion::logical_expr::LogicalPlanBuilder;
 use datafusion::prelude::col;
 use wire::schema::{SEQ, SPOOL, TS};
 use wire::{BATCH_DATES_MAX, BATCH_ROWS_MAX, DAY_US, Seq, SpoolId, StreamName};
@@ -29,7 +26,7 @@ use super::write::{APPEND_BYTES_MAX, text};
 use super::{Round, Runner, Seen, ViewError, times};
 use crate::engine::{QueryError, bytes_of};
 use crate::follow::{self, Unread};
-use crate::fused_table::{LiveTable, hot_columns};
+use crate::fused_table::LiveTable;
 use crate::views::columns::{self, Book};
 use crate::views::intervals::Intervals;
 use crate::views::view::among;
@@ -126,7 +123,7 @@ impl Runner {
         let Some(first) = waiting.batches.first() else { return Ok(true) };
         let rows = concat_batches(&first.schema(), &waiting.batches).map_err(ViewError::table)?;
         let count = rows.num_rows() as u64;
-        let answer = match self.through(stream, rows).await {
+        let answer = match self.through(rows).await {
             Ok(answer) => answer,
             Err(ViewError::Query(error)) if error.is_too_much() => return Ok(self.put_off(stream, waiting)),
             Err(error) => return Err(error),
@@ -181,7 +178,7 @@ impl Runner {
                 Some(next) => piece.within(i64::MIN, next),
                 None => piece.clone(),
             };
-            match self.through(stream, rows.clone()).await {
+            match self.through(rows.clone()).await {
                 Ok(Some(answer)) => self.tell_past(&part, answer).await?,
                 Ok(None) => {}
                 Err(ViewError::Query(error)) if error.is_too_much() => match middle(&rows) {
@@ -258,10 +255,11 @@ impl Runner {
     }
 
     /// The question's answer for these rows of its stream; None when it has no rows.
-    async fn through(&mut self, stream: &StreamName, rows: RecordBatch) -> Result<Option<RecordBatch>, ViewError> {
-        let plan = over(&self.view.plan, stream, &rows).map_err(|error| self.engine.explain(error))?;
+    async fn through(&mut self, rows: RecordBatch) -> Result<Option<RecordBatch>, ViewError> {
+        let question = self.view.asked_over(rows).map_err(|error| self.engine.explain(error))?;
         let limits = [usize::MAX, self.limits.bytes_max];
-        let answered = self.engine.ask(self.view.definition.name.as_str(), plan, Default::default(), limits).await?;
+        let name = self.view.definition.name.as_str();
+        let answered = self.engine.ask(name, question, Default::default(), limits).await?;
         self.progress.computed += answered.computed;
         self.progress.memory_bytes = self.progress.memory_bytes.max(answered.memory_bytes as u64);
         let Some(first) = answered.rows.first() else { return Ok(None) };
@@ -360,25 +358,6 @@ fn origins(rows: &RecordBatch) -> Result<Vec<(SpoolId, Seq)>, ViewError> {
         origins.push((spool, Seq(seqs.value(row).unsigned_abs())));
     }
     Ok(origins)
-}
-
-/// The question over these rows in place of its stream.
-fn over(plan: &LogicalPlan, stream: &StreamName, rows: &RecordBatch) -> datafusion::common::Result<LogicalPlan> {
-    let replaced = plan.clone().transform_up(|node| {
-        let LogicalPlan::TableScan(mut scan) = node else { return Ok(Transformed::no(node)) };
-        let schema: SchemaRef = scan.source.schema();
-        let is_stream = datafusion::datasource::source_as_provider(&scan.source)?
-            .downcast_ref::<LiveTable>()
-            .and_then(LiveTable::stream)
-            == Some(stream);
-        if !is_stream {
-            return Ok(Transformed::no(LogicalPlan::TableScan(scan)));
-        }
-        let rows = hot_columns(rows, &schema)?;
-        scan.source = provider_as_source(Arc::new(MemTable::try_new(schema, vec![vec![rows]])?));
-        Ok(Transformed::yes(LogicalPlan::TableScan(scan)))
-    })?;
-    Ok(replaced.data)
 }
 
 #[cfg(test)]

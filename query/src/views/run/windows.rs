@@ -10,7 +10,7 @@ use arrow_array::types::Int64Type;
 use arrow_array::{Array, ArrayRef, RecordBatch, UInt32Array};
 use arrow_select::take::take;
 use datafusion::datasource::provider_as_source;
-use datafusion::logical_expr::{LogicalPlan, LogicalPlanBuilder};
+use datafusion::logical_expr::LogicalPlanBuilder;
 use datafusion::prelude::col;
 use futures::TryStreamExt;
 use wire::StreamName;
@@ -19,7 +19,7 @@ use wire::schema::TS;
 
 use super::write::{Changed, Writer};
 use super::{PIECES_MAX, Round, Runner, Seen, ViewError, holds_from, is_result, times};
-use crate::engine::States;
+use crate::engine::{Question, States};
 use crate::follow::{self, Position};
 use crate::fused_table::LiveTable;
 use crate::views::columns::{self, EMPTY, REVISION, WINDOW};
@@ -62,7 +62,7 @@ impl Runner {
         if self.state.begun() {
             self.follow(seen).await?;
         } else {
-            let positions = seen.states.iter().map(|(stream, frozen)| (stream.clone(), Position::of(frozen)));
+            let positions = seen.states.iter().map(|(stream, frozen)| (stream.clone(), frozen.position().clone()));
             self.state.begin(seen.span.map(|(first, _)| first), positions.collect());
         }
         let due = match self.view.definition.emit {
@@ -119,6 +119,7 @@ impl Runner {
                 }
                 Err(error) => return Err(error),
             };
+            self.take_in(seen, stream, &before, &touched).await?;
             self.state.saw(stream, after, &touched);
         }
         for stream in &view.shape.references {
@@ -211,14 +212,12 @@ impl Runner {
     }
 
     async fn evaluate(&mut self, piece: &Intervals, seen: &Seen, writer: &mut Writer) -> Result<(), ViewError> {
-        let answer = match self.question(piece, seen).await? {
-            Some(plan) => self.asked(plan, seen).await?,
-            None => Vec::new(),
-        };
-        let unknown = self.emitted.unknown(piece);
-        if !unknown.is_empty() {
-            let told = self.told(&unknown).await?;
-            self.emitted.learn(&unknown, told);
+        self.learn(piece).await?;
+        let (mut answer, rest) = self.from_parts(piece, seen).await?;
+        if !rest.is_empty()
+            && let Some(question) = self.question(&rest, seen).await?
+        {
+            answer.extend(self.asked(question, seen).await?);
         }
         let known = self.emitted.within(piece);
         let mut windows = self.by_window(piece, &answer)?;
@@ -250,25 +249,45 @@ impl Runner {
         Ok(())
     }
 
+    /// Learns what was told of a piece. What comes after all that is known is asked for at once: nobody else tells anything.
+    async fn learn(&mut self, piece: &Intervals) -> Result<(), ViewError> {
+        let unknown = self.emitted.unknown(piece);
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        if let Some(open) = self.emitted.to_the_end(&unknown) {
+            match self.told(&open).await {
+                Ok(told) => return Ok(self.emitted.learn(&open, told)),
+                Err(ViewError::Query(error)) if error.is_too_much() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let told = self.told(&unknown).await?;
+        self.emitted.learn(&unknown, told);
+        Ok(())
+    }
+
     /// The question over a piece; None when it has no answer there, because no session ends.
-    async fn question(&mut self, piece: &Intervals, seen: &Seen) -> Result<Option<LogicalPlan>, ViewError> {
+    async fn question(&mut self, piece: &Intervals, seen: &Seen) -> Result<Option<Question>, ViewError> {
         let view = Arc::clone(&self.view);
         let engine = Arc::clone(&self.engine);
         let failed = |error| engine.explain(error);
+        let Some(question) = ending::question(&view, piece).map_err(failed)? else {
+            return Ok(Some(view.asked_of(piece, &seen.states).map_err(failed)?));
+        };
         let plan = view.of_windows(piece).map_err(failed)?;
-        let Some(question) = ending::question(&view, piece).map_err(failed)? else { return Ok(Some(plan)) };
         let keys = self.asked(question, seen).await?;
         Ok(match keys.iter().map(RecordBatch::num_rows).sum() {
             0 => None,
-            1..=ending::KEYS_MAX => Some(ending::of_keys(plan, &keys).map_err(failed)?),
-            _ => Some(plan),
+            1..=ending::KEYS_MAX => Some(ending::of_keys(plan, &keys).map_err(failed)?.into()),
+            _ => Some(plan.into()),
         })
     }
 
-    async fn asked(&mut self, plan: LogicalPlan, seen: &Seen) -> Result<Vec<RecordBatch>, ViewError> {
+    pub(super) async fn asked(&mut self, question: impl Into<Question>, seen: &Seen) -> Result<Vec<RecordBatch>, ViewError> {
         let limits = [self.limits.rows_max, self.limits.bytes_max];
         let name = self.view.definition.name.as_str();
-        let answered = self.engine.ask(name, plan, seen.states.clone(), limits).await?;
+        let answered = self.engine.ask(name, question, seen.states.clone(), limits).await?;
         self.progress.computed += answered.computed;
         self.progress.memory_bytes = self.progress.memory_bytes.max(answered.memory_bytes as u64);
         Ok(answered.rows)
