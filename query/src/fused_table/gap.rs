@@ -190,7 +190,8 @@ impl Gap {
                 Some(times) if !times.touch(*first, *last) => {}
                 Some(times) if !times.hold(*first, *last) => {
                     let among = event_times(rows)?.values().iter().map(|at| Some(times.touch(*at, *at)));
-                    let among = filter_record_batch(&hot_columns(rows, &self.wanted)?, &among.collect::<BooleanArray>())?;
+                    let among =
+                        filter_record_batch(&hot_columns(rows, &self.wanted)?, &among.collect::<BooleanArray>())?;
                     hot.extend((among.num_rows() > 0).then_some(among));
                 }
                 _ => hot.push(hot_columns(rows, &self.wanted)?),

@@ -50,9 +50,6 @@ const PIECES_MAX: usize = 16;
 const PIECE_SHORT: Duration = Duration::from_millis(200);
 const PIECE_LONG: Duration = Duration::from_secs(2);
 
-/// Memory for what was computed of windows that are asked more than once, bytes of one view.
-const PARTIALS_BYTES_MAX: usize = 16 << 20;
-
 /// Limits of one view.
 #[derive(Debug, Clone)]
 pub(crate) struct RunLimits {
@@ -61,6 +58,8 @@ pub(crate) struct RunLimits {
     pub(crate) bytes_max: usize,
     /// Windows whose last word is remembered.
     pub(crate) windows_max: usize,
+    /// Memory for what was computed of windows that are asked more than once.
+    pub(crate) partials_bytes_max: usize,
     /// How often what has been read is written down when nothing was emitted.
     pub(crate) record_every_us: i64,
 }
@@ -189,7 +188,7 @@ impl Runner {
         let mut runner = Self {
             state: State::new(id, grid, lateness_us, record),
             emitted: Emitted::new(limits.windows_max),
-            partials: Partials::new(PARTIALS_BYTES_MAX),
+            partials: Partials::new(limits.partials_bytes_max),
             piece: 1,
             now,
             heard: Heard::default(),
@@ -327,7 +326,8 @@ impl Runner {
         self.progress.past = ends;
         self.progress.dirty_windows = self.state.count(&live) + self.state.count(&past);
         self.progress.settled = settled;
-        self.progress.memory_bytes = self.progress.memory_bytes.max((self.emitted.bytes() + self.partials.bytes()) as u64);
+        self.progress.memory_bytes =
+            self.progress.memory_bytes.max((self.emitted.bytes() + self.partials.bytes()) as u64);
         let (live, past) = self.state.left();
         self.aside.keep(|start| live.contains(start) || past.contains(start));
         self.progress.aside = self.aside.told();

@@ -21,6 +21,7 @@ use crate::lanes::LaneSettings;
 
 pub(crate) mod city;
 mod limits;
+mod parts;
 mod sessions;
 mod statements;
 mod words;
@@ -40,6 +41,7 @@ fn limits(random: &mut StdRng) -> RunLimits {
         bytes_max: 64 << 20,
         // Sometimes so few that what was told must be read again.
         windows_max: [1, 3, 10_000][random.random_range(0..3)],
+        partials_bytes_max: [0, 2_000, 1 << 20][random.random_range(0..3)],
         record_every_us: 2 * MINUTE,
     }
 }

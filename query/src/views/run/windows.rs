@@ -284,7 +284,11 @@ impl Runner {
         })
     }
 
-    pub(super) async fn asked(&mut self, question: impl Into<Question>, seen: &Seen) -> Result<Vec<RecordBatch>, ViewError> {
+    pub(super) async fn asked(
+        &mut self,
+        question: impl Into<Question>,
+        seen: &Seen,
+    ) -> Result<Vec<RecordBatch>, ViewError> {
         let limits = [self.limits.rows_max, self.limits.bytes_max];
         let name = self.view.definition.name.as_str();
         let answered = self.engine.ask(name, question, seen.states.clone(), limits).await?;

@@ -270,6 +270,24 @@ impl City {
         self.changed.send_modify(|count| *count += 1);
     }
 
+    /// The rows of a table are taken away, hot ones and files.
+    pub(crate) fn forget(&self, stream: &StreamName) {
+        let mut tables = self.tables.lock();
+        let table = tables.get_mut(stream).unwrap();
+        for (spool, seq, _) in table.hot.drain(..) {
+            table.txn.insert(spool, seq);
+        }
+        let old: Vec<Arc<DataFile>> = table.files.iter().cloned().collect();
+        table.files = table.files.with(Vec::new(), &old);
+        (table.grace, table.version, table.moves) = (None, table.version + 1, table.moves + 1);
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// What was committed is no longer told from memory.
+    pub(crate) fn lose_grace(&self) {
+        self.tables.lock().values_mut().for_each(|table| table.grace = None);
+    }
+
     /// All files of a date become one.
     pub(crate) fn compact(&self) {
         for table in self.tables.lock().values_mut() {

@@ -68,7 +68,13 @@ impl Stage {
 }
 
 pub(super) fn limits() -> RunLimits {
-    RunLimits { rows_max: 100_000, bytes_max: 64 << 20, windows_max: 1_000, record_every_us: 0 }
+    RunLimits {
+        rows_max: 100_000,
+        bytes_max: 64 << 20,
+        windows_max: 1_000,
+        partials_bytes_max: 1 << 20,
+        record_every_us: 0,
+    }
 }
 
 pub(super) fn at(second: i64) -> Moment {
