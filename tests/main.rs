@@ -32,6 +32,7 @@ mod load;
 mod loading;
 mod network;
 mod operators_day;
+mod place;
 mod pressure;
 mod process;
 mod proxy;
