@@ -8,6 +8,7 @@
 
 mod alert_faults;
 mod alerts;
+mod asking;
 mod bad_input;
 mod cloud_alerts;
 mod commands;

@@ -190,8 +190,8 @@ mod tests {
                     assert_eq!(paths(&opened), paths(&whole), "{name}: byte {at}");
                     continue;
                 }
-                let named = |damage: &&Damage| damage.what == format!("_delta_log/{name}");
-                found += usize::from(report.damage.iter().any(|damage| named(&damage)));
+                let named = |damage: &Damage| damage.what == format!("_delta_log/{name}");
+                found += usize::from(report.damage.iter().any(named));
             }
             std::fs::write(log.join(name), good).unwrap();
         }
