@@ -13,12 +13,13 @@ use cloud_ingest::retype::{self, Retyped};
 use cloud_ingest::store::{Store, list_streams};
 use cloud_ingest::verify::{Report, verify};
 use cloud_ingest::{Settings, open_store, vacuum};
+use futures::{StreamExt, TryStreamExt};
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use wire::{FieldName, FieldType, StreamName};
 
-/// Entries of a log that are looked through for the last compaction.
-const ENTRIES_MAX: u64 = 1_000;
+/// Tables that are opened at a time.
+const AT_ONCE: usize = 8;
 
 /// Where the tables are.
 #[derive(Debug, clap::Args)]
@@ -99,30 +100,35 @@ pub(crate) struct VerifyArguments {
 /// Shows what each table consists of.
 pub(crate) async fn tables(arguments: TablesArguments) -> anyhow::Result<()> {
     let (settings, store) = arguments.at.open()?;
-    let mut rows = Vec::new();
-    for stream in list_streams(&store).await? {
-        let Some(table) = DeltaTable::open(&store, &stream).await? else { continue };
-        let snapshot = table.snapshot();
-        let files = &snapshot.files;
-        let compacted = last_compaction(&stream, &snapshot, ENTRIES_MAX).await?;
-        rows.push(json!({
-            "table": stream.as_str(),
-            "files": files.len(),
-            "rows": files.rows(),
-            "bytes": files.bytes(),
-            "small_files": small_files(files, settings.compact.small_bytes.0),
-            "version": snapshot.version,
-            "oldest": files.iter().map(|file| file.earliest_us()).min().and_then(time),
-            "newest": files.iter().map(|file| file.latest_us()).max().and_then(time),
-            "compacted": compacted.and_then(|ms| time(ms * 1_000)),
-        }));
-    }
+    let streams = list_streams(&store).await?;
+    let store = &store;
+    let opened = streams.into_iter().map(|stream| async move {
+        DeltaTable::open(store, &stream).await.with_context(|| format!("open table {stream}"))
+    });
+    let opened: Vec<Option<DeltaTable>> = futures::stream::iter(opened).buffered(AT_ONCE).try_collect().await?;
+    let rows: Vec<Value> = opened.iter().flatten().map(|table| row(&settings, table)).collect();
     if arguments.json {
         rows.iter().for_each(|row| print(&row.to_string()));
     } else {
         print_table(&rows);
     }
     Ok(())
+}
+
+fn row(settings: &Settings, table: &DeltaTable) -> Value {
+    let snapshot = table.snapshot();
+    let files = &snapshot.files;
+    json!({
+        "table": table.stream().as_str(),
+        "files": files.len(),
+        "rows": files.rows(),
+        "bytes": files.bytes(),
+        "small_files": small_files(files, settings.compact.small_bytes.0),
+        "version": snapshot.version,
+        "oldest": files.iter().map(|file| file.earliest_us()).min().and_then(time),
+        "newest": files.iter().map(|file| file.latest_us()).max().and_then(time),
+        "compacted": last_compaction(files).and_then(|ms| time(ms * 1_000)),
+    })
 }
 
 /// Merges small files until there is nothing to win.
@@ -199,7 +205,7 @@ pub(crate) async fn vacuum(arguments: VacuumArguments) -> anyhow::Result<()> {
     let (settings, store) = arguments.at.open()?;
     for mut table in open_tables(&store, arguments.table).await? {
         let stream = table.stream().clone();
-        let plan = vacuum::plan(&store, &mut table, settings.lake.grace.0).await?;
+        let plan = vacuum::plan(&store, &mut table, settings.lake.grace.0, &|| {}).await?;
         if arguments.dry_run {
             for (path, bytes) in &plan.unused {
                 print(&format!("{stream}/{path}  {}", HumanBytes(*bytes)));

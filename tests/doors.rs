@@ -1,10 +1,12 @@
 //! The doors of SQL as people use them: formats, hints, passwords, and what is refused. `psql` when it is installed.
 
 use std::process::Command;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 
 use crate::harness::{Answer, Chain, Cloud, Sender, load_rows, load_schema};
+use crate::process::{PATIENCE, POLL};
 
 const READERS: &str = "[[reader]]\nname = \"analyst\"\npassword = \"right\"\n";
 const FEW: &str = "[[reader]]\nname = \"few\"\npassword = \"right\"\nscope = \"n < 10\"\nedges = [\"gw-*\"]\n";
@@ -23,7 +25,23 @@ pub(crate) async fn stage_with(directory: &std::path::Path, more: &str) -> Cloud
 
 /// The same without readers: whoever is on this machine may ask.
 pub(crate) async fn stage_open(directory: &std::path::Path) -> Cloud {
-    filled(Cloud::start(directory, "a", "").await).await
+    stage_open_with(directory, "").await
+}
+
+/// The same with more of configuration.
+pub(crate) async fn stage_open_with(directory: &std::path::Path, more: &str) -> Cloud {
+    filled(Cloud::start(directory, "a", more).await).await
+}
+
+/// The same with all rows in files.
+pub(crate) async fn stage_cold(directory: &std::path::Path) -> Cloud {
+    let cloud = stage_open_with(directory, "[commit]\nmax_age = \"1ms\"\n[hot]\ngrace = \"0s\"\n").await;
+    let started = Instant::now();
+    while cloud.integer("SELECT rows FROM system.streams").await < 100 {
+        assert!(started.elapsed() < PATIENCE, "nothing is committed");
+        tokio::time::sleep(POLL).await;
+    }
+    cloud
 }
 
 async fn filled(cloud: Cloud) -> Cloud {

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::doors::{ask, stage, stage_with};
+use crate::asking::{DOORS, Refused, at};
+use crate::doors::{ask, stage, stage_open_with, stage_with};
 use crate::harness::{Answer, Chain, Cloud, Sender, load_rows, load_schema};
 use crate::process::{PATIENCE, POLL};
 
@@ -28,52 +29,78 @@ pub(crate) fn resident(cloud: &Cloud) -> usize {
     line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() << 10
 }
 
-/// It is answered before all of it has come, and the connection ends: a client that still writes may find it closed.
-async fn too_long_a_statement_is_refused(cloud: &Cloud) {
-    let statement = "SELECT '".to_owned() + &"x".repeat(10 << 20) + "'";
-    let request = reqwest::Client::new().post(format!("{}/v1/sql", cloud.http)).basic_auth("analyst", Some("right"));
-    match request.body(statement).send().await {
-        Ok(answer) => assert_eq!(answer.status().as_u16(), 413),
-        Err(error) => assert!(error.is_request(), "{error:?}"),
+/// A statement, the words of its refusal, and the codes by which programs know it: HTTP's status, gRPC's, and the SQLSTATE.
+/// Without words it may be answered, too.
+type Hostile = (String, &'static str, [&'static str; 3]);
+
+const ANY: [&str; 3] = [""; 3];
+const INVALID: [&str; 3] = ["400", "invalid argument", "C42"];
+const MEMORY: [&str; 3] = ["503", "resource", "C53200"];
+
+fn hostile_statements() -> Vec<Hostile> {
+    let joins: String = (0..1_000).map(|at| format!(" JOIN load t{at} ON t{at}.n = load.n")).collect();
+    let nested = format!("SELECT {}1{}", "(".repeat(100_000), ")".repeat(100_000));
+    let unknown = ["400", "entity was not found", "C42703"];
+    let writes = ["400", "permission", "C25006"];
+    let say = |statement: &str, words, codes| (statement.to_owned(), words, codes);
+    let mut all = vec![
+        // Doors take no more than a few MB: refused, or hung up on.
+        say(&("SELECT '".to_owned() + &"x".repeat(10 << 20) + "'"), "?", ANY),
+        say(&("SELECT '".to_owned() + &"x".repeat(3 << 19) + "'"), "bytes", INVALID),
+        say(&format!("SELECT count(*) FROM load{joins}"), "", ANY),
+        say(&("SELECT 1 ".to_owned() + &"UNION ALL SELECT 1 ".repeat(40_000)), "words and operators", INVALID),
+        say(&nested, "", ANY),
+        say(CROSS, "more memory than is set aside", MEMORY),
+        say("SELECT array_agg(v) FROM generate_series(1, 1000000000) AS a(v)", "", ANY),
+        say("SELECT count(DISTINCT v * 7) FROM generate_series(1, 1000000000) AS a(v)", "", ANY),
+        say("SELECT nothing FROM load", "no column", unknown),
+        say("SELECT * FROM nowhere", "no table", ["400", "entity was not found", "C42P01"]),
+        say("SELECT nothing(n) FROM load", "nothing", INVALID),
+        say("SELEC 1", "SELEC", ["400", "invalid argument", "C42601"]),
+        say("\u{1}\u{feff}", "?", ANY),
+    ];
+    for write in [
+        "DELETE FROM load",
+        "UPDATE load SET n = 0",
+        "INSERT INTO load VALUES (1)",
+        "DROP TABLE load",
+        "TRUNCATE load",
+        "CREATE TABLE mine AS SELECT 1",
+        "CREATE EXTERNAL TABLE mine STORED AS CSV LOCATION '/etc/passwd'",
+        "COPY load TO '/tmp/x.csv'",
+    ] {
+        all.push(say(write, "?", ANY));
     }
-    assert_eq!(text(cloud, "SELECT count(*) AS n FROM load").await, (200, r#"[{"n":100}]"#.to_owned()));
+    all.push(say("DELETE FROM load", "questions only", writes));
+    all
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn hostile_statements_end_in_an_error_and_others_are_served() {
+async fn hostile_statements_end_in_an_error_at_every_door_and_others_are_served() {
     let directory = tempfile::tempdir().unwrap();
-    let limits =
-        "[query]\ntimeout = \"5s\"\nmax_bytes = \"128MiB\"\nstatement_bytes = \"64MiB\"\nresult_rows = 5000000\n";
-    let cloud = stage_with(directory.path(), limits).await;
+    let limits = "[query]\ntimeout = \"5s\"\nmax_bytes = \"128MiB\"\nstatement_bytes = \"64MiB\"\nspill_bytes = \"32MiB\"\nresult_rows = 5000000\n";
+    let cloud = stage_open_with(directory.path(), limits).await;
     let before = resident(&cloud);
-    let joins: String = (0..1_000).map(|at| format!(" JOIN load t{at} ON t{at}.n = load.n")).collect();
-    let many_unions = "SELECT 1 ".to_owned() + &"UNION ALL SELECT 1 ".repeat(40_000);
-    let statements: Vec<(String, u16, &str)> = vec![
-        ("SELECT '".to_owned() + &"x".repeat(3 << 19) + "'", 400, "bytes"),
-        (format!("SELECT count(*) FROM load{joins}"), 0, ""),
-        (many_unions, 400, "words and operators"),
-        (format!("SELECT {}1{}", "(".repeat(100_000), ")".repeat(100_000)), 400, ""),
-        (CROSS.to_owned(), 503, "more memory than is set aside"),
-        ("SELECT array_agg(v) FROM generate_series(1, 1000000000) AS a(v)".to_owned(), 0, ""),
-        ("SELECT count(DISTINCT v * 7) FROM generate_series(1, 1000000000) AS a(v)".to_owned(), 0, ""),
-        ("SELECT nothing FROM load".to_owned(), 400, "no column"),
-        ("SELECT * FROM nowhere".to_owned(), 400, "no table"),
-        ("DELETE FROM load".to_owned(), 400, ""),
-        ("\0\u{1}\u{feff}".to_owned(), 400, ""),
-        (String::new(), 400, ""),
-    ];
-    too_long_a_statement_is_refused(&cloud).await;
-    for (statement, expected, words) in statements {
+    for (statement, words, codes) in hostile_statements() {
         let shown: String = statement.chars().take(60).collect();
-        let started = Instant::now();
-        let (status, answer) = text(&cloud, &statement).await;
-        let took = started.elapsed();
-        let right = if expected == 0 { (400..600).contains(&status) || status == 200 } else { status == expected };
-        assert!(right && answer.contains(words), "{shown}: {status} {answer}");
-        assert!(took < Duration::from_secs(30), "{shown}: {took:?}");
-        let (status, answer) = text(&cloud, "SELECT count(*) AS n FROM load").await;
-        assert_eq!((status, answer.as_str()), (200, r#"[{"n":100}]"#), "after {shown}");
-        println!("{shown}: {took:?}, {} MiB", resident(&cloud) >> 20);
+        for (door, code) in DOORS.iter().zip(codes) {
+            let started = Instant::now();
+            let answer = at(door, &cloud).await.ask(&statement).await;
+            let took = started.elapsed();
+            match answer {
+                Ok(rows) => assert!(words.is_empty(), "{door}: {shown}: {} rows", rows.len()),
+                Err(Refused(text)) => {
+                    let told = text.contains(words.trim_end_matches('?')) && text.contains(code);
+                    assert!(told, "{door}: {shown}: {text}");
+                }
+            }
+            assert!(took < Duration::from_secs(30), "{door}: {shown}: {took:?}");
+            for served in DOORS {
+                let rows = at(served, &cloud).await.ask("SELECT count(*) AS n FROM load").await.unwrap();
+                assert_eq!(rows, [["100"]], "{served} after {shown}");
+            }
+            println!("{door}: {shown}: {took:?}, {} MiB", resident(&cloud) >> 20);
+        }
     }
     let grown = resident(&cloud).saturating_sub(before);
     assert!(grown < 700 << 20, "{} MiB more than before", grown >> 20);
@@ -162,37 +189,59 @@ async fn a_message_that_is_announced_too_large_is_refused_before_it_comes() {
     assert!(answer.contains("54000") && answer.contains("a message has at most"), "{answer}");
 }
 
+/// Two who read nothing hold both places of their lane until their time is over; who asks in another lane does not wait.
 #[tokio::test(flavor = "multi_thread")]
-async fn who_stops_reading_loses_its_statement_and_nobody_else_does() {
+async fn who_stops_reading_at_any_door_loses_its_statement_and_nobody_else_does() {
     let directory = tempfile::tempdir().unwrap();
     let lanes = "[query]\ntimeout = \"4s\"\n[[query.lane]]\nname = \"default\"\nrunning = 2\nwaiting = 2\n\
                  [[query.lane]]\nname = \"dashboard\"\n";
-    let cloud = stage_with(directory.path(), lanes).await;
+    let cloud = stage_open_with(directory.path(), lanes).await;
     let long = "SELECT v, v AS w FROM generate_series(1, 1000000000) AS a(v)";
+    let (running, before) = ("SELECT count(*) FROM system.queries WHERE state = 'running'", resident(&cloud));
+    let quick = async |statement: &str| {
+        let request = reqwest::Client::new().post(format!("{}/v1/sql?lane=dashboard", cloud.http));
+        let answer = request.header("accept", "application/json").body(statement.to_owned()).send().await.unwrap();
+        answer.json::<Value>().await.unwrap()[0].clone()
+    };
+    for door in DOORS {
+        let stuck = [at(door, &cloud).await.stall(long).await, at(door, &cloud).await.stall(long).await];
+        let started = Instant::now();
+        // They, and the one that asks.
+        while quick(running).await != json!({ "count(*)": 3 }) {
+            assert!(started.elapsed() < PATIENCE, "{door}: they do not run");
+            tokio::time::sleep(POLL).await;
+        }
+        assert_eq!(quick("SELECT count(*) AS n FROM load").await, json!({ "n": 100 }));
+        let rows = at(door, &cloud).await.ask("SELECT count(*) FROM load").await.unwrap();
+        assert_eq!(rows, [["100"]], "{door}: one more waits until a stuck one's time is over");
+        let grown = resident(&cloud).saturating_sub(before);
+        println!("{door}: waited {:?}; {} MiB more", started.elapsed(), grown >> 20);
+        assert!(grown < 200 << 20, "{door}");
+        drop(stuck);
+        while quick(running).await != json!({ "count(*)": 1 }) {
+            assert!(started.elapsed() < PATIENCE, "{door}: they go on");
+            tokio::time::sleep(POLL).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_has_the_lanes_that_are_set_for_it_and_an_answer_that_broke_off_does_not_look_whole() {
+    let directory = tempfile::tempdir().unwrap();
+    let lanes = "[query]\ntimeout = \"1s\"\n[[query.lane]]\nname = \"dashboard\"\n";
+    let cloud = stage_with(directory.path(), lanes).await;
     let client = reqwest::Client::new();
-    let mut stuck = Vec::new();
-    for _ in 0..2 {
-        let request = client.post(format!("{}/v1/sql", cloud.http)).header("accept", "application/x-ndjson");
-        stuck.push(request.basic_auth("analyst", Some("right")).body(long).send().await.unwrap());
-    }
-    let before = resident(&cloud);
-    // Both places of its lane are taken; those of another are not.
-    let quick = client.post(format!("{}/v1/sql?lane=dashboard", cloud.http)).basic_auth("quick", Some("right"));
-    let answer =
-        quick.header("accept", "application/json").body("SELECT count(*) AS n FROM load").send().await.unwrap();
+    let ask = |name: &'static str, statement: &str| {
+        let request = client.post(format!("{}/v1/sql?lane=dashboard", cloud.http)).basic_auth(name, Some("right"));
+        request.header("accept", "application/json").body(statement.to_owned()).send()
+    };
+    let answer = ask("quick", "SELECT count(*) AS n FROM load").await.unwrap();
     assert_eq!(answer.json::<Value>().await.unwrap(), json!([{"n": 100}]));
-    let denied = client.post(format!("{}/v1/sql?lane=dashboard", cloud.http)).basic_auth("analyst", Some("right"));
-    let denied = denied.body("SELECT 1").send().await.unwrap();
-    assert_eq!(denied.status(), 400);
-    // One more waits until a stuck one's time is over.
-    let started = Instant::now();
-    let (status, answer) = text(&cloud, "SELECT count(*) AS n FROM load").await;
-    assert_eq!((status, answer.as_str()), (200, r#"[{"n":100}]"#));
-    println!("waited {:?}; {} MiB more", started.elapsed(), resident(&cloud).saturating_sub(before) >> 20);
-    assert!(resident(&cloud).saturating_sub(before) < 200 << 20);
-    for answer in stuck {
-        assert!(answer.bytes().await.is_err(), "it ended as if it were whole");
-    }
+    assert_eq!(ask("analyst", "SELECT 1").await.unwrap().status(), 400);
+    let long = "SELECT v, v AS w FROM generate_series(1, 1000000000) AS a(v)";
+    let request = client.post(format!("{}/v1/sql", cloud.http)).header("accept", "application/x-ndjson");
+    let answer = request.basic_auth("analyst", Some("right")).body(long).send().await.unwrap();
+    assert!(answer.bytes().await.is_err(), "it ended as if it were whole");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -122,6 +122,8 @@ async fn which_agent_sealed_a_batch_is_known_after_restarts() {
         cloud.wait().await;
         until(&cloud, told, &expected).await;
     }
+    let sources = "SELECT rows FROM system.sources WHERE stream = 'load' AND name = 'n' AND edge = 'gw-test' AND first_seen < last_seen";
+    assert_eq!(cloud.integer(sources).await, 100, "which edge fills a column is known, too");
     let listed = "SELECT count(*) FROM information_schema.tables WHERE table_name = 'batch_origins'";
     assert_eq!(cloud.integer(listed).await, 0, "it stands behind system.batches");
 }

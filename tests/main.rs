@@ -8,6 +8,7 @@
 
 mod alert_faults;
 mod alerts;
+mod asking;
 mod bad_input;
 mod cloud_alerts;
 mod commands;
@@ -32,6 +33,7 @@ mod load;
 mod loading;
 mod network;
 mod operators_day;
+mod place;
 mod pressure;
 mod process;
 mod proxy;

@@ -24,6 +24,10 @@ pub(crate) fn free_port() -> u16 {
     }
 }
 
+fn owned(variables: &[(&'static str, &str)]) -> Vec<(&'static str, String)> {
+    variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect()
+}
+
 /// A program with its arguments, and the child while it runs.
 #[derive(Debug)]
 pub(crate) struct Process {
@@ -31,6 +35,8 @@ pub(crate) struct Process {
     program: PathBuf,
     arguments: Vec<String>,
     environment: Vec<(&'static str, String)>,
+    /// Of the next start, besides.
+    variables: Vec<(&'static str, String)>,
     log: PathBuf,
     child: Option<Child>,
 }
@@ -41,7 +47,7 @@ impl Process {
         let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
         let log = directory.join(format!("{name}.log"));
         let (name, program) = (name.to_owned(), program.to_owned());
-        Self { name, program, arguments, environment: Vec::new(), log, child: None }
+        Self { name, program, arguments, environment: Vec::new(), variables: Vec::new(), log, child: None }
     }
 
     /// `weir` with these arguments.
@@ -49,9 +55,9 @@ impl Process {
         Self::new(name, Path::new(env!("CARGO_BIN_EXE_weir")), arguments, directory)
     }
 
-    /// The variables that are added to its environment from the next start on.
+    /// The variables that are added to its environment from the next start on, in the place of those of before.
     pub(crate) fn set_variables(&mut self, variables: &[(&'static str, &str)]) {
-        self.environment = variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+        self.variables = owned(variables);
     }
 
     /// Whether it has ended by itself; then it may be started again.
@@ -68,9 +74,9 @@ impl Process {
         self.child.take().expect("it runs").wait().unwrap().success()
     }
 
-    /// With these variables.
+    /// With these variables, at every start.
     pub(crate) fn with(mut self, environment: &[(&'static str, &str)]) -> Self {
-        self.set_variables(environment);
+        self.environment = owned(environment);
         self
     }
 
@@ -80,7 +86,7 @@ impl Process {
         let log = std::fs::File::options().create(true).append(true).open(&self.log).unwrap();
         let child = Command::new(&self.program)
             .args(&self.arguments)
-            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .envs(self.environment.iter().chain(&self.variables).map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log)

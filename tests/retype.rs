@@ -6,43 +6,49 @@ use arrow::array::{ArrayRef, RecordBatch, StringArray, TimestampMicrosecondArray
 use wire::{FieldType, StreamField, StreamSchema};
 
 use crate::harness::{Chain, Cloud, Sender};
-use crate::lake::{BUSY, Lake, Load, numbers, until};
+use crate::lake::{Lake, Load, busy, numbers, until};
+use crate::place::{Place, on_each_place};
 use crate::process::{PATIENCE, POLL, Process};
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_retype_that_is_killed_anywhere_loses_and_doubles_nothing() {
-    let mut lake = Lake::new().await;
-    let table = lake.directory.path().join("tables/load");
+on_each_place!(
+    a_retype_that_is_killed_anywhere_loses_and_doubles_nothing,
+    a_cloud_that_takes_merges_and_answers_has_every_value_once_whatever_its_type,
+    rescued_values_come_back_into_their_column_hot_and_cold_and_after_a_crash,
+);
+
+async fn a_retype_that_is_killed_anywhere_loses_and_doubles_nothing(place: Place) {
+    let mut lake = Lake::new(place).await;
     let mut killed = 0;
     let own = ["retype.planned@1", "retype.writing@1", "retype.writing@2", "retype.file@1", "retype.file@3"];
     let more = ["retype.done@1", "log.before_put@1", "log.after_put@1", "store.staged@1", "store.named@1"];
     let last = ["store.staged@4", "store.named@4", "store.staged@5", "store.named@5"];
     let kinds = ["text", "float64", "int64"];
-    for (round, place) in own.iter().chain(&more).chain(&last).enumerate() {
+    let on_s3 = lake.place.server().is_some();
+    let places = own.iter().chain(&more).chain(&last).filter(|place| !on_s3 || !place.starts_with("store"));
+    for (round, place) in places.enumerate() {
         lake.commit(3).await;
         let before = lake.check().await;
-        let mut retype = lake.weir("retype", &["retype", "load", "n", kinds[round % 3]]);
+        let mut retype = lake.weir(&["retype", "load", "n", kinds[round % 3]]);
         retype.set_variables(&[("WEIR_FAILPOINT", place)]);
         retype.start();
         killed += u32::from(!retype.succeeds());
         lake.check().await;
         // A version that somebody holds is as it was.
-        assert_eq!(numbers(&table, &before), lake.expected(), "{place}");
+        assert_eq!(numbers(&before).await, lake.expected(), "{place}");
         retype.set_variables(&[]);
         retype.start();
         assert!(retype.succeeds(), "{place}: {}", retype.log_tail());
         let now = lake.check().await;
         assert_eq!(now.fields[0].kind.to_string(), kinds[round % 3], "{place}");
     }
-    assert_eq!(killed, 14, "all of these places are passed");
-    let mut verify = lake.weir("verify", &["verify"]);
+    assert_eq!(killed, if on_s3 { 8 } else { 14 }, "all of these places are passed");
+    let mut verify = lake.weir(&["verify"]);
     verify.start();
     assert!(verify.succeeds(), "{}", verify.log_tail());
 }
 
-fn retype(cloud: &Cloud, directory: &std::path::Path, kind: &str) -> Process {
-    let config = cloud.config().to_str().unwrap();
-    Process::weir("retype", &["retype", "load", "n", kind, "--config", config], directory)
+fn retype(cloud: &Cloud, place: &Place, kind: &str) -> Process {
+    place.weir(&["retype", "load", "n", kind], cloud.config())
 }
 
 /// The type of `load.n` as statements see it.
@@ -59,16 +65,16 @@ async fn wait_for_kind(cloud: &Cloud, kind: &str) {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_cloud_that_takes_merges_and_answers_has_every_value_once_whatever_its_type() {
-    let directory = tempfile::tempdir().unwrap();
-    let cloud = Cloud::start(directory.path(), "a", BUSY).await;
+async fn a_cloud_that_takes_merges_and_answers_has_every_value_once_whatever_its_type(place: Place) {
+    let cloud = place.cloud(&busy(&place)).await;
     let load = Load::start(&cloud);
     until(&cloud, "weir_cloud_compactions_total", 1).await;
     let kinds = [("text", "Utf8"), ("float64", "Float64"), ("int64", "Int64"), ("text", "Utf8"), ("int64", "Int64")];
     let (mut seen, mut asked) = (0, 0);
-    for (kind, shown) in kinds {
-        let mut process = retype(&cloud, directory.path(), kind);
+    // On S3 the last two: it ends with the same type.
+    let (skipped, at_least) = if place.server().is_some() { (3, 2) } else { (0, 10) };
+    for (kind, shown) in kinds.into_iter().skip(skipped) {
+        let mut process = retype(&cloud, &place, kind);
         process.start();
         let started = Instant::now();
         loop {
@@ -93,33 +99,35 @@ async fn a_cloud_that_takes_merges_and_answers_has_every_value_once_whatever_its
         }
         assert!(process.succeeds(), "{}", process.log_tail());
     }
-    assert!(asked >= 10, "{asked}");
+    assert!(asked >= at_least, "{asked}");
     let rows = load.finish().await;
     let found = cloud.sql("SELECT count(*) AS c, sum(n) AS s, max(n) AS z FROM load").await.unwrap();
     assert_eq!(found[0], serde_json::json!({ "c": rows, "s": rows * (rows - 1) / 2, "z": rows - 1 }));
     assert_eq!(cloud.integer("SELECT max(n) FROM latest('load')").await, rows - 1);
     // Nobody sends any more; the cloud sees what is done by hand all the same.
-    let mut process = retype(&cloud, directory.path(), "float64");
+    let mut process = retype(&cloud, &place, "float64");
     process.start();
     assert!(process.succeeds(), "{}", process.log_tail());
     wait_for_kind(&cloud, "Float64").await;
     assert_eq!(cloud.integer("SELECT count(*) FROM latest('load') WHERE n >= 0").await, 7);
-    others_read(directory.path(), rows);
+    others_read(&place, rows);
 }
 
 /// Readers that are not ours see the type and every value.
-fn others_read(directory: &std::path::Path, rows: i64) {
+fn others_read(place: &Place, rows: i64) {
     const READ: &str = r#"
-import os, sys, deltalake, duckdb
-table = deltalake.DeltaTable(sys.argv[1])
+import json, os, sys, deltalake, duckdb
+options = json.loads(sys.argv[3])
+table = deltalake.DeltaTable(sys.argv[1], storage_options=options)
 kinds = {field.name: str(field.type) for field in table.schema().fields}
 assert kinds["n"] == 'PrimitiveType("double")', kinds
 read = table.to_pyarrow_dataset().to_table(columns=["n"]).column("n").to_pylist()
 assert sorted(read) == [float(n) for n in range(int(sys.argv[2]))], len(read)
-files = table.file_uris()
-found = duckdb.sql(f"SELECT typeof(min(n)), count(*), count(distinct n) FROM read_parquet({files!r})").fetchall()[0]
-assert found == ("DOUBLE", len(read), len(read)), found
-earlier = deltalake.DeltaTable(sys.argv[1], version=table.version() - 1)
+# DuckDB reads S3 with an extension alone, which is not everywhere.
+if not options:
+    found = duckdb.sql(f"SELECT typeof(min(n)), count(*), count(distinct n) FROM read_parquet({table.file_uris()!r})").fetchall()[0]
+    assert found == ("DOUBLE", len(read), len(read)), found
+earlier = deltalake.DeltaTable(sys.argv[1], version=table.version() - 1, storage_options=options)
 assert sorted(earlier.to_pyarrow_dataset().to_table(columns=["n"]).column("n").to_pylist()) == list(range(int(sys.argv[2])))
 print("read", flush=True)
 os._exit(0)
@@ -128,8 +136,8 @@ os._exit(0)
         println!("left out: WEIR_PYTHON names no Python with deltalake and duckdb");
         return;
     };
-    let table = directory.join("tables/load");
-    let arguments = ["-c", READ, table.to_str().unwrap(), &rows.to_string()];
+    let (table, options) = place.address("load");
+    let arguments = ["-c", READ, &table, &rows.to_string(), &options];
     let output = std::process::Command::new(python).args(arguments).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
@@ -150,11 +158,9 @@ fn texts(values: &[&str]) -> (StreamSchema, RecordBatch) {
     (schema, rows)
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn rescued_values_come_back_into_their_column_hot_and_cold_and_after_a_crash() {
-    let directory = tempfile::tempdir().unwrap();
+async fn rescued_values_come_back_into_their_column_hot_and_cold_and_after_a_crash(place: Place) {
     // Nothing is committed unless it is asked for.
-    let mut cloud = Cloud::start(directory.path(), "a", "[lake]\nevery = \"1s\"\n").await;
+    let mut cloud = place.cloud("[lake]\nevery = \"1s\"\n").await;
     let sender = Sender::to(&cloud);
     let mut numbers = Chain::new("load", crate::harness::load_schema());
     let first = numbers.seal(&crate::harness::load_rows(0, 3));
@@ -178,7 +184,7 @@ async fn rescued_values_come_back_into_their_column_hot_and_cold_and_after_a_cra
         { "device": "t3", "n": null, "quality": "type:n", "_rescued": "{\"n\":\"fast\"}" },
     ]);
     // All of it is hot: the table has no file yet.
-    let mut process = retype(&cloud, directory.path(), "float64");
+    let mut process = retype(&cloud, &place, "float64");
     process.start();
     assert!(process.succeeds(), "{}", process.log_tail());
     wait_for_kind(&cloud, "Float64").await;
@@ -197,7 +203,7 @@ async fn rescued_values_come_back_into_their_column_hot_and_cold_and_after_a_cra
     let next = numbers.seal(&crate::harness::load_rows(3, 2));
     assert_eq!(sender.send(&numbers.schema, &[next]).await.marks().0.0, 2);
     assert_eq!(cloud.integer("SELECT CAST(sum(n) AS bigint) FROM load WHERE device LIKE 'dev%'").await, 10);
-    let mut process = retype(&cloud, directory.path(), "text");
+    let mut process = retype(&cloud, &place, "text");
     process.start();
     assert!(process.succeeds(), "{}", process.log_tail());
     wait_for_kind(&cloud, "Utf8").await;

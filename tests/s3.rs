@@ -1,50 +1,20 @@
-//! Tables on S3, a server process of its own: moto, from the Python that WEIR_PYTHON names.
+//! A store on S3 that fails, is slow, or away.
 
-use std::path::Path;
-use std::process::Command;
+use std::sync::Arc;
 use std::time::Instant;
 
+use arrow::array::{Int64Array, RecordBatch};
+use object_store::ObjectStoreExt;
+use rand::Rng;
+
 use crate::harness::{Answer, Chain, Cloud, Sender, load_rows, load_schema};
+use crate::lake::Lake;
 use crate::load::{a_moment, seeded};
-use crate::process::{PATIENCE, POLL, Process, free_port};
+use crate::place::{KEYS, Place, S3Server, s3_settings};
+use crate::process::{PATIENCE, POLL, Process};
 use crate::proxy::{Harm, Link, Proxy, Way};
 
-const KEYS: [(&str, &str); 2] = [("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test")];
 const QUICK: &str = "[commit]\nmax_age = \"300ms\"\n";
-
-struct Moto {
-    _process: Process,
-    port: u16,
-}
-
-impl Moto {
-    /// None, and a word about it, when it is not installed.
-    async fn start(directory: &Path) -> Option<Self> {
-        let python = std::env::var("WEIR_PYTHON").unwrap_or_default();
-        if !Command::new(&python).args(["-c", "import moto.server"]).output().is_ok_and(|found| found.status.success())
-        {
-            println!("left out: WEIR_PYTHON names no Python with moto");
-            return None;
-        }
-        let port = free_port();
-        let arguments = ["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()];
-        let mut process = Process::new("moto", Path::new(&python), &arguments, directory);
-        process.start();
-        let (client, started) = (reqwest::Client::new(), Instant::now());
-        let made = || client.put(format!("http://127.0.0.1:{port}/weir")).send();
-        while !made().await.is_ok_and(|answer| answer.status().is_success()) {
-            process.check(started, "does not answer");
-            tokio::time::sleep(POLL).await;
-        }
-        Some(Self { _process: process, port })
-    }
-}
-
-fn store(port: u16) -> String {
-    format!(
-        "url = \"s3://weir/tables\"\ns3 = {{ endpoint = \"http://127.0.0.1:{port}\", region = \"us-east-1\", allow_http = true }}"
-    )
-}
 
 /// A sender that sends until all is durable, and what it has sent.
 struct Numbers {
@@ -99,9 +69,9 @@ impl Numbers {
 async fn a_store_on_s3_that_fails_loses_and_doubles_nothing() {
     let mut random = seeded();
     let directory = tempfile::tempdir().unwrap();
-    let Some(moto) = Moto::start(directory.path()).await else { return };
-    let proxy = Proxy::to(moto.port).await;
-    let mut cloud = Cloud::start_on(directory.path(), "a", &store(proxy.port), &KEYS, QUICK).await;
+    let Some(server) = S3Server::start(directory.path()).await else { return };
+    let proxy = Proxy::to(server.port).await;
+    let mut cloud = Cloud::start_on(directory.path(), "a", &s3_settings(proxy.port), &KEYS, QUICK).await;
     let mut numbers = Numbers::new();
     numbers.send(&cloud, 100).await;
     numbers.committed(&cloud).await;
@@ -142,11 +112,11 @@ async fn a_store_on_s3_that_fails_loses_and_doubles_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_is_down_fills_what_is_set_and_then_pushes_back() {
     let directory = tempfile::tempdir().unwrap();
-    let Some(moto) = Moto::start(directory.path()).await else { return };
-    let proxy = Proxy::to(moto.port).await;
+    let Some(server) = S3Server::start(directory.path()).await else { return };
+    let proxy = Proxy::to(server.port).await;
     let more =
         format!("{QUICK}[hot]\nmax_bytes = \"128MiB\"\n[wal]\nsegment_bytes = \"34MiB\"\nmax_bytes = \"300MiB\"\n");
-    let cloud = Cloud::start_on(directory.path(), "a", &store(proxy.port), &KEYS, &more).await;
+    let cloud = Cloud::start_on(directory.path(), "a", &s3_settings(proxy.port), &KEYS, &more).await;
     let mut numbers = Numbers::new();
     numbers.send(&cloud, 1_000).await;
     numbers.committed(&cloud).await;
@@ -177,9 +147,9 @@ async fn a_store_that_is_down_fills_what_is_set_and_then_pushes_back() {
 async fn a_retype_on_s3_that_fails_beside_commits_keeps_every_value() {
     let mut random = seeded();
     let directory = tempfile::tempdir().unwrap();
-    let Some(moto) = Moto::start(directory.path()).await else { return };
-    let proxy = Proxy::to(moto.port).await;
-    let cloud = Cloud::start_on(directory.path(), "a", &store(proxy.port), &KEYS, QUICK).await;
+    let Some(server) = S3Server::start(directory.path()).await else { return };
+    let proxy = Proxy::to(server.port).await;
+    let cloud = Cloud::start_on(directory.path(), "a", &s3_settings(proxy.port), &KEYS, QUICK).await;
     let mut numbers = Numbers::new();
     for _ in 0..5 {
         numbers.send(&cloud, 50).await;
@@ -211,4 +181,46 @@ async fn a_retype_on_s3_that_fails_beside_commits_keeps_every_value() {
         }
         numbers.check(&cloud).await;
     }
+}
+
+/// A merge of more than one part: S3 keeps the parts of an upload that nobody completes or gives up, and shows them nowhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_merge_that_fails_leaves_no_parts_in_the_bucket() {
+    let Some(place) = Place::on_s3().await else { return };
+    let mut lake = Lake::new(place).await;
+    let mut random = seeded();
+    for _ in 0..2 {
+        let rows = load_rows(0, 900_000);
+        let mut columns = rows.columns().to_vec();
+        // They do not compress.
+        columns[2] = Arc::new(Int64Array::from_iter_values((0..900_000).map(|_| random.random())));
+        lake.commit_rows(&RecordBatch::try_new(rows.schema(), columns).unwrap()).await;
+    }
+    let server = lake.place.server().unwrap();
+    let (objects, path) =
+        (lake.place.table("load"), lake.place.names("load", "_date=2024-01-01").await[1].as_str().into());
+    let good = objects.get(&path).await.unwrap().bytes().await.unwrap();
+    let mut bad = good.to_vec();
+    let at = bad.len() / 8 * 7;
+    // More than a page: within one, what does not compress would be other values.
+    bad[at..at + (256 << 10)].fill(0xff);
+    objects.put(&path, bad.into()).await.unwrap();
+    server.requests().await;
+    let (ok, text) = lake.run(&["compact"]);
+    assert!(!ok && text.contains("left out"), "{text}");
+    let requests = server.requests().await;
+    assert_eq!((&requests["POST"], &requests["DELETE"]), (&1.into(), &1.into()), "an upload is begun, and given up");
+    assert_eq!(server.uploads().await, 0);
+    // What is killed cannot give up anything: a rule of the bucket does, as docs/lake.md says. It is in nobody's way.
+    objects.put(&path, good.into()).await.unwrap();
+    let mut compact = lake.weir(&["compact"]);
+    compact.set_variables(&[("WEIR_FAILPOINT", "compact.merging@200")]);
+    compact.start();
+    assert!(!compact.succeeds());
+    assert_eq!(server.uploads().await, 1);
+    compact.set_variables(&[]);
+    compact.start();
+    assert!(compact.succeeds(), "{}", compact.log_tail());
+    let (_, text) = lake.run(&["tables", "--json"]);
+    assert_eq!(serde_json::from_str::<serde_json::Value>(&text).unwrap()["rows"], 1_800_000);
 }

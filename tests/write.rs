@@ -309,3 +309,75 @@ async fn new_fields_appear_and_old_senders_and_old_names_still_land() {
     }
     assert_eq!(cloud.sql(rows).await.unwrap(), expected);
 }
+
+/// Protobuf by hand: what a collector sends, whatever library made it.
+mod protobuf {
+    fn varint(mut value: u64, out: &mut Vec<u8>) {
+        while value >= 0x80 {
+            out.push(value as u8 | 0x80);
+            value >>= 7;
+        }
+        out.push(value as u8);
+    }
+
+    /// A message, a text.
+    pub(super) fn bytes(field: u64, body: impl AsRef<[u8]>) -> Vec<u8> {
+        let mut out = Vec::new();
+        varint(field << 3 | 2, &mut out);
+        varint(body.as_ref().len() as u64, &mut out);
+        out.extend_from_slice(body.as_ref());
+        out
+    }
+
+    pub(super) fn fixed64(field: u64, value: u64) -> Vec<u8> {
+        let mut out = Vec::new();
+        varint(field << 3 | 1, &mut out);
+        out.extend_from_slice(&value.to_le_bytes());
+        out
+    }
+}
+
+/// An ExportMetricsServiceRequest: gauges of one host, a value each second.
+fn gauge(name: &str, host: &str, values: &[f64]) -> Vec<u8> {
+    use protobuf::{bytes, fixed64};
+    let text = |key: &str, value: &str| [bytes(1, key), bytes(2, bytes(1, value))].concat();
+    let points = values.iter().enumerate().map(|(second, value)| {
+        let nanos = (START_S as u64 + second as u64) * 1_000_000_000;
+        bytes(1, [fixed64(3, nanos), fixed64(4, value.to_bits()), bytes(7, text("core", "0"))].concat())
+    });
+    let metric = [bytes(1, name), bytes(3, "Cel"), bytes(5, points.collect::<Vec<_>>().concat())].concat();
+    let resource = bytes(1, bytes(1, text("host.name", host)));
+    bytes(1, [resource, bytes(2, bytes(2, metric))].concat())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_writes_metrics_that_sql_sees_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let cloud = Cloud::start(directory.path(), "a", QUICK).await;
+    let door = Door::of(&cloud);
+    let export = async |body: Vec<u8>, token: &str| {
+        let request = door.post("/v1/metrics").header("content-type", "application/x-protobuf");
+        request.bearer_auth(token).header("content-encoding", "gzip").body(gzip(&body)).send().await.unwrap()
+    };
+    let request = gauge("system.cpu.temperature", "host-1", &[41.5, 42.0, 43.25]);
+    let answer = export(request.clone(), TOKEN).await;
+    assert_eq!(answer.status(), StatusCode::OK);
+    // Nothing of it was refused: an empty ExportMetricsServiceResponse.
+    assert_eq!(answer.bytes().await.unwrap().len(), 0);
+    let seen = "SELECT device, core, unit, CAST(ts AS TEXT) AS ts, value FROM system_cpu_temperature ORDER BY ts";
+    let rows = [("2024-01-01T00:00:00Z", 41.5), ("2024-01-01T00:00:01Z", 42.0), ("2024-01-01T00:00:02Z", 43.25)];
+    let expected: Vec<serde_json::Value> = rows
+        .iter()
+        .map(|(ts, value)| {
+            serde_json::json!({ "device": "host-1", "core": "0", "unit": "Cel", "ts": ts, "value": value })
+        })
+        .collect();
+    assert_eq!(cloud.sql(seen).await.unwrap(), expected);
+    // A collector that has lost the answer sends it again.
+    assert_eq!(export(request, TOKEN).await.status(), StatusCode::OK);
+    door.wait_until_committed().await;
+    assert_eq!(cloud.sql(seen).await.unwrap(), expected, "from files, and once");
+    assert_eq!(export(gauge("other", "host-1", &[1.0]), "another").await.status(), StatusCode::UNAUTHORIZED);
+    assert_eq!(export(b"\xff\xff".to_vec(), TOKEN).await.status(), StatusCode::BAD_REQUEST);
+    assert_eq!(cloud.stored_rows().await, 3);
+}

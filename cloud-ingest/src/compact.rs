@@ -15,7 +15,7 @@ use wire::{DataFile, DataFiles};
 
 use self::plan::Rules;
 use crate::config::CompactSettings;
-use crate::delta::file::{FileWriter, writer_properties};
+use crate::delta::file::{FileWriter, MERGED, writer_properties};
 use crate::delta::{CommitError, DeltaTable, FileError, Purpose, TableError};
 use crate::failpoint;
 use crate::rescue::row_schema;
@@ -188,10 +188,20 @@ impl Compactor {
         let properties = writer_properties(&schema);
         let mut pace = Pace::new(self.settings.cpu_share);
         let (mut outputs, mut writer, mut rows) = (Vec::new(), None::<FileWriter>, 0);
-        while let Some(batch) = merge.next().await? {
+        loop {
+            let batch = match merge.next().await {
+                Ok(Some(batch)) => batch,
+                Ok(None) => break,
+                Err(error) => {
+                    if let Some(open) = writer {
+                        open.give_up().await;
+                    }
+                    return Err(error);
+                }
+            };
             let mut open = match writer.take() {
                 Some(open) => open,
-                None => FileWriter::create(&store, &schema, &properties, date)?,
+                None => FileWriter::create(&store, &schema, &properties, date, MERGED)?,
             };
             open.write(&batch).await?;
             failpoint::reach("compact.merging");

@@ -39,6 +39,7 @@ use self::entry::{Lines, shared};
 use self::log::PutError;
 use crate::store::{Store, StoreError};
 
+mod audit;
 mod clean;
 mod columns;
 mod entry;
@@ -49,12 +50,12 @@ pub mod past;
 mod txn;
 mod write;
 
+pub(crate) use self::audit::audit;
 pub(crate) use self::clean::{clean, entries_since};
 pub use self::columns::Note;
 pub use self::entry::EntryError;
 pub(crate) use self::entry::{Purpose, date_text};
-pub use self::file::FileError;
-pub use self::log::last_compaction;
+pub use self::file::{FileError, last_compaction};
 pub(crate) use self::log::named_files;
 
 /// How often a commit is tried on a newer version within one call.
@@ -177,12 +178,16 @@ impl DeltaTable {
     /// When the store does not answer, or the table is not one that Weir made.
     pub async fn open(store: &Store, stream: &StreamName) -> Result<Option<Self>, TableError> {
         let log_store = store.log_store(stream);
-        let there = log_store.is_delta_table_location().await;
-        if !there.map_err(|source| TableError::delta(stream, source))? {
-            return Ok(None);
-        }
         let seen = SystemTime::now();
-        let snapshot = TableSnapshot::load(stream, &log_store, None).await?;
+        let snapshot = match TableSnapshot::load(stream, &log_store, None).await {
+            Ok(snapshot) => snapshot,
+            // Only now: a table that can be read is there.
+            Err(error) => {
+                let there = log_store.is_delta_table_location().await;
+                let there = there.map_err(|source| TableError::delta(stream, source))?;
+                return if there { Err(error) } else { Ok(None) };
+            }
+        };
         store.settle(stream).await?;
         Ok(Some(Self { store: store.clone(), stream: stream.clone(), snapshot, seen }))
     }

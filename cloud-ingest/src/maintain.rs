@@ -6,7 +6,8 @@
 //! that has most small files to get rid of. What wakes it: a tick, at which it only compares numbers. It owns no state of
 //! a table: it starts from what the catalogue shows, commits like any other writer, and tells the ingest thread, which
 //! alone replaces what readers see. When it is stopped, what it was at is given up; a kill leaves no more.
-//! A table that fails waits longer each time and holds up no other.
+//! A table that fails waits longer each time and holds up no other; one whose store does not answer for `lake.patience`
+//! has failed ([`pulse`]), and waits at least four times as long as it took.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,9 +25,15 @@ use crate::metrics::Metrics;
 use crate::store::Store;
 use crate::{retain, vacuum};
 
+mod pulse;
+
+use pulse::Pulse;
+
 const TICK: Duration = Duration::from_secs(1);
 const RETRY_MIN: Duration = Duration::from_secs(5);
 const RETRY_MAX: Duration = Duration::from_secs(600);
+/// A table that failed waits at least so many times as long as it took, for others to have their turn.
+const TURNS_OF_OTHERS: u32 = 4;
 /// So often, at least, it is looked for what others have committed to a table.
 const FOLLOW: Duration = Duration::from_secs(10);
 /// After a start, so that a node that is started often vacuums, too.
@@ -45,6 +52,7 @@ pub(crate) struct Maintenance {
     metrics: Arc<Metrics>,
     adopt: Adopt,
     tables: BTreeMap<StreamName, Care>,
+    pulse: Pulse,
 }
 
 /// What is known of one table.
@@ -76,9 +84,10 @@ impl Backoff {
         self.until.is_some_and(|until| until > Instant::now())
     }
 
-    fn failed(&mut self) {
+    /// `took` is how long the others have waited for it.
+    fn failed(&mut self, took: Duration) {
         self.failures += 1;
-        let wait = RETRY_MIN.saturating_mul(1 << self.failures.min(10)).min(RETRY_MAX);
+        let wait = RETRY_MIN.saturating_mul(1 << self.failures.min(10)).min(RETRY_MAX).max(took * TURNS_OF_OTHERS);
         self.until = Some(Instant::now() + wait);
     }
 }
@@ -99,7 +108,7 @@ impl Maintenance {
         metrics: Arc<Metrics>,
         adopt: Adopt,
     ) -> Self {
-        Self { settings, store, catalogue, metrics, adopt, tables: BTreeMap::new() }
+        Self { settings, store, catalogue, metrics, adopt, tables: BTreeMap::new(), pulse: Pulse::default() }
     }
 
     /// Runs until the token is cancelled.
@@ -120,23 +129,26 @@ impl Maintenance {
 
     /// All that is due, and one merge. False when there was none.
     async fn turn(&mut self) -> bool {
+        let (pulse, patience) = (self.pulse.clone(), self.settings.lake.patience.0);
         for stream in self.catalogue.streams() {
             if self.care(&stream).upkeep.waits() {
                 continue;
             }
-            match self.look_after(&stream).await {
+            let began = Instant::now();
+            match pulse.heard(patience, self.look_after(&stream)).await {
                 Ok(()) => self.care(&stream).upkeep = Backoff::default(),
                 Err(error) => {
-                    self.care(&stream).upkeep.failed();
+                    self.care(&stream).upkeep.failed(began.elapsed());
                     self.tell(&stream, "table not kept in shape; it is tried again", error.as_ref());
                 }
             }
         }
         let Some(stream) = self.neediest() else { return false };
-        match self.compact(&stream).await {
+        let began = Instant::now();
+        match pulse.heard(patience, self.compact(&stream)).await {
             Ok(()) => self.care(&stream).merging = Backoff::default(),
             Err(error) => {
-                self.care(&stream).merging.failed();
+                self.care(&stream).merging.failed(began.elapsed());
                 self.tell(&stream, "files not merged; they are tried again", error.as_ref());
             }
         }
@@ -196,6 +208,7 @@ impl Maintenance {
     /// What others did, checkpoint, and now and then retention, the log, and unused files.
     async fn look_after(&mut self, stream: &StreamName) -> Result<(), Failure> {
         self.follow(stream).await?;
+        self.pulse.beat();
         let Some(snapshot) = self.snapshot(stream) else { return Ok(()) };
         let every = self.settings.lake.checkpoint_commits;
         let known = self.care(stream).checkpoint;
@@ -203,9 +216,11 @@ impl Maintenance {
         if known.is_none_or(|last| snapshot.version >= last + every) {
             let last = delta::last_checkpoint(stream, &snapshot.log_store).await?;
             self.care(stream).checkpoint = Some(last);
+            self.pulse.beat();
             if snapshot.version >= last + every {
                 let started = Instant::now();
                 delta::checkpoint(stream, &snapshot).await?;
+                self.pulse.beat();
                 self.care(stream).checkpoint = Some(snapshot.version);
                 self.metrics.checkpoints.add(1);
                 tracing::debug!(%stream, version = snapshot.version, took = ?started.elapsed(), "checkpoint");
@@ -216,7 +231,10 @@ impl Maintenance {
         let now = Instant::now();
         if self.care(stream).looked_at.is_none_or(|at| at + every <= now) {
             self.retain(stream).await?;
-            let gone = delta::clean(stream, &snapshot, self.settings.lake.log_keep.0).await?;
+            self.pulse.beat();
+            let pulse = self.pulse.clone();
+            let beat = || pulse.beat();
+            let gone = delta::clean(stream, &snapshot, self.settings.lake.log_keep.0, &beat).await?;
             self.metrics.log_objects_deleted.add(gone as u64);
             self.care(stream).looked_at = Some(now);
         }
@@ -258,9 +276,11 @@ impl Maintenance {
 
     async fn vacuum(&mut self, stream: &StreamName) -> Result<(), Failure> {
         let Some(mut table) = self.table(stream) else { return Ok(()) };
-        let plan = vacuum::plan(&self.store, &mut table, self.settings.lake.grace.0).await?;
+        let pulse = self.pulse.clone();
+        let beat = || pulse.beat();
+        let plan = vacuum::plan(&self.store, &mut table, self.settings.lake.grace.0, &beat).await?;
         if !plan.is_empty() {
-            let gone = vacuum::delete(&table, &plan, &|| {}).await?;
+            let gone = vacuum::delete(&table, &plan, &beat).await?;
             tracing::info!(%stream, files = gone, bytes = plan.bytes(), "files that nothing names are deleted");
             self.metrics.files_vacuumed.add(gone as u64);
             self.metrics.bytes_vacuumed.add(plan.bytes());
@@ -302,8 +322,8 @@ impl Maintenance {
         let Some(mut table) = self.table(stream) else { return Ok(()) };
         let compactor = self.care(stream).compactor.clone();
         let Some(inputs) = compactor.choose(&table.snapshot().files) else { return Ok(()) };
-        let started = Instant::now();
-        let merged = match compactor.merge(&mut table, inputs, &|_| {}).await {
+        let (started, pulse) = (Instant::now(), self.pulse.clone());
+        let merged = match compactor.merge(&mut table, inputs, &|_| pulse.beat()).await {
             Ok(merged) => merged,
             Err(error) => {
                 if let Some(path) = error.bad_file() {
@@ -335,3 +355,6 @@ fn lower_priority() {
         tracing::debug!(%error, "maintenance runs at the usual priority");
     }
 }
+
+#[cfg(test)]
+mod tests;

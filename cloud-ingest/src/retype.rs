@@ -19,7 +19,7 @@ use wire::schema::{FieldType, StreamField, is_own_stream};
 use wire::{DataFile, FieldName, StreamName};
 
 use crate::compact::{CompactError, Merge, Pace};
-use crate::delta::file::{FileWriter, writer_properties};
+use crate::delta::file::{FileWriter, PART, writer_properties};
 use crate::delta::{CommitError, DeltaTable, FileError, TableError, TableSnapshot, date_text};
 use crate::failpoint;
 use crate::rescue::{refit, row_schema};
@@ -198,7 +198,7 @@ async fn rewrite(
     let (stored, schema) = (row_schema(&snapshot.fields), row_schema(fields));
     let store = snapshot.log_store.object_store(None);
     let (mut rows, _) = Merge::open(&store, &stored, std::slice::from_ref(file), u64::MAX).await?;
-    let mut writer = FileWriter::create(&store, &schema, &writer_properties(&schema), file.date)?;
+    let mut writer = FileWriter::create(&store, &schema, &writer_properties(&schema), file.date, PART)?;
     let mut written = Written { file: None, values_before: 0, values_after: 0 };
     let mut count = 0;
     while let Some(before) = rows.next().await? {

@@ -126,7 +126,12 @@ impl Store {
         }
         let bucket =
             builder.build().map_err(|source| StoreError::Object { url: url.to_string(), source: Box::new(source) })?;
-        Ok(Self { root: Arc::new(bucket), url, local: None, sync_failure: Arc::default() })
+        Ok(Self::on_objects(url, Arc::new(bucket)))
+    }
+
+    /// A store whose puts are durable when they are answered. `root` is rooted at the bucket, and `url` ends with `/`.
+    pub fn on_objects(url: Url, root: Arc<dyn ObjectStore>) -> Self {
+        Self { root, url, local: None, sync_failure: Arc::default() }
     }
 
     /// The address of a stream's table, with a `/` at its end.

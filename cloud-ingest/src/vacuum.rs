@@ -12,8 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use chrono::Utc;
-use futures::TryStreamExt;
-use object_store::ObjectStoreExt;
+use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use wire::schema::DATE;
 
@@ -55,18 +54,24 @@ impl VacuumPlan {
     }
 }
 
-/// Finds out what nothing names any more. The table is read anew.
+/// Finds out what nothing names any more. The table is read anew. `progress` is told after each object or entry.
 ///
 /// # Errors
 /// When the store does not answer, or an entry of the log is not understood: nothing may be deleted then.
-pub async fn plan(store: &Store, table: &mut DeltaTable, grace: Duration) -> Result<VacuumPlan, TableError> {
+pub async fn plan(
+    store: &Store,
+    table: &mut DeltaTable,
+    grace: Duration,
+    progress: &(dyn Fn() + Send + Sync),
+) -> Result<VacuumPlan, TableError> {
     let stream = table.stream().clone();
     let failed = |error: object_store::Error| TableError::delta(&stream, error.into());
     let since = Utc::now() - grace;
     let objects = table.snapshot().log_store.object_store(None);
     let (rewriting_since, dead) = underway::found(&objects).await.map_err(failed)?;
     let young = rewriting_since.map_or(since, |began| began.min(since));
-    let listed = objects.list(None).try_filter(|meta| std::future::ready(is_data(&meta.location)));
+    let listed =
+        objects.list(None).inspect(|_| progress()).try_filter(|meta| std::future::ready(is_data(&meta.location)));
     let listed: Vec<_> = listed.try_collect().await.map_err(failed)?;
     let staged = store.staged(&stream, young.into());
 
@@ -74,7 +79,8 @@ pub async fn plan(store: &Store, table: &mut DeltaTable, grace: Duration) -> Res
     let recent = entries_since(&stream, &snapshot, since).await?;
     let named = futures::stream::iter(recent.into_iter().map(Ok));
     let named = named.map_ok(|version| named_files(&stream, &snapshot.log_store, version));
-    let named: Vec<Vec<String>> = named.try_buffer_unordered(READS_AT_ONCE).try_collect().await?;
+    let named = named.try_buffer_unordered(READS_AT_ONCE).inspect(|_| progress());
+    let named: Vec<Vec<String>> = named.try_collect().await?;
     let place = |path: &str| Path::from_url_path(path).unwrap_or_else(|_| Path::from(path));
     let named: HashSet<Path> = named.iter().flatten().map(|path| place(path)).collect();
     let in_use: HashSet<Path> = snapshot.files.iter().map(|file| place(&file.path)).collect();
@@ -111,9 +117,12 @@ pub async fn delete(
 ) -> Result<usize, TableError> {
     let store = table.snapshot().log_store.object_store(None);
     let mut gone = 0;
-    for (path, _) in &plan.unused {
-        match store.delete(path).await {
-            Ok(()) => gone += 1,
+    let unused: Vec<_> = plan.unused.iter().map(|(path, _)| Ok(path.clone())).collect();
+    // On S3 a thousand at a time.
+    let mut deleted = store.delete_stream(futures::stream::iter(unused).boxed());
+    while let Some(one) = deleted.next().await {
+        match one {
+            Ok(_) => gone += 1,
             // Somebody else was faster.
             Err(object_store::Error::NotFound { .. }) => {}
             Err(error) => return Err(TableError::delta(table.stream(), error.into())),

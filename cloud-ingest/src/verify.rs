@@ -1,6 +1,7 @@
-//! `weir verify`: reads every entry of a table's log and every row of its files, and names what is damaged.
+//! `weir verify`: reads every entry and checkpoint of a table's log and every row of its files, and names what is damaged.
 //!
-//! An entry is damaged when it is not understood, or missing between others. A file is damaged when it is not there, has
+//! An entry is damaged when it is not understood, or missing between others; a checkpoint, too, when it says something else
+//! than the entries before it. A file is damaged when it is not there, has
 //! another size than the log says, cannot be decoded, has other columns than its table, other rows or bounds than the log
 //! says, rows that are not in order of device and time, or rows of another date. Nothing is written.
 
@@ -13,7 +14,7 @@ use wire::schema::TS;
 use wire::{DAY_US, DataFile, StreamName};
 
 use crate::compact::scan;
-use crate::delta::{DeltaTable, TableError, TableSnapshot, entries_since, named_files};
+use crate::delta::{DeltaTable, TableError, TableSnapshot, audit};
 use crate::errors::chain;
 use crate::rescue::row_schema;
 use crate::store::Store;
@@ -39,7 +40,7 @@ pub struct Report {
 /// Reads all of a table. `progress` is told the bytes of each file that is done, after it was told of all with `begin`.
 ///
 /// # Errors
-/// When the store does not answer, or the table cannot be opened at all: the error names what is wrong in its log.
+/// When the store does not answer.
 pub async fn verify(
     store: &Store,
     stream: &StreamName,
@@ -47,13 +48,29 @@ pub async fn verify(
     progress: &(dyn Fn(u64) + Send + Sync),
 ) -> Result<Report, TableError> {
     let mut report = Report::default();
-    let Some(table) = DeltaTable::open(store, stream).await? else {
-        report.damage.push(Damage { what: "_delta_log".to_owned(), detail: "there is no table".to_owned() });
-        return Ok(report);
+    let (entries, damage) = audit(stream, &store.log_store(stream)).await?;
+    report.entries = entries;
+    report
+        .damage
+        .extend(damage.into_iter().map(|found| Damage { what: found.object.to_string(), detail: found.detail }));
+    let damaged = |detail: String| Damage { what: "_delta_log".to_owned(), detail };
+    let table = match DeltaTable::open(store, stream).await {
+        Ok(Some(table)) => table,
+        Ok(None) => {
+            report.damage.push(damaged("there is no table".to_owned()));
+            return Ok(report);
+        }
+        Err(error @ (TableError::Entry { .. } | TableError::Log { .. } | TableError::Foreign { .. })) => {
+            // Mostly what is named already is why.
+            report
+                .damage
+                .push(damaged(format!("the table cannot be opened, its files are not read: {}", chain(&error))));
+            return Ok(report);
+        }
+        Err(error) => return Err(error),
     };
     let snapshot = table.snapshot();
     begin(snapshot.files.bytes());
-    verify_log(stream, &snapshot, &mut report).await?;
     for file in snapshot.files.iter() {
         if let Err(detail) = verify_file(&snapshot, file, &mut report.rows).await {
             report.damage.push(Damage { what: file.path.clone(), detail });
@@ -63,26 +80,6 @@ pub async fn verify(
         progress(file.bytes);
     }
     Ok(report)
-}
-
-async fn verify_log(stream: &StreamName, snapshot: &TableSnapshot, report: &mut Report) -> Result<(), TableError> {
-    let mut before = None;
-    for version in entries_since(stream, snapshot, DateTime::UNIX_EPOCH).await? {
-        let what = || format!("_delta_log/{version:020}.json");
-        if before.is_some_and(|before: u64| before + 1 != version) {
-            report.damage.push(Damage { what: what(), detail: "the entry before it is missing".to_owned() });
-        }
-        before = Some(version);
-        report.entries += 1;
-        match named_files(stream, &snapshot.log_store, version).await {
-            Ok(_) => {}
-            Err(error @ TableError::Entry { .. }) => {
-                report.damage.push(Damage { what: what(), detail: chain(&error) });
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
 }
 
 /// What is wrong with a file.
@@ -157,5 +154,51 @@ mod tests {
         let named: Vec<&str> = report.damage.iter().map(|damage| damage.what.as_str()).collect();
         assert_eq!(named, [0, 1, 4, 5].map(|index: usize| files[index].path.as_str()), "{:?}", report.damage);
         assert!(report.damage[0].detail.contains("not there") && report.damage[1].detail.contains("bytes"));
+    }
+
+    /// Each object of the log is damaged in many ways, one at a time: it is named, or the table is what it was all the same.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_damaged_log_is_named_by_its_object() {
+        let place = place();
+        let mut table = DeltaTable::create(&place.store, &stream(), &speed()).await.unwrap();
+        for seq in 1..=6 {
+            table.commit(&[rows(1, seq, &speed())], &[span(1, seq, seq)]).await.unwrap();
+            if seq == 3 {
+                crate::delta::checkpoint(&stream(), &table.snapshot()).await.unwrap();
+            }
+        }
+        let whole = table.snapshot();
+        let log = place.table().join("_delta_log");
+        let report = verify(&place.store, &stream(), &|_| {}, &|_| {}).await.unwrap();
+        assert_eq!((report.entries, report.damage.len()), (7, 0), "{:?}", report.damage);
+        let mut found = 0;
+        for name in
+            ["00000000000000000002.json", "00000000000000000003.checkpoint.parquet", "00000000000000000005.json"]
+        {
+            let good = std::fs::read(log.join(name)).unwrap();
+            for at in (0..good.len()).step_by(1 + good.len() / 150) {
+                let mut bad = good.clone();
+                bad[at] ^= 0x40;
+                std::fs::write(log.join(name), bad).unwrap();
+                let report = verify(&place.store, &stream(), &|_| {}, &|_| {}).await.unwrap();
+                if report.damage.is_empty() {
+                    let opened = DeltaTable::open(&place.store, &stream()).await.unwrap().unwrap().snapshot();
+                    assert_eq!((opened.version, &opened.txn), (whole.version, &whole.txn), "{name}: byte {at}");
+                    let paths = |snapshot: &TableSnapshot| -> std::collections::BTreeSet<String> {
+                        snapshot.files.iter().map(|file| file.path.clone()).collect()
+                    };
+                    assert_eq!(paths(&opened), paths(&whole), "{name}: byte {at}");
+                    continue;
+                }
+                let named = |damage: &Damage| damage.what == format!("_delta_log/{name}");
+                found += usize::from(report.damage.iter().any(named));
+            }
+            std::fs::write(log.join(name), good).unwrap();
+        }
+        assert!(found > 100, "{found}");
+        std::fs::remove_file(log.join("00000000000000000005.json")).unwrap();
+        let report = verify(&place.store, &stream(), &|_| {}, &|_| {}).await.unwrap();
+        let missing = &report.damage[0];
+        assert!(missing.what.ends_with("6.json") && missing.detail.contains("missing"), "{:?}", report.damage);
     }
 }

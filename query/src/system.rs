@@ -12,10 +12,11 @@
 //! | `views` | view: what it does, how far it is, what it costs |
 //! | `links` | link: where it leads, and what came of it since the node started |
 //! | `batches` | batch that a stream's rows came in (read from the rows themselves), and which agent sealed it |
+//! | `sources` | column of a stream and edge that fills it: rows, when the first and the last came (read from the rows) |
 //! | `quarantine_reasons` | reason why readings are in `quarantine`, by stream and source |
 //! | `alerts` | alert that is pending or fires, as `alert_log` last says |
 //!
-//! The last three are questions about tables of `public` and see what the caller may see there. Of the others a caller
+//! The last four are questions about tables of `public` and see what the caller may see there. Of the others a caller
 //! with a scope sees what is told of edges that are wholly its own, its own statements, and of streams that they exist.
 
 use std::sync::Arc;
@@ -59,7 +60,7 @@ const KINDS: [Kind; 9] = [
     Kind::Links,
 ];
 /// The tables that are questions.
-const VIEWS: [&str; 3] = ["alerts", "batches", "quarantine_reasons"];
+const VIEWS: [&str; 4] = ["alerts", "batches", "quarantine_reasons", "sources"];
 
 impl Kind {
     fn name(self) -> &'static str {
@@ -226,6 +227,7 @@ impl SchemaProvider for SystemSchema {
             "alerts" => views::alerts(self.tables.as_ref()).map(Some),
             "batches" => views::batches(self.tables.as_ref()).map(Some),
             "quarantine_reasons" => views::quarantine_reasons(self.tables.as_ref()).map(Some),
+            "sources" => views::sources(self.tables.as_ref()).map(Some),
             _ => Ok(None),
         }
     }

@@ -349,12 +349,13 @@ async fn whatever_is_committed_compacted_retained_and_vacuumed_the_rows_are_thos
                     let snapshot = handles[at].snapshot();
                     crate::delta::checkpoint(&stream(), &snapshot).await.unwrap();
                     if random.one_in(2) {
-                        crate::delta::clean(&stream(), &snapshot, std::time::Duration::ZERO).await.unwrap();
+                        crate::delta::clean(&stream(), &snapshot, std::time::Duration::ZERO, &|| {}).await.unwrap();
                     }
                 }
                 _ => {
-                    let plan =
-                        vacuum::plan(&store, &mut handles[at], std::time::Duration::from_secs(3_600)).await.unwrap();
+                    let plan = vacuum::plan(&store, &mut handles[at], std::time::Duration::from_secs(3_600), &|| {})
+                        .await
+                        .unwrap();
                     assert!(plan.is_empty(), "all files are young: {plan:?}");
                 }
             }
@@ -407,7 +408,7 @@ async fn vacuum_deletes_what_nothing_names_and_nothing_else() {
         std::fs::write(partition.join(name), b"left behind").unwrap();
     }
     let check = async |table: &mut DeltaTable, unused: usize, staged: usize, kept: usize| {
-        let plan = vacuum::plan(&store, table, grace).await.unwrap();
+        let plan = vacuum::plan(&store, table, grace, &|| {}).await.unwrap();
         assert_eq!((plan.unused.len(), plan.staged.len(), plan.kept), (unused, staged, kept), "{plan:?}");
         plan
     };

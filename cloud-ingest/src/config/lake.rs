@@ -27,6 +27,8 @@ pub struct LakeSettings {
     pub grace: Span,
     /// How often files are looked for that nothing names.
     pub vacuum_every: Span,
+    /// What is done for a table is given up when its store says nothing for so long; others have their turn.
+    pub patience: Span,
 }
 
 impl Default for LakeSettings {
@@ -38,6 +40,7 @@ impl Default for LakeSettings {
             every: Span(Duration::from_secs(600)),
             grace: Span(7 * day),
             vacuum_every: Span(day),
+            patience: Span(Duration::from_secs(120)),
         }
     }
 }
@@ -152,6 +155,9 @@ impl Settings {
             return Err(
                 "[lake] log_keep must be not less than lake.grace: the log says which files are in use".to_owned()
             );
+        }
+        if lake.patience.0.is_zero() {
+            return Err("[lake] patience must be more than nothing: a store takes time to answer".to_owned());
         }
         if lake.checkpoint_commits == 0 {
             return Err("[lake] checkpoint_commits must be at least 1".to_owned());

@@ -12,12 +12,12 @@ use object_store::path::Path;
 use object_store::{ObjectMeta, ObjectStoreExt};
 use wire::ids::StreamName;
 
-use super::{TableError, TableSnapshot};
+use super::{LogStoreRef, TableError, TableSnapshot};
 use crate::failpoint;
 
 /// An object of the log, by its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Entry,
     Checkpoint,
     Other,
@@ -36,8 +36,11 @@ fn parse(path: &Path) -> Option<(u64, Kind)> {
 }
 
 /// The objects of a table's log with their versions, oldest first.
-async fn list(stream: &StreamName, snapshot: &TableSnapshot) -> Result<Vec<(u64, Kind, ObjectMeta)>, TableError> {
-    let store = snapshot.log_store.object_store(None);
+pub(super) async fn list(
+    stream: &StreamName,
+    log_store: &LogStoreRef,
+) -> Result<Vec<(u64, Kind, ObjectMeta)>, TableError> {
+    let store = log_store.object_store(None);
     let listed = store.list(Some(&Path::from("_delta_log"))).try_collect::<Vec<_>>().await;
     let listed = listed.map_err(|error| TableError::delta(stream, error.into()))?;
     let mut objects: Vec<_> = listed
@@ -54,7 +57,7 @@ pub(crate) async fn entries_since(
     snapshot: &TableSnapshot,
     since: DateTime<Utc>,
 ) -> Result<Vec<u64>, TableError> {
-    let objects = list(stream, snapshot).await?;
+    let objects = list(stream, &snapshot.log_store).await?;
     let recent = objects.iter().filter(|(_, kind, meta)| *kind == Kind::Entry && meta.last_modified >= since);
     Ok(recent.map(|(version, ..)| *version).collect())
 }
@@ -71,12 +74,17 @@ fn old(objects: &[(u64, Kind, ObjectMeta)], newest: u64, cutoff: DateTime<Utc>) 
     &objects[..end.unwrap_or(objects.len())]
 }
 
-/// Removes what is older than the log is kept; how many objects went.
+/// Removes what is older than the log is kept; how many objects went. `progress` is told after each.
 ///
 /// # Errors
 /// When the store does not answer; what is left goes the next time.
-pub(crate) async fn clean(stream: &StreamName, snapshot: &TableSnapshot, keep: Duration) -> Result<usize, TableError> {
-    let objects = list(stream, snapshot).await?;
+pub(crate) async fn clean(
+    stream: &StreamName,
+    snapshot: &TableSnapshot,
+    keep: Duration,
+    progress: &(dyn Fn() + Send + Sync),
+) -> Result<usize, TableError> {
+    let objects = list(stream, &snapshot.log_store).await?;
     let store = snapshot.log_store.object_store(None);
     let mut gone = 0;
     for (_, _, meta) in old(&objects, snapshot.version, Utc::now() - keep) {
@@ -84,6 +92,7 @@ pub(crate) async fn clean(stream: &StreamName, snapshot: &TableSnapshot, keep: D
             Ok(()) | Err(object_store::Error::NotFound { .. }) => gone += 1,
             Err(error) => return Err(TableError::delta(stream, error.into())),
         }
+        progress();
         failpoint::reach("delete.between");
     }
     Ok(gone)

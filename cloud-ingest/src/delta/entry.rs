@@ -188,11 +188,7 @@ pub(crate) enum Purpose {
 }
 
 impl Purpose {
-    /// As the log has it.
-    pub(super) fn name(self) -> &'static str {
-        self.operation().0
-    }
-
+    /// As the log has it, with its parameters.
     fn operation(self) -> (&'static str, Value) {
         match self {
             Self::Append => ("WRITE", json!({ "mode": "Append", "partitionBy": format!("[\"{DATE}\"]") })),

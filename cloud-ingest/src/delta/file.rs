@@ -7,6 +7,7 @@
 //! log names it; one that is given up is removed, or left to vacuum.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::TimestampMicrosecondType;
@@ -25,8 +26,8 @@ use parquet::errors::ParquetError;
 use parquet::file::metadata::SortingColumn;
 use parquet::file::properties::{EnabledStatistics, WriterProperties};
 use parquet::schema::types::ColumnPath;
-use wire::DataFile;
 use wire::schema::{DATE, DEVICE, TS};
+use wire::{DataFile, DataFiles};
 
 use super::entry::date_text;
 
@@ -36,6 +37,20 @@ const ZSTD_LEVEL: i32 = 1;
 /// What goes to the store at a time.
 const PART_BYTES: usize = 8 << 20;
 const PARTS_AT_ONCE: usize = 2;
+
+/// How the name of a file begins that came with a commit, or by a change of its columns.
+pub(crate) const PART: &str = "part";
+/// How the name of a file begins that compaction made: so those who look at a table need not read its log.
+pub(crate) const MERGED: &str = "merged";
+
+/// When the newest of these files was merged from others, ms since 1970; none when none was.
+pub fn last_compaction(files: &DataFiles) -> Option<i64> {
+    let is_merged = |file: &&Arc<DataFile>| {
+        let name = file.path.rsplit('/').next().unwrap_or_default();
+        name.split_once('-').is_some_and(|(kind, _)| kind == MERGED)
+    };
+    files.iter().filter(is_merged).map(|file| file.modified_ms).max()
+}
 
 /// Why a file is not written.
 #[derive(Debug, thiserror::Error)]
@@ -59,16 +74,17 @@ impl std::fmt::Debug for FileWriter {
 }
 
 impl FileWriter {
-    /// A new file in the partition of a date. `store` is rooted at the table.
+    /// A new file in the partition of a date. `store` is rooted at the table; `kind` is [`PART`] or [`MERGED`].
     pub(crate) fn create(
         store: &ObjectStoreRef,
         schema: &SchemaRef,
         properties: &WriterProperties,
         date: i32,
+        kind: &'static str,
     ) -> Result<Self, FileError> {
-        let path = Path::from(format!("{DATE}={}/part-{}.zstd.parquet", date_text(date), new_name()));
+        let path = Path::from(format!("{DATE}={}/{kind}-{}.zstd.parquet", date_text(date), new_name()));
         let upload = BufWriter::with_capacity(store.clone(), path.clone(), PART_BYTES);
-        let upload = Upload(upload.with_max_concurrency(PARTS_AT_ONCE));
+        let upload = Upload(Some(upload.with_max_concurrency(PARTS_AT_ONCE)));
         let writer = AsyncArrowWriter::try_new(upload, schema.clone(), Some(properties.clone()))
             .map_err(|source| FileError::Parquet { path: path.to_string(), source })?;
         Ok(Self { path, date, writer, bounds: Bounds::default() })
@@ -101,6 +117,11 @@ impl FileWriter {
             device: bounds.device,
             device_nulls: Some(bounds.device_nulls),
         })
+    }
+
+    /// Leaves nothing of it in the store. One that is dropped does so, too, unless the process ends with it.
+    pub(crate) async fn give_up(self) {
+        self.writer.into_inner().give_up().await;
     }
 
     fn failed(&self, source: ParquetError) -> FileError {
@@ -141,17 +162,50 @@ impl Bounds {
     }
 }
 
-/// Parts of a file on their way into the store.
-struct Upload(BufWriter);
+/// Parts of a file on their way into the store; none when it is complete, or given up.
+struct Upload(Option<BufWriter>);
 
 impl AsyncFileWriter for Upload {
     fn write(&mut self, bytes: Bytes) -> BoxFuture<'_, Result<(), ParquetError>> {
-        async move { self.0.put(bytes).await.map_err(|error| ParquetError::External(Box::new(error))) }.boxed()
+        async move {
+            let upload = self.0.as_mut().ok_or_else(over)?;
+            upload.put(bytes).await.map_err(|error| ParquetError::External(Box::new(error)))
+        }
+        .boxed()
     }
 
     fn complete(&mut self) -> BoxFuture<'_, Result<(), ParquetError>> {
         use tokio::io::AsyncWriteExt;
-        async move { self.0.shutdown().await.map_err(|error| ParquetError::External(Box::new(error))) }.boxed()
+        async move {
+            let mut upload = self.0.take().ok_or_else(over)?;
+            upload.shutdown().await.map_err(|error| ParquetError::External(Box::new(error)))
+        }
+        .boxed()
+    }
+}
+
+fn over() -> ParquetError {
+    ParquetError::General("the file is complete, or given up".to_owned())
+}
+
+impl Upload {
+    async fn give_up(&mut self) {
+        if let Some(mut upload) = self.0.take()
+            && let Err(error) = upload.abort().await
+        {
+            tracing::debug!(%error, "parts of a file stay in the store");
+        }
+    }
+}
+
+/// S3 keeps the parts of a file that is not completed until somebody gives it up, and shows them nowhere.
+impl Drop for Upload {
+    fn drop(&mut self) {
+        if let Some(upload) = self.0.take()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(async move { Self(Some(upload)).give_up().await });
+        }
     }
 }
 

@@ -24,8 +24,8 @@ use object_store::{ObjectStoreExt, PutMode, PutOptions};
 use wire::ids::StreamName;
 use wire::{DataFile, DataFiles};
 
-use super::entry::{Entry, Purpose, data_file, shared};
-use super::{Marks, TableError, TableSnapshot, txn};
+use super::entry::{Entry, data_file, shared};
+use super::{Marks, TableError, txn};
 use crate::failpoint;
 
 /// A table as its log says it is.
@@ -227,27 +227,7 @@ pub(crate) async fn named_files(
     Ok(entry.added.into_iter().map(|file| file.path).chain(entry.removed).collect())
 }
 
-/// When files were last compacted, ms since 1970, if an entry of the last `entries` says so.
-///
-/// # Errors
-/// When the store does not answer.
-pub async fn last_compaction(
-    stream: &StreamName,
-    snapshot: &TableSnapshot,
-    entries: u64,
-) -> Result<Option<i64>, TableError> {
-    for version in (snapshot.version.saturating_sub(entries) + 1..=snapshot.version).rev() {
-        let Some(bytes) = read_entry(stream, &snapshot.log_store, version).await? else { return Ok(None) };
-        let first = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
-        let info: serde_json::Value = serde_json::from_slice(first).unwrap_or_default();
-        if info["commitInfo"]["operation"] == Purpose::Compact.name() {
-            return Ok(info["commitInfo"]["timestamp"].as_i64());
-        }
-    }
-    Ok(None)
-}
-
-fn parse(stream: &StreamName, version: u64, bytes: &[u8]) -> Result<Entry, TableError> {
+pub(super) fn parse(stream: &StreamName, version: u64, bytes: &[u8]) -> Result<Entry, TableError> {
     Entry::parse(bytes).map_err(|source| TableError::Entry {
         stream: stream.clone(),
         version,

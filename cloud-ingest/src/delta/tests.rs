@@ -239,7 +239,7 @@ async fn a_writer_that_slept_longer_than_the_log_is_kept_makes_no_entry_in_the_p
         drop(table.commit(&[rows(1, seq, &speed())], &[span(1, seq, seq)]).await.unwrap());
     }
     checkpoint(&stream(), &table.snapshot()).await.unwrap();
-    assert_eq!(clean(&stream(), &table.snapshot(), Duration::ZERO).await.unwrap(), 5);
+    assert_eq!(clean(&stream(), &table.snapshot(), Duration::ZERO, &|| {}).await.unwrap(), 5);
     asleep.seen = SystemTime::UNIX_EPOCH;
     let covered = asleep.commit(&[rows(1, 1, &speed())], &[span(1, 1, 1)]).await;
     assert!(matches!(covered, Err(CommitError::Covered { committed: Seq(5), .. })), "{covered:?}");
@@ -381,8 +381,8 @@ async fn files_and_transactions_survive_checkpoints_and_a_log_that_was_cleaned()
     let expected = table.snapshot();
     assert_eq!((expected.version, expected.txn.len(), expected.files.len()), (COMMITS, 2, 3 * COMMITS as usize));
     // Entries 0 to 29 and the checkpoints of 10 and 20.
-    assert_eq!(clean(&stream(), &expected, Duration::ZERO).await.unwrap(), 32);
-    assert_eq!(clean(&stream(), &expected, Duration::ZERO).await.unwrap(), 0);
+    assert_eq!(clean(&stream(), &expected, Duration::ZERO, &|| {}).await.unwrap(), 32);
+    assert_eq!(clean(&stream(), &expected, Duration::ZERO, &|| {}).await.unwrap(), 0);
     let by_path = |snapshot: &TableSnapshot| {
         let mut files: Vec<DataFile> = snapshot.files.iter().map(|file| file.as_ref().clone()).collect();
         files.sort_by(|a, b| a.path.cmp(&b.path));

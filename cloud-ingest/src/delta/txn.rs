@@ -11,7 +11,7 @@ use wire::ids::{Seq, SpoolId};
 use super::{CommitError, Marks};
 
 /// Ends the `appId` of a CRC.
-const CRC: &str = "/crc";
+pub(super) const CRC: &str = "/crc";
 
 /// The transactions of a commit, as `appId` and version; one pair per spool, since readers may take either of two.
 pub(super) fn transactions(marks: &[(SpoolId, Seq, Mark)]) -> Vec<(String, i64)> {

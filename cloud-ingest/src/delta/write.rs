@@ -7,7 +7,7 @@ use arrow_select::interleave::interleave;
 use deltalake_core::logstore::ObjectStoreRef;
 use wire::DataFile;
 
-use super::file::{FileWriter, writer_properties};
+use super::file::{FileWriter, PART, writer_properties};
 use super::order::{Row, order};
 use super::{RowsError, TableSnapshot};
 use crate::rescue::row_schema;
@@ -40,7 +40,7 @@ async fn write_files(
     let order = order(rows);
     let mut files = Vec::with_capacity(order.dates.len());
     for (date, range) in order.dates {
-        let mut writer = FileWriter::create(store, schema, &properties, date)?;
+        let mut writer = FileWriter::create(store, schema, &properties, date, PART)?;
         for chunk in order.rows[range].chunks(CHUNK_ROWS) {
             writer.write(&gather(schema, rows, chunk)?).await?;
         }

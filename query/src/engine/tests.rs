@@ -469,6 +469,8 @@ async fn a_reader_sees_the_rows_of_its_scope_and_no_others() {
         ("SELECT count(DISTINCT _edge) FROM traffic", 1),
         ("SELECT count(*) FROM (SELECT * FROM traffic LIMIT 1000)", 50),
         ("SELECT count(*) FROM system.batches", 5),
+        ("SELECT count(*) FROM system.sources WHERE edge = 'other'", 0),
+        ("SELECT rows FROM system.sources WHERE name = 'vehicle_count'", 50),
         ("SELECT count(*) FROM system.edges", 1),
         ("SELECT count(*) FROM system.ingest WHERE edge = 'other'", 0),
         ("SELECT count(*) FROM system.files", 0),

@@ -14,7 +14,7 @@ use datafusion::logical_expr::{Expr, ExprFunctionExt, LogicalPlan, LogicalPlanBu
 use datafusion::prelude::{col, lit};
 use wire::StreamName;
 use wire::schema::own::{ALERT_LOG, BATCH_ORIGINS, QUARANTINE};
-use wire::schema::{EDGE, RECEIVED_AT, SEQ, SPOOL, TS, timestamp_type};
+use wire::schema::{DEVICE, EDGE, QUALITY, RECEIVED_AT, SEQ, SPOOL, TS, timestamp_type};
 
 use crate::catalog::Tables;
 use crate::fused_table::LiveTable;
@@ -118,6 +118,49 @@ fn origins(tables: &dyn Tables) -> Result<LogicalPlan> {
         ])?,
     };
     LogicalPlanBuilder::from(plan).alias("origin")?.build()
+}
+
+/// A row for each column of a stream and edge that has sent a value of it: how many rows, and when the first and the last came. It is
+/// read from the rows, so it is what is stored, whatever the node has seen since its start.
+pub(super) fn sources(tables: &dyn Tables) -> Result<Arc<dyn TableProvider>> {
+    let mut all: Option<LogicalPlanBuilder> = None;
+    for stream in tables.streams() {
+        let Some(cold) = tables.cold(&stream) else { continue };
+        let names = cold.schema.fields().iter().map(|field| field.name().as_str());
+        for name in names.filter(|name| !name.starts_with('_') && ![TS, DEVICE, QUALITY].contains(name)) {
+            let Some(scan) = scan(tables, &stream)? else { continue };
+            let rows = vec![
+                count(lit(1)).alias("rows"),
+                min(col(RECEIVED_AT)).alias("first_seen"),
+                max(col(RECEIVED_AT)).alias("last_seen"),
+            ];
+            let with_value = scan.filter(Expr::Column(Column::from_name(name)).is_not_null())?;
+            let branch = with_value.aggregate(vec![col(EDGE)], rows)?.project(vec![
+                lit(stream.as_str()).alias("stream"),
+                lit(name).alias("name"),
+                plain(EDGE, "edge"),
+                col("rows"),
+                col("first_seen"),
+                col("last_seen"),
+            ])?;
+            all = Some(match all {
+                Some(all) => all.union(branch.build()?)?,
+                None => branch,
+            });
+        }
+    }
+    let plan = match all {
+        Some(all) => all.build()?,
+        None => empty(vec![
+            ("stream", DataType::Utf8),
+            ("name", DataType::Utf8),
+            ("edge", DataType::Utf8),
+            ("rows", DataType::Int64),
+            ("first_seen", timestamp_type()),
+            ("last_seen", timestamp_type()),
+        ])?,
+    };
+    Ok(Arc::new(ViewTable::new(plan, None)))
 }
 
 /// A row for each stream, source and reason of `quarantine`.
