@@ -47,6 +47,7 @@
 //! # Limits
 //! A payload is at most [`Options::payload_bytes_max`]: a record lies within one segment.
 
+pub mod failpoint;
 mod format;
 pub mod layer;
 mod log;

@@ -20,6 +20,8 @@ use crate::{LogId, Options, Position, ReadError, Reader};
 
 /// Buffered records are written (not synced) when they reach this.
 const WRITE_BYTES: usize = 4 << 20;
+/// The room of one segment that a log keeps on disk: [`SegmentLog::keep_spare`]. Recovery passes it over.
+const SPARE: &str = "spare";
 /// A write buffer that grew past this is given back after it was written.
 const KEEP_BYTES: usize = 1 << 20;
 
@@ -155,7 +157,16 @@ pub struct SegmentLog<L: FileLayer = Disk> {
     /// The highest `synced_to` that a synced record carries.
     proven: u64,
     failed: bool,
+    spare: Spare,
     counters: Counters,
+}
+
+/// Whether a log keeps a file of a segment's size ready, and has one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Spare {
+    Unwanted,
+    Wanted,
+    There,
 }
 
 impl<L: FileLayer> SegmentLog<L> {
@@ -191,6 +202,7 @@ impl<L: FileLayer> SegmentLog<L> {
             content_end: found.content_end,
             proven: found.content_end,
             failed: false,
+            spare: Spare::Unwanted,
             counters: Counters::default(),
         };
         if found.must_prove {
@@ -285,6 +297,76 @@ impl<L: FileLayer> SegmentLog<L> {
         if self.end == self.active().first { Ok(()) } else { self.roll() }
     }
 
+    /// From now on the log keeps the room of one more segment on disk, beside its cap, as soon as there is some: what
+    /// [`free_before`](Self::free_before) removes gives it back. For an owner that must write more than the reserve takes before
+    /// it can free anything, also when the disk is full.
+    ///
+    /// # Errors
+    /// When the disk does not answer; a full one is none.
+    pub fn keep_spare(&mut self) -> io::Result<()> {
+        if self.spare == Spare::There {
+            return Ok(());
+        }
+        let path = self.shared.directory.join(SPARE);
+        // Of a run before; after a power cut it may be a segment's, too, by another name.
+        self.remove_spare(&path)?;
+        self.spare = Spare::Wanted;
+        match self.layer.create(&path).and_then(|file| file.allocate(self.options.segment_bytes)) {
+            Ok(()) => self.spare = Spare::There,
+            Err(error) if is_full(&error) => self.remove_spare(&path)?,
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Keeps no such room, or no more.
+    ///
+    /// # Errors
+    /// When the disk does not answer.
+    pub fn give_spare_back(&mut self) -> io::Result<()> {
+        self.spare = Spare::Unwanted;
+        self.remove_spare(&self.shared.directory.join(SPARE))
+    }
+
+    /// Nothing counts on it: it need not be gone for sure.
+    fn remove_spare(&self, path: &Path) -> io::Result<()> {
+        match self.layer.remove(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Opens a new segment in the room that was kept; false when there is none, or the newest segment is empty.
+    ///
+    /// # Errors
+    /// A failed sync is final; another error leaves the log as it was.
+    pub fn start_segment_in_spare(&mut self) -> Result<bool, AppendError> {
+        if self.failed {
+            return Err(SyncError::Poisoned.into());
+        }
+        if self.spare != Spare::There || self.end == self.active().first {
+            return Ok(false);
+        }
+        self.write_buffer().map_err(|source| self.fail(source))?;
+        let directory = &self.shared.directory;
+        let (spare, path) = (directory.join(SPARE), directory.join(format::segment_name(self.end)));
+        self.spare = Spare::Wanted;
+        // What stood there before must be gone for sure before it gets the name of a segment.
+        let made = self.layer.open(&spare).and_then(|file| {
+            recover::blank(&file, 0, false)?;
+            file.write_all_at(&SegmentHeader::encode(self.shared.id, self.end), 0)?;
+            sync_file(&file)?;
+            self.layer.rename(&spare, &path)?;
+            Ok(file)
+        });
+        self.names_changed = true;
+        match made {
+            Ok(file) => self.add_segment(file),
+            Err(source) => return Err(AppendError::Segment { path, source }),
+        }
+        Ok(true)
+    }
+
     /// Writes and makes durable all that was appended. Readers then see it.
     pub fn sync(&mut self) -> Result<Position, SyncError> {
         if self.failed {
@@ -310,7 +392,7 @@ impl<L: FileLayer> SegmentLog<L> {
     }
 
     /// Removes the segments that lie wholly below `position`, and at most what is synced; never
-    /// the newest. Returns the bytes of the removed files.
+    /// the newest. Returns the bytes of the removed files, or of those that are kept as a spare.
     pub fn free_before(&mut self, position: Position) -> Result<u64, FreeError> {
         if self.failed {
             let source = io::Error::other(SyncError::Poisoned);
@@ -329,8 +411,17 @@ impl<L: FileLayer> SegmentLog<L> {
             let directory = &self.shared.directory;
             let path = directory.join(format::segment_name(oldest.first));
             // One by one: a power cut may keep any subset of removals, and a hole is an incident.
-            let removed = match self.layer.remove(&path) {
+            let keep = self.spare == Spare::Wanted && oldest.file_bytes == self.options.segment_bytes;
+            let gone = match keep {
+                true => self.layer.rename(&path, &directory.join(SPARE)),
+                false => self.layer.remove(&path),
+            };
+            let removed = match gone {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                Ok(()) if keep => {
+                    self.spare = Spare::There;
+                    Ok(())
+                }
                 other => other,
             };
             if let Err(source) = removed.and_then(|()| sync_directory(&self.layer, directory)) {
@@ -434,22 +525,26 @@ impl<L: FileLayer> SegmentLog<L> {
     }
 
     fn make_segment(&mut self) -> Result<(), AppendError> {
-        let file_bytes = self.options.segment_bytes;
         self.write_buffer().map_err(|source| self.fail(source))?;
         let directory = &self.shared.directory;
         let path = directory.join(format::segment_name(self.end));
         // Whatever comes of it, the name must not outlive a removal that a power cut forgot.
         self.names_changed = true;
-        let file = match create_segment(&self.layer, &path, self.shared.id, self.end, file_bytes) {
+        let file = match create_segment(&self.layer, &path, self.shared.id, self.end, self.options.segment_bytes) {
             Ok(file) => file,
             Err(source) if is_full(&source) => return Err(AppendError::Full),
             Err(source) => return Err(AppendError::Segment { path, source }),
         };
+        self.add_segment(file);
+        Ok(())
+    }
+
+    fn add_segment(&mut self, file: L::File) {
+        let file_bytes = self.options.segment_bytes;
         self.counters.bytes_written += SEGMENT_HEADER;
         self.unsynced.push(std::mem::replace(&mut self.newest, file));
         self.segments.push_back(Segment { first: self.end, file_bytes, durable: false });
         self.shared.firsts().push_back(self.end);
-        Ok(())
     }
 
     fn write_buffer(&mut self) -> io::Result<()> {

@@ -26,6 +26,7 @@ use crate::log::{AppendError, Segment, create_segment, sync_directory, sync_file
 use crate::scan::Scanner;
 use crate::{LogId, Options, Position};
 
+pub(crate) use repair::blank;
 use repair::{blank_from, drop_blank, new_segment, open_newest, remove_behind, repair_headers, write_again};
 use survey::{Verdict, judge, survey};
 

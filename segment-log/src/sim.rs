@@ -148,6 +148,11 @@ impl SimLayer {
         self.world().capacity = bytes;
     }
 
+    /// The bytes that all files together have.
+    pub fn bytes(&self) -> u64 {
+        self.world().used()
+    }
+
     /// Cuts the power, if it is still on, and starts the machine again with what the disk has kept.
     /// All open handles are dead.
     pub fn power_cut(&self, random: &mut Random) {

@@ -125,6 +125,39 @@ fn a_full_disk_is_like_the_cap_and_control_records_still_fit() {
 }
 
 #[test]
+fn a_spare_is_opened_on_a_full_disk_and_what_is_freed_is_the_next_one() {
+    let layer = SimLayer::new();
+    let mut log = open(&layer);
+    assert!(!log.start_segment_in_spare().unwrap(), "nobody asked for one");
+    log.keep_spare().unwrap();
+    // Another name for the same file, as a power cut may leave it, is let go.
+    drop(log);
+    layer.set_capacity(8192 + 2 * SMALL.segment_bytes);
+    let mut log = open(&layer);
+    log.keep_spare().unwrap();
+    fill(&mut log, &[5; 100]);
+    assert_eq!(log.bytes_on_disk(), SMALL.segment_bytes);
+    for round in 0..4 {
+        assert!(matches!(log.start_segment(), Err(AppendError::Full)), "{round}");
+        assert!(log.start_segment_in_spare().unwrap(), "{round}");
+        assert!(!log.start_segment_in_spare().unwrap(), "{round}: there is only one");
+        let first = log.append(1, &[round; 100]).unwrap();
+        assert!(first.new_segment, "{round}");
+        fill(&mut log, &[7; 100]);
+        log.sync().unwrap();
+        log.free_before(first.position).unwrap();
+        layer.power_cut(&mut Random::new(u64::from(round)));
+        log = open(&layer);
+        let read = read_all(&mut log.reader(log.start()).unwrap());
+        assert_eq!((log.start(), &read[0].2[..]), (first.position, &[round; 100][..]), "{round}: nothing of before");
+        log.keep_spare().unwrap();
+    }
+    log.give_spare_back().unwrap();
+    assert!(!log.start_segment_in_spare().unwrap());
+    log.start_segment().unwrap();
+}
+
+#[test]
 fn control_records_leave_the_reserve_alone_while_there_is_other_room() {
     let layer = SimLayer::new();
     let mut log = open(&layer);

@@ -29,6 +29,8 @@ struct Machine {
     freed: Position,
     /// Records are as long as a number of markers.
     even: bool,
+    /// The log keeps a segment ready.
+    spare: bool,
     /// Makes each payload unlike any other.
     numbers: u64,
     log: Option<SegmentLog<SimLayer>>,
@@ -49,6 +51,7 @@ impl Machine {
             end: Position(0),
             freed: Position(0),
             even: seed % 2 == 1,
+            spare: seed % 3 == 0,
             numbers: 0,
             log: None,
         }
@@ -60,8 +63,12 @@ impl Machine {
         loop {
             let failed = self.layer.syncs_failed();
             match SegmentLog::open(self.layer.clone(), "/data/log", self.options) {
-                Ok((log, opening)) => {
+                Ok((mut log, opening)) => {
                     self.check(&log, &opening);
+                    if self.spare && log.keep_spare().is_err() {
+                        assert!(!self.layer.powered());
+                        return false;
+                    }
                     self.log = Some(log);
                     return true;
                 }
@@ -114,6 +121,7 @@ impl Machine {
                 self.acknowledge(synced);
             }
             14 => return self.free(),
+            _ if self.spare && self.random.one_in(2) => return log.start_segment_in_spare().is_ok(),
             _ => {
                 if log.start_segment().is_err_and(|error| !matches!(error, AppendError::Full)) {
                     return false;

@@ -85,9 +85,14 @@ pub(super) fn blank_from<L: FileLayer>(
         return Ok(());
     };
     let file = layer.open(&path_of(directory, last.first))?;
+    blank(&file, SEGMENT_HEADER + (end - last.first), everything)?;
+    sync_file(&file)
+}
+
+/// Zeroes a file from `offset` on, not synced: what is not zero, or everything.
+pub(crate) fn blank<F: LayerFile>(file: &F, mut offset: u64, everything: bool) -> io::Result<()> {
     let mut buffer = vec![0; CHUNK_BYTES as usize];
     let zeros = vec![0; CHUNK_BYTES as usize];
-    let mut offset = SEGMENT_HEADER + (end - last.first);
     loop {
         let count = file.read_at(&mut buffer, offset)?;
         if count == 0 {
@@ -98,7 +103,7 @@ pub(super) fn blank_from<L: FileLayer>(
         }
         offset += count as u64;
     }
-    sync_file(&file)
+    Ok(())
 }
 
 pub(super) fn new_segment<L: FileLayer>(
