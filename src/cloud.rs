@@ -283,6 +283,8 @@ fn alert_settings(settings: &Settings) -> anyhow::Result<query::alerts::AlertSet
         data_dir: settings.data_dir.clone(),
         directory: of.directory.clone(),
         horizon: of.horizon.0,
+        late_max: of.late_max.0,
+        late_rows_max: of.late_rows_max,
         stale_after: of.stale_after.0,
         devices_max: of.devices_max,
         subscribers_max: of.subscribers_max.unwrap_or(settings.listen.http_connections.div_ceil(2)),

@@ -37,11 +37,16 @@ fn now_us() -> i64 {
 /// Readings of now: device and value, a microsecond apart.
 fn readings(all: &[(&str, i64)]) -> RecordBatch {
     let from = now_us();
-    let ts = TimestampMicrosecondArray::from_iter_values((0..all.len()).map(|row| from + row as i64));
+    readings_at((from..).zip(all).map(|(ts, (device, n))| (ts, *device, *n)).collect())
+}
+
+/// Readings: time, device and value.
+fn readings_at(all: Vec<(i64, &str, i64)>) -> RecordBatch {
+    let ts = TimestampMicrosecondArray::from_iter_values(all.iter().map(|(ts, ..)| *ts));
     let columns: Vec<ArrayRef> = vec![
         Arc::new(ts.with_timezone("UTC")),
-        Arc::new(StringArray::from_iter_values(all.iter().map(|(device, _)| device))),
-        Arc::new(Int64Array::from_iter_values(all.iter().map(|(_, n)| *n))),
+        Arc::new(StringArray::from_iter_values(all.iter().map(|(_, device, _)| device))),
+        Arc::new(Int64Array::from_iter_values(all.iter().map(|(.., n)| *n))),
         Arc::new(StringArray::from_iter_values(all.iter().map(|_| "good"))),
     ];
     RecordBatch::try_new(schema().arrow().clone(), columns).unwrap()
@@ -59,7 +64,11 @@ impl Readings {
     }
 
     pub(crate) async fn send(&mut self, all: &[(&str, i64)]) {
-        let batch = self.chain.seal(&readings(all));
+        self.send_batch(&readings(all)).await;
+    }
+
+    async fn send_batch(&mut self, rows: &RecordBatch) {
+        let batch = self.chain.seal(rows);
         let begun = Instant::now();
         while !matches!(self.sender.send(&schema(), std::slice::from_ref(&batch)).await, Answer::Acks(_)) {
             assert!(begun.elapsed() < PATIENCE, "the batch is not taken");
@@ -400,6 +409,43 @@ async fn every_alert_is_recorded_once_and_delivered_through_kill_9_at_any_moment
     let rows = cloud.sql("SELECT alert_id, sequence FROM alert_log WHERE told").await.unwrap();
     let recorded = rows.iter().map(|row| format!("{}/{}", row["alert_id"].as_str().unwrap(), row["sequence"]));
     assert_eq!(ids(&got), recorded.collect::<BTreeSet<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_edge_sends_late_is_an_alert_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let more = "[commit]\nmax_age = \"1s\"\n[alerts]\nhorizon = \"10m\"\n";
+    let mut cloud = Cloud::start(directory.path(), "a", more).await;
+    let mut edge = Readings::to(&cloud);
+    edge.send(&[("d0", 1)]).await;
+    put(&cloud, "high", RULE).await;
+    let mut listener = listening(&cloud, "?after=0");
+    listener.connect().await;
+    edge.send(&[("d1", 1)]).await;
+    // The link was down: what was measured before comes now, some of it too late for anybody to be told.
+    let before = |seconds: i64| now_us() - seconds * 1_000_000;
+    let backlog = [(3_600, 700), (3_000, 1), (60, 500), (30, 2)];
+    let backlog: Vec<_> = backlog.into_iter().map(|(seconds, n)| (before(seconds), "d1", n)).collect();
+    edge.send_batch(&readings_at(backlog.clone())).await;
+    assert_eq!(word(&mut listener).await, "d1 firing");
+    assert_eq!(word(&mut listener).await, "d1 resolved");
+    let rows = "SELECT state, told, count(*) AS n, count(DISTINCT alert_id) AS ids FROM alert_log \
+                WHERE alert_id IS NOT NULL AND device = 'd1' GROUP BY state, told ORDER BY state";
+    let expected = [("backfill", false, 2), ("firing", true, 1), ("resolved", true, 1)]
+        .map(|(state, told, n)| json!({ "state": state, "told": told, "n": n, "ids": 1 }));
+    assert_eq!(cloud.sql(rows).await.unwrap(), expected);
+    // By another way once more, through a kill, and behind it something that is new.
+    edge.send_batch(&readings_at(backlog)).await;
+    cloud.kill();
+    cloud.run();
+    cloud.wait().await;
+    edge.send_batch(&readings_at(vec![(before(20), "d2", 1), (before(40), "d2", 900), (before(35), "d2", 1)])).await;
+    assert_eq!(word(&mut listener).await, "d2 firing");
+    assert_eq!(word(&mut listener).await, "d2 resolved");
+    edge.send_batch(&readings_at(vec![(before(25), "d2", 901)])).await;
+    assert_eq!(word(&mut listener).await, "d2 firing");
+    assert_eq!(word(&mut listener).await, "d2 resolved");
+    assert_eq!(cloud.sql(rows).await.unwrap(), expected);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -7,8 +7,11 @@
 mod claims;
 pub(crate) mod episode;
 pub(crate) mod episodes;
+mod history;
+mod late;
 pub(crate) mod log;
 mod metrics;
+mod order;
 mod rows;
 pub(crate) mod rule;
 mod runner;
@@ -37,7 +40,7 @@ pub use self::episode::Severity;
 use self::metrics::Counts;
 pub use self::rule::{LANE, RULE_BYTES_MAX, RULES_MAX, RuleSettings};
 use self::rule::{Rule, RuleError};
-use self::runner::{Command, Runner};
+use self::runner::{Command, Limits, Runner};
 pub use self::shown::{OPEN_MAX, Opened, Page};
 use self::silence::Silence;
 use self::store::RuleStore;
@@ -63,6 +66,10 @@ pub struct AlertSettings {
     pub directory: Option<PathBuf>,
     /// What happened longer ago is a backfill.
     pub horizon: Duration,
+    /// Rows that come later than so long after they happened are not judged any more by rules that look row by row.
+    pub late_max: Duration,
+    /// Rows that may be read to judge some late ones; a stretch of the table that has more is given up.
+    pub late_rows_max: u64,
     /// An alert that only edges raise which were not heard for so long is stale.
     pub stale_after: Duration,
     /// Devices of one stream whose newest row is remembered.
@@ -88,6 +95,8 @@ pub struct RuleStatus {
     pub failed: u64,
     /// Alerts that did not begin because it has `max_instances`, since the start.
     pub refused: u64,
+    /// Rows that came too late, or were too much, to be judged, since the start.
+    pub unjudged: u64,
     pub last_error: Option<String>,
 }
 
@@ -123,7 +132,6 @@ pub struct Alerts {
     /// One change of the rules at a time: file and task agree.
     store: tokio::sync::Mutex<RuleStore>,
     token: CancellationToken,
-    devices_max: usize,
 }
 
 impl Alerts {
@@ -143,7 +151,13 @@ impl Alerts {
         let (rules, counts) = (Arc::default(), Arc::<Counts>::default());
         let runner = Runner::new(
             (Arc::clone(&engine), Arc::clone(&sink), Arc::clone(&hub)),
-            (micros(settings.horizon), micros(settings.stale_after), settings.devices_max),
+            Limits {
+                horizon: micros(settings.horizon),
+                late_max: micros(settings.late_max),
+                late_rows_max: settings.late_rows_max,
+                stale_after: micros(settings.stale_after),
+                devices_max: settings.devices_max,
+            },
             loaded,
             (Arc::clone(&rules), Arc::clone(&counts)),
             received,
@@ -173,9 +187,8 @@ impl Alerts {
             status
         });
         let targets = targets.collect();
-        let devices_max = settings.devices_max;
         let store = tokio::sync::Mutex::new(store);
-        Ok(Arc::new(Self { engine, commands, hub, rules, counts, targets, store, token, devices_max }))
+        Ok(Arc::new(Self { engine, commands, hub, rules, counts, targets, store, token }))
     }
 
     /// What is told.
@@ -255,7 +268,7 @@ impl Alerts {
     /// # Errors
     /// When it cannot run, or not over history.
     pub async fn trial(&self, settings: RuleSettings, from: i64, to: i64) -> Result<Trial, AlertError> {
-        trial::run(&self.engine, settings, (from, to), self.devices_max).await.map_err(AlertError::Invalid)
+        trial::run(&self.engine, settings, (from, to)).await.map_err(AlertError::Invalid)
     }
 
     /// Alerts that are open, the worst first.

@@ -204,6 +204,31 @@ fn in_files(
     Ok(Box::pin(RecordBatchStreamAdapter::new(schema, some)))
 }
 
+/// The newest event time that was read up to a position, or somewhat more: files count with all of theirs. The least number
+/// when nothing was.
+pub(crate) fn newest_read(frozen: &Frozen, position: &Position) -> i64 {
+    if *position == Position::default() {
+        return i64::MIN;
+    }
+    let mut newest = frozen.cold().files.iter().map(|file| file.latest_us()).max().unwrap_or(i64::MIN);
+    for (rows, runs) in frozen.hot().iter().zip(frozen.runs()) {
+        let ts = rows.column_by_name(TS).and_then(|ts| ts.as_primitive_opt::<TimestampMicrosecondType>());
+        let Some(ts) = ts else { continue };
+        for run in runs.iter().filter(|run| position.covers(run.spool, run.seq)) {
+            newest = arrow::compute::max(&ts.slice(run.start, run.rows)).unwrap_or(newest).max(newest);
+        }
+    }
+    newest
+}
+
+/// Which rows are not behind the position: those that were read by then.
+///
+/// # Errors
+/// When they are without provenance.
+pub(crate) fn read_by(rows: &RecordBatch, position: &Position) -> Result<BooleanArray> {
+    Ok(arrow::compute::not(&unread(rows, position)?)?)
+}
+
 /// Which rows are behind the position.
 fn unread(rows: &RecordBatch, position: &Position) -> Result<BooleanArray> {
     let missing = || DataFusionError::Internal("a table without provenance".to_owned());

@@ -40,7 +40,7 @@ mod steady;
 mod view;
 mod watermark;
 
-pub(crate) use columns::{EMPTY, END, POSITION, WINDOW};
+pub(crate) use columns::{EMPTY, END, POSITION, REVISION, WINDOW};
 use definition::{Command, Definition};
 pub(crate) use run::Progress;
 use run::{Round, RunLimits, Runner, ViewError};

@@ -17,6 +17,10 @@ pub struct AlertSettings {
     pub directory: Option<PathBuf>,
     /// What happened longer ago when it is found is recorded as `backfill`, and nobody is told.
     pub horizon: Span,
+    /// Rows that come later than so long after they happened are not judged any more.
+    pub late_max: Span,
+    /// Rows that are read again at most to judge some that came late.
+    pub late_rows_max: u64,
     /// An alert that only edges raise which were not heard for so long is marked `stale`.
     pub stale_after: Span,
     /// Devices of one stream whose newest row is remembered.
@@ -32,6 +36,8 @@ impl Default for AlertSettings {
         Self {
             directory: None,
             horizon: Span(Duration::from_secs(3_600)),
+            late_max: Span(Duration::from_secs(7 * 86_400)),
+            late_rows_max: 50_000_000,
             stale_after: Span(Duration::from_secs(3_600)),
             devices_max: 100_000,
             subscribers_max: None,
@@ -116,6 +122,9 @@ impl AlertSettings {
         }
         if self.horizon.0 < Duration::from_secs(1) {
             return Err("[alerts] horizon must be at least 1s".to_owned());
+        }
+        if self.late_max.0 > Duration::from_secs(366 * 86_400) {
+            return Err("[alerts] late_max must be at most 366d".to_owned());
         }
         if self.stale_after.0 < Duration::from_secs(1) {
             return Err("[alerts] stale_after must be at least 1s".to_owned());

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use ring::digest::{Context, SHA256};
 use serde::{Deserialize, Serialize};
 
+use super::order::Moment;
 use super::template::{Message, Places, Words};
 
 /// The origin that the cloud's own rules are.
@@ -102,6 +103,9 @@ pub(crate) struct Watch {
     pub(crate) firing: bool,
     /// The first row that did not hold, while the alert is kept firing.
     pub(crate) clear: Option<i64>,
+    /// Of the newest row, when its window was revised.
+    #[serde(default)]
+    pub(crate) revision: i64,
 }
 
 impl Watch {
@@ -119,6 +123,9 @@ pub(crate) struct Raised {
     pub(crate) id: String,
     pub(crate) from: i64,
     pub(crate) to: Option<i64>,
+    /// Event time of what made it fire.
+    #[serde(default)]
+    pub(crate) fired: i64,
 }
 
 /// One alert, from its beginning to its end. Times are µs since 1970 UTC.
@@ -151,12 +158,21 @@ pub(crate) struct Episode {
     pub(crate) clear_at: i64,
     /// When it ended while an origin still raises it: that one's end is waited for.
     pub(crate) unsettled_at: Option<i64>,
+    /// Since when it is kept firing, `keep_firing_for`, because the edge that raised it says that it has ended.
+    #[serde(default)]
+    pub(crate) lingers: Option<i64>,
     /// Somebody ended it then: what is older belongs to it, what is newer is another.
     #[serde(default)]
     pub(crate) ended_by_hand: Option<i64>,
     /// Only edges raise it, and none of them was heard for long.
     #[serde(default)]
     pub(crate) stale: bool,
+    /// What people were told of its beginnings and ends, from the first to the last.
+    #[serde(default)]
+    pub(crate) told_as: Option<(i64, i64)>,
+    /// It turned out to be one with this alert.
+    #[serde(default)]
+    pub(crate) merged_into: Option<String>,
 }
 
 impl Episode {
@@ -203,14 +219,17 @@ impl Episode {
             told_at: 0,
             clear_at: 0,
             unsettled_at: None,
+            lingers: None,
             ended_by_hand: None,
             stale: false,
+            told_as: None,
+            merged_into: None,
         }
     }
 
-    /// Whether some origin still raises it.
+    /// Whether some origin still raises it, or did a moment ago.
     pub(crate) fn is_raised(&self) -> bool {
-        self.raised.values().any(|raised| raised.to.is_none())
+        self.lingers.is_some() || self.raised.values().any(|raised| raised.to.is_none())
     }
 
     /// Whether an interval of event time meets its own, with so much between them.
@@ -312,12 +331,19 @@ pub(crate) struct Seen<'s> {
     pub(crate) says: Says,
     /// Event time: a reading begins and ends at once.
     pub(crate) from: i64,
-    pub(crate) to: i64,
+    pub(crate) moment: Moment,
     /// Where the row says another one than the rule.
     pub(crate) severity: Option<Severity>,
     pub(crate) value: Option<f64>,
     /// The row's values, made when they are needed.
     pub(crate) values: &'s dyn Fn() -> Words,
+}
+
+impl Seen<'_> {
+    /// Its end in event time, µs.
+    pub(crate) fn to(&self) -> i64 {
+        self.moment.0
+    }
 }
 
 /// What an edge says of an alert of its own.

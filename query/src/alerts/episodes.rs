@@ -1,6 +1,6 @@
 //! All alerts: what rows, edges and people do to them. Pure and deterministic: takes the time, and gives changes in order.
 //!
-//! - A row older than the newest of its label set changes nothing.
+//! - A row older than the newest of its label set changes nothing here: what it means is found in the table (`late`).
 //! - What an edge raises is a candidate. Candidates of one rule (name and hash) and label set whose intervals meet within `for`
 //!   and lateness are one alert. One origin's next episode is always another alert. A candidate that meets an alert which has
 //!   ended only extends the record; when its own end does not follow within [`SETTLE_US`] the alert fires again.
@@ -14,19 +14,22 @@
 
 mod change;
 mod ended;
+mod late;
 mod merge;
 mod people;
 mod quiet;
+mod seen;
 mod stale;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 pub(crate) use self::change::{Change, Subject, Transition};
+pub(crate) use self::late::Stretch;
 pub(crate) use self::people::Unknown;
-use super::episode::{CLOUD, Episode, Phase, Policy, Quiet, Raised, Says, Seen, Severity, Watch, id};
+use super::episode::{CLOUD, Episode, Phase, Policy, Quiet, Raised};
 use super::silence::Silence;
 use crate::links::event::LinkEvent;
 
@@ -92,6 +95,7 @@ impl Episodes {
         let listened = |at: i64| -(self.now - at).clamp(0, i64::MAX / 2);
         (episode.told_at, episode.clear_at) = (listened(episode.told_at), listened(episode.clear_at).max(-STEP_US));
         episode.unsettled_at = episode.unsettled_at.map(|_| self.heard);
+        episode.lingers = episode.lingers.map(|_| self.heard);
         if episode.phase == Phase::Resolved && !episode.is_raised() {
             self.keep_ended(key, episode);
         } else {
@@ -126,7 +130,7 @@ impl Episodes {
                     episode.message = format!("{}: the rule is no longer configured as it was", episode.rule);
                     self.lower(&mut episode, CLOUD, watch.last, watch.last, now);
                 } else if episode.phase == Phase::Pending {
-                    self.record(Transition::Dropped, watch.last, now, false, &episode);
+                    self.record(Transition::Dropped, watch.last, now, false, &mut episode);
                     continue;
                 }
                 self.put(key.clone(), episode);
@@ -193,122 +197,6 @@ impl Episodes {
         self.sequence
     }
 
-    /// What a row means for one rule.
-    pub(crate) fn see(&mut self, policy: &Policy, seen: &Seen<'_>, now: i64) {
-        let key = (policy.name.clone(), policy.hash.clone());
-        let open = self.open.get_mut(&key).and_then(|open| open.remove(seen.labels));
-        let mut episode = match open {
-            Some(episode) => episode,
-            None if seen.says != Says::Holds || self.is_before_an_end_by_hand(&key, seen) => return,
-            None => match self.found_again(&key, policy, seen) {
-                Some(episode) => episode,
-                None => {
-                    if self.open.get(&key).map_or(0, HashMap::len) >= policy.instances_max {
-                        *self.refused.entry(policy.name.clone()).or_default() += 1;
-                        return;
-                    }
-                    Episode::new(policy, seen)
-                }
-            },
-        };
-        if let Some(watch) = episode.watch.as_mut().filter(|watch| seen.to < watch.last) {
-            if !policy.by_clock {
-                self.put(key, episode);
-                return;
-            }
-            // The clock was set back while nobody looked.
-            watch.shift(seen.to - watch.last);
-        }
-        if let Some(watch) = &mut episode.watch {
-            watch.last = seen.to;
-        }
-        let fires = episode.watch.as_ref().is_some_and(|watch| watch.firing);
-        match seen.says {
-            Says::Holds => self.holds(policy, &mut episode, seen, now),
-            Says::Not => self.holds_not(policy, &mut episode, seen, now),
-            Says::Lapses if !fires => self.holds_not(policy, &mut episode, seen, now),
-            Says::Ends if fires => self.holds_not(policy, &mut episode, seen, now),
-            Says::Lapses | Says::Ends | Says::Neither => {}
-        }
-        self.put(key, episode);
-    }
-
-    fn holds(&mut self, policy: &Policy, episode: &mut Episode, seen: &Seen<'_>, now: i64) {
-        let severity = seen.severity.unwrap_or(policy.severity);
-        let is_new = episode.watch.is_none();
-        let watch = episode.watch.get_or_insert(Watch { from: seen.from, last: seen.to, firing: false, clear: None });
-        if !watch.firing {
-            if seen.to.saturating_sub(watch.from) < policy.hold {
-                if is_new && episode.phase == Phase::Pending {
-                    self.record(Transition::Pending, seen.to, now, false, episode);
-                }
-                return;
-            }
-            watch.firing = true;
-            let from = watch.from;
-            let id = id(&policy.hash, seen.device, seen.labels, from);
-            let worst = if episode.raised.is_empty() { severity } else { severity.max(episode.severity) };
-            (episode.severity, episode.value) = (worst, seen.value);
-            let words = policy.words(&episode.id, severity, seen);
-            if episode.raised.is_empty() || episode.topic.is_empty() {
-                (episode.message, episode.topic) = (policy.message.fill(&words), policy.topic.fill_topic(&words));
-            }
-            self.raise(episode, CLOUD, &id, from, (seen.to, now));
-            return;
-        }
-        if watch.clear.take().is_some() {
-            self.record(Transition::Held, seen.to, now, false, episode);
-        }
-        let rose = severity > episode.severity;
-        // The worst of the episode: who hears of severe alerts alone hears of their end, too.
-        (episode.severity, episode.value) = (severity.max(episode.severity), seen.value.or(episode.value));
-        if episode.phase != Phase::Firing {
-            return;
-        }
-        if episode.quiet == Some(Quiet::Backfill) && !self.is_old(seen.to, now) {
-            self.fill(policy, episode, severity, seen);
-            self.tell(episode, Transition::Firing, (seen.to, now));
-        } else if rose || episode.is_worse(policy) {
-            self.fill(policy, episode, severity, seen);
-            episode.acknowledged = None;
-            self.tell(episode, Transition::Worse, (seen.to, now));
-        }
-    }
-
-    fn fill(&self, policy: &Policy, episode: &mut Episode, severity: Severity, seen: &Seen<'_>) {
-        episode.message = policy.message.fill(&policy.words(&episode.id, severity, seen));
-    }
-
-    fn holds_not(&mut self, policy: &Policy, episode: &mut Episode, seen: &Seen<'_>, now: i64) {
-        let Some(watch) = &mut episode.watch else { return };
-        if !watch.firing {
-            episode.watch = None;
-            if episode.phase == Phase::Pending {
-                // Put nowhere: it never was an alert.
-                self.record(Transition::Dropped, seen.to, now, false, episode);
-            }
-            return;
-        }
-        if policy.keep <= 0 {
-            let to = seen.from;
-            episode.watch = None;
-            self.lower(episode, CLOUD, to, seen.to, now);
-            return;
-        }
-        match watch.clear {
-            None => {
-                watch.clear = Some(seen.from);
-                episode.clear_at = self.heard;
-                self.record(Transition::Clearing, seen.to, now, false, episode);
-            }
-            Some(clear) if seen.to.saturating_sub(clear) >= policy.keep => {
-                episode.watch = None;
-                self.lower(episode, CLOUD, clear, seen.to, now);
-            }
-            Some(_) => {}
-        }
-    }
-
     /// Where an alert belongs after something happened to it.
     fn put(&mut self, key: RuleKey, episode: Episode) {
         match episode.phase {
@@ -327,7 +215,10 @@ impl Episodes {
     /// An origin says that it fires.
     fn raise(&mut self, episode: &mut Episode, origin: &str, id: &str, from: i64, (ts, now): (i64, i64)) {
         episode.alias(id);
-        episode.raised.insert(origin.to_owned(), Raised { id: id.to_owned(), from, to: None });
+        let known = episode.raised.get(origin).filter(|raised| raised.id == id && raised.to.is_none());
+        let fired = known.map_or(ts, |raised| raised.fired);
+        episode.raised.insert(origin.to_owned(), Raised { id: id.to_owned(), from, to: None, fired });
+        episode.lingers = None;
         match episode.phase {
             Phase::Pending => {
                 episode.phase = Phase::Firing;
@@ -392,6 +283,8 @@ impl Episodes {
             for episode in open.values() {
                 let kept = episode.watch.as_ref().is_some_and(|watch| watch.clear.is_some())
                     && policy.is_some_and(|policy| self.heard - episode.clear_at >= policy.keep);
+                let lingered =
+                    episode.lingers.is_some_and(|since| self.heard - since >= policy.map_or(0, |policy| policy.keep));
                 let unsettled = episode.unsettled_at.is_some_and(|since| self.heard - since >= SETTLE_US);
                 let quiet = episode.phase == Phase::Firing
                     && (episode.quiet == Some(Quiet::Silenced)
@@ -404,17 +297,19 @@ impl Episodes {
                     && policy
                         .and_then(|policy| policy.repeat_every)
                         .is_some_and(|every| self.heard - episode.told_at >= every);
-                if kept || unsettled || quiet || repeat {
-                    due.push((key.clone(), episode.labels.clone(), [kept, unsettled, quiet]));
+                if kept || lingered || unsettled || quiet || repeat {
+                    due.push((key.clone(), episode.labels.clone(), [kept, lingered, unsettled, quiet]));
                 }
             }
         }
         due.sort_by(|one, other| (&one.0, &one.1).cmp(&(&other.0, &other.1)));
-        for (key, labels, [kept, unsettled, quiet]) in due {
+        for (key, labels, [kept, lingered, unsettled, quiet]) in due {
             let Some(mut episode) = self.open.get_mut(&key).and_then(|open| open.remove(&labels)) else { continue };
             if kept {
                 let clear = episode.watch.take().and_then(|watch| watch.clear).unwrap_or(now);
                 self.lower(&mut episode, CLOUD, clear, clear, now);
+            } else if lingered {
+                self.ends_lingering(&mut episode, now);
             } else if unsettled {
                 episode.unsettled_at = None;
                 (episode.phase, episode.to) = (Phase::Firing, None);
@@ -429,7 +324,10 @@ impl Episodes {
         self.open.retain(|_, open| !open.is_empty());
     }
 
-    fn record(&mut self, transition: Transition, ts: i64, now: i64, told: bool, episode: &Episode) {
+    fn record(&mut self, transition: Transition, ts: i64, now: i64, told: bool, episode: &mut Episode) {
+        if told {
+            episode.is_told_as();
+        }
         let ts = if ts == i64::MIN { episode.from } else { ts };
         let subject = self.as_recorded(episode, now);
         self.push(transition, ts, now, told, subject, None, None);

@@ -5,7 +5,7 @@
 //! and nothing is decided twice. State of the node is nothing but this stream: the last row of each alert has it as JSON.
 //! Restart costs one aggregation over the stream; its retention bounds that.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use arrow_array::builder::{BooleanBuilder, Float64Builder, Int64Builder, StringBuilder};
@@ -18,6 +18,7 @@ use wire::{DAY_US, StreamName, StreamSchema, TS_MIN_US};
 
 use super::episode::{Episode, Phase, Quiet};
 use super::episodes::{Change, Episodes, Subject, Transition};
+use super::late::Lates;
 use super::rule::caller;
 use super::silence::Silence;
 use crate::engine::{Engine, QueryError};
@@ -30,9 +31,45 @@ const BYTES_MAX: usize = 8 << 20;
 const DATES_MAX: usize = 60;
 /// Ended alerts of this age may still be extended after a restart, µs.
 const ENDED_US: i64 = 3_600_000_000;
+/// Later than any event time: the year 9999.
+const TS_FAR_US: i64 = 253_402_300_799_000_000;
 
 /// How far each stream was read.
 pub(crate) type Positions = BTreeMap<StreamName, Position>;
+
+/// How far each stream was read, and what of it is to be judged again.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Read {
+    pub(crate) positions: Positions,
+    /// The newest event time that was read of each.
+    pub(crate) newest: BTreeMap<StreamName, i64>,
+    pub(crate) late: Lates,
+}
+
+/// Beside the names of streams, none of which begins so.
+const LATE: &str = "_late";
+const NEWEST: &str = "_newest";
+
+impl Read {
+    /// As the column `position` has it: a position by the name of each stream, and what is to be judged again.
+    fn text(&self) -> String {
+        let mut text = serde_json::to_value(&self.positions).unwrap_or_default();
+        if !self.newest.is_empty() {
+            text[NEWEST] = serde_json::to_value(&self.newest).unwrap_or_default();
+        }
+        if !self.late.is_empty() {
+            text[LATE] = serde_json::to_value(&self.late).unwrap_or_default();
+        }
+        text.to_string()
+    }
+
+    fn parse(text: &str) -> serde_json::Result<Self> {
+        let mut streams: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)?;
+        let late = streams.remove(LATE).map(serde_json::from_value).transpose()?.unwrap_or_default();
+        let newest = streams.remove(NEWEST).map(serde_json::from_value).transpose()?.unwrap_or_default();
+        Ok(Self { positions: serde_json::from_value(streams.into())?, newest, late })
+    }
+}
 
 /// The name of the stream.
 pub(crate) fn stream() -> StreamName {
@@ -45,7 +82,7 @@ pub(crate) fn schema() -> Arc<StreamSchema> {
 }
 
 /// Changes as batches, in order; the last row of the last one has the position.
-pub(crate) fn batches(changes: &[Change], positions: &Positions, schema: &StreamSchema) -> Vec<RecordBatch> {
+pub(crate) fn batches(changes: &[Change], read: &Read, schema: &StreamSchema) -> Vec<RecordBatch> {
     let mut batches = Vec::new();
     let mut rest = changes;
     while !rest.is_empty() {
@@ -57,7 +94,7 @@ pub(crate) fn batches(changes: &[Change], positions: &Positions, schema: &Stream
         };
         let count = rest.iter().take(ROWS_MAX).position(one_too_many).unwrap_or(rest.len().min(ROWS_MAX));
         let (now, later) = rest.split_at(count.max(1));
-        let position = later.is_empty().then(|| serde_json::to_string(positions).unwrap_or_default());
+        let position = later.is_empty().then(|| read.text());
         batches.push(batch(now, position.as_deref(), schema));
         rest = later;
     }
@@ -167,10 +204,12 @@ fn text(name: &str, change: &Change, alert: Option<&Episode>, position: Option<&
     }
 }
 
-/// The word of the column `state`: as at the edge, what was found too late is `backfill`.
+/// The word of the column `state`: as at the edge, what was found too late is `backfill`; what turned out to be one with another
+/// is `merged`.
 pub(crate) fn state(transition: Transition, alert: &Episode) -> &'static str {
     match transition {
         Transition::Dropped => "dropped",
+        _ if alert.merged_into.is_some() => "merged",
         _ if alert.phase != Phase::Pending && !alert.told && alert.quiet == Some(Quiet::Backfill) => "backfill",
         _ => alert.phase.word(),
     }
@@ -193,7 +232,7 @@ fn understood<T: DeserializeOwned>(what: &'static str, sequence: i64, text: &str
 #[derive(Debug, Default)]
 pub(crate) struct Recovered {
     pub(crate) sequence: i64,
-    pub(crate) positions: Positions,
+    pub(crate) read: Read,
     alerts: Vec<Episode>,
     silences: Vec<Silence>,
 }
@@ -212,11 +251,12 @@ impl Recovered {
     fn read(sequence: i64, position: Option<(i64, String)>, last: Vec<Last>, now: i64) -> Result<Self, RecoverError> {
         let mut found = Self { sequence, ..Self::default() };
         if let Some((sequence, text)) = position {
-            found.positions = understood("position", sequence, &text)?;
+            found.read =
+                Read::parse(&text).map_err(|error| RecoverError::Unreadable { what: "position", sequence, error })?;
         }
         for Last { sequence, state, transition, detail } in last {
             match (state.as_str(), transition.as_str()) {
-                ("dropped", _) | ("silence", "unsilence") => {}
+                ("dropped" | "merged", _) | ("silence", "unsilence") => {}
                 ("silence", _) => found.silences.push(understood("silence", sequence, &detail)?),
                 _ => found.alerts.push(understood("alert", sequence, &detail)?),
             }
@@ -228,11 +268,11 @@ impl Recovered {
     }
 
     /// Puts back what was open.
-    pub(crate) fn into_episodes(self, horizon: i64, now: i64) -> (Episodes, Positions) {
+    pub(crate) fn into_episodes(self, horizon: i64, now: i64) -> (Episodes, Read) {
         let mut episodes = Episodes::new(horizon, self.sequence, now);
         self.alerts.into_iter().for_each(|alert| episodes.restore(alert));
         self.silences.into_iter().for_each(|silence| episodes.restore_silence(silence));
-        (episodes, self.positions)
+        (episodes, self.read)
     }
 }
 
@@ -361,6 +401,37 @@ pub(crate) async fn sequence_of_event(engine: &Engine, id: &str) -> Result<Optio
     Ok(rows.iter().flat_map(|batch| batch.column(0).as_primitive::<Int64Type>().iter().flatten()).next())
 }
 
+/// The alerts of rules of these hashes that fired, and ended, and have something between these event times, as they are recorded.
+///
+/// # Errors
+/// When the stream cannot be asked, or says what is not understood.
+pub(crate) async fn ended_between(
+    engine: &Engine,
+    hashes: &BTreeSet<String>,
+    (from, to): (i64, i64),
+) -> Result<Vec<Episode>, QueryError> {
+    if engine.tables().cold(&stream()).is_none() {
+        return Ok(Vec::new());
+    }
+    // Hashes are hexadecimal.
+    let quoted: Vec<String> = hashes.iter().map(|hash| format!("'{hash}'")).collect();
+    let ended = format!(
+        "SELECT detail FROM alert_log WHERE sequence IN \
+         (SELECT max(sequence) FROM alert_log WHERE rule_hash IN ({}) GROUP BY alert_id) \
+         AND state IN ('resolved', 'backfill') AND from_ts < to_timestamp_micros({}) AND to_ts >= to_timestamp_micros({})",
+        quoted.join(", "),
+        to.clamp(TS_MIN_US, TS_FAR_US),
+        from.clamp(TS_MIN_US, TS_FAR_US),
+    );
+    let details = texts(&ask(engine, &ended).await?, 0);
+    let understood = |detail: &String| serde_json::from_str(detail).map_err(|error| unreadable(&error));
+    details.iter().map(understood).collect()
+}
+
+fn unreadable(error: &serde_json::Error) -> QueryError {
+    QueryError::Failed { message: format!("an alert in alert_log is not understood: {error}") }
+}
+
 /// In the lane of the rules: no reader holds it up.
 async fn ask(engine: &Engine, sql: &str) -> Result<Vec<RecordBatch>, QueryError> {
     engine.rows_as(&caller(), sql, usize::MAX).await
@@ -380,6 +451,22 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_to_be_judged_again_is_kept_with_the_positions() {
+        let stream: StreamName = "field".parse().unwrap();
+        let rules = BTreeSet::from([("r".to_owned(), "00".to_owned())]);
+        let late = super::super::late::Late { from: -1, to: 7, rules, devices: None, rows: 3 };
+        let positions = Positions::from([(stream.clone(), Position::default())]);
+        let plain = Read { positions, ..Read::default() };
+        let before: Positions = serde_json::from_str(&plain.text()).unwrap();
+        assert_eq!(before, plain.positions, "as nodes before have written it");
+        let newest = BTreeMap::from([(stream.clone(), 5)]);
+        let read = Read { late: Lates::from([(stream, late)]), newest, ..plain.clone() };
+        for read in [Read::default(), plain, read] {
+            assert_eq!(Read::parse(&read.text()).unwrap(), read);
+        }
+    }
+
+    #[test]
     fn what_is_not_understood_is_said_and_never_taken_for_nothing() {
         let last = |detail: &str| {
             vec![Last {
@@ -391,7 +478,7 @@ mod tests {
         };
         let position = |text: &str| Some((7, text.to_owned()));
         let known = Recovered::read(9, position("{}"), Vec::new(), 0).unwrap();
-        assert_eq!((known.sequence, known.positions.len()), (9, 0));
+        assert_eq!((known.sequence, known.read), (9, Read::default()));
         for (position, last, expected) in [
             (position("{\"field\": 5}"), Vec::new(), "the position of change 7"),
             (position(""), Vec::new(), "the position of change 7"),
@@ -424,7 +511,7 @@ mod tests {
             episodes.candidate(&candidate(format!("d{device}")), TS_MIN_US);
         }
         let (changes, schema) = (episodes.take(), schema());
-        let batches = batches(&changes, &Positions::new(), &schema);
+        let batches = batches(&changes, &Read::default(), &schema);
         assert_eq!(batches.iter().map(RecordBatch::num_rows).sum::<usize>(), 3_000);
         for (index, batch) in batches.iter().enumerate() {
             assert!(batch.get_array_memory_size() < wire::BATCH_DECODED_BYTES_MAX / 2, "{}", batch.num_rows());

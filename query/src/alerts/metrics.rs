@@ -15,6 +15,17 @@ pub(crate) struct Counts {
     recorded: AtomicU64,
     told: AtomicU64,
     late: AtomicU64,
+    late_rows: [AtomicU64; 3],
+}
+
+/// What became of rows that came late, counted for each rule that they say something to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LateRows {
+    Judged,
+    /// Later than `late_max`.
+    TooLate,
+    /// They were too much, or could not be read.
+    GivenUp,
 }
 
 impl Counts {
@@ -28,6 +39,10 @@ impl Counts {
         self.recorded.fetch_add(count(changes.len()), Ordering::Relaxed);
         self.told.fetch_add(count(changes.iter().filter(|change| change.told).count()), Ordering::Relaxed);
         self.late.fetch_add(count(changes.iter().filter(is_late).count()), Ordering::Relaxed);
+    }
+
+    pub(crate) fn late_rows(&self, end: LateRows, rows: u64) {
+        self.late_rows[end as usize].fetch_add(rows, Ordering::Relaxed);
     }
 
     /// What is open now.
@@ -64,6 +79,9 @@ impl Alerts {
         family(&mut text, "weir_alert_changes_total", "counter", plain(&counts.recorded));
         family(&mut text, "weir_alert_changes_told_total", "counter", plain(&counts.told));
         family(&mut text, "weir_alert_late_total", "counter", plain(&counts.late));
+        let ends = [("judged", LateRows::Judged), ("too_late", LateRows::TooLate), ("given_up", LateRows::GivenUp)];
+        let ends = ends.map(|(end, rows)| (label("end", end), counts.late_rows[rows as usize].load(Ordering::Relaxed)));
+        family(&mut text, "weir_alert_late_rows_total", "counter", ends);
         let rules = self.rules();
         let in_state = |state: &str| rules.iter().filter(|rule| rule.state == state).count() as u64;
         let states = ["runs", "waits", "refused"].map(|state| (label("state", state), in_state(state)));

@@ -4,12 +4,13 @@
 //! that hold, and of the others those of a label set with an open alert. No plan is made and nothing is asked. A row on which
 //! the condition is NULL, or fails, changes nothing.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
+use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 use std::sync::Arc;
 
 use arrow_array::cast::AsArray;
-use arrow_array::types::{Float64Type, Int64Type, TimestampMicrosecondType};
-use arrow_array::{Array, ArrayRef, BooleanArray, RecordBatch, RecordBatchOptions, StringArray, UInt32Array};
+use arrow_array::types::{Float64Type, Int64Type};
+use arrow_array::{Array, ArrayRef, BooleanArray, RecordBatch, RecordBatchOptions, UInt32Array};
 use arrow_cast::display::{ArrayFormatter, FormatOptions};
 use arrow_schema::{DataType, Field, Schema, SchemaRef};
 use arrow_select::take::take_record_batch;
@@ -19,21 +20,20 @@ use datafusion::logical_expr::Expr;
 use datafusion::physical_expr::PhysicalExpr;
 use datafusion::physical_expr::expressions::Column;
 use wire::StreamName;
-use wire::schema::{DEVICE, TS};
+use wire::schema::DEVICE;
 
 use super::episode::{Policy, Says, Seen, Severity};
 use super::episodes::Episodes;
+use super::late::LateRow;
+use super::order::{NewRows, Order};
 use super::rule::RowsOnly;
 use super::template::{Places, Words};
 use super::topic::label;
-use crate::views;
 
 /// Rows of a batch on which a condition may fail before the rest of it says nothing.
 const FAILURES_MAX: usize = 64;
 /// Labels of an alert that are columns.
 pub(crate) const LABELS_MAX: usize = 64;
-const WINDOW_START: &str = "window_start";
-const WINDOW_END: &str = "window_end";
 const SEVERITY: &str = "severity";
 const VALUE: &str = "value";
 
@@ -169,6 +169,10 @@ pub(crate) struct RowRule {
     shape: Shape,
     /// The stream's own device, when the labels have it: rows of other devices than those of open alerts end nothing.
     by_device: Option<usize>,
+    /// What tells label sets apart: of these, and of what makes them.
+    identity: Vec<Arc<dyn PhysicalExpr>>,
+    /// Rules of one stream with the same one tell the same label sets apart.
+    pub(crate) identity_name: String,
 }
 
 impl RowRule {
@@ -180,7 +184,7 @@ impl RowRule {
         state: &SessionState,
         (stream, below, predicate, columns): RowsOnly,
         until: Option<Expr>,
-        (shape, names): (Shape, &[String]),
+        (shape, names, labels): (Shape, &[String], &[&str]),
     ) -> Result<Self> {
         let schema = below.schema();
         let compile = |expr| state.create_physical_expr(expr, schema);
@@ -195,32 +199,51 @@ impl RowRule {
             let column = columns[index].downcast_ref::<Column>()?;
             (input.field(column.index()).name() == DEVICE).then(|| column.index())
         });
-        Ok(Self { stream, predicate, until, columns, output, shape, by_device, input })
+        let of_labels = labels.iter().filter_map(|label| names.iter().position(|name| name == label));
+        let mut told_apart: Vec<usize> = shape.labels.iter().copied().chain(of_labels).collect();
+        told_apart.sort_unstable();
+        told_apart.dedup();
+        let identity: Vec<_> = told_apart.into_iter().map(|index| Arc::clone(&columns[index])).collect();
+        let identity_name = identity.iter().map(|column| format!("{column}\n")).collect();
+        Ok(Self { stream, predicate, until, columns, output, shape, by_device, identity, identity_name, input })
     }
 
-    /// What new rows mean for the alerts of this rule. `fresh` are rows that are not older than the newest of their device.
+    /// What new rows mean for the alerts of this rule: those that are in order. It gives those that are not and say something
+    /// that no alert says already.
     pub(crate) fn judge(
         &self,
         (policy, more): (&Policy, &[(String, Places)]),
-        rows: &FreshRows,
+        rows: &NewRows,
+        order: &Order,
         episodes: &mut Episodes,
-        now: i64,
-        failed: &mut u64,
-    ) -> Result<()> {
+        (now, failed): (i64, &mut u64),
+    ) -> Result<Vec<LateRow>> {
         let holds = self.predicate.as_ref().map(|predicate| test(predicate, &rows.batch, failed));
+        let mut late = self.late((policy, more), rows, (&order.fresh, holds.as_ref()), episodes)?;
+        late.extend(self.judge_fresh((policy, more), rows, (&order.fresh, holds), episodes, (now, failed))?);
+        Ok(late)
+    }
+
+    fn judge_fresh(
+        &self,
+        (policy, more): (&Policy, &[(String, Places)]),
+        rows: &NewRows,
+        (fresh, holds): (&BooleanArray, Option<BooleanArray>),
+        episodes: &mut Episodes,
+        (now, failed): (i64, &mut u64),
+    ) -> Result<Vec<LateRow>> {
         let open: Option<HashSet<String>> = episodes.open_of(policy).map(|open| {
             open.values()
                 .filter(|episode| episode.watch.is_some())
                 .filter_map(|episode| episode.device.clone())
                 .collect()
         });
-        let mut chosen: Vec<u32> = Vec::new();
-        let mut says: Vec<Says> = Vec::new();
+        let mut chosen: Vec<(u32, Says)> = Vec::new();
         let is_true = |row: usize| holds.as_ref().is_none_or(|holds| holds.is_valid(row) && holds.value(row));
         let devices = self.by_device.and_then(|index| rows.batch.column(index).as_string_opt::<i32>());
         // Without an open alert only a row that holds can mean something; most batches have none.
         if open.is_none() && holds.as_ref().is_some_and(|holds| holds.true_count() == 0) {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let until = match (&self.until, &open) {
             (Some(until), Some(_)) => Some(test(until, &rows.batch, failed)),
@@ -228,7 +251,7 @@ impl RowRule {
         };
         // An alert may begin and end within the batch: from its first row on the others of its device count, too.
         let mut begun: HashSet<&str> = HashSet::new();
-        for row in (0..rows.batch.num_rows()).filter(|row| rows.fresh.value(*row)) {
+        for row in rows.in_order().filter(|row| fresh.value(*row)) {
             let device = devices.filter(|devices| devices.is_valid(row)).map(|devices| devices.value(row));
             let said = if is_true(row) {
                 begun.extend(device);
@@ -259,34 +282,93 @@ impl RowRule {
                     (false, false) => Says::Neither,
                 }
             };
-            chosen.push(row as u32);
-            says.push(said);
+            chosen.push((row as u32, said));
         }
         if chosen.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
-        let input = take_record_batch(&rows.batch, &UInt32Array::from(chosen.clone()))?;
-        let columns = self.columns.iter().map(|column| column.evaluate(&input)?.into_array(input.num_rows()));
-        let columns = columns.collect::<Result<Vec<_>>>()?;
-        let options = RecordBatchOptions::new().with_row_count(Some(input.num_rows()));
-        let output = RecordBatch::try_new_with_options(Arc::clone(&self.output), columns, &options)?;
+        // Of rows of one moment, those that hold are last.
+        chosen.sort_by_key(|(row, says)| (rows.moments[*row as usize], *says == Says::Holds));
+        let output = self.output(rows, &chosen.iter().map(|(row, _)| *row).collect::<Vec<_>>())?;
         let instances = Instances::new(&self.shape, more, &output);
-        for (at, (row, says)) in chosen.iter().zip(says).enumerate() {
-            let (from, to) = rows.times[*row as usize];
+        let mut late = Vec::new();
+        for (at, (row, says)) in chosen.into_iter().enumerate() {
+            let (from, _) = rows.times[row as usize];
             let (labels, device) = (instances.labels(at), instances.device(at));
             let seen = Seen {
                 labels: &labels,
                 device: device.as_deref(),
                 says,
                 from,
-                to,
+                moment: rows.moments[row as usize],
                 severity: instances.severity(at),
                 value: instances.value(at),
                 values: &|| instances.values(at),
             };
-            episodes.see(policy, &seen, now);
+            if !episodes.see(policy, &seen, now) {
+                late.push(self.late_row(rows, row as usize));
+            }
         }
-        Ok(())
+        Ok(late)
+    }
+
+    /// Its columns for some rows.
+    fn output(&self, rows: &NewRows, chosen: &[u32]) -> Result<RecordBatch> {
+        let input = take_record_batch(&rows.batch, &UInt32Array::from(chosen.to_vec()))?;
+        let columns = self.columns.iter().map(|column| column.evaluate(&input)?.into_array(input.num_rows()));
+        let columns = columns.collect::<Result<Vec<_>>>()?;
+        let options = RecordBatchOptions::new().with_row_count(Some(input.num_rows()));
+        Ok(RecordBatch::try_new_with_options(Arc::clone(&self.output), columns, &options)?)
+    }
+
+    /// Rows that are not in order, but for those that hold within an alert that says so already.
+    fn late(
+        &self,
+        (policy, more): (&Policy, &[(String, Places)]),
+        rows: &NewRows,
+        (fresh, holds): (&BooleanArray, Option<&BooleanArray>),
+        episodes: &Episodes,
+    ) -> Result<Vec<LateRow>> {
+        if fresh.false_count() == 0 {
+            return Ok(Vec::new());
+        }
+        let late = (0..rows.batch.num_rows()).filter(|row| !fresh.value(*row));
+        let (holding, others): (Vec<usize>, Vec<usize>) =
+            late.partition(|row| holds.is_none_or(|holds| holds.is_valid(*row) && holds.value(*row)));
+        // Where the condition is NULL, only `until` can say something.
+        let says = |row: &usize| self.until.is_some() || holds.is_some_and(|holds| holds.is_valid(*row));
+        let mut late: Vec<LateRow> = others.into_iter().filter(says).map(|row| self.late_row(rows, row)).collect();
+        if holding.is_empty() {
+            return Ok(late);
+        }
+        let output = self.output(rows, &holding.iter().map(|row| *row as u32).collect::<Vec<_>>())?;
+        let instances = Instances::new(&self.shape, more, &output);
+        let is_new = |(at, row): (usize, usize)| {
+            let (from, to) = rows.times[row];
+            (!episodes.knows(policy, &instances.labels(at), from, to)).then(|| self.late_row(rows, row))
+        };
+        late.extend(holding.into_iter().enumerate().filter_map(is_new));
+        Ok(late)
+    }
+
+    fn late_row(&self, rows: &NewRows, row: usize) -> LateRow {
+        let (from, to) = rows.times[row];
+        let devices = self.by_device.and_then(|index| rows.batch.column(index).as_string_opt::<i32>());
+        let device = devices.filter(|devices| devices.is_valid(row)).map(|devices| devices.value(row).to_owned());
+        LateRow { from, to, device }
+    }
+
+    /// Which label set each row is of, as a number.
+    pub(crate) fn identities(&self, rows: &NewRows, state: &RandomState) -> Result<Vec<u64>> {
+        let count = rows.batch.num_rows();
+        let mut hashers: Vec<_> = (0..count).map(|_| state.build_hasher()).collect();
+        for column in &self.identity {
+            let column = arrow_cast::cast(&column.evaluate(&rows.batch)?.into_array(count)?, &DataType::Utf8)?;
+            for (value, hasher) in column.as_string::<i32>().iter().zip(&mut hashers) {
+                value.hash(hasher);
+            }
+        }
+        Ok(hashers.into_iter().map(|hasher| hasher.finish()).collect())
     }
 }
 
@@ -315,116 +397,4 @@ fn tested(condition: &Arc<dyn PhysicalExpr>, rows: &RecordBatch, left: &mut usiz
     let first = tested(condition, &rows.slice(0, half), left);
     let second = tested(condition, &rows.slice(half, count - half), left);
     first.iter().chain(second.iter()).collect()
-}
-
-/// New rows of a stream, with their event times.
-#[derive(Debug)]
-pub(crate) struct FreshRows {
-    pub(crate) batch: RecordBatch,
-    /// A reading begins and ends at once, a window at its bounds.
-    times: Vec<(i64, i64)>,
-    /// Rows that are not older than the newest of their device.
-    fresh: BooleanArray,
-}
-
-/// The newest event time of each device of a stream.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Newest {
-    of: HashMap<String, i64>,
-}
-
-impl FreshRows {
-    /// Rows of a batch, and what is newest with them.
-    pub(crate) fn new(batch: RecordBatch, newest: &mut Newest, devices_max: usize) -> Self {
-        let column = |name: &str| {
-            let column = batch.column_by_name(name)?;
-            column.as_primitive_opt::<TimestampMicrosecondType>()
-        };
-        let ts = column(TS);
-        // Windows of edges, and of views.
-        let start = column(WINDOW_START).or_else(|| column(views::WINDOW));
-        let end = column(WINDOW_END).or_else(|| column(views::END));
-        let at = |column: Option<&arrow_array::PrimitiveArray<TimestampMicrosecondType>>, row: usize| {
-            column.filter(|column| column.is_valid(row)).map(|column| column.value(row))
-        };
-        let times: Vec<(i64, i64)> = (0..batch.num_rows())
-            .map(|row| {
-                let ts = at(ts, row).unwrap_or(0);
-                let to = at(end, row).unwrap_or(ts);
-                (at(start, row).unwrap_or(ts).min(to), to)
-            })
-            .collect();
-        let devices: Option<&StringArray> = batch.column_by_name(DEVICE).and_then(|column| column.as_string_opt());
-        let fresh = times.iter().enumerate().map(|(row, (_, to))| {
-            let device = devices.filter(|devices| devices.is_valid(row)).map_or("", |devices| devices.value(row));
-            Some(newest.sees(device, *to, devices_max))
-        });
-        let fresh = fresh.collect();
-        Self { batch, times, fresh }
-    }
-
-    /// The newest event time of them.
-    pub(crate) fn last(&self) -> i64 {
-        self.times.iter().map(|(_, to)| *to).max().unwrap_or(0)
-    }
-}
-
-impl Newest {
-    fn sees(&mut self, device: &str, to: i64, devices_max: usize) -> bool {
-        if let Some(newest) = self.of.get_mut(device) {
-            if to < *newest {
-                return false;
-            }
-            *newest = to;
-            return true;
-        }
-        if self.of.len() >= devices_max {
-            self.forget();
-        }
-        if self.of.len() >= devices_max {
-            return true;
-        }
-        self.of.insert(device.to_owned(), to);
-        true
-    }
-
-    /// The half that was silent longest; of these a late row may count as one of the present.
-    fn forget(&mut self) {
-        let mut all: Vec<i64> = self.of.values().copied().collect();
-        let middle = all.len() / 2;
-        if middle == 0 {
-            return;
-        }
-        let (_, bound, _) = all.select_nth_unstable(middle);
-        let bound = *bound;
-        self.of.retain(|_, to| *to >= bound);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use arrow_array::TimestampMicrosecondArray;
-
-    use super::*;
-
-    const HOUR: i64 = 3_600_000_000;
-
-    fn times(columns: &[(&str, Option<i64>)]) -> (i64, i64) {
-        let column = |value: &Option<i64>| Arc::new(TimestampMicrosecondArray::from(vec![*value])) as ArrayRef;
-        let columns = columns.iter().map(|(name, value)| (*name, column(value), true));
-        let batch = RecordBatch::try_from_iter_with_nullable(columns).unwrap();
-        FreshRows::new(batch, &mut Newest::default(), 10).times[0]
-    }
-
-    /// By its beginning alone an hour is old as soon as it is over: its alerts would be history, and nobody told.
-    #[test]
-    fn a_window_lasts_from_its_start_to_its_end_whoever_made_it() {
-        let ts = (TS, Some(7 * HOUR));
-        assert_eq!(times(&[ts]), (7 * HOUR, 7 * HOUR));
-        for (start, end) in [(WINDOW_START, WINDOW_END), (views::WINDOW, views::END)] {
-            assert_eq!(times(&[ts, (start, Some(7 * HOUR)), (end, Some(8 * HOUR))]), (7 * HOUR, 8 * HOUR));
-            // A view of single rows has the columns, and nothing in them.
-            assert_eq!(times(&[ts, (start, None), (end, None)]), (7 * HOUR, 7 * HOUR));
-        }
-    }
 }

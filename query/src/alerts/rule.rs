@@ -342,7 +342,9 @@ impl Rule {
                 parts.ok_or_else(|| refused("`until` looks at one row of the stream".to_owned()))?.2
             }
         };
-        let rows = RowRule::new(&engine.session().state(), found, until, (shape, &columns));
+        let places: Vec<Places> = settings.labels.values().filter_map(|text| Places::parse(text, None).ok()).collect();
+        let named: Vec<&str> = places.iter().flat_map(Places::names).collect();
+        let rows = RowRule::new(&engine.session().state(), found, until, (shape, &columns, &named));
         let rows = rows.map_err(|error| refused(error.strip_backtrace()))?;
         Self::with(settings, stream.as_str(), (Kind::Rows(rows), below), &columns)
     }

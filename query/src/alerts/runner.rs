@@ -5,6 +5,7 @@
 //! before begins with what comes next. The stream `alerts`, which edges send, is always followed.
 
 mod follow;
+mod late;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -18,11 +19,13 @@ use tokio_util::sync::CancellationToken;
 use wire::{StreamName, StreamSchema};
 
 use self::follow::same_columns;
+use self::late::Again;
 use super::claims;
 use super::episodes::{Episodes, RuleKey, Unknown};
-use super::log::{self, Positions};
+use super::late::Done;
+use super::log::{self, Read};
 use super::metrics::Counts;
-use super::rows::Newest;
+use super::order::Newest;
 use super::rule::{Kind, Rule, RuleError};
 use super::shown::{self, Opened, Page};
 use super::silence::Silence;
@@ -111,6 +114,17 @@ struct Followed {
     columns: Option<SchemaRef>,
 }
 
+/// How far it looks back, µs, and how much it remembers, as [`super::AlertSettings`] has it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) horizon: i64,
+    pub(crate) late_max: i64,
+    /// Rows of one stretch.
+    pub(crate) late_rows_max: u64,
+    pub(crate) stale_after: i64,
+    pub(crate) devices_max: usize,
+}
+
 /// Answers to people, given when what they asked for is written.
 #[derive(Debug)]
 enum Reply {
@@ -125,18 +139,17 @@ pub(crate) struct Runner {
     engine: Arc<Engine>,
     sink: Arc<dyn Sink>,
     hub: Arc<Hub>,
-    horizon: i64,
-    stale_after: i64,
+    limits: Limits,
     /// When it was last looked which edges are silent.
     looked: Instant,
-    devices_max: usize,
     loaded: Vec<Loaded>,
     statuses: Arc<Mutex<BTreeMap<String, RuleStatus>>>,
     counts: Arc<Counts>,
     commands: mpsc::Receiver<Command>,
     rules: BTreeMap<String, Kept>,
     followed: BTreeMap<StreamName, Followed>,
-    positions: Positions,
+    read: Read,
+    again: Again,
     schema: Arc<StreamSchema>,
     replies: Vec<Reply>,
     marked: Instant,
@@ -152,7 +165,7 @@ pub(crate) struct Runner {
 impl Runner {
     pub(crate) fn new(
         (engine, sink, hub): (Arc<Engine>, Arc<dyn Sink>, Arc<Hub>),
-        (horizon, stale_after, devices_max): (i64, i64, usize),
+        limits: Limits,
         loaded: Vec<Loaded>,
         (statuses, counts): (Arc<Mutex<BTreeMap<String, RuleStatus>>>, Arc<Counts>),
         commands: mpsc::Receiver<Command>,
@@ -162,17 +175,16 @@ impl Runner {
             engine,
             sink,
             hub,
-            horizon,
-            stale_after,
+            limits,
             looked: Instant::now(),
-            devices_max,
             loaded,
             statuses,
             counts,
             commands,
             rules: BTreeMap::new(),
             followed: BTreeMap::new(),
-            positions: Positions::new(),
+            read: Read::default(),
+            again: Again::default(),
             schema: log::schema(),
             replies: Vec::new(),
             marked: Instant::now(),
@@ -201,6 +213,7 @@ impl Runner {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let (answered, mut answers) = mpsc::channel(ASKED_MAX);
+        let (judged, mut judgements) = mpsc::channel::<Done>(1);
         self.follow(&mut episodes).await;
         loop {
             if self.write(&mut episodes, &token).await.is_none() {
@@ -214,6 +227,7 @@ impl Runner {
                     self.follow(&mut episodes).await;
                 }
                 Some(answer) = answers.recv() => self.answered(&answer, &mut episodes),
+                Some(done) = judgements.recv() => self.judged(done, &mut episodes).await,
                 told = changed.changed() => {
                     if told.is_err() {
                         break;
@@ -227,6 +241,7 @@ impl Runner {
                     self.counts.set(&episodes);
                     self.wait_no_longer(&mut episodes).await;
                     self.ask(&answered);
+                    self.judge_again(&episodes, &judged);
                     if self.moved && self.marked.elapsed() >= MARK_EVERY {
                         episodes.mark(now);
                     }
@@ -256,8 +271,8 @@ impl Runner {
 
     /// Alerts of edges that were not heard for long are marked. Before the node has listened for as long, it does not know.
     fn look_for_silent_edges(&mut self, episodes: &mut Episodes, now: i64) {
-        let since = now.saturating_sub(self.stale_after);
-        if self.looked.elapsed() < LOOK_EVERY.min(Duration::from_micros(self.stale_after.unsigned_abs()))
+        let since = now.saturating_sub(self.limits.stale_after);
+        if self.looked.elapsed() < LOOK_EVERY.min(Duration::from_micros(self.limits.stale_after.unsigned_abs()))
             || self.listening > since
         {
             return;
@@ -282,8 +297,8 @@ impl Runner {
             let now = now_us();
             match log::recover(&self.engine, now).await {
                 Ok(found) => {
-                    let (episodes, positions) = found.into_episodes(self.horizon, now);
-                    self.positions = positions;
+                    let (episodes, read) = found.into_episodes(self.limits.horizon, now);
+                    self.read = read;
                     return Some(episodes);
                 }
                 Err(error) => {
@@ -348,8 +363,10 @@ impl Runner {
             }
         }
         if !any {
-            self.positions.retain(|stream, _| followed.contains(stream));
+            self.read.positions.retain(|stream, _| followed.contains(stream));
             self.followed.retain(|stream, _| followed.contains(stream));
+            self.read.newest.retain(|stream, _| followed.contains(stream));
+            self.read.late.retain(|stream, _| followed.contains(stream));
         }
         self.streams = self.engine.tables().streams().len();
     }
@@ -388,7 +405,7 @@ impl Runner {
             }
             if let (true, Ok(Kind::Rows(rows))) = (waited, rule.as_ref().map(|rule| &rule.kind)) {
                 // The stream was not there before: all of it is new.
-                self.positions.entry(rows.stream.clone()).or_default();
+                self.read.positions.entry(rows.stream.clone()).or_default();
             }
             self.keep(loaded, rule);
         }
@@ -501,7 +518,7 @@ impl Runner {
     async fn write(&mut self, episodes: &mut Episodes, token: &CancellationToken) -> Option<()> {
         let changes = episodes.take();
         if !changes.is_empty() {
-            for rows in log::batches(&changes, &self.positions, &self.schema) {
+            for rows in log::batches(&changes, &self.to_write(), &self.schema) {
                 let mut wait = WAIT_MIN;
                 while let Err(error) = self.sink.append(&log::stream(), &self.schema, rows.clone()).await {
                     if matches!(error, SinkError::Refused { .. }) {
@@ -519,6 +536,7 @@ impl Runner {
             }
             (self.marked, self.moved) = (Instant::now(), false);
             self.counts.add(&changes);
+            self.again.note(&changes);
             self.hub.publish(&changes, episodes.sequence());
         }
         for reply in self.replies.drain(..) {
@@ -533,7 +551,7 @@ impl Runner {
 
     /// At the end: what cannot be written now is found again by the next start.
     async fn write_once(&mut self, episodes: &mut Episodes) {
-        for rows in log::batches(&episodes.take(), &self.positions, &self.schema) {
+        for rows in log::batches(&episodes.take(), &self.to_write(), &self.schema) {
             let stream = log::stream();
             let append = self.sink.append(&stream, &self.schema, rows);
             let appended = tokio::time::timeout(WAIT_MAX, append).await;

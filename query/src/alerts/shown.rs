@@ -20,7 +20,18 @@ pub(crate) fn status_of(name: &str, rule: Result<&Rule, &RuleError>, configured:
         Kind::Absent { .. } => "absent",
     });
     let hash = rule.map(|rule| rule.policy.hash.clone()).unwrap_or_default();
-    RuleStatus { name: name.to_owned(), state, reason, kind, hash, configured, failed: 0, refused: 0, last_error: None }
+    RuleStatus {
+        name: name.to_owned(),
+        state,
+        reason,
+        kind,
+        hash,
+        configured,
+        failed: 0,
+        refused: 0,
+        unjudged: 0,
+        last_error: None,
+    }
 }
 
 /// Alerts of one answer at most.

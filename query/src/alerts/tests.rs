@@ -23,6 +23,8 @@ use crate::sink::SinkError;
 use crate::views::ViewSettings;
 use crate::views::tests::city::{self, City, Row};
 
+mod late;
+
 const S: i64 = 1_000_000;
 const PATIENCE: Duration = Duration::from_secs(60);
 const HIGH: &str = "sql = \"SELECT device, road, speed FROM traffic WHERE speed > 100\"\n";
@@ -99,6 +101,8 @@ impl Node {
             data_dir: directory.clone(),
             directory: rules,
             horizon: Duration::from_secs(3_600),
+            late_max: Duration::from_secs(86_400),
+            late_rows_max: 20_000,
             stale_after: Duration::from_secs(3_600),
             devices_max: 1_000,
             subscribers_max: 100,

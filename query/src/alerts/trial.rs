@@ -1,21 +1,14 @@
-//! What a rule would have found over history: the same evaluation and the same episodes, with event time as the clock.
+//! What a rule would have found over history.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
-use arrow_array::RecordBatch;
+use futures::StreamExt;
 use serde::Serialize;
 
-use super::episode::{Phase, Policy};
-use super::episodes::{Episodes, Subject, Transition};
-use super::rows::{FreshRows, Newest};
+use super::history::{Found, History};
 use super::rule::{Kind, Rule, RuleSettings, caller};
 use crate::engine::Engine;
 
 /// Alerts that are shown.
 const SHOWN_MAX: usize = 10_000;
-/// Rows that are judged together.
-const ROWS_TOGETHER: usize = 8_192;
 
 /// When an alert fired.
 #[derive(Debug, Clone, Serialize)]
@@ -43,12 +36,7 @@ pub struct Trial {
 }
 
 /// Runs a rule over the rows of an interval of event time.
-pub(crate) async fn run(
-    engine: &Engine,
-    settings: RuleSettings,
-    (from, to): (i64, i64),
-    devices_max: usize,
-) -> Result<Trial, String> {
+pub(crate) async fn run(engine: &Engine, settings: RuleSettings, (from, to): (i64, i64)) -> Result<Trial, String> {
     let rule = Rule::compile(engine, settings).await.map_err(|error| error.to_string())?;
     let Kind::Rows(rows) = &rule.kind else {
         return Err(
@@ -67,77 +55,33 @@ pub(crate) async fn run(
     let running = engine.begin(&caller, &place, &sql);
     let prepared = engine.prepare(&running, &sql, None).await.map_err(explain)?;
     let mut stream = engine.execute(&running, &prepared, None).await.map_err(explain)?;
-    let mut trial = Running::new(&rule.policy);
-    let mut newest = Newest::default();
-    use futures::StreamExt;
+    let mut history = History::of(&rule.policy);
     while let Some(batch) = stream.next().await {
         let batch = batch.map_err(|error| engine.explain(error).to_string())?;
-        for start in (0..batch.num_rows()).step_by(ROWS_TOGETHER) {
-            let part = batch.slice(start, ROWS_TOGETHER.min(batch.num_rows() - start));
-            let part = RecordBatch::try_new(Arc::clone(&rows.input), part.columns().to_vec());
-            let fresh = FreshRows::new(part.map_err(|error| error.to_string())?, &mut newest, devices_max);
-            trial.found.rows += fresh.batch.num_rows() as u64;
-            let now = fresh.last();
-            let of = (&*rule.policy, &*rule.labels);
-            let judged = rows.judge(of, &fresh, &mut trial.episodes, now, &mut trial.found.failed);
-            judged.map_err(|error| error.strip_backtrace())?;
-            trial.take();
-        }
+        let judged = history.judge(rows, (&rule.policy, &rule.labels), &batch);
+        judged.map_err(|error| error.strip_backtrace())?;
     }
-    Ok(trial.finish())
+    history.judge_rest(rows, (&rule.policy, &rule.labels)).map_err(|error| error.strip_backtrace())?;
+    let (rows, failed) = (history.rows, history.failed);
+    let mut found: Vec<Found> = history.finish().into_values().flat_map(|set| set.found).collect();
+    found.sort_by(|one, other| (one.fired, &one.alert.id).cmp(&(other.fired, &other.alert.id)));
+    let fired = |found: &Found| found.alert.to.map_or(0.0, |to| (to - found.fired).max(0) as f64 / 1e6);
+    Ok(Trial {
+        rows,
+        failed,
+        fired: found.len() as u64,
+        firing_s: found.iter().map(fired).sum(),
+        alerts: found.iter().take(SHOWN_MAX).map(span).collect(),
+    })
 }
 
-struct Running {
-    episodes: Episodes,
-    found: Trial,
-    open: BTreeMap<String, Span>,
-}
-
-impl Running {
-    fn new(policy: &Arc<Policy>) -> Self {
-        let mut episodes = Episodes::new(i64::MAX, 0, i64::MIN / 2);
-        episodes.govern(BTreeMap::from([(policy.name.clone(), Arc::clone(policy))]), 0);
-        Self { episodes, found: Trial::default(), open: BTreeMap::new() }
-    }
-
-    fn take(&mut self) {
-        for change in self.episodes.take() {
-            let Subject::Alert(alert) = change.subject else { continue };
-            match (change.transition, alert.phase) {
-                (Transition::Firing, Phase::Firing) => {
-                    self.found.fired += 1;
-                    let span = Span {
-                        labels: serde_json::from_str(&alert.labels).unwrap_or_default(),
-                        severity: alert.severity.word(),
-                        message: alert.message.clone(),
-                        from: alert.from,
-                        fired: change.ts,
-                        to: None,
-                    };
-                    self.open.insert(alert.id.clone(), span);
-                }
-                (Transition::Resolved, _) => {
-                    let Some(mut span) = self.open.remove(&alert.id) else { continue };
-                    span.to = alert.to;
-                    self.found.firing_s += alert.to.map_or(0.0, |to| (to - span.fired).max(0) as f64 / 1e6);
-                    self.show(span);
-                }
-                _ => {}
-            }
-        }
-    }
-
-    fn show(&mut self, span: Span) {
-        if self.found.alerts.len() < SHOWN_MAX {
-            self.found.alerts.push(span);
-        }
-    }
-
-    fn finish(mut self) -> Trial {
-        for span in std::mem::take(&mut self.open).into_values() {
-            self.show(span);
-        }
-        self.found.alerts.sort_by_key(|span| span.fired);
-        self.found
+fn span(found: &Found) -> Span {
+    Span {
+        labels: serde_json::from_str(&found.alert.labels).unwrap_or_default(),
+        severity: found.alert.severity.word(),
+        message: found.alert.message.clone(),
+        from: found.alert.from,
+        fired: found.fired,
+        to: found.alert.to,
     }
 }

@@ -12,8 +12,22 @@ const ENDED_EACH_MAX: usize = 8;
 
 impl Episodes {
     pub(super) fn is_before_an_end_by_hand(&self, key: &RuleKey, seen: &Seen<'_>) -> bool {
-        let ended = self.ended.get(&(key.clone(), seen.labels.to_owned())).into_iter().flatten();
-        ended.filter_map(|ended| ended.ended_by_hand).any(|at| seen.to <= at)
+        self.ended_of(key, seen.labels).filter_map(|ended| ended.ended_by_hand).any(|at| seen.to() <= at)
+    }
+
+    /// It was ended by the clock, and by event time it goes on.
+    pub(super) fn has_ended_too_soon(&self, policy: &Policy, key: &RuleKey, seen: &Seen<'_>) -> bool {
+        if policy.keep <= 0 || policy.by_clock {
+            return false;
+        }
+        let ended = self.ended_of(key, seen.labels).filter(|ended| ended.ended_by_hand.is_none());
+        let mut ends = ended.filter_map(|ended| ended.raised.get(CLOUD)?.to);
+        ends.any(|end| seen.from < end.saturating_add(policy.keep))
+    }
+
+    /// Those of a label set that are at hand, the one that ended first before the others.
+    pub(super) fn ended_of(&self, key: &RuleKey, labels: &str) -> impl Iterator<Item = &Episode> {
+        self.ended.get(&(key.clone(), labels.to_owned())).into_iter().flatten()
     }
 
     /// An alert that ended by others, and that this row belongs to.
@@ -22,10 +36,10 @@ impl Episodes {
         let ended = self.ended.get(&key)?;
         let belongs = |ended: &Episode| {
             let is_open_to_rows = !ended.raised.contains_key(CLOUD) && ended.ended_by_hand.is_none();
-            is_open_to_rows && ended.meets(seen.from, Some(seen.to), policy.slack)
+            is_open_to_rows && ended.meets(seen.from, Some(seen.to()), policy.slack)
         };
         let candidates = ended.iter().enumerate().filter(|(_, ended)| belongs(ended));
-        let nearest = candidates.min_by_key(|(_, ended)| ended.distance(seen.from, seen.to))?.0;
+        let nearest = candidates.min_by_key(|(_, ended)| ended.distance(seen.from, seen.to()))?.0;
         self.take_ended(&key, nearest)
     }
 
@@ -59,7 +73,7 @@ impl Episodes {
         // What was pending by rows stays so, as an alert of its own.
         if let Some(watch) = watch {
             let id = id(&episode.hash, episode.device.as_deref(), &episode.labels, watch.from);
-            let next = Episode {
+            let mut next = Episode {
                 id,
                 phase: Phase::Pending,
                 told: false,
@@ -70,14 +84,21 @@ impl Episodes {
                 assigned: None,
                 raised: BTreeMap::new(),
                 aliases: Vec::new(),
+                told_as: None,
                 watch: Some(watch),
                 ..episode.clone()
             };
-            self.record(Transition::Pending, next.from, self.now, false, &next);
+            self.record(Transition::Pending, next.from, self.now, false, &mut next);
             self.open.entry(key.0.clone()).or_default().insert(next.labels.clone(), next);
         }
         let all = self.ended.entry(key.clone()).or_default();
-        all.push_back(episode);
+        // Late rows make one of before anew: it is known already, or has its place between the others.
+        if let Some(known) = all.iter_mut().find(|known| known.id == episode.id) {
+            *known = episode;
+            return;
+        }
+        let place = all.partition_point(|known| known.to <= episode.to);
+        all.insert(place, episode);
         if all.len() > ENDED_EACH_MAX {
             all.pop_front();
         } else {
@@ -87,6 +108,15 @@ impl Episodes {
             if let Some(oldest) = self.ended_order.pop_front() {
                 self.take_ended(&oldest, 0);
             }
+        }
+    }
+
+    /// It is none of those that have ended any more.
+    pub(super) fn forget(&mut self, key: &RuleKey, episode: &Episode) {
+        let place = (key.clone(), episode.labels.clone());
+        let known = self.ended.get(&place).and_then(|ended| ended.iter().position(|known| known.id == episode.id));
+        if let Some(at) = known {
+            self.take_ended(&place, at);
         }
     }
 }

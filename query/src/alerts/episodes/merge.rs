@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::super::episode::{Candidate, Episode, Phase, Quiet, Raised};
+use super::super::episode::{CLOUD, Candidate, Episode, Phase, Quiet, Raised};
 use super::super::template::{Places, Words};
 use super::{Episodes, Transition, USUAL_TOPIC};
 
@@ -36,6 +36,8 @@ impl Episodes {
                 // Its end was lost on the way: what it says now is something else.
                 let edge = candidate.edge.clone();
                 let to = episode.raised.get(&edge).and_then(|raised| raised.to).unwrap_or(candidate.from);
+                let keep = self.policies.get(&key.0).map_or(0, |policy| policy.keep);
+                episode.lingers = episode.lingers.filter(|_| candidate.from < to.saturating_add(keep));
                 self.lower(&mut episode, &edge, to, candidate.ts, now);
                 if episode.is_raised() {
                     episode.raised.remove(&edge);
@@ -85,17 +87,18 @@ impl Episodes {
                 let ts = if candidate.backfill { i64::MIN } else { candidate.ts };
                 let ended = episode.phase == Phase::Resolved;
                 if ended || episode.phase == Phase::Firing {
-                    let raised = Raised { id: candidate.id.clone(), from: candidate.from, to: Some(to) };
+                    let raised =
+                        Raised { id: candidate.id.clone(), from: candidate.from, to: Some(to), fired: candidate.from };
                     episode.alias(&candidate.id);
                     episode.raised.insert(candidate.edge.clone(), raised);
-                    self.record(Transition::Merged, candidate.ts, now, false, &episode);
+                    self.record(Transition::Merged, candidate.ts, now, false, &mut episode);
                 } else {
                     self.raise(&mut episode, &candidate.edge, &candidate.id, candidate.from, (ts, now));
-                    self.lower(&mut episode, &candidate.edge, to, candidate.ts, now);
+                    self.has_ended_at_the_edge(&mut episode, candidate, to, now);
                 }
             }
             (Some(Raised { to: None, .. }), Some(to)) => {
-                self.lower(&mut episode, &candidate.edge, to, candidate.ts, now);
+                self.has_ended_at_the_edge(&mut episode, candidate, to, now);
             }
             // A backfill that the edge now finds in the present.
             (Some(Raised { to: None, .. }), None)
@@ -106,19 +109,44 @@ impl Episodes {
             // Somebody ended it, and the edge says later that it fires, or when it ended for the edge.
             (Some(Raised { to: Some(_), .. }), None) if episode.ended_by_hand.is_some_and(|at| candidate.ts > at) => {
                 episode.ended_by_hand = None;
-                let raised = Raised { id: candidate.id.clone(), from: candidate.from, to: None };
+                let raised = Raised { id: candidate.id.clone(), from: candidate.from, to: None, fired: candidate.from };
                 episode.raised.insert(candidate.edge.clone(), raised);
                 (episode.phase, episode.to) = (Phase::Firing, None);
                 self.tell(&mut episode, Transition::Firing, (candidate.ts, now));
             }
             (Some(Raised { to: Some(known), .. }), Some(to)) if episode.ended_by_hand.is_some() && known != to => {
-                let raised = Raised { id: candidate.id.clone(), from: candidate.from, to: Some(to) };
+                let raised =
+                    Raised { id: candidate.id.clone(), from: candidate.from, to: Some(to), fired: candidate.from };
                 episode.raised.insert(candidate.edge.clone(), raised);
-                self.record(Transition::Merged, candidate.ts, now, false, &episode);
+                self.record(Transition::Merged, candidate.ts, now, false, &mut episode);
             }
             _ => {}
         }
         self.put(key, episode);
+    }
+
+    /// Edges have no `keep_firing_for`: the alert is kept firing as the cloud's rule of the same words keeps it, whose rows may still
+    /// be on the way. Where that has ended as late by itself, or pends, it ends at once.
+    fn has_ended_at_the_edge(&mut self, episode: &mut Episode, candidate: &Candidate, to: i64, now: i64) {
+        let policy = self.policies.get(&episode.rule).filter(|policy| policy.hash == episode.hash && !policy.by_clock);
+        let passed = now.saturating_sub(to).max(0);
+        let is_kept = policy.is_some_and(|policy| passed < policy.keep);
+        let by_rows = episode.raised.get(CLOUD).and_then(|raised| raised.to).is_some_and(|end| to <= end);
+        if is_kept && !by_rows && episode.phase == Phase::Firing && episode.watch.is_none() {
+            episode.lingers = Some(self.heard - passed);
+        }
+        self.lower(episode, &candidate.edge, to, candidate.ts, now);
+    }
+
+    /// It was kept firing for long enough.
+    pub(super) fn ends_lingering(&mut self, episode: &mut Episode, now: i64) {
+        episode.lingers = None;
+        let Some(origin) = episode.raised.keys().next().cloned() else { return };
+        let to = episode.raised.values().filter_map(|raised| raised.to).max().unwrap_or(now);
+        if !episode.is_raised() {
+            let own = episode.raised.get(&origin).and_then(|raised| raised.to).unwrap_or(to);
+            self.lower(episode, &origin, own, to, now);
+        }
     }
 
     /// A candidate that has nothing to do with what fires now: for the record.
@@ -126,13 +154,13 @@ impl Episodes {
         let mut episode = of_candidate(candidate);
         episode.topic = self.topic_of(candidate, &episode.id);
         (episode.quiet, episode.phase) = (Some(Quiet::Backfill), Phase::Firing);
-        let raised = Raised { id: candidate.id.clone(), from: candidate.from, to: candidate.to };
+        let raised = Raised { id: candidate.id.clone(), from: candidate.from, to: candidate.to, fired: candidate.from };
         episode.raised.insert(candidate.edge.clone(), raised);
         if candidate.to.is_some() {
             (episode.phase, episode.to) = (Phase::Resolved, candidate.to);
         }
         let transition = if candidate.to.is_some() { Transition::Resolved } else { Transition::Firing };
-        self.record(transition, candidate.ts, now, false, &episode);
+        self.record(transition, candidate.ts, now, false, &mut episode);
     }
 
     /// The topic of what an edge raised: that of the cloud's rule of the same text, or the usual one.

@@ -60,7 +60,8 @@ impl Episodes {
         episode.watch = episode.watch.take().filter(|watch| !watch.firing);
         let told = episode.told && episode.phase == Phase::Firing;
         (episode.phase, episode.to, episode.ended_by_hand) = (Phase::Resolved, Some(now), Some(now));
-        (episode.unsettled_at, episode.stale) = (None, false);
+        (episode.unsettled_at, episode.lingers, episode.stale) = (None, None, false);
+        episode.is_told_as();
         let subject = self.as_recorded(&episode, now);
         self.push(Transition::Resolved, now, now, told, subject, Some(by.to_owned()), Some(note.to_owned()));
         self.keep_ended(key, episode);

@@ -35,7 +35,7 @@ impl Episodes {
             episode.stale = !episode.stale;
             let transition = if episode.stale { Transition::Stale } else { Transition::Heard };
             let told = episode.told && self.quiet(&episode, now, &mut HashMap::new()).is_none();
-            self.record(transition, now, now, told, &episode);
+            self.record(transition, now, now, told, &mut episode);
             self.put(key, episode);
         }
     }

@@ -1,11 +1,12 @@
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::super::episode::Candidate;
+use super::super::episode::{Candidate, Says, Seen, Severity};
 use super::super::template::{Message, Places, Words};
 use super::*;
 
 mod ended;
+pub(in super::super) mod late;
 
 const S: i64 = 1_000_000;
 const HORIZON: i64 = 3_600 * S;
@@ -57,7 +58,7 @@ impl Stage {
             device: Some(device),
             says: if holds { Says::Holds } else { Says::Not },
             from: ts,
-            to: ts,
+            moment: (ts, 0),
             severity,
             value: Some(value),
             values: &Words::new,
@@ -88,7 +89,7 @@ impl Stage {
         for change in changes {
             if let Subject::Alert(alert) = &change.subject {
                 last.insert(alert.id.clone(), Episode::clone(alert));
-                if change.transition == Transition::Dropped {
+                if change.transition == Transition::Dropped || alert.merged_into.is_some() {
                     last.remove(&alert.id);
                 }
             }
@@ -353,6 +354,64 @@ fn rows_that_come_behind_several_alerts_of_an_edge_raise_none_of_them_again() {
         let again: Vec<String> = stage.words().into_iter().filter(|word| word.ends_with('!')).collect();
         assert!(again.is_empty(), "{again:?} when edge_first is {edge_first}");
     }
+}
+
+/// Edges have no `keep_firing_for`, and their alerts come before the rows: the end is not told before the cloud's rule would.
+#[test]
+fn what_an_edge_ends_is_kept_firing_as_the_cloud_keeps_it() {
+    let rule = policy(|policy| policy.keep = 60 * S);
+    let claims = |stage: &mut Stage| {
+        stage.episodes.candidate(&candidate("aa", "gw", -20, None), stage.now);
+        stage.episodes.candidate(&candidate("aa", "gw", -20, Some(-10)), stage.now);
+    };
+    // Ten seconds of the minute have passed when it is heard.
+    let mut stage = Stage::new(&[&rule]);
+    claims(&mut stage);
+    stage.tick(49);
+    assert_eq!(stage.words(), ["firing!", "merged"]);
+    stage.tick(1);
+    assert_eq!(stage.words(), ["resolved!"]);
+    assert_eq!(stage.episodes.open().count(), 0);
+
+    // The cloud's rows come meanwhile, and say that it goes on.
+    let mut stage = Stage::new(&[&rule]);
+    claims(&mut stage);
+    for (at, holds) in [(-20, true), (-10, false), (0, true)] {
+        stage.see(&rule, at, holds);
+    }
+    stage.tick(100);
+    assert_eq!(stage.words(), ["firing!", "merged", "merged", "clearing", "held"]);
+    stage.see(&rule, 100, false);
+    stage.tick(60);
+    assert_eq!(stage.words(), ["clearing", "resolved!"]);
+
+    // The edge's next one within the minute is this alert; what came a minute later is another, and so is what was long ago.
+    let mut stage = Stage::new(&[&rule]);
+    claims(&mut stage);
+    stage.episodes.candidate(&candidate("bb", "gw", 0, None), stage.now);
+    assert_eq!(stage.words(), ["firing!", "merged", "merged", "merged"]);
+    let mut stage = Stage::new(&[&rule]);
+    claims(&mut stage);
+    stage.episodes.candidate(&candidate("bb", "gw", 50, None), stage.now);
+    assert_eq!(stage.words(), ["firing!", "merged", "resolved!", "firing!"]);
+    let mut stage = Stage::new(&[&rule]);
+    stage.tick(50);
+    claims(&mut stage);
+    assert_eq!(stage.words(), ["firing!", "resolved!"]);
+
+    // It is kept over a restart, and by hand it ends.
+    let mut stage = Stage::new(&[&rule]);
+    claims(&mut stage);
+    let changes = stage.episodes.take();
+    stage.restarted(&changes, &[&rule]);
+    stage.tick(59);
+    assert!(stage.words().is_empty());
+    stage.tick(1);
+    assert_eq!(stage.words(), ["resolved!"]);
+    stage.restarted(&changes, &[&rule]);
+    stage.episodes.resolve("aa", "eva", "", stage.now).unwrap();
+    stage.tick(100);
+    assert_eq!(stage.words(), ["resolved!"]);
 }
 
 #[test]

@@ -68,7 +68,7 @@ async fn a_rule_over_history_fires_when_it_would_have() {
     let (engine, _traffic) = engine(batches, 0, Duration::from_secs(60)).await;
     let run = async |text: &str| {
         let settings = RuleSettings::parse("r", text).unwrap();
-        trial::run(&engine, settings, (0, 4_000_000_000_000_000), 1_000).await.unwrap()
+        trial::run(&engine, settings, (0, 4_000_000_000_000_000)).await.unwrap()
     };
     // Ten rows a day, a minute apart, of two devices: each rises above four once a day.
     let found = run("on = \"traffic\"\nwhen = \"vehicle_count % 10 >= 4\"").await;

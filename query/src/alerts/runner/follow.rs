@@ -1,6 +1,6 @@
 //! What is new in the streams that rules are on, and what it means: each row is looked at once, however it is read.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use arrow_array::RecordBatch;
@@ -11,11 +11,13 @@ use wire::StreamName;
 
 use super::super::claims;
 use super::super::episodes::Episodes;
-use super::super::rows::FreshRows;
+use super::super::late::Late;
+use super::super::metrics::LateRows;
+use super::super::order::{NewRows, Order};
 use super::super::rule::{Kind, Rule};
 use super::Runner;
 use crate::clock::now_us;
-use crate::follow::{Position, behind};
+use crate::follow::{Position, behind, newest_read};
 use crate::fused_table::Frozen;
 
 /// Rows of batches that are looked at together; and that are held while they are read from files.
@@ -81,12 +83,13 @@ impl Runner {
         }
         let frozen = Frozen::take(tables.as_ref(), stream).await?;
         let shown = Position::of(&frozen);
-        let known = match self.positions.get(stream) {
+        let known = match self.read.positions.get(stream) {
             Some(known) => known.clone(),
             // What edges raised is never passed over; a rule begins with what comes next.
             None if *stream == claims::stream() => Position::default(),
             None => {
-                self.positions.insert(stream.clone(), shown);
+                self.read.newest.insert(stream.clone(), newest_read(&frozen, &shown));
+                self.read.positions.insert(stream.clone(), shown);
                 // Written at once: after a crash the rule begins here, too.
                 let now = self.clock(episodes);
                 episodes.mark(now);
@@ -101,7 +104,8 @@ impl Runner {
             _ => claims::columns(&frozen.cold().schema),
         };
         // History from before there was a record is none of the business of what edges raise.
-        let since = (known == Position::default()).then(|| now_us() - self.horizon);
+        let since = (known == Position::default()).then(|| now_us() - self.limits.horizon);
+        let read = self.read.newest.get(stream).copied().unwrap_or(i64::MIN);
         let mut rows = behind(&self.engine, stream, &frozen, &known, &wanted).await?;
         let (mut held, mut count, mut before) = (Vec::new(), 0, None);
         loop {
@@ -112,6 +116,7 @@ impl Runner {
                     if let Some((was, newest)) = before {
                         *episodes = was;
                         self.followed.entry(stream.clone()).or_default().newest = newest;
+                        self.read.newest.insert(stream.clone(), read);
                     }
                     return Err(error);
                 }
@@ -126,7 +131,7 @@ impl Runner {
                 let newest = self.followed.get(stream).map(|followed| followed.newest.clone());
                 before = Some((episodes.clone(), newest.unwrap_or_default()));
             }
-            self.judge(stream, rules, since, &together(&held, &wanted)?, episodes);
+            self.judge((stream, read), rules, since, &together(&held, &wanted)?, episodes);
             (held, count) = (Vec::new(), 0);
             if ended {
                 break;
@@ -135,7 +140,7 @@ impl Runner {
         for rule in rules {
             self.refusals(rule, episodes);
         }
-        self.positions.insert(stream.clone(), shown);
+        self.read.positions.insert(stream.clone(), shown);
         self.moved = true;
         Ok(())
     }
@@ -143,7 +148,7 @@ impl Runner {
     /// What new rows mean for every rule of their stream, or as claims of edges.
     fn judge(
         &mut self,
-        stream: &StreamName,
+        (stream, read): (&StreamName, i64),
         rules: &[Arc<Rule>],
         since: Option<i64>,
         rows: &[RecordBatch],
@@ -167,24 +172,61 @@ impl Runner {
             if rules.is_empty() {
                 continue;
             }
+            let rows = NewRows::new(rows.clone());
+            let newest = self.read.newest.entry(stream.clone()).or_insert(i64::MIN);
+            *newest = rows.last().max(*newest);
             let followed = self.followed.entry(stream.clone()).or_default();
-            let fresh = FreshRows::new(rows.clone(), &mut followed.newest, self.devices_max);
+            // Of a label set that was not seen since the start all that is older than what had been read is late; a device whose clock
+            // is ahead does not make all others late.
+            // Rules that tell the same label sets apart see the same rows as late.
+            let mut orders: HashMap<&str, Order> = HashMap::new();
             for rule in rules {
-                self.judge_by(rule, &fresh, episodes, now);
+                let Kind::Rows(of) = &rule.kind else { continue };
+                if !orders.contains_key(of.identity_name.as_str()) {
+                    let order = followed.newest.see(&rows, of, self.limits.devices_max, read.min(now));
+                    // Where it cannot be told, each row counts as one of the present.
+                    let order = order.unwrap_or_else(|_| Order::whole(rows.batch.num_rows()));
+                    orders.insert(&of.identity_name, order);
+                }
+            }
+            followed.newest.keep(&orders.keys().copied().collect());
+            for rule in rules {
+                self.judge_by(stream, rule, (&rows, &orders), episodes, now);
             }
         }
     }
 
-    fn judge_by(&mut self, rule: &Rule, fresh: &FreshRows, episodes: &mut Episodes, now: i64) {
+    fn judge_by(
+        &mut self,
+        stream: &StreamName,
+        rule: &Rule,
+        (new, orders): (&NewRows, &HashMap<&str, Order>),
+        episodes: &mut Episodes,
+        now: i64,
+    ) {
         let Kind::Rows(rows) = &rule.kind else { return };
+        let Some(order) = orders.get(rows.identity_name.as_str()) else { return };
         let mut failed = 0;
-        let judged = rows.judge((&rule.policy, &rule.labels), fresh, episodes, now, &mut failed);
+        let judged = rows.judge((&rule.policy, &rule.labels), new, order, episodes, (now, &mut failed));
         if failed > 0 || judged.is_err() {
             let mut statuses = self.statuses.lock();
             if let Some(status) = statuses.get_mut(&rule.policy.name) {
                 status.failed += failed.max(1);
-                status.last_error = judged.err().map(|error| error.strip_backtrace()).or(status.last_error.take());
+                let error = judged.as_ref().err().map(|error| error.strip_backtrace());
+                status.last_error = error.or(status.last_error.take());
             }
+        }
+        let key = (rule.policy.name.clone(), rule.policy.hash.clone());
+        let since = now.saturating_sub(self.limits.late_max);
+        let (late, too_late): (Vec<_>, Vec<_>) =
+            judged.unwrap_or_default().into_iter().partition(|row| row.to >= since);
+        if !too_late.is_empty() {
+            self.counts.late_rows(LateRows::TooLate, too_late.len() as u64);
+            let said = format!("{} rows came later than late_max: they are not judged", too_late.len());
+            self.not_judged([&key], too_late.len() as u64, &said);
+        }
+        if let Some(late) = Late::of(key, late) {
+            self.is_late(stream.clone(), late);
         }
     }
 
