@@ -293,7 +293,8 @@ impl Engine {
         }
         if self.copied && self.held.is_empty() {
             // What the other directory may have goes through the old spool first, or it could not be flagged.
-            if self.parts.reader.position() < self.found_until || !self.parts.pipeline.may_cut() {
+            let behind = self.parts.reader.position() < self.found_until || self.forerunner.is_some();
+            if behind || !self.parts.pipeline.may_cut() {
                 return Ok(());
             }
             self.cut()?;
