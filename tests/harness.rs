@@ -248,6 +248,17 @@ impl Edge {
         self.process.start();
     }
 
+    /// Ends by itself at this place, from the next start on.
+    pub(crate) fn end_at(&mut self, failpoint: Option<&str>) {
+        let place = failpoint.map(|place| ("WEIR_FAILPOINT", place));
+        self.process.set_variables(place.as_slice());
+    }
+
+    /// Whether it has ended by itself.
+    pub(crate) fn has_ended(&mut self) -> bool {
+        self.process.has_ended()
+    }
+
     /// Waits until its sources are connected.
     pub(crate) async fn wait(&mut self) {
         wait_for_success(&self.client, &format!("{}/ready", self.admin), &mut self.process).await;

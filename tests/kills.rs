@@ -2,10 +2,13 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
+
+use edge_agent::failpoint;
 
 use crate::harness::{Cloud, Edge, Mosquitto};
-use crate::load::{Broker, Ledger, Load, a_moment, check, seeded, stream, three_sources};
-use crate::process::free_port;
+use crate::load::{Broker, Ledger, Load, a_moment, check, seeded, stream, stream_of, three_sources};
+use crate::process::{PATIENCE, POLL, free_port};
 use crate::proxy::Proxy;
 
 async fn stage(directory: &Path) -> Option<(Mosquitto, Cloud, Edge)> {
@@ -70,6 +73,35 @@ async fn nothing_is_lost_or_doubled_when_the_edge_agent_is_killed() {
         assert!(source["journalled"].as_u64() > Some(50), "too little of {source:#}");
     }
     assert!(status["sources"][0]["redelivered"].as_u64() > Some(0), "nothing was redelivered: nothing was tried");
+}
+
+/// At each named step of its path, at the first pass and at later ones.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_edge_agent_that_ends_at_any_step_loses_and_doubles_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some(broker) = Mosquitto::start(directory.path()) else { return };
+    let cloud = Cloud::start(directory.path(), "a", "[commit]\nmax_age = \"300ms\"\n").await;
+    let url = format!("mqtt://127.0.0.1:{}", broker.port);
+    // Snapshots, and what they free, come with every few messages.
+    let stream = stream_of(&url, "load/+", "max_payload = \"16KiB\"\n");
+    let small = format!("[journal]\nmax_bytes = \"256KiB\"\nsegment_bytes = \"64KiB\"\n{stream}");
+    let mut edge = Edge::start(directory.path(), &cloud, &small).await;
+    let load = Load::start(broker.port);
+    edge.kill();
+    let places = failpoint::NAMES.iter().flat_map(|place| [1, 2, 3, 8].map(|pass| format!("{place}@{pass}")));
+    for place in places {
+        edge.end_at(Some(&place));
+        edge.run();
+        let started = Instant::now();
+        while !edge.has_ended() {
+            assert!(started.elapsed() < PATIENCE, "{place} is never passed");
+            tokio::time::sleep(POLL).await;
+        }
+    }
+    edge.end_at(None);
+    edge.run();
+    edge.wait().await;
+    check(&cloud, &mut edge, &*load.finish().await, Broker::Kept).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

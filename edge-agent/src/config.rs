@@ -343,7 +343,7 @@ impl Settings {
         self.stream.values().filter_map(StreamSettings::tick_every).min()
     }
 
-    /// A lane that refuses holds up the pipeline, and with it the rules (rule 1: the journal is what they read).
+    /// A lane that refuses fills the journal, which is what rules read (rule 1).
     fn rules_that_may_stand_still(&self) -> Option<String> {
         let told = self.rule.iter().filter(|rule| rule.is_told()).map(|rule| rule.name.as_str()).collect::<Vec<_>>();
         let lanes = self.lanes();
@@ -353,9 +353,9 @@ impl Settings {
             return None;
         }
         Some(format!(
-            "rules that are published ({}) stand still while a lane with on_full = \"refuse\" is full ({}): no alert fires or \
-             ends until the cloud takes rows again; where alerts must go on through a longer outage, choose \"drop_oldest\" or \
-             \"thin\"",
+            "rules that are published ({}) stand still when a lane with on_full = \"refuse\" is full ({}), and then the \
+             journal (journal.max_bytes): nothing is taken any more, and no alert fires or ends until the cloud takes rows again; \
+             where alerts must go on through a longer outage, choose \"drop_oldest\" or \"thin\"",
             told.join(", "),
             full.join(", ")
         ))

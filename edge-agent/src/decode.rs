@@ -41,6 +41,7 @@ pub const DEVICE_BYTES_MAX: usize = 256;
 pub const TEXT_BYTES_MAX: usize = 32 << 20;
 
 const WRONG_TYPE: &str = "wrong_type";
+const NOT_FINITE: &str = "not_finite";
 
 /// A value of a field.
 #[derive(Debug, Clone, PartialEq)]
@@ -370,7 +371,7 @@ impl Mapping {
                 Some(origin) => {
                     let from_text = self.text_only || is_text(origin);
                     match field.value(&found.at(origin), from_text, room) {
-                        Err((WRONG_TYPE, _)) if field.flags_type => {
+                        Err((WRONG_TYPE | NOT_FINITE, _)) if field.flags_type => {
                             untyped.push(place);
                             None
                         }
@@ -439,7 +440,7 @@ impl FieldReader {
         Ok(Some(match (self.kind, value) {
             (_, Scalar::Null) => return Ok(None),
             (FieldType::Float64 | FieldType::Int64, Scalar::Float(value)) if !value.is_finite() => {
-                return Err(("not_finite", format!("{} is {value}", self.name)));
+                return Err((NOT_FINITE, format!("{} is {value}", self.name)));
             }
             (FieldType::Float64, Scalar::Float(value)) => Value::Float(*value),
             (FieldType::Float64, Scalar::Int(value)) => Value::Float(*value as f64),

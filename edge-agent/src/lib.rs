@@ -11,6 +11,7 @@ pub mod decode;
 pub mod discover;
 pub mod doctor;
 pub mod entry;
+pub mod failpoint;
 pub mod journal;
 pub mod metrics;
 pub mod notify;

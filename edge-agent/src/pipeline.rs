@@ -312,14 +312,13 @@ impl Pipeline {
         self.pending_bytes
     }
 
-    /// Whether all entries are applied again that some lane has already. Before that a cut would stand before what its
-    /// lane has. Rows of a stream that moved wait until the cut stands behind its new lane: at the same position a restart
-    /// could not tell that they are there.
+    /// Whether rows may be cut. A lane may be ahead of this pipeline, which an older snapshot brought here, or which another
+    /// one has overtaken: what such a lane has is not pending, so it gets no record, and the others get all up to here. After
+    /// streams have moved between lanes nothing is cut before all entries are applied again that some lane has already: the
+    /// next move could not tell which of them has what.
     pub fn may_cut(&self) -> bool {
-        self.outputs.iter().all(|output| {
-            let moved = self.moved.get(&output.stream).filter(|_| output.rows() > 0);
-            output.skip_before <= self.position && moved.is_none_or(|moved| moved.shows_at(self.position))
-        })
+        let is_ahead = |output: &Output| output.skip_before > self.position;
+        self.may_cut_to_change() && (self.moved.is_empty() || !self.outputs.iter().any(is_ahead))
     }
 
     /// Takes all pending rows; [`Pipeline::may_cut`] must hold.

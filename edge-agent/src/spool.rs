@@ -288,7 +288,8 @@ impl<L: FileLayer> Spool<L> {
         for (index, lane) in spool.settings.lanes.clone().into_iter().enumerate() {
             let options =
                 Options { segment_bytes: lane.segment_bytes, max_bytes: lane.max_bytes, reserve_bytes: RESERVE_BYTES };
-            let (log, opening) = SegmentLog::open(layer.clone(), path.join(&lane.name), options)?;
+            let (mut log, opening) = SegmentLog::open(layer.clone(), path.join(&lane.name), options)?;
+            put::keep_spare(&mut log, &lane, &path)?;
             for damage in opening.incidents {
                 incidents.push(Incident { lane: lane.name.clone(), damage });
             }

@@ -5,6 +5,8 @@
 //! is met there and nowhere else. A segment file is removed only when the one behind it is durable.
 //! All durability of the crate passes through `sync_file` and `sync_directory`, below.
 
+mod spare;
+
 use std::collections::VecDeque;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,6 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 
+use self::spare::{SPARE, Spare};
 use crate::format::{self, MARKER, MARKER_BYTES, RECORD_HEADER, SEGMENT_HEADER, SegmentHeader};
 use crate::layer::{Disk, FileLayer, LayerFile};
 use crate::recover::{self, Damage, OpenError, Opening, Reason};
@@ -20,8 +23,6 @@ use crate::{LogId, Options, Position, ReadError, Reader};
 
 /// Buffered records are written (not synced) when they reach this.
 const WRITE_BYTES: usize = 4 << 20;
-/// The room of one segment that a log keeps on disk: [`SegmentLog::keep_spare`]. Recovery passes it over.
-const SPARE: &str = "spare";
 /// A write buffer that grew past this is given back after it was written.
 const KEEP_BYTES: usize = 1 << 20;
 
@@ -161,14 +162,6 @@ pub struct SegmentLog<L: FileLayer = Disk> {
     counters: Counters,
 }
 
-/// Whether a log keeps a file of a segment's size ready, and has one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Spare {
-    Unwanted,
-    Wanted,
-    There,
-}
-
 impl<L: FileLayer> SegmentLog<L> {
     /// Opens the log in `directory`, or makes it there. Reads all of it once. What is found
     /// wrong is in [`Opening`], for the owner to report.
@@ -295,76 +288,6 @@ impl<L: FileLayer> SegmentLog<L> {
             return Err(SyncError::Poisoned.into());
         }
         if self.end == self.active().first { Ok(()) } else { self.roll() }
-    }
-
-    /// From now on the log keeps the room of one more segment on disk, beside its cap, as soon as there is some: what
-    /// [`free_before`](Self::free_before) removes gives it back. For an owner that must write more than the reserve takes before
-    /// it can free anything, also when the disk is full.
-    ///
-    /// # Errors
-    /// When the disk does not answer; a full one is none.
-    pub fn keep_spare(&mut self) -> io::Result<()> {
-        if self.spare == Spare::There {
-            return Ok(());
-        }
-        let path = self.shared.directory.join(SPARE);
-        // Of a run before; after a power cut it may be a segment's, too, by another name.
-        self.remove_spare(&path)?;
-        self.spare = Spare::Wanted;
-        match self.layer.create(&path).and_then(|file| file.allocate(self.options.segment_bytes)) {
-            Ok(()) => self.spare = Spare::There,
-            Err(error) if is_full(&error) => self.remove_spare(&path)?,
-            Err(error) => return Err(error),
-        }
-        Ok(())
-    }
-
-    /// Keeps no such room, or no more.
-    ///
-    /// # Errors
-    /// When the disk does not answer.
-    pub fn give_spare_back(&mut self) -> io::Result<()> {
-        self.spare = Spare::Unwanted;
-        self.remove_spare(&self.shared.directory.join(SPARE))
-    }
-
-    /// Nothing counts on it: it need not be gone for sure.
-    fn remove_spare(&self, path: &Path) -> io::Result<()> {
-        match self.layer.remove(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other,
-        }
-    }
-
-    /// Opens a new segment in the room that was kept; false when there is none, or the newest segment is empty.
-    ///
-    /// # Errors
-    /// A failed sync is final; another error leaves the log as it was.
-    pub fn start_segment_in_spare(&mut self) -> Result<bool, AppendError> {
-        if self.failed {
-            return Err(SyncError::Poisoned.into());
-        }
-        if self.spare != Spare::There || self.end == self.active().first {
-            return Ok(false);
-        }
-        self.write_buffer().map_err(|source| self.fail(source))?;
-        let directory = &self.shared.directory;
-        let (spare, path) = (directory.join(SPARE), directory.join(format::segment_name(self.end)));
-        self.spare = Spare::Wanted;
-        // What stood there before must be gone for sure before it gets the name of a segment.
-        let made = self.layer.open(&spare).and_then(|file| {
-            recover::blank(&file, 0, false)?;
-            file.write_all_at(&SegmentHeader::encode(self.shared.id, self.end), 0)?;
-            sync_file(&file)?;
-            self.layer.rename(&spare, &path)?;
-            Ok(file)
-        });
-        self.names_changed = true;
-        match made {
-            Ok(file) => self.add_segment(file),
-            Err(source) => return Err(AppendError::Segment { path, source }),
-        }
-        Ok(true)
     }
 
     /// Writes and makes durable all that was appended. Readers then see it.

@@ -4,10 +4,12 @@
 //! writes cuts that a full lane held back, applies entries, cuts when that is due, sends, and now and then writes a
 //! snapshot. Requests run as tasks beside it and come back as answers. It stops by the token, after what is journalled is
 //! in the spool; any error is final, and the process stops. A full disk is none: what finds no room waits, is shown as a
-//! problem, and is tried again.
+//! problem, and is tried again. While a lane that refuses is full, a second pipeline goes on for the others: `forerun.rs`.
 
 mod change;
 mod clock;
+mod cut;
+mod forerun;
 mod publish;
 mod requests;
 mod snapshot;
@@ -28,6 +30,9 @@ use tokio_util::sync::CancellationToken;
 use wire::sealed::CutError;
 use wire::{Acks, Seq, SpoolId, StreamName};
 
+use self::clock::ClockAhead;
+use self::cut::is_full;
+use self::forerun::Forerunner;
 use super::history::History;
 use super::rate::Rates;
 use super::snapshot_file::SnapshotFileError;
@@ -175,12 +180,14 @@ pub(super) struct Engine {
     url: watch::Sender<usize>,
     bytes_sent: u64,
     last_error: Option<Complaint>,
-    /// Looks ahead for what time it was.
-    ahead: Option<Reader<Disk>>,
+    ahead: ClockAhead,
     /// A cut whose lanes from here on were full.
     held: Vec<(usize, LaneCut)>,
     held_position: Position,
     full_lanes: HashSet<usize>,
+    forerunner: Option<Forerunner>,
+    /// What entries before brought about was told by a forerunner.
+    told_until: Position,
     /// What the pipeline goes by from here on, once all before it is cut.
     next: Option<Settings>,
     last_cut: Instant,
@@ -225,10 +232,12 @@ impl Engine {
             url: watch::Sender::new(0),
             bytes_sent: 0,
             last_error: None,
-            ahead: None,
+            ahead: ClockAhead::default(),
             held: Vec::new(),
             held_position: Position(0),
             full_lanes: HashSet::new(),
+            forerunner: None,
+            told_until: Position(0),
             next: None,
             last_cut: now,
             aged: now,
@@ -267,6 +276,7 @@ impl Engine {
 
     /// What is journalled goes to the spool, and a snapshot makes the next start quick.
     fn finish(&mut self, until: Instant) -> Result<(), EngineError> {
+        self.forerunner = None;
         loop {
             let more = self.held.is_empty() && self.read()?;
             self.write_held()?;
@@ -321,8 +331,9 @@ impl Engine {
         }
         self.write_held()?;
         let more = self.held.is_empty() && self.read()?;
+        let mut wait = self.forerun()?;
         self.give_commands();
-        let mut wait = self.cut_when_due()?;
+        wait = wait.min(self.cut_when_due()?);
         if self.snapshot_is_due() {
             self.snapshot()?;
         }
@@ -348,7 +359,8 @@ impl Engine {
     /// What decoders ask for goes to their sources. What the run before asked for is not asked for again by it.
     fn give_commands(&mut self) {
         let parts = &mut self.parts;
-        let commands = parts.pipeline.take_commands().into_iter().filter(|_| self.replayed);
+        let pipeline = self.forerunner.as_mut().map_or(&mut parts.pipeline, |runner| &mut runner.pipeline);
+        let commands = pipeline.take_commands().into_iter().filter(|_| self.replayed);
         for (name, command) in commands {
             if let Some((_, source)) = parts.sources.iter().find(|(source, _)| *source == name) {
                 source.command(command);
@@ -365,16 +377,16 @@ impl Engine {
             return Ok(false);
         }
         for _ in 0..ENTRIES_PER_TURN {
+            self.end_forerun();
             let parts = &mut self.parts;
-            if parts.pipeline.may_cut() && is_full(parts) {
+            if parts.pipeline.may_cut() && is_full(&parts.pipeline, &parts.cut) {
                 return Ok(true);
             }
             if parts.pipeline.waits_for_clock()
-                && let Some(more) = self.find_clock()?
+                && let Some(more) = self.ahead.find(&parts.journal, &mut parts.pipeline)?
             {
                 return Ok(more);
             }
-            let parts = &mut self.parts;
             match parts.reader.next() {
                 Ok(Some(record)) => {
                     let (position, next) = (record.position, record.next);
@@ -383,19 +395,22 @@ impl Engine {
                         parts.pipeline.take_commands();
                         self.replayed = true;
                     }
+                    let is_told = position < self.told_until;
                     match Entry::read(Bytes::copy_from_slice(record.payload)) {
                         Ok(entry) => {
                             parts.pipeline.apply(position, next, &entry);
-                            let told = match entry {
+                            let changes = match entry {
                                 Entry::Configured { version, text } => self.is_told(position, version, &text),
                                 _ => false,
                             };
                             let parts = &mut self.parts;
-                            if let Some(outbox) = &parts.outbox {
+                            if is_told {
+                                parts.pipeline.take_commands();
+                            } else if let Some(outbox) = &parts.outbox {
                                 let (found, pipeline) = (parts.pipeline.take_alerts(), &parts.pipeline);
                                 self.replay.applied(position, found, outbox, || pipeline.published());
                             }
-                            if told {
+                            if changes {
                                 return Ok(true);
                             }
                         }
@@ -424,79 +439,9 @@ impl Engine {
         Ok(true)
     }
 
-    /// Cuts when rows wait and it is time: at `seal_min` when the cloud has been given all that is live, and at the latest
-    /// when a batch is full or `seal_max` is over; without the cloud, or on a link where a request takes longer than that,
-    /// up to `seal_away`. Returns how long that is away.
-    fn cut_when_due(&mut self) -> Result<Duration, EngineError> {
-        let Some(since) = self.pending_since else { return Ok(STATUS_EVERY) };
-        if !self.held.is_empty() || !self.parts.pipeline.may_cut() {
-            return Ok(STATUS_EVERY);
-        }
-        let parts = &self.parts;
-        let full = is_full(parts);
-        let has_room = !parts.spool.has_live();
-        let slow = match parts.uplink.node().0 {
-            Some(_) => Duration::from_millis(parts.uplink.link.last_ms()),
-            None => Duration::MAX,
-        };
-        let seal_max = parts.cut.seal_max.0.max(slow.min(parts.cut.seal_away.0));
-        let after = if full || has_room { Duration::ZERO } else { seal_max };
-        let seal_min = if full { Duration::ZERO } else { parts.cut.seal_min.0 };
-        let due = (since + after).max(self.last_cut + seal_min);
-        let now = Instant::now();
-        if due > now {
-            return Ok(due - now);
-        }
-        self.cut()?;
-        Ok(Duration::ZERO)
-    }
-
-    fn cut(&mut self) -> Result<(), EngineError> {
-        self.pending_since = None;
-        if self.parts.pipeline.pending_rows() == 0 {
-            return Ok(());
-        }
-        let cut = self.parts.pipeline.cut()?;
-        self.last_cut = Instant::now();
-        self.marked = false;
-        self.held_position = cut.position;
-        // A lane that gets nothing needs no record: applied again, these entries give it nothing again.
-        self.held = cut.lanes.into_iter().enumerate().filter(|(_, lane)| !lane.batches.is_empty()).collect();
-        self.write_held()
-    }
-
-    /// Writes what a cut gives to each lane; a full lane that refuses holds it back, and reading stops.
-    fn write_held(&mut self) -> Result<(), EngineError> {
-        let mut held = Vec::new();
-        let now_us = self.tell_spool();
-        for (lane, cut) in std::mem::take(&mut self.held) {
-            match self.parts.spool.append(lane, self.held_position, &cut.batches, &cut.schemas, now_us) {
-                Ok(()) => {
-                    if self.full_lanes.remove(&lane) {
-                        tracing::info!(lane, "the lane has room again");
-                    }
-                }
-                Err(SpoolError::Full(name)) => {
-                    if self.full_lanes.insert(lane) {
-                        tracing::warn!(lane = %name, "the lane is full: the pipeline waits");
-                    }
-                    held.push((lane, cut));
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        self.held = held;
-        Ok(())
-    }
-
     fn now_ms(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
-}
-
-/// Whether the pending rows are a batch.
-fn is_full(parts: &Parts) -> bool {
-    parts.pipeline.pending_rows() >= parts.cut.rows || parts.pipeline.pending_bytes() >= PENDING_BYTES_MAX
 }
 
 /// Where the spools of a data directory lie.

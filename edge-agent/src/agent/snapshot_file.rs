@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 use bytes::{Buf, Bytes};
 use segment_log::LogId;
 
+use crate::failpoint;
+
 const MAGIC: &[u8; 8] = b"weirSNP\n";
 const VERSION: u8 = 2;
 const HEADER: usize = 8 + 1 + 16 + 4;
@@ -106,7 +108,9 @@ pub(super) fn write(
         let _ = fs::remove_file(&new);
         return Err(SnapshotFileError::Io { path: new, source });
     }
+    failpoint::reach("snapshot.written");
     fs::rename(&new, &path).map_err(io(&path))?;
+    failpoint::reach("snapshot.named");
     File::open(data_dir).and_then(|directory| directory.sync_all()).map_err(io(data_dir))
 }
 

@@ -135,6 +135,11 @@ impl StreamSettings {
         verdict(&self.reject, &self.flag, check, check == StreamCheck::MaxAge)
     }
 
+    /// Devices that `expected_every_of` names one by one.
+    pub fn expected_devices(&self) -> impl Iterator<Item = &str> {
+        self.expected_every_of.keys().map(String::as_str).filter(|name| !name.contains('*'))
+    }
+
     pub(super) fn check_checks(&self) -> Result<(), String> {
         check_lists(&self.reject, &self.flag, |check| match check {
             StreamCheck::MaxAge => self.max_age.is_some(),
@@ -162,6 +167,9 @@ impl StreamSettings {
             self.expected_every_of.iter().find(|(name, every)| name.is_empty() || every.0.is_zero())
         {
             return Err(format!("expected_every_of `{name}`: a name, and more than 0"));
+        }
+        if self.expected_devices().count() > self.devices_max / 4 {
+            return Err("expected_every_of names more than a quarter of devices_max".to_owned());
         }
         if let (Some(every), Some(after)) = (self.expected_every, self.absent_after)
             && after.0 < every.0

@@ -163,7 +163,12 @@ fn what_is_right_and_may_not_be_meant_is_said() {
     check("[journal]\nmax_bytes = \"512MiB\"\n", "", "", "");
     check("[journal]\nmax_bytes = \"64MiB\"\n", "[stream.traffic.window.5m]\nsize = \"5m\"", "", "");
     let told = "[[rule]]\nname = \"slow\"\non = \"traffic\"\nwhen = \"speed < 5\"\ntopic = \"a/{device}\"\n";
-    check(told, "", "", "(slow) stand still while a lane with on_full = \"refuse\" is full (first, rest)");
+    check(
+        told,
+        "",
+        "",
+        "(slow) stand still when a lane with on_full = \"refuse\" is full (first, rest), and then the journal",
+    );
     check(told, "topic = \"a/{device}\"\n", "", "");
     let lane = |name: &str, streams: &str| {
         let size = "max_bytes = \"64MiB\"\non_full = \"drop_oldest\"";

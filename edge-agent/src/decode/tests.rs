@@ -65,6 +65,51 @@ fn a_value_of_another_type_is_null_and_flagged_where_that_is_configured() {
     check(r#""i":1,"f":1e300,"b":1"#, "wrong_type");
 }
 
+/// A number that is not finite is no value of its type.
+#[test]
+fn a_number_that_is_not_finite_is_null_and_flagged_where_that_is_configured() {
+    let senml = "device = \"/name\"\nf = \"/value\"";
+    let sparkplug = "device = \"/id\"\nf = \"/metrics/Temp\"";
+    // Floats of two bytes: NaN and infinity.
+    let cbor = |float: [u8; 2]| [b"\xa2\x61d\x61x\x61f\xf9", &float[..]].concat();
+    let pack = |float: [u8; 2]| [b"\x81\xa2\x00\x61x\x02\xf9", &float[..]].concat();
+    let metric =
+        |value: f64| sparkplug::payload(Some(0), &[sparkplug::metric("Temp", 1, 10, sparkplug::Is::Double(value))]);
+    let cases = [
+        ("format = \"cbor\"", FLAT, "t", cbor([0x7e, 0])),
+        ("format = \"cbor\"", FLAT, "t", cbor([0x7c, 0])),
+        ("format = \"senml_cbor\"", senml, "t", pack([0x7e, 0])),
+        ("format = \"sparkplug\"", sparkplug, "spBv1.0/g/NBIRTH/n", metric(f64::NAN)),
+        ("format = \"raw\"", "device = \"const:x\"\nf = \"/value\"", "t", b"inf".to_vec()),
+    ];
+    for (source, map, topic, payload) in cases {
+        for flag in [false, true] {
+            let text = text(source, map);
+            let text = if flag {
+                text.replace("f = { type = \"float64\" }", "f = { type = \"float64\", flag = [\"type\"] }")
+            } else {
+                text
+            };
+            let settings = Settings::parse(&text).unwrap();
+            let decoding = settings.source[0].decoding().unwrap();
+            let mut decoder = Decoder::new(&decoding, settings.stream.values().next().unwrap());
+            let mut found = Vec::new();
+            decoder.decode(topic, &Bytes::copy_from_slice(&payload), ARRIVAL, &mut found);
+            let of = format!("{source} {flag}: {found:?}");
+            assert_eq!(found.len(), 1, "{of}");
+            match (&found[0], flag) {
+                (Ok(reading), true) => {
+                    assert_eq!((&reading.values[0], &reading.untyped[..]), (&None, &[0][..]), "{of}")
+                }
+                (Err(rejected), false) => {
+                    assert!(matches!(rejected.reason, "not_finite" | "wrong_type"), "{of}");
+                }
+                _ => panic!("{of}"),
+            }
+        }
+    }
+}
+
 fn decode(decoder: &mut Decoder, payload: &[u8]) -> Vec<Result<Reading, Rejected>> {
     let mut out = Vec::new();
     decoder.decode("city/traffic/d7", &Bytes::copy_from_slice(payload), ARRIVAL, &mut out);

@@ -15,7 +15,8 @@ fn text(directory: &Path) -> String {
     format!(
         "[edge]\nid = \"e\"\ndata_dir = '{}'\n[cloud]\nurls = [\"http://h\"]\ntoken = \"t\"\n\
          [[source]]\nkind = \"mqtt\"\nurl = \"mqtt://h\"\ntopics = [\"#\"]\nstream = \"s\"\n[source.map]\n\
-         device = \"topic:0\"\nv = \"/v\"\n[stream.s.fields]\nv = {{ type = \"int64\" }}\n",
+         device = \"topic:0\"\nv = \"/v\"\n[stream.s.fields]\nv = {{ type = \"int64\" }}\n\
+         [[lane]]\nname = \"rest\"\nstreams = []\non_full = \"drop_oldest\"\n",
         directory.display()
     )
 }

@@ -3,6 +3,8 @@
 //! The caller applies the entry, then calls [`Pipeline::end_for`], which lets go what the new configuration would not go on
 //! with; cuts; and goes on with what [`Pipeline::changed`] returns. All of that depends on the journal alone, so it comes out
 //! the same again after a crash.
+//!
+//! And from one pipeline to two, while a lane refuses: [`Pipeline::forerunner`] goes on for the other lanes.
 
 use std::collections::BTreeMap;
 
@@ -29,8 +31,9 @@ impl Pipeline {
         }
     }
 
-    /// Whether rows may be cut though some lane is ahead of this pipeline, which an older snapshot brought here: what such a
-    /// lane has is not pending, and the others get all up to here. Only so can it change where it changed before a crash.
+    /// Whether rows may be cut at another configuration, also while lanes are ahead and streams have moved: only so can it
+    /// change where it changed before a crash. Rows of a stream that moved wait until the cut stands behind its new lane: at
+    /// the same position a restart could not tell that they are there.
     pub fn may_cut_to_change(&self) -> bool {
         self.outputs.iter().filter(|output| output.rows() > 0).all(|output| {
             let moved = self.moved.get(&output.stream);
@@ -49,5 +52,32 @@ impl Pipeline {
             stream.last_error = before.and_then(|before| before.last_error.clone());
         }
         Ok(changed)
+    }
+
+    /// One that goes on from here for all lanes but `full`, whose rows it does not keep; no row may be pending here. `lanes`
+    /// are as for [`Pipeline::restore`]. None while a stream moves between lanes.
+    ///
+    /// # Errors
+    /// None that input brings about.
+    pub fn forerunner(
+        &self,
+        settings: &Settings,
+        mut lanes: BTreeMap<String, Position>,
+        full: impl IntoIterator<Item = usize>,
+    ) -> Result<Option<Self>, SnapshotError> {
+        if !self.moved.is_empty() {
+            return Ok(None);
+        }
+        for lane in full {
+            lanes.insert(self.lane_names[lane].clone(), Position(u64::MAX));
+        }
+        self.changed(settings, &lanes).map(Some)
+    }
+
+    /// The lane has its rows up to `position`, from a forerunner; at the end of all positions it gets none from here.
+    pub fn lane_stands(&mut self, lane: usize, position: Position) {
+        for output in self.outputs.iter_mut().filter(|output| output.lane == lane) {
+            output.skip_before = output.skip_before.max(position);
+        }
     }
 }

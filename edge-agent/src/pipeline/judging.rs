@@ -142,7 +142,10 @@ impl Pipeline {
     pub(super) fn absences(&mut self, position: Position, stream: usize) {
         let (clock, own) = (self.clock.listened_us, &mut self.streams[stream]);
         let watermark = own.windows.watermark();
-        for absence in own.judge.absent(watermark, clock) {
+        for mut absence in own.judge.absent(watermark, clock) {
+            if absence.last_ts == i64::MIN {
+                absence.ts = self.now_us;
+            }
             self.absence(position, stream, &absence);
         }
     }
@@ -156,7 +159,8 @@ impl Pipeline {
         let every_s = absence.every_us as f64 / 1e6;
         if position >= output.skip_before {
             let before = output.bytes();
-            let cells = [Cell::Text(absence.state), Cell::Time(absence.last_ts.max(TS_MIN_US)), Cell::Float(every_s)];
+            let last_ts = (absence.last_ts != i64::MIN).then(|| Cell::Time(absence.last_ts.max(TS_MIN_US)));
+            let cells = [Cell::Text(absence.state), last_ts.unwrap_or(Cell::Null), Cell::Float(every_s)];
             output.push(absence.ts.max(TS_MIN_US), Some(&absence.device), cells.into_iter(), GOOD);
             self.pending_rows += 1;
             self.pending_bytes += output.bytes() - before;

@@ -9,6 +9,7 @@ use wire::{CutBatch, StreamSchema};
 
 use super::record::{self, Place};
 use super::{Lane, OnFull, Spool, SpoolError, Waiting, losses};
+use crate::failpoint;
 
 /// A record of a group is not longer, unless it is a single batch.
 const PART_BYTES: usize = 4 << 20;
@@ -43,7 +44,9 @@ impl<L: FileLayer> Spool<L> {
                 other => break other?,
             }
         };
+        failpoint::reach("spool.append");
         self.lanes[lane].log.sync()?;
+        failpoint::reach("spool.cut");
         self.lanes[lane].cut = cut;
         self.lanes[lane].rows += rows(batches);
         self.admit(lane, brought);

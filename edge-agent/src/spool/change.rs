@@ -22,6 +22,7 @@ impl<L: FileLayer> Spool<L> {
         let same = settings.lanes.iter().zip(&self.settings.lanes).all(|(one, two)| of(one) == of(two));
         if same && settings.lanes.len() <= self.settings.lanes.len() {
             for (index, lane) in settings.lanes.into_iter().enumerate() {
+                super::put::keep_spare(&mut self.lanes[index].log, &lane, directory)?;
                 self.lanes[index].settings = lane.clone();
                 self.settings.lanes[index] = lane;
             }

@@ -6,6 +6,7 @@ use segment_log::{FileLayer, Position};
 use wire::{Mark, StreamName};
 
 use super::{Spool, SpoolError, record};
+use crate::failpoint;
 
 impl<L: FileLayer> Spool<L> {
     /// Whether a mark names a batch of this spool's own history; false also when that cannot be told any more.
@@ -45,7 +46,9 @@ impl<L: FileLayer> Spool<L> {
                 Ok(_) | Err(SpoolError::Full(_)) => {}
                 Err(error) => return Err(error),
             }
+            failpoint::reach("free.put");
             self.free_segments(lane)?;
+            failpoint::reach("free.done");
         }
         Ok(!touched.is_empty())
     }

@@ -11,6 +11,7 @@ use wire::{CutBatch, Mark, SealedBatch, Seq, StreamName};
 
 use super::record::{self, Place};
 use super::{Numbered, Spool, SpoolError, Waiting, losses};
+use crate::failpoint;
 
 impl<L: FileLayer> Spool<L> {
     /// Numbers waiting batches of one stream in a lane, up to `bytes_max` and at least one, and syncs the numbers; the
@@ -57,7 +58,9 @@ impl<L: FileLayer> Spool<L> {
             }
             sealed.push(batch);
         }
+        failpoint::reach("number.put");
         self.sync_numbers(lane)?;
+        failpoint::reach("number.synced");
         Ok(sealed)
     }
 

@@ -4,12 +4,13 @@
 //! may use the lane's reserve; cuts may not.
 
 use std::collections::HashMap;
+use std::path::Path;
 
-use segment_log::{AppendError, Appended, FileLayer};
+use segment_log::{AppendError, Appended, FileLayer, SegmentLog};
 use wire::SchemaId;
 
 use super::record;
-use super::{Heads, Lane, OnFull, Spool, SpoolError};
+use super::{Heads, Lane, LaneSettings, OnFull, Spool, SpoolError};
 
 impl<L: FileLayer> Spool<L> {
     /// Appends a record, and before it what its segment still lacks: the state, and the schemas it uses.
@@ -57,6 +58,17 @@ impl<L: FileLayer> Spool<L> {
         if control { lane.log.append_control(kind, payload) } else { lane.log.append(kind, payload) }.map_err(full)
     }
 
+    /// Opens a segment in the room that the lane keeps for what must stay; false when there is none.
+    pub(super) fn open_spare(&mut self, lane: usize) -> Result<bool, SpoolError> {
+        let state = self.state(lane);
+        let log = &mut self.lanes[lane].log;
+        let opened = log.start_segment_in_spare().map_err(SpoolError::Append)?;
+        if opened {
+            log.append_control(record::STATE, &state).map_err(SpoolError::Append)?;
+        }
+        Ok(opened)
+    }
+
     /// Writes the lane's state where it stands, not synced.
     pub(super) fn put_state(&mut self, lane: usize) -> Result<(), SpoolError> {
         let state = self.state(lane);
@@ -77,4 +89,14 @@ impl<L: FileLayer> Spool<L> {
         out.extend(json);
         out
     }
+}
+
+/// A lane that drops keeps a segment ready on disk: [`super::room`].
+pub(super) fn keep_spare<L: FileLayer>(
+    log: &mut SegmentLog<L>,
+    lane: &LaneSettings,
+    directory: &Path,
+) -> Result<(), SpoolError> {
+    let kept = if lane.on_full == OnFull::Refuse { log.give_spare_back() } else { log.keep_spare() };
+    kept.map_err(|source| SpoolError::Io { path: directory.join(&lane.name), source })
 }

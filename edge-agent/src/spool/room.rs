@@ -2,8 +2,8 @@
 //!
 //! A log is freed from its start, so whatever else the segment holds must stand elsewhere first: batches with numbers, which
 //! must come again with the same bytes and which an outage leaves at the very start; and what `thin` keeps. They move to
-//! the end, into a segment that cuts leave free for it, with their numbers in the same record. When the move finds no room
-//! (the disk itself is full) the lane is full, and nothing is dropped for it.
+//! the end, into a segment that cuts leave free for it, with their numbers in the same record. When the disk itself is full,
+//! a segment that the lane keeps there for this is opened in its place, and the one that goes becomes the next of these.
 
 use segment_log::FileLayer;
 use wire::schema::own;
@@ -24,7 +24,9 @@ impl<L: FileLayer> Spool<L> {
             OnFull::DropOldest => stream.as_str() != own::LOSSES,
             OnFull::Thin => settings.raw.contains(stream),
         };
-        let Some(end) = self.lanes[lane].log.second_segment() else { return Ok(false) };
+        let log = &self.lanes[lane].log;
+        // It has only one when the disk itself is full.
+        let (is_only, end) = log.second_segment().map_or((true, log.end()), |end| (false, end));
         let is_first = |place: &Place| place.lane == lane && place.group < end.0;
         let settings = &self.lanes[lane].settings;
         let (mut victims, mut kept, mut droppable_bytes) = (Vec::new(), Vec::new(), 0);
@@ -36,7 +38,8 @@ impl<L: FileLayer> Spool<L> {
         });
         let streams = streams.collect::<Vec<_>>();
         // Less is no segment: what is kept would be written again and again for nothing.
-        if droppable_bytes < settings.segment_bytes / 2 {
+        let is_too_little = droppable_bytes < log.options().payload_bytes_max() as u64 / 2;
+        if is_too_little || (is_only && !self.open_spare(lane)?) {
             return Ok(false);
         }
         let super::Lane { waiting, log, .. } = &mut self.lanes[lane];
@@ -49,8 +52,14 @@ impl<L: FileLayer> Spool<L> {
             };
             waiting.walk(log, stream, (end.0, false), visit).map_err(SpoolError::Read)?;
         }
-        if !self.move_kept(lane, &is_first, kept, now_us)? {
-            return Ok(false);
+        let moved = self.move_kept(lane, &is_first, kept, now_us)?;
+        if is_only {
+            // There is room now. What must stay has moved already, as far as it has numbers now: no segment is ready when this
+            // one goes.
+            return Ok(true);
+        }
+        if !moved {
+            return if self.open_spare(lane)? { self.make_room(lane, now_us) } else { Ok(false) };
         }
         victims.sort_by_key(|waiting| waiting.came);
         let mut victims = victims.into_iter().peekable();

@@ -153,10 +153,10 @@ fn a_full_lane_drops_the_oldest_into_losses_or_refuses() {
     assert!(matches!(full, Some(SpoolError::Full(lane)) if lane == "rest"));
 }
 
-/// The seeds of a test: `POWER_CUT_SEEDS=2000` tries more.
+/// The seeds of a test: `POWER_CUT_SEEDS=2000` tries more, `POWER_CUT_SEED=17` only one.
 fn seeds(usual: u64) -> std::ops::Range<u64> {
-    let wanted = std::env::var("POWER_CUT_SEEDS").ok().map(|text| text.parse().expect("a number"));
-    0..wanted.unwrap_or(usual)
+    let number = |name| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
+    number("POWER_CUT_SEED").map_or(0..number("POWER_CUT_SEEDS").unwrap_or(usual), |seed| seed..seed + 1)
 }
 
 /// Cuts the power at random points. What was handed out for sending must come again with the same bytes, and each cut

@@ -5,7 +5,8 @@
 //! A device is absent when the stream's watermark has passed its newest event time by more than `absent_after`, or when the
 //! agent has listened for so long without hearing it. Time in which the agent did not run is not listened time, and a step
 //! of the gateway's clock counts for little, so neither a restart nor NTP makes devices absent. It is back with a reading
-//! that ends both. Each is told once.
+//! that ends both. Each is told once. A device that `expected_every_of` names without a `*` is expected from the start on, and
+//! is absent also when it was never heard.
 //!
 //! A reading that ends a gap brings what is made up: multiples of `expected_every` behind the reading before it, at most
 //! `fill_steps`. A line is drawn only over a gap that it fills: half a line would end in the air.
@@ -14,12 +15,13 @@ use std::cmp::Reverse;
 
 use wire::{FieldType, StreamField, StreamSchema};
 
-use super::memory::Memory;
+use super::memory::{Memory, NEVER};
 use crate::config::{Fill, StreamSettings};
 use crate::decode::{Reading, Value};
 
 /// `<stream>_absent`, a stream of its own and no rows among readings: those are counted and averaged. `ts` of `absent` is
-/// when the next reading should have come, of `back` that of the reading that came.
+/// when the next reading should have come (of a device that was never heard: when it was missed, and there is no `last_ts`),
+/// of `back` that of the reading that came.
 pub fn absent_schema() -> StreamSchema {
     let fields =
         [("state", FieldType::Text), ("last_ts", FieldType::Timestamp), ("expected_every_s", FieldType::Float64)];
@@ -52,9 +54,10 @@ pub struct Absence {
     pub device: String,
     /// `absent` or `back`.
     pub state: &'static str,
-    /// Absent: when its next reading should have come. Back: the event time of the reading that came.
+    /// Absent: when its next reading should have come; far in the future for one that was never heard. Back: the event
+    /// time of the reading that came.
     pub ts: i64,
-    /// Its newest event time before.
+    /// Its newest event time before; [`i64::MIN`] when there is none.
     pub last_ts: i64,
     /// How often it should send.
     pub every_us: i64,
@@ -113,15 +116,17 @@ impl Gaps {
         if watermark <= self.due.0 && clock_us <= self.due.1 {
             return Vec::new();
         }
+        memory.expect(clock_us);
         self.due = (i64::MAX, i64::MAX);
         let mut absences = Vec::new();
         for (name, device) in memory.devices.iter_mut().filter(|(_, device)| !device.absent) {
             let Interval { every_us, after_us } = self.of(name);
-            let until = (device.newest.saturating_add(after_us), device.heard.saturating_add(after_us));
+            let newest = if device.newest == NEVER { i64::MAX } else { device.newest };
+            let until = (newest.saturating_add(after_us), device.heard.saturating_add(after_us));
             if watermark > until.0 || clock_us > until.1 {
                 device.absent = true;
                 let last_ts = device.newest;
-                let ts = device.newest.saturating_add(every_us);
+                let ts = newest.saturating_add(every_us);
                 let device = name.clone();
                 absences.push(Absence { device, state: "absent", ts, last_ts, every_us });
             } else {

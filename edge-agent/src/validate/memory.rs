@@ -1,13 +1,14 @@
 //! What is remembered of each device between its readings: its newest event time, a few recent readings for repeats and
 //! steps, since when a value stays the same, and when it was heard.
 //!
-//! At most `devices_max` devices; then the quarter of them that was silent longest is forgotten. The last `remember` event
+//! At most `devices_max` devices; then the quarter of them that was silent longest is forgotten, but for those that
+//! `expected_every_of` names: these are known before they are ever heard. The last `remember` event
 //! times of a device are known; what is older is taken for new and has no neighbours. A reading that fails `max_step` is
 //! remembered all the same: when the value has moved for good, the second reading there is right. A reading that comes out
 //! of order is judged by both its neighbours, and neither begins nor ends a time of being stuck. A function of the readings
 //! and the configuration alone. State as bytes: `validate/state.rs`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use wire::{FieldName, FieldType};
 
@@ -17,6 +18,9 @@ use crate::decode::{Reading, Value};
 
 /// Of texts no more is kept for filling.
 pub(super) const TEXT_BYTES_MAX: usize = 256;
+
+/// The newest event time of a device that was never heard.
+pub(super) const NEVER: i64 = i64::MIN;
 
 /// The devices of one stream.
 #[derive(Debug)]
@@ -28,6 +32,8 @@ pub(super) struct Memory {
     pub(super) stuck: Vec<Stuck>,
     pub(super) fields: Vec<(FieldName, FieldType)>,
     devices_max: usize,
+    /// Devices that are expected by name.
+    named: HashSet<String>,
     remember: usize,
     first_only: bool,
     /// Whether recent readings are kept.
@@ -117,6 +123,7 @@ impl Memory {
             stuck: stuck.collect(),
             fields: stream.fields.iter().map(|(name, field)| (name.clone(), field.kind)).collect(),
             devices_max: stream.devices_max,
+            named: stream.expected_devices().map(str::to_owned).collect(),
             remember: stream.remember,
             first_only,
             in_order: stream.in_order.then(|| stream.verdict(StreamCheck::InOrder)),
@@ -133,9 +140,7 @@ impl Memory {
             if self.devices.len() >= self.devices_max {
                 self.forget_silent();
             }
-            let runs = vec![None; self.stuck.len()];
-            let device = Device { newest: i64::MIN, runs, heard: clock_us, ..Device::default() };
-            self.devices.insert(reading.device.clone(), device);
+            self.add(reading.device.clone(), clock_us);
         }
         let device = self.devices.get_mut(&reading.device).expect("it was put there");
         (device.used, device.heard) = (self.judged, clock_us);
@@ -182,11 +187,23 @@ impl Memory {
     }
 
     /// A quarter at a time: a device that is forgotten one by one would cost a search each time.
+    /// Those that are expected by name and not known yet are waited for from now on.
+    pub(super) fn expect(&mut self, clock_us: i64) {
+        let unknown = self.named.iter().filter(|name| !self.devices.contains_key(*name)).cloned().collect::<Vec<_>>();
+        unknown.into_iter().for_each(|name| self.add(name, clock_us));
+    }
+
+    fn add(&mut self, name: String, clock_us: i64) {
+        let runs = vec![None; self.stuck.len()];
+        self.devices.insert(name, Device { newest: NEVER, runs, heard: clock_us, ..Device::default() });
+    }
+
     fn forget_silent(&mut self) {
         let mut used = self.devices.values().map(|device| device.used).collect::<Vec<_>>();
         let (_, limit, _) = used.select_nth_unstable(self.devices_max / 4);
         let limit = *limit;
-        self.devices.retain(|_, device| device.used > limit);
+        let named = &self.named;
+        self.devices.retain(|name, device| device.used > limit || named.contains(name));
     }
 }
 

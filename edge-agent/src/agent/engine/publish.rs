@@ -13,6 +13,7 @@ use super::super::status::{
     SourceStatus, Status, StreamStatus, UplinkStatus,
 };
 use super::Engine;
+use super::forerun::Forerunner;
 use crate::clock::{ClockStatus, ahead};
 use crate::decode::Value;
 use crate::pipeline::{AGENT_VERSION, LaneCut, Pipeline};
@@ -22,7 +23,8 @@ impl Engine {
     pub(super) fn publish(&mut self) {
         self.published = Instant::now();
         let parts = &self.parts;
-        let counters = parts.pipeline.counters();
+        let pipeline = self.forerunner.as_ref().map_or(&parts.pipeline, |runner| &runner.pipeline);
+        let counters = pipeline.counters();
         let load = |value: &AtomicU64| value.load(Ordering::Relaxed);
         let clock = parts.journal.clock().status();
         let now_us = clock.time_us;
@@ -51,7 +53,7 @@ impl Engine {
         }
         let spooled = parts.spool.rows_of_streams();
         let mut streams = Vec::new();
-        for (name, watermark, pending) in parts.pipeline.streams() {
+        for (name, watermark, pending) in pipeline.streams() {
             let totals = counters.streams.get(name).copied().unwrap_or_default();
             let watermark_us = (watermark != wire::sealed::NO_WATERMARK).then_some(watermark);
             let rate = self.rates.of(&format!("stream {name}"), totals.rows, self.published);
@@ -59,13 +61,13 @@ impl Engine {
                 name: name.to_string(),
                 rate,
                 rates: self.history.note(name.as_str(), rate, self.published),
-                last: last_values(&parts.pipeline, name, &mut self.history, self.published),
+                last: last_values(pipeline, name, &mut self.history, self.published),
                 totals,
                 pending: pending as u64,
                 uncommitted: pending as u64 + spooled.get(name).copied().unwrap_or(0) + held_of(&self.held, name),
                 watermark_us,
                 lag_s: watermark_us.map(|us| (now_us.saturating_sub(us) / 1_000) as f64 / 1e3),
-                last_error: parts.pipeline.last_error(name).map(str::to_owned),
+                last_error: pipeline.last_error(name).map(str::to_owned),
             });
         }
         let mut lanes = Vec::new();
@@ -84,8 +86,15 @@ impl Engine {
         let held = self.held.iter().flat_map(|(_, lane)| &lane.batches).map(|batch| u64::from(batch.rows)).sum::<u64>();
         let counted = parts.spool.rows_counted();
         let out = counters.streams.values().map(|totals| totals.rows).sum::<u64>() - pending - held;
-        // What entries became that the journal has lost since, only the spool knows.
-        let out = if counters.journal_bytes_damaged > 0 { out.max(counted.cut) } else { out };
+        // What entries became that the journal has lost since, only the spool knows; and what lanes have that are ahead.
+        let is_ahead = parts.spool.cut_positions().values().any(|stands| *stands > parts.pipeline.position());
+        let out = if is_ahead || self.forerunner.is_some() {
+            counted.cut
+        } else if counters.journal_bytes_damaged > 0 {
+            out.max(counted.cut)
+        } else {
+            out
+        };
         let rows = RowsStatus {
             sealed: out.wrapping_add_signed(counted.made),
             committed: counted.freed,
@@ -131,8 +140,8 @@ impl Engine {
             problems: self.problems(&clock),
             clock,
             incidents: parts.incidents.clone(),
-            rules: parts.pipeline.rules().map(RuleStatus::from).collect(),
-            firing: parts.pipeline.firing().take(FIRING_MAX).map(FiringStatus::from).collect(),
+            rules: pipeline.rules().map(RuleStatus::from).collect(),
+            firing: pipeline.firing().take(FIRING_MAX).map(FiringStatus::from).collect(),
             publisher: parts.outbox.as_ref().map(|outbox| outbox.status()),
             commands: parts.remote.lock().clone(),
         };
@@ -167,10 +176,16 @@ impl Engine {
         let journal = self.parts.journal.is_full().then(|| "the journal is full".to_owned());
         let snapshot = self.no_snapshot.as_ref().map(|(text, _)| text.clone());
         let fork = "a new spool finds no room on the disk: nothing is sent until it does";
-        // Rules read what the pipeline reads (rule 1), which waits with a lane that refuses.
-        let stands = !self.held.is_empty() && !self.parts.in_force.rule.is_empty();
-        let stands =
-            stands.then(|| "rules stand still, too: no alert fires or ends until that lane has room".to_owned());
+        // Rules read what is journalled (rule 1).
+        let waits = !self.held.is_empty() && !self.parts.in_force.rule.is_empty();
+        let why = match &self.forerunner {
+            _ if self.parts.journal.is_full() => Some("nothing more is taken"),
+            None | Some(Forerunner { stands: true, .. }) => Some("the next configuration is taken only then"),
+            Some(_) => None,
+        };
+        let stands = why
+            .filter(|_| waits)
+            .map(|why| format!("rules stand still, too: no alert fires or ends until that lane has room, as {why}"));
         full.chain(stands)
             .chain(journal)
             .chain(time)

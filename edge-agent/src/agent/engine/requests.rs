@@ -15,6 +15,7 @@ use super::{
     Answer, Complaint, Engine, EngineError, FORK_RETRY, Of, RETRY, incident, remove_other_spools, spool_directory,
 };
 use crate::entry::Entry;
+use crate::failpoint;
 use crate::spool::SpoolError;
 use crate::uplink::http::Failed;
 use crate::uplink::parcel::Parcel;
@@ -57,6 +58,7 @@ impl Engine {
                         let cloud = self.parts.cloud.clone();
                         let (spool, freed) = (self.parts.spool.id(), self.parts.spool.freed(&stream).seq);
                         let bytes = parcel.body.len();
+                        failpoint::reach("send.begun");
                         self.bytes_sent += bytes as u64;
                         self.parts.uplink.link.sent(lane, bytes);
                         let of = Of { stream: Some(stream), epoch, spool, freed, lane, bytes, probe: false };
@@ -124,6 +126,7 @@ impl Engine {
 
     pub(super) fn answered(&mut self, answer: Answer) -> Result<(), EngineError> {
         self.in_flight -= 1;
+        failpoint::reach("send.answered");
         let Answer { of: Of { stream, epoch, spool, freed, lane, bytes, probe }, elapsed, result } = answer;
         let (elapsed_ms, taken) = (elapsed.as_secs_f64() * 1e3, result.is_ok());
         if probe {
@@ -290,7 +293,8 @@ impl Engine {
         }
         if self.copied && self.held.is_empty() {
             // What the other directory may have goes through the old spool first, or it could not be flagged.
-            if self.parts.reader.position() < self.found_until || !self.parts.pipeline.may_cut() {
+            let behind = self.parts.reader.position() < self.found_until || self.forerunner.is_some();
+            if behind || !self.parts.pipeline.may_cut() {
                 return Ok(());
             }
             self.cut()?;

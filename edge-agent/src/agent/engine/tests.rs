@@ -1,5 +1,7 @@
 mod change;
 mod clock;
+mod disk;
+mod forerun;
 mod links;
 mod torn;
 

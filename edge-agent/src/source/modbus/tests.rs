@@ -1,6 +1,8 @@
+use std::collections::BTreeMap;
 use std::future::{Ready, ready};
 use std::os::fd::OwnedFd;
 
+use arrow_cast::display::array_value_to_string;
 use bytes::Bytes;
 use segment_log::{Disk, Options, Position, Reader};
 use serde_json::json;
@@ -13,8 +15,20 @@ use super::*;
 use crate::config::{Settings, SourceSettings};
 use crate::entry::{Entry, Payload};
 use crate::journal::{Journal, OpenJournal};
+use crate::pipeline::Pipeline;
 
 fn settings(url: &str, registers: &str) -> ModbusSettings {
+    modbus(&configured(url, registers))
+}
+
+fn modbus(settings: &Settings) -> ModbusSettings {
+    match &settings.source[0] {
+        SourceSettings::Modbus(modbus) => ModbusSettings::clone(modbus),
+        _ => panic!(),
+    }
+}
+
+fn configured(url: &str, registers: &str) -> Settings {
     let text = format!(
         "[edge]\nid = \"e\"\ndata_dir = \"x\"\n[cloud]\nurls = [\"http://h\"]\ntoken = \"t\"\n\
          [[source]]\nkind = \"modbus\"\nurl = \"{url}\"\nevery = \"10ms\"\ntimeout = \"200ms\"\n\
@@ -22,10 +36,7 @@ fn settings(url: &str, registers: &str) -> ModbusSettings {
          [stream.s.fields]\nstatus = {{ type = \"text\" }}\na = {{ type = \"float64\" }}\nb = {{ type = \"int64\" }}\n\
          c = {{ type = \"bool\" }}\n"
     );
-    match Settings::parse(&text).unwrap().source.remove(0) {
-        SourceSettings::Modbus(modbus) => *modbus,
-        _ => panic!(),
-    }
+    Settings::parse(&text).unwrap()
 }
 
 const REGISTERS: &str = "[[source.register]]\nfield = \"a\"\naddress = 10\ntype = \"f32\"\n\
@@ -89,6 +100,20 @@ impl Run {
             }
             self.synced.changed().await.unwrap();
         }
+    }
+
+    /// Device, status and `a` of what the first message becomes.
+    fn rows(&self, settings: &Settings) -> Vec<String> {
+        let mut reader = self.reader.another(Position(0)).unwrap();
+        let mut pipeline = Pipeline::new(settings, Position(0), &BTreeMap::new());
+        let record = reader.next().unwrap().unwrap();
+        pipeline.apply(record.position, record.next, &Entry::read(Bytes::copy_from_slice(record.payload)).unwrap());
+        let cut = pipeline.cut().unwrap();
+        let lane = cut.lanes.iter().find(|lane| lane.batches.iter().any(|batch| batch.stream.as_str() == "s")).unwrap();
+        let rows = lane.batches[0].decode(&lane.schemas[0]).unwrap();
+        let column = |name: &str| rows.column_by_name(name).unwrap();
+        let text = |name: &str, row| array_value_to_string(column(name), row).unwrap();
+        (0..rows.num_rows()).map(|row| ["device", "status", "a"].map(|name| text(name, row)).join(" ")).collect()
     }
 
     async fn stop(self) {
@@ -159,12 +184,13 @@ async fn a_serial_line_is_read() {
     // As long as somebody has it open the other side does not hang up.
     let kept = std::fs::File::open(&path).unwrap();
     let register = "[[source.register]]\nfield = \"a\"\naddress = 10\ntype = \"f32\"\n";
-    let settings = settings(&format!("rtu://{path}\"\nbaud = 19200\nname = \"m"), register);
+    let parsed = configured(&format!("rtu://{path}\"\nbaud = 19200\nname = \"m"), register);
     let device = tokio::spawn(serve(master));
-    let mut run = Run::start(settings, true);
+    let mut run = Run::start(modbus(&parsed), true);
     let one = json!({"device": "one", "status": "ok", "a": 20.5});
     assert_eq!(run.next().await, json!([one, {"device": "two", "status": "no answer"}]));
     assert_eq!(run.next().await[0], one, "after the line was opened again");
+    assert_eq!(run.rows(&parsed), ["one ok 20.5", "two no answer "], "what the pipeline makes of it");
     run.stop().await;
     drop(kept);
     device.await.unwrap();

@@ -71,9 +71,99 @@ fn ordered(order: Order, words: &[u16]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use rand::rngs::StdRng;
+    use rand::seq::IndexedRandom;
+    use rand::{Rng, SeedableRng};
     use serde_json::json;
 
     use super::*;
+
+    /// The bytes of the words as they come, in the order that the letters say: `A` is the highest of a pair's first word.
+    fn plain(order: &str, words: &[u16]) -> Vec<u8> {
+        let mut words = words.to_vec();
+        if matches!(order, "CDAB" | "DCBA") {
+            words.reverse();
+        }
+        let bytes = |word: &u16| if matches!(order, "BADC" | "DCBA") { word.to_le_bytes() } else { word.to_be_bytes() };
+        words.iter().flat_map(bytes).collect()
+    }
+
+    /// Whatever registers a device has: a value of the type that is configured, as written out here, or null. Runs as many
+    /// as the fuzzing of the decoders (`WEIR_FUZZ_RUNS`).
+    #[test]
+    fn whatever_a_device_answers_is_a_value_of_its_type_or_null() {
+        let seed = rand::rng().random();
+        println!("seed {seed}");
+        let mut random = StdRng::seed_from_u64(seed);
+        let runs = std::env::var("WEIR_FUZZ_RUNS").ok().map_or(20_000, |runs| runs.parse::<u32>().unwrap());
+        let kinds = ["u16", "i16", "u32", "i32", "u64", "i64", "f32", "f64", "bits"];
+        let (mut registers, mut nulls) = (Vec::new(), 0);
+        for kind in kinds {
+            for order in ["ABCD", "CDAB", "BADC", "DCBA"] {
+                for more in ["", "scale = 0.1", "scale = -1e300\noffset = 1e308", "absent = -1", "absent = 65535"] {
+                    let more = if kind == "bits" { "bit = 3\nbits = 5" } else { more };
+                    let text = format!("field = \"v\"\naddress = 0\ntype = \"{kind}\"\norder = \"{order}\"\n{more}");
+                    let register = toml::from_str::<RegisterSettings>(&text).unwrap();
+                    registers.push((kind, order, more, register));
+                }
+            }
+        }
+        for _ in 0..runs {
+            let (kind, order, more, register) = registers.choose(&mut random).unwrap();
+            let often = [0, 1, 0x7fff, 0x8000, 0xffff, 0x7f80, 0xff80, 0x7ff0, 0xfff0, 0x7fc0];
+            let word = |random: &mut StdRng| match random.random_bool(0.5) {
+                true => *often.choose(random).unwrap(),
+                false => random.random(),
+            };
+            let words = (0..register.words()).map(|_| word(&mut random)).collect::<Vec<_>>();
+            let bytes = plain(order, &words);
+            let integer = match (*kind, bytes.len()) {
+                ("f32" | "f64" | "bits", _) => None,
+                (kind, 2) if kind.starts_with('i') => {
+                    Some(i128::from(i16::from_be_bytes(bytes[..].try_into().unwrap())))
+                }
+                (kind, 4) if kind.starts_with('i') => {
+                    Some(i128::from(i32::from_be_bytes(bytes[..].try_into().unwrap())))
+                }
+                (kind, 8) if kind.starts_with('i') => {
+                    Some(i128::from(i64::from_be_bytes(bytes[..].try_into().unwrap())))
+                }
+                _ => Some(bytes.iter().fold(0, |all, byte| all << 8 | i128::from(*byte))),
+            };
+            let float = match *kind {
+                "f32" => f64::from(f32::from_be_bytes(bytes[..].try_into().unwrap())),
+                "f64" => f64::from_be_bytes(bytes[..].try_into().unwrap()),
+                _ => integer.map_or(0.0, |integer| integer as f64),
+            };
+            let of = format!("{kind} {order} {more} {words:04x?}");
+            let value = read(register, &words);
+            nulls += u32::from(value.is_null());
+            let is_absent = register.absent.is_some_and(|absent| match integer {
+                Some(integer) => integer == i128::from(absent),
+                None => float == absent as f64,
+            });
+            if *kind == "bits" {
+                let bits = (u16::from_be_bytes([bytes[0], bytes[1]]) >> 3) % 32;
+                assert_eq!(value, json!(bits), "{of}");
+            } else if is_absent {
+                assert_eq!(value, Value::Null, "{of}");
+            } else if let (Some(integer), None) = (integer, register.scale) {
+                assert_eq!(value.as_i64().map(i128::from).or(value.as_u64().map(i128::from)), Some(integer), "{of}");
+            } else {
+                let scale = register.scale.unwrap_or(1.0);
+                let wanted = float * scale + register.offset.unwrap_or(0.0);
+                // A float of 32 bits is read as it is written in decimals.
+                let off = scale.abs() * float.abs().mul_add(1e-7, 1e-44) + wanted.abs() * 1e-12;
+                match value.as_f64() {
+                    Some(value) => {
+                        assert!((value - wanted).abs() <= off, "{of}: {value}, not {wanted}")
+                    }
+                    None => assert!(value.is_null() && !wanted.is_finite(), "{of}: {value}, not {wanted}"),
+                }
+            }
+        }
+        assert!(nulls > 0 && nulls < runs / 2, "{nulls} of {runs} are null");
+    }
 
     fn check(settings: &str, words: &[u16], expected: Value) {
         let register = toml::from_str::<RegisterSettings>(&format!("field = \"v\"\naddress = 0\n{settings}")).unwrap();

@@ -102,7 +102,7 @@ fn expected(directory: &Path, first: &Settings, all: &BTreeMap<u64, Settings>) -
 }
 
 impl Driven {
-    fn put(&mut self, entry: &Entry) {
+    pub(super) fn put(&mut self, entry: &Entry) {
         let ticket = self.sender.try_append(entry).unwrap();
         let mut durable = self.sender.durable();
         self.runtime.block_on(durable.wait_for(|durable| *durable >= ticket)).unwrap();
