@@ -305,6 +305,9 @@ fn limits(settings: &Settings, spill: &Path) -> EngineSettings {
         (own.name, own.running, own.threads) = (query::alerts::LANE.to_owned(), 4, Some(1));
         lanes.push(own);
     }
+    let (of_pressure, max_bytes) = (&settings.pressure, of_all.max_bytes.bytes());
+    let all_but = |kept: f64| max_bytes - (max_bytes as f64 * kept) as usize;
+    let (for_readers, for_views) = (all_but(of_pressure.alerts + of_pressure.views), all_but(of_pressure.alerts));
     let lane = |lane: cloud_ingest::config::LaneSettings| {
         let (usual, is_of_rules) = (LaneSettings::default(), lane.name == query::alerts::LANE);
         LaneSettings {
@@ -313,6 +316,7 @@ fn limits(settings: &Settings, spill: &Path) -> EngineSettings {
             waiting: lane.waiting,
             timeout: lane.timeout.unwrap_or(of_all.timeout).0,
             memory_bytes_max: lane.statement_bytes.unwrap_or(of_all.statement_bytes).bytes(),
+            common_bytes_max: if is_of_rules { max_bytes } else { for_readers },
             threads: lane.threads.unwrap_or(usual.threads),
             nice: if is_of_rules { 0 } else { READERS_NICE },
         }
@@ -325,6 +329,7 @@ fn limits(settings: &Settings, spill: &Path) -> EngineSettings {
         waiting: views.max.max(views.running),
         timeout: views.timeout.0,
         memory_bytes_max: views.statement_bytes.bytes(),
+        common_bytes_max: for_views,
         threads: views.threads,
         nice: VIEWS_NICE,
     }]);

@@ -40,6 +40,8 @@ const MEMORY: [&str; 3] = ["503", "resource", "C53200"];
 fn hostile_statements() -> Vec<Hostile> {
     let joins: String = (0..1_000).map(|at| format!(" JOIN load t{at} ON t{at}.n = load.n")).collect();
     let nested = format!("SELECT {}1{}", "(".repeat(100_000), ")".repeat(100_000));
+    let sort = "SELECT count(r) FROM (SELECT row_number() OVER (ORDER BY s) AS r FROM (SELECT \
+                rpad(CAST(v * 7919 % 1000003 AS TEXT), 100, 'x') AS s FROM generate_series(1, 10000000) AS a(v)) AS p) AS q";
     let unknown = ["400", "entity was not found", "C42703"];
     let writes = ["400", "permission", "C25006"];
     let say = |statement: &str, words, codes| (statement.to_owned(), words, codes);
@@ -53,6 +55,8 @@ fn hostile_statements() -> Vec<Hostile> {
         say(CROSS, "more memory than is set aside", MEMORY),
         say("SELECT array_agg(v) FROM generate_series(1, 1000000000) AS a(v)", "", ANY),
         say("SELECT count(DISTINCT v * 7) FROM generate_series(1, 1000000000) AS a(v)", "", ANY),
+        // Sorting spills to disk, where it has so much room.
+        say(sort, "disk space", ANY),
         say("SELECT nothing FROM load", "no column", unknown),
         say("SELECT * FROM nowhere", "no table", ["400", "entity was not found", "C42P01"]),
         say("SELECT nothing(n) FROM load", "nothing", INVALID),

@@ -28,6 +28,9 @@ pub struct LaneSettings {
     pub timeout: Duration,
     /// Memory of one statement, bytes.
     pub memory_bytes_max: usize,
+    /// Up to so much that all statements have together its statements may ask for more, bytes. What is above is for the lanes
+    /// that may go higher.
+    pub common_bytes_max: usize,
     /// Threads that its statements run on.
     pub threads: usize,
     /// How far its threads stand back behind others, as `nice` says it: from 0 to 19.
@@ -42,6 +45,7 @@ impl Default for LaneSettings {
             waiting: 64,
             timeout: Duration::from_secs(300),
             memory_bytes_max: 512 << 20,
+            common_bytes_max: usize::MAX,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             nice: 0,
         }

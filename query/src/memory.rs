@@ -4,6 +4,9 @@
 //!
 //! Operators that can spill have half of it between them. The rest is for those that cannot: a sort gives its room for
 //! merging back and asks for it anew each time it spills, and would end with an error where another sort had grown into it.
+//!
+//! Of what all statements have together the last parts are for views and rules alone: a reader's statement is refused more
+//! before they are.
 
 use std::fmt::{Display, Formatter, Result as FmtResult};
 use std::sync::Arc;
@@ -18,18 +21,20 @@ pub(crate) struct StatementPool {
     own: FairSpillPool,
     all: Arc<dyn MemoryPool>,
     bytes_max: usize,
+    common_bytes_max: usize,
     /// What operators that can spill have.
     spillable: AtomicUsize,
     peak: AtomicUsize,
 }
 
 impl StatementPool {
-    /// At most so many bytes of these.
-    pub(crate) fn new(bytes_max: usize, all: Arc<dyn MemoryPool>) -> Self {
+    /// At most so many bytes of these, while all have at most `common_bytes_max`.
+    pub(crate) fn new(bytes_max: usize, common_bytes_max: usize, all: Arc<dyn MemoryPool>) -> Self {
         Self {
             own: FairSpillPool::new(bytes_max),
             all,
             bytes_max,
+            common_bytes_max,
             spillable: AtomicUsize::new(0),
             peak: AtomicUsize::new(0),
         }
@@ -109,7 +114,12 @@ impl MemoryPool for StatementPool {
             give_back();
             return Err(full());
         }
-        if self.all.try_grow(reservation, additional).is_err() {
+        let grown = self.all.try_grow(reservation, additional).is_ok();
+        let beyond = grown && self.all.reserved() > self.common_bytes_max;
+        if beyond {
+            self.all.shrink(reservation, additional);
+        }
+        if !grown || beyond {
             self.own.shrink(reservation, additional);
             give_back();
             let message = format!("{additional} more bytes for {}, and other statements have the rest", name());
@@ -137,8 +147,8 @@ mod tests {
     #[test]
     fn a_statement_has_its_own_limit_and_that_of_all() {
         let all: Arc<dyn MemoryPool> = Arc::new(GreedyMemoryPool::new(150));
-        let first = Arc::new(StatementPool::new(100, Arc::clone(&all)));
-        let second = Arc::new(StatementPool::new(100, Arc::clone(&all)));
+        let first = Arc::new(StatementPool::new(100, usize::MAX, Arc::clone(&all)));
+        let second = Arc::new(StatementPool::new(100, usize::MAX, Arc::clone(&all)));
         let [a, b] = [&first, &second].map(|pool| {
             let pool: Arc<dyn MemoryPool> = Arc::clone(pool) as _;
             MemoryConsumer::new("sort").register(&pool)
@@ -157,9 +167,28 @@ mod tests {
     }
 
     #[test]
+    fn readers_leave_room_for_views_and_views_for_rules() {
+        let all: Arc<dyn MemoryPool> = Arc::new(GreedyMemoryPool::new(100));
+        let [reader, view, rule] = [80, 90, usize::MAX].map(|common_bytes_max| {
+            let pool: Arc<dyn MemoryPool> = Arc::new(StatementPool::new(1_000, common_bytes_max, Arc::clone(&all)));
+            MemoryConsumer::new("hash").register(&pool)
+        });
+        reader.try_grow(80).unwrap();
+        let refused = reader.try_grow(1).unwrap_err().to_string();
+        assert!(refused.contains("other statements"), "{refused}");
+        view.try_grow(10).unwrap();
+        view.try_grow(1).unwrap_err();
+        rule.try_grow(10).unwrap();
+        rule.try_grow(1).unwrap_err();
+        assert_eq!((reader.size(), view.size(), rule.size(), all.reserved()), (80, 10, 10, 100));
+        reader.shrink(50);
+        view.try_grow(40).unwrap();
+    }
+
+    #[test]
     fn operators_that_spill_leave_room_for_those_that_cannot() {
         let all: Arc<dyn MemoryPool> = Arc::new(GreedyMemoryPool::new(1_000));
-        let pool: Arc<dyn MemoryPool> = Arc::new(StatementPool::new(100, all));
+        let pool: Arc<dyn MemoryPool> = Arc::new(StatementPool::new(100, usize::MAX, all));
         let sort = MemoryConsumer::new("sort").with_can_spill(true).register(&pool);
         let merge = MemoryConsumer::new("merge").register(&pool);
         sort.try_grow(50).unwrap();

@@ -108,7 +108,7 @@ impl Statements {
             since: Instant::now(),
             timeout: limits.timeout,
             end: CancellationToken::new(),
-            pool: Arc::new(StatementPool::new(limits.memory_bytes_max, Arc::clone(all))),
+            pool: Arc::new(StatementPool::new(limits.memory_bytes_max, limits.common_bytes_max, Arc::clone(all))),
             rows: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             state: AtomicU8::new(State::Running as u8),

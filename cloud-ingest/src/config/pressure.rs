@@ -17,7 +17,7 @@ const KEPT_MAX: f64 = 0.5;
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PressureSettings {
-    /// Parts of `hot.max_bytes`, and of what may wait in the log for a commit.
+    /// Parts of `hot.max_bytes`, of what may wait in the log for a commit, and of `query.max_bytes`.
     pub alerts: f64,
     pub views: f64,
     /// Requests that wait for the log; those of readings are `limits.requests_waiting`.
