@@ -196,6 +196,13 @@ mod tests {
             std::fs::write(log.join(name), good).unwrap();
         }
         assert!(found > 100, "{found}");
+        // A whole checkpoint, of another version than its name says: whoever begins with it lacks what came since.
+        let [of, named] = [3, 5].map(|version| format!("{version:020}.checkpoint.parquet"));
+        std::fs::copy(log.join(of), log.join(&named)).unwrap();
+        let report = verify(&place.store, &stream(), &|_| {}, &|_| {}).await.unwrap();
+        let told = &report.damage[0];
+        assert!(told.what.ends_with(&named) && told.detail.contains("something else"), "{:?}", report.damage);
+        std::fs::remove_file(log.join(named)).unwrap();
         std::fs::remove_file(log.join("00000000000000000005.json")).unwrap();
         let report = verify(&place.store, &stream(), &|_| {}, &|_| {}).await.unwrap();
         let missing = &report.damage[0];
