@@ -51,7 +51,7 @@ impl Machine {
             end: Position(0),
             freed: Position(0),
             even: seed % 2 == 1,
-            spare: seed % 3 == 0,
+            spare: seed.is_multiple_of(3),
             numbers: 0,
             log: None,
         }

@@ -28,8 +28,11 @@ pub(crate) enum Question {
     /// Planned when it is asked, over live tables, for all threads of its lane.
     Plan(LogicalPlan),
     /// A [`Ready`](super::Ready) one, filled where it is asked.
-    Ready(Box<dyn FnOnce(&States) -> Result<Arc<dyn ExecutionPlan>, DataFusionError> + Send>),
+    Ready(Fill),
 }
+
+/// Makes the plan that is carried out, over these states.
+type Fill = Box<dyn FnOnce(&States) -> Result<Arc<dyn ExecutionPlan>, DataFusionError> + Send>;
 
 impl From<LogicalPlan> for Question {
     fn from(plan: LogicalPlan) -> Self {

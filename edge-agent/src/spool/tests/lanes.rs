@@ -366,7 +366,7 @@ fn a_lane_that_drops_goes_on_when_the_disk_itself_is_full() {
         let mut spool = open(&layer, on_full);
         let mut windows_cut = Vec::new();
         let mut add = |spool: &mut Spool<SimLayer>, n: u64| {
-            let window = n % 400 == 0;
+            let window = n.is_multiple_of(400);
             windows_cut.extend(window.then_some(n as f64));
             cut(spool, n, window, NOW_US).map(|()| 1 + u64::from(window))
         };

@@ -267,7 +267,7 @@ async fn whatever_the_order_of_rows_the_alerts_are_those_of_the_ordered_run() {
         }
     }
     // The ordered run, as `weir rules test` has it and as it is written down once more.
-    let mut sets: BTreeMap<(String, String), (Vec<(i64, bool)>, i64, i64)> = BTreeMap::new();
+    let mut sets = BTreeMap::<(String, String), (Vec<_>, i64, i64)>::new();
     for (_, device, ts, speed) in &plan.rows {
         for (rule, hold, keep, above, by_device) in &plan.rules {
             let road = format!("road{}", plan.road(*device));

@@ -72,7 +72,7 @@ impl Runner {
     }
 
     /// The answer for those windows of a piece that are asked more than once, and what is left of the piece.
-    pub(super) async fn from_parts(
+    pub(super) async fn by_parts(
         &mut self,
         piece: &Intervals,
         seen: &Seen,

@@ -213,7 +213,7 @@ impl Runner {
 
     async fn evaluate(&mut self, piece: &Intervals, seen: &Seen, writer: &mut Writer) -> Result<(), ViewError> {
         self.learn(piece).await?;
-        let (mut answer, rest) = self.from_parts(piece, seen).await?;
+        let (mut answer, rest) = self.by_parts(piece, seen).await?;
         if !rest.is_empty()
             && let Some(question) = self.question(&rest, seen).await?
         {
@@ -257,7 +257,10 @@ impl Runner {
         }
         if let Some(open) = self.emitted.to_the_end(&unknown) {
             match self.told(&open).await {
-                Ok(told) => return Ok(self.emitted.learn(&open, told)),
+                Ok(told) => {
+                    self.emitted.learn(&open, told);
+                    return Ok(());
+                }
                 Err(ViewError::Query(error)) if error.is_too_much() => {}
                 Err(error) => return Err(error),
             }
