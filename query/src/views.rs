@@ -52,8 +52,8 @@ use watermark::Moment;
 
 /// How soon a view that cannot go on is tried again: from the first of these to the last.
 const RETRY: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(30)];
-/// Memory for what was computed of windows that are asked more than once, bytes of one view.
-const PARTIALS_BYTES_MAX: usize = 16 << 20;
+/// Memory for what was computed of windows that are asked more than once, bytes: of one view, and of as many as there may be.
+const PARTIALS_BYTES_MAX: [usize; 2] = [16 << 20, 256 << 20];
 /// How often time is looked at when nothing comes.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -416,11 +416,12 @@ impl Views {
         view: &Arc<View>,
     ) -> Result<Runner, ViewError> {
         let settings = &running.settings;
+        let [of_one, of_all] = PARTIALS_BYTES_MAX;
         let limits = RunLimits {
             rows_max: settings.answer_rows_max,
             bytes_max: settings.answer_bytes_max,
             windows_max: settings.windows_max,
-            partials_bytes_max: PARTIALS_BYTES_MAX,
+            partials_bytes_max: of_one.min(of_all / settings.count_max.max(1)),
             record_every_us: i64::try_from(settings.record_every.as_micros()).unwrap_or(i64::MAX),
         };
         let views = Arc::downgrade(self);

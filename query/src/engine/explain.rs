@@ -52,6 +52,9 @@ impl QueryError {
     }
 }
 
+/// What DataFusion names when statements have spilled as much as they may: an error of the disk, in any of its wrappings.
+const SPILLED: &str = "datafusion.runtime.max_temp_directory_size";
+
 fn humane(limit: Duration) -> String {
     if limit.subsec_nanos() == 0 { format!("{} s", limit.as_secs()) } else { format!("{} ms", limit.as_millis()) }
 }
@@ -65,6 +68,10 @@ impl Engine {
             .map(|span| format!(" at line {}, column {}", span.start.line, span.start.column))
             .unwrap_or_default();
         let root = error.find_root();
+        if root.to_string().contains(SPILLED) {
+            let message = "what it spills to disk is more than `[query] spill_bytes` allows for all of them together";
+            return QueryError::Memory { message: message.to_owned() };
+        }
         match root {
             DataFusionError::SQL(parser, _) => QueryError::Syntax { message: format!("{parser}{place}") },
             DataFusionError::SchemaError(schema, _) => match schema.as_ref() {
