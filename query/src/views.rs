@@ -42,12 +42,13 @@ mod watermark;
 
 pub(crate) use columns::{EMPTY, END, POSITION, REVISION, WINDOW};
 use definition::{Command, Definition};
+pub(crate) use intervals::Intervals;
 pub(crate) use run::Progress;
 use run::{Round, RunLimits, Runner, ViewError};
 use shape::{Known, Shape};
 use steady::Steady;
 use view::View;
-pub(crate) use view::changes;
+pub(crate) use view::{among, changes};
 use watermark::Moment;
 
 /// How soon a view that cannot go on is tried again: from the first of these to the last.

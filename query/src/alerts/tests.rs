@@ -88,6 +88,15 @@ impl Node {
         Self::with(city, directory, None)
     }
 
+    /// Another one over the same tables, when the task of this one has ended.
+    async fn restarted(mut self) -> Self {
+        let (city, directory) = (Arc::clone(&self.city), std::mem::take(&mut self.directory));
+        self.token.cancel();
+        until("the task ends", || self.alerts.commands.is_closed()).await;
+        city.restart();
+        Self::over(city, directory)
+    }
+
     fn with(city: Arc<City>, directory: PathBuf, rules: Option<PathBuf>) -> Self {
         let handle = city::Handle(Arc::clone(&city));
         let lanes = vec![LaneSettings { threads: 1, running: 8, ..LaneSettings::default() }];
@@ -300,7 +309,7 @@ async fn what_is_open_is_shown_in_pages_and_nothing_of_it_is_left_out() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_crowd_that_catches_up_reads_the_stream_a_few_times() {
-    let mut node = Node::start();
+    let node = Node::start();
     node.alerts.put("high", HIGH).await.unwrap();
     for round in 0..8_i64 {
         let devices: Vec<String> = (0..200).map(|device| format!("d{device}")).collect();
@@ -308,12 +317,7 @@ async fn a_crowd_that_catches_up_reads_the_stream_a_few_times() {
         node.arrive(&devices.iter().map(|device| (round - 100, device.as_str(), "a", speed)).collect::<Vec<_>>());
     }
     node.until_recorded("SELECT count(*) FROM alert_log WHERE told", &["1600"]).await;
-    let (city, directory) = (Arc::clone(&node.city), node.directory.clone());
-    node.directory = PathBuf::new();
-    node.token.cancel();
-    until("the task ends", || node.alerts.commands.is_closed()).await;
-    city.restart();
-    let node = Node::over(city, directory);
+    let node = node.restarted().await;
     let hub = Arc::clone(node.alerts.hub());
     wait_for_hub(&hub, &node.token).await.unwrap();
     let expected: Vec<i64> = {

@@ -31,7 +31,7 @@ pub(crate) struct Parts {
     partial: Arc<dyn ExecutionPlan>,
     merge: Arc<dyn ExecutionPlan>,
     last: Arc<dyn ExecutionPlan>,
-    /// The columns that it wants of its table.
+    /// The columns that it wants of its table, event time among them.
     columns: SchemaRef,
 }
 
@@ -43,7 +43,7 @@ impl Parts {
     pub(crate) fn of(whole: &Ready) -> Result<Option<Self>> {
         let (mut gaps, mut found) = (Vec::new(), None);
         whole.plan().apply(|node| {
-            gaps.extend(node.downcast_ref::<Gap>().map(|gap| Arc::clone(gap.wanted())));
+            gaps.extend(node.downcast_ref::<Gap>().map(Gap::timed).transpose()?);
             // The lowest is found last.
             if let Some(all) = node.downcast_ref::<AggregateExec>().filter(|all| takes_rows(all)) {
                 found = Some(all.clone());
@@ -73,7 +73,7 @@ impl Parts {
         Ok(Some(Self { whole: whole.clone(), columns: Arc::clone(columns), partial, merge, last }))
     }
 
-    /// The columns of its table that it computes from.
+    /// The columns of its table that it computes from, and event time.
     pub(crate) fn columns(&self) -> &SchemaRef {
         &self.columns
     }

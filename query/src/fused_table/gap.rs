@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use arrow_array::{BooleanArray, RecordBatch};
-use arrow_schema::SchemaRef;
+use arrow_schema::{Schema, SchemaRef};
 use arrow_select::filter::filter_record_batch;
 use async_trait::async_trait;
 use datafusion::catalog::{Session, TableProvider};
@@ -31,23 +31,14 @@ use wire::schema::TS;
 
 use super::{Frozen, LiveTable, as_planned, event_times, hot_columns, provider};
 use crate::cold;
-
-/// Some times, by how they are asked for.
-pub(crate) trait Times: fmt::Debug {
-    /// As a condition on event times; None for all of them.
-    fn condition(&self, ts: &Expr) -> Option<Expr>;
-    /// Whether all that lies between these two is among them, both included.
-    fn hold(&self, first: i64, last: i64) -> bool;
-    /// Whether something between these two is.
-    fn touch(&self, first: i64, last: i64) -> bool;
-}
+use crate::views::{Intervals, among};
 
 /// With what a gap is filled.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Filling<'a> {
     State(&'a Frozen),
     /// The rows of these times alone.
-    Part(&'a Frozen, &'a dyn Times),
+    Part(&'a Frozen, &'a Intervals),
     /// These, with the columns that are wanted of their table, and maybe others.
     Rows(&'a RecordBatch),
 }
@@ -146,9 +137,13 @@ impl Gap {
         &self.stream
     }
 
-    /// The columns that are wanted of them.
-    pub(crate) fn wanted(&self) -> &SchemaRef {
-        &self.wanted
+    /// The columns that are wanted of them, and their event time, last if nobody asked for it.
+    pub(crate) fn timed(&self) -> Result<SchemaRef> {
+        if self.wanted.index_of(TS).is_ok() {
+            return Ok(Arc::clone(&self.wanted));
+        }
+        let ts = Arc::new(self.schema.field_with_name(TS)?.clone());
+        Ok(Arc::new(Schema::new(self.wanted.fields().iter().cloned().chain([ts]).collect::<Vec<_>>())))
     }
 
     /// This gap, filled. Plans above it need not look at it again.
@@ -183,13 +178,13 @@ impl Gap {
         Ok(if is_one { all } else { Arc::new(CoalescePartitionsExec::new(all)) })
     }
 
-    fn hot(&self, frozen: &Frozen, times: Option<&dyn Times>) -> Result<Vec<RecordBatch>> {
+    fn hot(&self, frozen: &Frozen, times: Option<&Intervals>) -> Result<Vec<RecordBatch>> {
         let mut hot = Vec::with_capacity(frozen.hot().len());
         for (rows, (first, last)) in frozen.hot().iter().zip(frozen.times()) {
             match times {
-                Some(times) if !times.touch(*first, *last) => {}
-                Some(times) if !times.hold(*first, *last) => {
-                    let among = event_times(rows)?.values().iter().map(|at| Some(times.touch(*at, *at)));
+                Some(times) if !times.meets(*first, *last) => {}
+                Some(times) if !times.covers(*first, *last) => {
+                    let among = event_times(rows)?.values().iter().map(|at| Some(times.meets(*at, *at)));
                     let among =
                         filter_record_batch(&hot_columns(rows, &self.wanted)?, &among.collect::<BooleanArray>())?;
                     hot.extend((among.num_rows() > 0).then_some(among));
@@ -204,23 +199,16 @@ impl Gap {
         &self,
         session: &dyn Session,
         frozen: &Frozen,
-        times: Option<&dyn Times>,
+        times: Option<&Intervals>,
     ) -> Result<Option<Arc<dyn ExecutionPlan>>> {
         let ts = datafusion::prelude::col(TS);
-        let Some(condition) = times.and_then(|times| times.condition(&ts)) else {
+        let Some(condition) = times.and_then(|times| among(&ts, times)) else {
             return cold::scan(frozen.cold(), session, &self.schema, &self.wanted, &self.filters, None);
         };
         let mut filters = self.filters.clone();
         filters.push(condition.clone());
         let columns = self.wanted.fields().len();
-        let read: SchemaRef = match self.wanted.index_of(TS) {
-            Ok(_) => Arc::clone(&self.wanted),
-            Err(_) => {
-                let ts = Arc::new(self.schema.field_with_name(TS)?.clone());
-                let fields = self.wanted.fields().iter().cloned().chain([ts]);
-                Arc::new(arrow_schema::Schema::new(fields.collect::<Vec<_>>()))
-            }
-        };
+        let read = self.timed()?;
         let Some(rows) = cold::scan(frozen.cold(), session, &self.schema, &read, &filters, None)? else {
             return Ok(None);
         };

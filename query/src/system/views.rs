@@ -32,6 +32,12 @@ fn scan(tables: &dyn Tables, stream: &StreamName) -> Result<Option<LogicalPlanBu
     LogicalPlanBuilder::scan(stream.as_str(), provider_as_source(live), None).map(Some)
 }
 
+/// The rows of all branches; none of these columns when there is no branch.
+fn all(branches: Vec<LogicalPlanBuilder>, columns: Vec<(&str, DataType)>) -> Result<LogicalPlan> {
+    let joined = branches.into_iter().map(Ok).reduce(|all, branch| all?.union(branch?.build()?));
+    joined.map_or_else(|| empty(columns), |all| all?.build())
+}
+
 fn empty(columns: Vec<(&str, DataType)>) -> Result<LogicalPlan> {
     let fields: Vec<Field> = columns.into_iter().map(|(name, kind)| Field::new(name, kind, true)).collect();
     let schema: SchemaRef = Arc::new(Schema::new(fields));
@@ -42,7 +48,7 @@ fn empty(columns: Vec<(&str, DataType)>) -> Result<LogicalPlan> {
 /// A row for each batch of each stream: from `_edge`, `_spool` and `_seq` of a row to when it came, with how many, and which agent
 /// sealed it with which configuration.
 pub(super) fn batches(tables: &dyn Tables) -> Result<Arc<dyn TableProvider>> {
-    let mut all: Option<LogicalPlanBuilder> = None;
+    let mut branches = Vec::new();
     for stream in tables.streams() {
         let Some(scan) = scan(tables, &stream)? else { continue };
         let rows = vec![
@@ -51,7 +57,7 @@ pub(super) fn batches(tables: &dyn Tables) -> Result<Arc<dyn TableProvider>> {
             max(col(TS)).alias("last_ts"),
             max(col(RECEIVED_AT)).alias("received_at"),
         ];
-        let branch = scan.aggregate(vec![col(EDGE), col(SPOOL), col(SEQ)], rows)?.project(vec![
+        branches.push(scan.aggregate(vec![col(EDGE), col(SPOOL), col(SEQ)], rows)?.project(vec![
             lit(stream.as_str()).alias("stream"),
             plain(EDGE, "edge"),
             plain(SPOOL, "spool"),
@@ -60,25 +66,19 @@ pub(super) fn batches(tables: &dyn Tables) -> Result<Arc<dyn TableProvider>> {
             col("first_ts"),
             col("last_ts"),
             col("received_at"),
-        ])?;
-        all = Some(match all {
-            Some(all) => all.union(branch.build()?)?,
-            None => branch,
-        });
+        ])?);
     }
-    let plan = match all {
-        Some(all) => all.build()?,
-        None => empty(vec![
-            ("stream", DataType::Utf8),
-            ("edge", DataType::Utf8),
-            ("spool", DataType::Utf8),
-            ("seq", DataType::Int64),
-            ("rows", DataType::Int64),
-            ("first_ts", timestamp_type()),
-            ("last_ts", timestamp_type()),
-            ("received_at", timestamp_type()),
-        ])?,
-    };
+    let columns = vec![
+        ("stream", DataType::Utf8),
+        ("edge", DataType::Utf8),
+        ("spool", DataType::Utf8),
+        ("seq", DataType::Int64),
+        ("rows", DataType::Int64),
+        ("first_ts", timestamp_type()),
+        ("last_ts", timestamp_type()),
+        ("received_at", timestamp_type()),
+    ];
+    let plan = all(branches, columns)?;
     let batches = LogicalPlanBuilder::from(plan).alias("batch")?;
     let sealed_there = [("stream", "stream"), ("spool", "spool")]
         .into_iter()
@@ -123,7 +123,7 @@ fn origins(tables: &dyn Tables) -> Result<LogicalPlan> {
 /// A row for each column of a stream and edge that has sent a value of it: how many rows, and when the first and the last came. It is
 /// read from the rows, so it is what is stored, whatever the node has seen since its start.
 pub(super) fn sources(tables: &dyn Tables) -> Result<Arc<dyn TableProvider>> {
-    let mut all: Option<LogicalPlanBuilder> = None;
+    let mut branches = Vec::new();
     for stream in tables.streams() {
         let Some(cold) = tables.cold(&stream) else { continue };
         let names = cold.schema.fields().iter().map(|field| field.name().as_str());
@@ -135,31 +135,25 @@ pub(super) fn sources(tables: &dyn Tables) -> Result<Arc<dyn TableProvider>> {
                 max(col(RECEIVED_AT)).alias("last_seen"),
             ];
             let with_value = scan.filter(Expr::Column(Column::from_name(name)).is_not_null())?;
-            let branch = with_value.aggregate(vec![col(EDGE)], rows)?.project(vec![
+            branches.push(with_value.aggregate(vec![col(EDGE)], rows)?.project(vec![
                 lit(stream.as_str()).alias("stream"),
                 lit(name).alias("name"),
                 plain(EDGE, "edge"),
                 col("rows"),
                 col("first_seen"),
                 col("last_seen"),
-            ])?;
-            all = Some(match all {
-                Some(all) => all.union(branch.build()?)?,
-                None => branch,
-            });
+            ])?);
         }
     }
-    let plan = match all {
-        Some(all) => all.build()?,
-        None => empty(vec![
-            ("stream", DataType::Utf8),
-            ("name", DataType::Utf8),
-            ("edge", DataType::Utf8),
-            ("rows", DataType::Int64),
-            ("first_seen", timestamp_type()),
-            ("last_seen", timestamp_type()),
-        ])?,
-    };
+    let columns = vec![
+        ("stream", DataType::Utf8),
+        ("name", DataType::Utf8),
+        ("edge", DataType::Utf8),
+        ("rows", DataType::Int64),
+        ("first_seen", timestamp_type()),
+        ("last_seen", timestamp_type()),
+    ];
+    let plan = all(branches, columns)?;
     Ok(Arc::new(ViewTable::new(plan, None)))
 }
 

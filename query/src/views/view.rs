@@ -20,7 +20,7 @@ use super::shape::{self, Kept, Look, Shape, ViewSource};
 use crate::catalog::Tables;
 use crate::engine::{Engine, Parts, QueryError, Question, Ready, States};
 use crate::fused_table::LiveTable;
-use crate::fused_table::gap::{Filling, Times};
+use crate::fused_table::gap::Filling;
 
 /// Stretches of time that a scan is told; of more the nearest become one, and what lies between is dropped afterwards.
 const STRETCHES_MAX: usize = 16;
@@ -194,20 +194,6 @@ fn read(plan: &LogicalPlan) -> Result<(Vec<(StreamName, SchemaRef)>, BTreeMap<St
     };
     let read = tables.iter().flat_map(of_table).collect();
     Ok((tables, read))
-}
-
-impl Times for Intervals {
-    fn condition(&self, ts: &Expr) -> Option<Expr> {
-        among(ts, self)
-    }
-
-    fn hold(&self, first: i64, last: i64) -> bool {
-        self.covers(first, last)
-    }
-
-    fn touch(&self, first: i64, last: i64) -> bool {
-        self.meets(first, last)
-    }
 }
 
 /// Whether a time lies in one of these; None for no condition at all.

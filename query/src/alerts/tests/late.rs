@@ -88,19 +88,14 @@ async fn what_comes_later_than_late_max_or_is_too_much_is_counted_and_the_next_i
 /// What is to be judged is written with the positions.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_waits_to_be_judged_is_judged_after_a_restart() {
-    let mut node = Node::start();
+    let node = Node::start();
     node.alerts.put("high", HIGH).await.unwrap();
     node.arrive(&[(-10, "d", "a", 1.0), (-10, "m", "a", 300.0)]);
     node.until_recorded(OF, &["m a firing true"]).await;
     node.arrive(&[(-100, "d", "a", 200.0), (-90, "d", "a", 1.0), (0, "n", "a", 300.0)]);
     node.until_recorded(OF, &["m a firing true", "n a firing true"]).await;
     // They have been read, and are not judged before a second has passed.
-    let (city, directory) = (Arc::clone(&node.city), node.directory.clone());
-    node.directory = PathBuf::new();
-    node.token.cancel();
-    until("the task ends", || node.alerts.commands.is_closed()).await;
-    city.restart();
-    let node = Node::over(city, directory);
+    let node = node.restarted().await;
     node.until_recorded(OF, &["m a firing true", "n a firing true", "d a firing true", "d a resolved true"]).await;
 }
 
@@ -127,16 +122,11 @@ async fn a_stretch_of_many_rows_is_read_in_the_order_of_time() {
 /// The clock of one device is ahead: after a restart that does not make the rows of all others late.
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_restart_what_is_older_than_what_was_read_is_late_and_the_present_is_not() {
-    let mut node = Node::start();
+    let node = Node::start();
     node.alerts.put("high", HIGH).await.unwrap();
     node.arrive(&[(-10, "d", "a", 1.0), (80_000, "ahead", "a", 1.0), (-10, "e", "a", 200.0)]);
     node.until_recorded(OF, &["e a firing true"]).await;
-    let (city, directory) = (Arc::clone(&node.city), node.directory.clone());
-    node.directory = PathBuf::new();
-    node.token.cancel();
-    until("the task ends", || node.alerts.commands.is_closed()).await;
-    city.restart();
-    let node = Node::over(city, directory);
+    let node = node.restarted().await;
     // Older than what the device had said, and without an alert that is open: it is judged by its time.
     node.arrive(&[(-60, "d", "a", 200.0)]);
     node.until_recorded(OF, &["e a firing true", "d a firing true", "d a resolved true"]).await;
@@ -258,12 +248,7 @@ async fn whatever_the_order_of_rows_the_alerts_are_those_of_the_ordered_run() {
         // What is judged meanwhile, and what is not, is random here; nothing is waited for.
         tokio::time::sleep(Duration::from_millis(random.random_range(0..900))).await;
         if index % 6 == 4 {
-            let (city, directory) = (Arc::clone(&node.city), node.directory.clone());
-            node.directory = PathBuf::new();
-            node.token.cancel();
-            until("the task ends", || node.alerts.commands.is_closed()).await;
-            city.restart();
-            node = Node::over(city, directory);
+            node = node.restarted().await;
         }
     }
     // The ordered run, as `weir rules test` has it and as it is written down once more.

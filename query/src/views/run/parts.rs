@@ -3,12 +3,10 @@
 use std::sync::Arc;
 
 use arrow_array::{BooleanArray, RecordBatch};
-use arrow_schema::{Schema, SchemaRef};
 use arrow_select::concat::concat_batches;
 use arrow_select::filter::filter_record_batch;
 use datafusion::common::exec_err;
 use wire::StreamName;
-use wire::schema::TS;
 
 use super::{Runner, Seen, ViewError, times};
 use crate::engine::{Parts, Question};
@@ -34,8 +32,7 @@ impl Runner {
         };
         let mut unread = None;
         if held.len() <= WINDOWS_MAX {
-            let wanted = with_time(parts.columns(), &frozen.cold().schema).map_err(ViewError::table)?;
-            let rows = follow::in_memory(&self.engine, stream, frozen, before, &wanted).await;
+            let rows = follow::in_memory(&self.engine, stream, frozen, before, parts.columns()).await;
             let rows = rows.map_err(|error| self.engine.explain(error))?;
             unread = rows.map(|rows| rows.into_iter().map(|unread| unread.rows).collect::<Vec<_>>());
         }
@@ -124,15 +121,6 @@ impl Runner {
         }
         again
     }
-}
-
-/// Columns of a table, and its event time.
-fn with_time(columns: &SchemaRef, table: &SchemaRef) -> Result<SchemaRef, arrow_schema::ArrowError> {
-    if columns.index_of(TS).is_ok() {
-        return Ok(Arc::clone(columns));
-    }
-    let ts = Arc::new(table.field_with_name(TS)?.clone());
-    Ok(Arc::new(Schema::new(columns.fields().iter().cloned().chain([ts]).collect::<Vec<_>>())))
 }
 
 /// The rows of these batches with times in `[from, to)`, if there are any.
