@@ -1,6 +1,6 @@
 //! From a published reading to its alert on the local broker, at a steady rate and without a cloud. JSON, times in ms.
 //!
-//! `cargo run --release -p edge-agent --example alert_latency -- [RATE] [SECONDS] [GROUP_WAIT]`, by default 10000 20 2ms. Needs
+//! `cargo run --release -p edge-agent --example alert_latency -- [RATE] [SECONDS] [GROUP_WAIT]`, by default 10000 20 1ms. Needs
 //! Mosquitto. Each hundredth message is of a device whose alert begins or ends with it. A reading's event time is when it was
 //! handed to its publisher, and an alert carries the event time of the reading that made it: the difference is the way through
 //! both clients, the broker twice, journal, pipeline and outbox. Publisher, agent and listener share this process.
@@ -85,7 +85,7 @@ async fn main() -> anyhow::Result<()> {
     let arguments = std::env::args().skip(1).collect::<Vec<_>>();
     let number = |index: usize, default: u64| arguments.get(index).map_or(Ok(default), |text| text.parse::<u64>());
     let (rate, seconds) = (number(0, 10_000)?, number(1, 20)?);
-    let group_wait = arguments.get(2).map_or("2ms", String::as_str);
+    let group_wait = arguments.get(2).map_or("1ms", String::as_str);
     let directory = tempfile::tempdir()?;
     let broker = Broker::start(directory.path())?;
     let token = CancellationToken::new();

@@ -39,7 +39,7 @@ async fn what_is_durable_is_read_back_in_order_after_a_restart() {
 }
 
 #[tokio::test]
-async fn an_entry_that_comes_alone_waits_for_nothing_and_the_next_ones_share_a_sync() {
+async fn an_entry_that_comes_alone_waits_for_no_group_and_the_next_ones_share_a_sync() {
     let directory = tempfile::tempdir().unwrap();
     let journal = open(directory.path(), 1 << 20).run(Duration::from_secs(3_600), Arc::default()).unwrap();
     let mut sender = journal.sender();

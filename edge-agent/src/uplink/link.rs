@@ -1,20 +1,26 @@
 //! How much may be under way: pure, like `state`, which asks it before each request.
 //!
-//! A request carries about what the link takes in [`TARGET_MIN_MS`], or in one round trip when that is longer: it grows
-//! while it is over sooner, and shrinks when it takes more than twice as long. So what is live waits a short time, however
-//! slow the link is and however much backlog goes with it, and on a fast link requests become large. What is under way for
-//! lanes behind one's own does not count: alerts go at once. But however much a lane has to send, one behind it gets one request
-//! for each [`TURN_AFTER`] of those before it. The streams of a lane share its part, and take turns when that is little. A lane's `bandwidth` is a bucket of one second, which a batch that is larger may overdraw.
+//! A request carries about what the link and the node take in the time that a small one needs, of live data alone: it grows
+//! while it is over sooner, and shrinks when it takes more than three times as long. So what is live waits a few times its
+//! usual, however slow the link is and however much backlog goes with it. Until a small one went it is [`TARGET_MS`], or a
+//! round trip when that is longer. What is under way for lanes behind one's own does not count: alerts go at once. But however
+//! much a lane has to send, one behind it gets one request for each [`TURN_AFTER`] of those before it. The streams of a lane
+//! share its part, and take turns when that is little. A lane's `bandwidth` is a bucket of one second, which a batch that is
+//! larger may overdraw.
 
 /// No request is made smaller for a slow link: what a batch has around its rows would become most of it.
 pub const REQUEST_BYTES_MIN: usize = 16 << 10;
+/// A request of live data alone, whose time is that of the way and of the node's disk, and not of its bytes.
+const SMALL_BYTES_MAX: usize = 4 << 10;
 /// How long the bytes of a request may take on their way, apart from the round trip.
-const TARGET_MIN_MS: f64 = 25.0;
+const TARGET_MS: f64 = 25.0;
+/// The same when small ones take less: what a request costs by itself is to stay a small part of it.
+const TARGET_MIN_MS: f64 = 4.0;
 /// A round trip that is longer than this is a node that does not answer well, not distance.
 const TARGET_MAX_MS: f64 = 2_000.0;
 /// After so many requests of lanes before it a lane's own goes, though they fill the link.
 pub const TURN_AFTER: u32 = 8;
-/// The round trip's mean falls at once and rises by this part.
+/// The mean of round trips and of small requests falls at once and rises by this part.
 const RISE: f64 = 1.0 / 8.0;
 
 /// What the link has taken, and what is under way.
@@ -25,6 +31,8 @@ pub struct Link {
     window: usize,
     /// Of requests without batches.
     round_ms: Option<f64>,
+    /// Of small requests.
+    small_ms: Option<f64>,
     /// Of the last request with batches.
     last_ms: f64,
     /// By lane.
@@ -51,6 +59,7 @@ impl Link {
             bytes_max,
             window: (4 * REQUEST_BYTES_MIN).min(bytes_max),
             round_ms: None,
+            small_ms: None,
             last_ms: 0.0,
             under_way: vec![0; bandwidths.len()],
             passed: vec![0; bandwidths.len()],
@@ -60,8 +69,8 @@ impl Link {
 
     /// For other limits and other lanes. What is under way counts for no lane any more.
     pub fn change(&mut self, bytes_max: usize, bandwidths: &[Option<u64>]) {
-        let (window, round_ms, last_ms) = (self.window.min(bytes_max), self.round_ms, self.last_ms);
-        *self = Self { window, round_ms, last_ms, ..Self::new(bytes_max, bandwidths) };
+        let (window, round_ms, small_ms) = (self.window.min(bytes_max), self.round_ms, self.small_ms);
+        *self = Self { window, round_ms, small_ms, last_ms: self.last_ms, ..Self::new(bytes_max, bandwidths) };
     }
 
     /// How long the last request with batches took.
@@ -109,9 +118,17 @@ impl Link {
             self.window = (self.window / 2).max(REQUEST_BYTES_MIN).min(self.bytes_max);
             return;
         }
+        if bytes <= SMALL_BYTES_MAX {
+            self.small_ms = Some(mean(self.small_ms, elapsed_ms));
+            return;
+        }
         let round_ms = self.round_ms.unwrap_or(0.0);
-        let target_ms = round_ms.clamp(TARGET_MIN_MS, TARGET_MAX_MS);
-        let transfer_ms = elapsed_ms - round_ms;
+        let (alone_ms, least_ms) = match self.small_ms {
+            Some(small_ms) => (small_ms.max(round_ms), TARGET_MIN_MS),
+            None => (round_ms, TARGET_MS),
+        };
+        let target_ms = alone_ms.clamp(least_ms, TARGET_MAX_MS);
+        let transfer_ms = elapsed_ms - alone_ms;
         if transfer_ms > 2.0 * target_ms && bytes > REQUEST_BYTES_MIN {
             let fits = (bytes as f64 * target_ms / transfer_ms) as usize;
             self.window = fits.max(self.window / 2).max(REQUEST_BYTES_MIN).min(self.window);
@@ -122,16 +139,20 @@ impl Link {
 
     /// A request without batches was answered.
     pub fn answered(&mut self, elapsed_ms: f64) {
-        self.round_ms = Some(match self.round_ms {
-            Some(round_ms) if round_ms < elapsed_ms => round_ms + (elapsed_ms - round_ms) * RISE,
-            _ => elapsed_ms,
-        });
+        self.round_ms = Some(mean(self.round_ms, elapsed_ms));
     }
 
     /// Another node, another way to it.
     pub fn forget(&mut self) {
-        self.round_ms = None;
+        (self.round_ms, self.small_ms) = (None, None);
         self.window = (4 * REQUEST_BYTES_MIN).min(self.bytes_max);
+    }
+}
+
+fn mean(of: Option<f64>, elapsed_ms: f64) -> f64 {
+    match of {
+        Some(mean_ms) if mean_ms < elapsed_ms => mean_ms + (elapsed_ms - mean_ms) * RISE,
+        _ => elapsed_ms,
     }
 }
 
@@ -168,6 +189,34 @@ mod tests {
         // A satellite: what is one round trip long fills half of it at least.
         let (bytes, took_ms) = settled(600.0, 1e6);
         assert!(bytes >= 300_000 && took_ms < 2_500.0, "{bytes} in {took_ms} ms");
+    }
+
+    /// A node that is near and takes 40 MB/s: requests of live data alone take 5 ms, or 30 where its disk is slow.
+    #[test]
+    fn what_is_live_waits_a_few_times_its_usual_while_a_backlog_goes() {
+        for (alone_ms, usual) in [(5.0, 100), (30.0, 100), (5.0, 0)] {
+            let mut link = Link::new(4 << 20, &[None]);
+            link.answered(1.0);
+            for _ in 0..usual {
+                link.sent(0, 900);
+                link.landed(0, 900, alone_ms, true);
+            }
+            let (mut longest_ms, mut sent) = (0.0_f64, 0);
+            for turn in 0..1_000 {
+                let bytes = link.room(0, 1, 0).unwrap();
+                let took_ms = alone_ms + bytes as f64 / 40e3;
+                link.sent(0, bytes);
+                link.landed(0, bytes, took_ms, true);
+                // At first it is found out.
+                longest_ms = if turn < 10 { 0.0 } else { longest_ms.max(took_ms) };
+                sent += bytes;
+            }
+            if usual > 0 {
+                assert!(longest_ms <= 3.5 * alone_ms, "{longest_ms} ms beside {alone_ms}");
+            }
+            // No more than half of the time goes to what each request costs.
+            assert!(sent > 1_000 * (alone_ms * 40e3) as usize / 2, "{sent} bytes beside {alone_ms} ms");
+        }
     }
 
     #[test]
