@@ -3,8 +3,9 @@
 //! Zstandard; `ts` and integers DELTA_BINARY_PACKED; text and floats with dictionaries. Statistics for `ts` and `device`
 //! alone, per page too: the rows are sorted by them. No bloom filter: in files that are sorted by device, bounds of row
 //! groups and pages already leave at most one page to look into. Row groups are small ([`ROW_GROUP_ROWS`]), so that
-//! whoever merges files holds little of each. Commits and compaction write alike. The file counts when an entry of the
-//! log names it; one that is given up is removed, or left to vacuum.
+//! whoever merges files holds little of each. Commits and compaction write alike. Parquet's writer puts no
+//! checksum on pages, and a flipped bit may decode to another value: so the log has a CRC32C of each file as it was sent to
+//! the store. The file counts when an entry of the log names it; one that is given up is removed, or left to vacuum.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
@@ -84,7 +85,7 @@ impl FileWriter {
     ) -> Result<Self, FileError> {
         let path = Path::from(format!("{DATE}={}/{kind}-{}.zstd.parquet", date_text(date), new_name()));
         let upload = BufWriter::with_capacity(store.clone(), path.clone(), PART_BYTES);
-        let upload = Upload(Some(upload.with_max_concurrency(PARTS_AT_ONCE)));
+        let upload = Upload { parts: Some(upload.with_max_concurrency(PARTS_AT_ONCE)), crc: 0 };
         let writer = AsyncArrowWriter::try_new(upload, schema.clone(), Some(properties.clone()))
             .map_err(|source| FileError::Parquet { path: path.to_string(), source })?;
         Ok(Self { path, date, writer, bounds: Bounds::default() })
@@ -106,16 +107,17 @@ impl FileWriter {
         if let Err(source) = self.writer.finish().await {
             return Err(self.failed(source));
         }
-        let bounds = self.bounds;
+        let (bounds, bytes) = (self.bounds, self.writer.bytes_written() as u64);
         Ok(DataFile {
             path: self.path.to_string(),
             date: self.date,
-            bytes: self.writer.bytes_written() as u64,
+            bytes,
             rows: Some(bounds.rows),
             modified_ms: chrono::Utc::now().timestamp_millis(),
             ts: bounds.ts,
             device: bounds.device,
             device_nulls: Some(bounds.device_nulls),
+            crc: Some(self.writer.into_inner().crc),
         })
     }
 
@@ -162,13 +164,19 @@ impl Bounds {
     }
 }
 
-/// Parts of a file on their way into the store; none when it is complete, or given up.
-struct Upload(Option<BufWriter>);
+/// Parts of a file on their way into the store.
+struct Upload {
+    /// None when it is complete, or given up.
+    parts: Option<BufWriter>,
+    /// CRC32C of what was written to it.
+    crc: u32,
+}
 
 impl AsyncFileWriter for Upload {
     fn write(&mut self, bytes: Bytes) -> BoxFuture<'_, Result<(), ParquetError>> {
         async move {
-            let upload = self.0.as_mut().ok_or_else(over)?;
+            let upload = self.parts.as_mut().ok_or_else(over)?;
+            self.crc = crc32c::crc32c_append(self.crc, &bytes);
             upload.put(bytes).await.map_err(|error| ParquetError::External(Box::new(error)))
         }
         .boxed()
@@ -177,7 +185,7 @@ impl AsyncFileWriter for Upload {
     fn complete(&mut self) -> BoxFuture<'_, Result<(), ParquetError>> {
         use tokio::io::AsyncWriteExt;
         async move {
-            let mut upload = self.0.take().ok_or_else(over)?;
+            let mut upload = self.parts.take().ok_or_else(over)?;
             upload.shutdown().await.map_err(|error| ParquetError::External(Box::new(error)))
         }
         .boxed()
@@ -190,7 +198,7 @@ fn over() -> ParquetError {
 
 impl Upload {
     async fn give_up(&mut self) {
-        if let Some(mut upload) = self.0.take()
+        if let Some(mut upload) = self.parts.take()
             && let Err(error) = upload.abort().await
         {
             tracing::debug!(%error, "parts of a file stay in the store");
@@ -201,10 +209,10 @@ impl Upload {
 /// S3 keeps the parts of a file that is not completed until somebody gives it up, and shows them nowhere.
 impl Drop for Upload {
     fn drop(&mut self) {
-        if let Some(upload) = self.0.take()
+        if let Some(parts) = self.parts.take()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
-            runtime.spawn(async move { Self(Some(upload)).give_up().await });
+            runtime.spawn(async move { Self { parts: Some(parts), crc: 0 }.give_up().await });
         }
     }
 }
