@@ -34,6 +34,9 @@ use super::entry::date_text;
 
 /// Most rows of one row group.
 pub(crate) const ROW_GROUP_ROWS: usize = 262_144;
+/// Most rows of one page. Who asks for one device decodes whole pages; smaller ones make files larger (8,192 in place of 20,000: by 3 %
+/// of a day of 10,335 readings of six columns).
+const PAGE_ROWS: usize = 8_192;
 const ZSTD_LEVEL: i32 = 1;
 /// What goes to the store at a time.
 const PART_BYTES: usize = 8 << 20;
@@ -233,6 +236,7 @@ pub(crate) fn writer_properties(schema: &Schema) -> WriterProperties {
         .set_compression(Compression::ZSTD(zstd))
         .set_statistics_enabled(EnabledStatistics::None)
         .set_max_row_group_row_count(Some(ROW_GROUP_ROWS))
+        .set_data_page_row_count_limit(PAGE_ROWS)
         .set_sorting_columns(Some(vec![by(DEVICE), by(TS)]));
     for name in [TS, DEVICE] {
         properties = properties.set_column_statistics_enabled(ColumnPath::from(name), EnabledStatistics::Page);
