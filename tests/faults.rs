@@ -121,6 +121,11 @@ async fn which_agent_sealed_a_batch_is_known_after_restarts() {
         cloud.run();
         cloud.wait().await;
         until(&cloud, told, &expected).await;
+        let rows = 10 * expected.len();
+        let counted = format!(
+            "SELECT count(*) FROM system.ingest i JOIN system.edges e ON e.edge = i.edge WHERE i.stream = 'load' AND i.rows = {rows} AND e.rows >= {rows}"
+        );
+        assert_eq!(cloud.integer(&counted).await, 1, "what came before a restart counts, and once");
     }
     let sources = "SELECT rows FROM system.sources WHERE stream = 'load' AND name = 'n' AND edge = 'gw-test' AND first_seen < last_seen";
     assert_eq!(cloud.integer(sources).await, 100, "which edge fills a column is known, too");

@@ -39,6 +39,10 @@ const STINT: Duration = Duration::from_millis(20);
 pub enum CompactError {
     #[error("read the file {path}")]
     Read { path: String, source: parquet::errors::ParquetError },
+    #[error(
+        "the bytes of the file {path} are not those that were written: their CRC32C is {got:08x}, the log says {expected:08x}"
+    )]
+    Bytes { path: String, expected: u32, got: u32 },
     #[error("the rows of the file {path} are not in order of device and time")]
     Unsorted { path: String },
     #[error("the file {path} does not fit its table: {detail}")]
@@ -59,7 +63,10 @@ impl CompactError {
     /// The file that will not be merged the next time either.
     pub fn bad_file(&self) -> Option<&str> {
         match self {
-            Self::Read { path, .. } | Self::Unsorted { path } | Self::Columns { path, .. } => Some(path),
+            Self::Read { path, .. }
+            | Self::Bytes { path, .. }
+            | Self::Unsorted { path }
+            | Self::Columns { path, .. } => Some(path),
             _ => None,
         }
     }
@@ -183,10 +190,11 @@ impl Compactor {
         let snapshot = table.snapshot();
         let schema = row_schema(&snapshot.fields);
         let store = snapshot.log_store.object_store(None);
-        let (mut merge, count) = Merge::open(&store, &schema, inputs, self.settings.memory_bytes.0).await?;
+        let mut pace = Pace::new(self.settings.cpu_share);
+        let memory_bytes = self.settings.memory_bytes.0;
+        let (mut merge, count) = Merge::open(&store, &schema, inputs, memory_bytes, &mut pace).await?;
         inputs.truncate(count);
         let properties = writer_properties(&schema);
-        let mut pace = Pace::new(self.settings.cpu_share);
         let (mut outputs, mut writer, mut rows) = (Vec::new(), None::<FileWriter>, 0);
         loop {
             let batch = match merge.next().await {

@@ -35,6 +35,7 @@ use crate::catalog::Catalogue;
 use crate::class::{Budget, ByClass, Class};
 use crate::config::Settings;
 use crate::delta::TableError;
+use crate::ledger::kept::{Kept, KeptError, SaveError};
 use crate::metrics::Metrics;
 use crate::repeats::{Repeats, RepeatsError};
 use crate::store::{Store, StoreError};
@@ -99,6 +100,8 @@ pub enum StartError {
     Replay(#[from] ReadError),
     #[error(transparent)]
     Repeats(#[from] RepeatsError),
+    #[error(transparent)]
+    Ledger(#[from] KeptError),
     #[error("write to the write-ahead log")]
     Append(#[from] AppendError),
     #[error("open the store")]
@@ -118,6 +121,8 @@ pub(crate) enum Fault {
     Sync(#[from] SyncError),
     #[error("append to the write-ahead log")]
     Append(#[source] AppendError),
+    #[error(transparent)]
+    Ledger(#[from] SaveError),
     #[error(transparent)]
     Free(#[from] FreeError),
     #[error("the store did not keep what was written: {0}")]
@@ -159,6 +164,8 @@ pub(crate) struct Ingest<L: FileLayer> {
     wal: Wal<L>,
     /// What the doors took lately, and their spool.
     repeats: Repeats<L>,
+    /// What the ledger has on disk.
+    kept: Kept<L>,
     /// Streams of which the WAL has batches that a door took and that could not be put back, and from where on.
     held: BTreeMap<StreamName, Position>,
     streams: BTreeMap<StreamName, Stream>,
@@ -200,6 +207,7 @@ impl<L: FileLayer> Ingest<L> {
         };
         let (wal, opening) = Wal::open(layer.clone(), &settings.data_dir.join("wal"), options)?;
         let (within_us, ids_max) = (settings.write.repeats_within.micros(), settings.write.repeats_max);
+        let kept = Kept::open(layer.clone(), &settings.data_dir.join("ledger"), catalogue.ledger())?;
         let (repeats, of_repeats) = Repeats::open(layer, &settings.data_dir.join("doors"), within_us, ids_max)?;
         for incident in &of_repeats.incidents {
             tracing::error!(?incident, "the log of the doors is damaged: what they took then may be taken again");
@@ -219,6 +227,7 @@ impl<L: FileLayer> Ingest<L> {
             runtime,
             wal,
             repeats,
+            kept,
             held: BTreeMap::new(),
             streams: BTreeMap::new(),
             looks: LookBook::default(),
@@ -250,6 +259,8 @@ impl<L: FileLayer> Ingest<L> {
     /// Final: the process has to stop at once.
     pub(crate) fn run(mut self) -> Result<(), Fault> {
         while self.turn()? {}
+        self.kept.save(self.catalogue.ledger())?;
+        self.kept.mark()?;
         self.repeats.mark()?;
         Ok(self.wal.mark()?)
     }
@@ -505,7 +516,11 @@ impl<L: FileLayer> Ingest<L> {
         // An id must not go with the record that it lies in.
         self.repeats.sync()?;
         self.repeats.expire(chrono::Utc::now().timestamp_micros())?;
-        self.wal.free_before(oldest.unwrap_or(self.wal.end()))?;
+        let oldest = oldest.unwrap_or(self.wal.end());
+        if self.wal.has_before(oldest) {
+            self.kept.save(self.catalogue.ledger())?;
+        }
+        self.wal.free_before(oldest)?;
         self.gauge();
         self.metrics.wal_bytes.set(self.wal.bytes());
         Ok(())

@@ -75,8 +75,8 @@ mod tests {
 
     fn file(path: &str, date: i32, last: Option<i64>, bytes: u64) -> Arc<DataFile> {
         let ts = last.map(|last| (i64::from(date) * DAY_US, last));
-        let path = path.to_owned();
-        Arc::new(DataFile { path, date, bytes, rows: None, modified_ms: 0, ts, device: None, device_nulls: None })
+        let (path, device) = (path.to_owned(), None);
+        Arc::new(DataFile { path, date, bytes, rows: None, modified_ms: 0, ts, device, device_nulls: None, crc: None })
     }
 
     #[test]

@@ -197,7 +197,7 @@ async fn rewrite(
 ) -> Result<Written, RetypeError> {
     let (stored, schema) = (row_schema(&snapshot.fields), row_schema(fields));
     let store = snapshot.log_store.object_store(None);
-    let (mut rows, _) = Merge::open(&store, &stored, std::slice::from_ref(file), u64::MAX).await?;
+    let (mut rows, _) = Merge::open(&store, &stored, std::slice::from_ref(file), u64::MAX, work.pace).await?;
     let mut writer = FileWriter::create(&store, &schema, &writer_properties(&schema), file.date, PART)?;
     let mut written = Written { file: None, values_before: 0, values_after: 0 };
     let mut count = 0;

@@ -2,7 +2,7 @@
 //!
 //! An entry is damaged when it is not understood, or missing between others; a checkpoint, too, when it says something else
 //! than the entries before it. A file is damaged when it is not there, has
-//! another size than the log says, cannot be decoded, has other columns than its table, other rows or bounds than the log
+//! another size or CRC32C than the log says, cannot be decoded, has other columns than its table, other rows or bounds than the log
 //! says, rows that are not in order of device and time, or rows of another date. Nothing is written.
 
 use arrow_array::cast::AsArray;
@@ -154,6 +154,27 @@ mod tests {
         let named: Vec<&str> = report.damage.iter().map(|damage| damage.what.as_str()).collect();
         assert_eq!(named, [0, 1, 4, 5].map(|index: usize| files[index].path.as_str()), "{:?}", report.damage);
         assert!(report.damage[0].detail.contains("not there") && report.damage[1].detail.contains("bytes"));
+    }
+
+    /// Also where what was changed can still be read.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_bit_that_flipped_anywhere_in_a_file_is_found() {
+        let place = place();
+        let mut table = DeltaTable::create(&place.store, &stream(), &speed()).await.unwrap();
+        let file = table.commit(&[rows(1, 1, &speed())], &[span(1, 1, 1)]).await.unwrap().files;
+        let file = file.iter().next().unwrap().clone();
+        crate::delta::checkpoint(&stream(), &table.snapshot()).await.unwrap();
+        let at = place.table().join(&file.path);
+        let good = std::fs::read(&at).unwrap();
+        for byte in (0..good.len()).step_by(1 + good.len() / 100) {
+            let mut bad = good.clone();
+            bad[byte] ^= 1;
+            std::fs::write(&at, bad).unwrap();
+            let report = verify(&place.store, &stream(), &|_| {}, &|_| {}).await.unwrap();
+            let found: Vec<&str> = report.damage.iter().map(|damage| damage.what.as_str()).collect();
+            assert_eq!(found, [file.path.as_str()], "byte {byte} of {}", good.len());
+            assert!(report.damage[0].detail.contains("CRC32C"), "{:?}", report.damage);
+        }
     }
 
     /// Each object of the log is damaged in many ways, one at a time: it is named, or the table is what it was all the same.

@@ -143,6 +143,11 @@ impl<L: FileLayer> Wal<L> {
         self.log.newest_segment()
     }
 
+    /// Whether a segment lies wholly below a position.
+    pub fn has_before(&self, position: Position) -> bool {
+        self.log.second_segment().is_some_and(|second| second <= position)
+    }
+
     /// Frees whole segments below a position.
     ///
     /// # Errors

@@ -66,14 +66,14 @@ pub struct SpoolFacts {
     pub stream: StreamName,
     pub edge: EdgeId,
     pub spool: SpoolId,
-    /// Rows and batches taken since the node started, those that it recovered among them.
+    /// Rows and batches that the node has taken: in all, or since it started.
     pub rows: u64,
     pub batches: u64,
     /// When the last batch was taken, µs since 1970 UTC.
     pub received_at_us: i64,
     /// The latest event time.
     pub max_ts: Option<i64>,
-    /// The highest watermark that a batch carried (rule 5).
+    /// The highest watermark that a batch carried since the node started (rule 5).
     pub watermark: Option<i64>,
     pub durable: Seq,
     pub committed: Seq,
@@ -114,9 +114,9 @@ pub trait Tables: Send + Sync + fmt::Debug {
     async fn reload(&self, stream: &StreamName, at_least: u64) -> Result<ColdTable, TablesError>;
     /// The table as it was.
     async fn cold_as_of(&self, stream: &StreamName, as_of: AsOf) -> Result<ColdTable, TablesError>;
-    /// What is known of every spool that has sent something since the node started.
+    /// What is known of every spool that has ever sent this node something.
     fn spools(&self) -> Vec<SpoolFacts>;
-    /// The same, of the spools of these streams.
+    /// What is known of the spools that have sent it something of these streams since it started.
     fn spools_of(&self, streams: &BTreeSet<StreamName>) -> Vec<SpoolFacts> {
         self.spools().into_iter().filter(|spool| streams.contains(&spool.stream)).collect()
     }

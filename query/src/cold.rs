@@ -353,7 +353,7 @@ mod tests {
 
     fn file(ts: Option<(i64, i64)>, device: Option<(String, String)>) -> DataFile {
         let path = "x".to_owned();
-        DataFile { path, date: 1, bytes: 1, rows: None, modified_ms: 0, ts, device, device_nulls: None }
+        DataFile { path, date: 1, bytes: 1, rows: None, modified_ms: 0, ts, device, device_nulls: None, crc: None }
     }
 
     #[test]

@@ -407,7 +407,7 @@ impl Engine {
         let started = tokio::select! {
             biased;
             () = running.cancelled().cancelled() => Err(Stopped::Cancelled.told()),
-            rows = tokio::time::timeout_at(deadline, place.lane().execution.run(start, deadline)) => match rows {
+            rows = tokio::time::timeout_at(deadline, place.lane().execution.run(start, deadline, running.cancelled().clone())) => match rows {
                 Ok(rows) => rows.map_err(|error| self.explain(error)),
                 Err(_) => Err(Stopped::Overdue(running.timeout()).told()),
             },

@@ -19,6 +19,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use crate::breadth::STACK_BYTES;
 
@@ -84,9 +85,15 @@ impl Execution {
         task.await.map_err(|_| lost())
     }
 
-    /// Runs a statement, from its start to its last row, and not longer than to the deadline, also when nobody reads:
-    /// the rows then end, and the caller knows by the clock that they are not all. Returns when it has started.
-    pub(crate) async fn run<F>(&self, start: F, deadline: Instant) -> Result<SendableRecordBatchStream, DataFusionError>
+    /// Runs a statement, from its start to its last row, and not longer than to the deadline or somebody's word, also when
+    /// nobody reads: the rows then end, and the caller knows by the clock and the word that they are not all. Returns when it has
+    /// started.
+    pub(crate) async fn run<F>(
+        &self,
+        start: F,
+        deadline: Instant,
+        end: CancellationToken,
+    ) -> Result<SendableRecordBatchStream, DataFusionError>
     where
         F: Future<Output = Result<SendableRecordBatchStream, DataFusionError>> + Send + 'static,
     {
@@ -111,8 +118,8 @@ impl Execution {
                     }
                 }
             };
-            // Elapsed or done: the channel closes either way.
-            let _ = tokio::time::timeout_at(deadline, forward).await;
+            // Elapsed, ended or done: the channel closes either way.
+            let _ = end.run_until_cancelled(tokio::time::timeout_at(deadline, forward)).await;
         });
         let task = AbortOnDrop(task.abort_handle());
         let schema = start_of.await.map_err(|_| lost())??;

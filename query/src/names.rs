@@ -2,6 +2,7 @@
 //!
 //! Such a list is planned once more with other names for the later ones: `count(*)`, `count(*)_2`. Only the outermost
 //! SELECT is treated so: a subquery's columns are named to be spoken of, and two of one name could not be.
+//! A cast has the name of the column that it casts: where that column is sorted by, too, the cast is called as it is written.
 //!
 //! A subquery in FROM that has no name keeps, in DataFusion, the names of the tables in it, so that it cannot be joined with
 //! one of them. Such a statement is planned once more with names for those subqueries.
@@ -19,7 +20,8 @@ use datafusion::logical_expr::{Expr, LogicalPlan};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::sql::parser::Statement as Parsed;
 use datafusion::sql::sqlparser::ast::{
-    Ident, Query, Select, SelectItem, SetExpr, Statement, TableAlias, TableFactor, VisitMut, VisitorMut,
+    Expr as SqlExpr, Ident, Query, Select, SelectItem, SetExpr, Statement, TableAlias, TableFactor, VisitMut,
+    VisitorMut,
 };
 use futures::StreamExt;
 
@@ -110,6 +112,7 @@ async fn with_own_names(state: &SessionState, mut statement: Parsed) -> Result<O
     let Some(select) = outermost(&mut statement) else {
         return Ok(None);
     };
+    let mut is_known = false;
     for (item, stand_in) in select.projection.iter_mut().zip(&stand_ins) {
         let Some(name) = stood_for(&trial, stand_in) else {
             continue;
@@ -117,6 +120,15 @@ async fn with_own_names(state: &SessionState, mut statement: Parsed) -> Result<O
         let own = own(&name, &mut taken);
         if own != name {
             alias(item, own);
+            is_known = true;
+        }
+    }
+    if !is_known {
+        for item in &mut select.projection {
+            if let SelectItem::UnnamedExpr(expr @ SqlExpr::Cast { .. }) = item {
+                let name = own(&expr.to_string(), &mut taken);
+                alias(item, name);
+            }
         }
     }
     Ok(Some(statement))

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, SystemTime};
 
 use datafusion::execution::memory_pool::MemoryPool;
@@ -112,6 +112,7 @@ impl Statements {
             rows: AtomicU64::new(0),
             bytes: AtomicU64::new(0),
             state: AtomicU8::new(State::Running as u8),
+            took: OnceLock::new(),
             lane: limits.name.clone(),
             place: Mutex::new(Some(Arc::clone(place))),
             statements: Arc::clone(self),
@@ -155,6 +156,8 @@ pub struct Running {
     rows: AtomicU64,
     bytes: AtomicU64,
     state: AtomicU8,
+    /// Until its end.
+    took: OnceLock<Duration>,
     lane: String,
     /// Until its tasks have ended; whoever still holds its rows holds up nobody else.
     place: Mutex<Option<Arc<Place>>>,
@@ -192,8 +195,9 @@ impl Running {
         self.ended(State::Planned);
     }
 
-    /// Ends it: its next row is an error.
+    /// Ends it: its next row is an error. It is over also when nobody asks for that row.
     pub fn cancel(&self) {
+        self.ended(State::Cancelled);
         self.end.cancel();
     }
 
@@ -227,10 +231,16 @@ impl Running {
     /// The first word about its end counts.
     pub(crate) fn ended(&self, state: State) {
         let running = State::Running as u8;
-        let _ = self.state.compare_exchange(running, state as u8, Ordering::Relaxed, Ordering::Relaxed);
+        if self.state.compare_exchange(running, state as u8, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            self.took.get_or_init(|| self.since.elapsed());
+        }
     }
 
     fn told(&self) -> Told {
+        // Whoever has stopped taking its rows does not hear that its time is over.
+        if Instant::now() >= self.deadline() {
+            self.ended(State::Failed);
+        }
         Told {
             id: self.id,
             text: Arc::clone(&self.text),
@@ -239,7 +249,7 @@ impl Running {
             lane: self.lane.clone(),
             state: State::of(self.state.load(Ordering::Relaxed)),
             started: self.started,
-            took: self.since.elapsed(),
+            took: self.took.get().copied().unwrap_or_else(|| self.since.elapsed()),
             rows: self.rows.load(Ordering::Relaxed),
             bytes: self.bytes.load(Ordering::Relaxed),
             memory: self.pool.peak() as u64,

@@ -5,7 +5,7 @@
 //! | `streams` | stream: columns, rows and bytes in files, hot rows, first and last event time |
 //! | `columns` | column of a stream: type, unit, what it is, since when |
 //! | `files` | Parquet file of a stream's newest version |
-//! | `edges` | edge that has sent something since the node started |
+//! | `edges` | edge that has ever sent this node something: rows, last batch, agent |
 //! | `ingest` | stream and spool that has: rows, last batch, what is durable and committed |
 //! | `pressure` | class of those who write: what became of their rows, and how much room they have |
 //! | `queries` | statement that runs, and of the last ones that ran |

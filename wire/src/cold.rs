@@ -27,6 +27,8 @@ pub struct DataFile {
     pub device: Option<(String, String)>,
     /// Rows without a device, if that is known.
     pub device_nulls: Option<u64>,
+    /// CRC32C of all of its bytes; none when its writer did not say.
+    pub crc: Option<u32>,
 }
 
 impl DataFile {
@@ -138,8 +140,8 @@ mod tests {
 
     fn file(path: &str, date: i32, bytes: u64) -> Arc<DataFile> {
         let path = path.to_owned();
-        let rows = Some(bytes * 2);
-        Arc::new(DataFile { path, date, bytes, rows, modified_ms: 0, ts: None, device: None, device_nulls: None })
+        let (rows, ts, device) = (Some(bytes * 2), None, None);
+        Arc::new(DataFile { path, date, bytes, rows, modified_ms: 0, ts, device, device_nulls: None, crc: None })
     }
 
     fn paths(files: &DataFiles) -> Vec<&str> {

@@ -2,7 +2,8 @@
 //!
 //! Of each file one row group is held as it was read, and one batch decoded; what is given out is gathered from runs of
 //! rows that follow each other in one file. Rows that are equal come in the order of the files. A file whose rows are
-//! not in order, or whose columns are not those of the table, is an error that names it, never rows in a wrong place.
+//! not in order, or whose columns are not those of the table, is an error that names it, never rows in a wrong place. So is
+//! one whose bytes are not those that the log says: what it holds would be whole again in the file that takes its place.
 
 use std::cmp::Ordering;
 use std::panic::AssertUnwindSafe;
@@ -23,8 +24,8 @@ use parquet::errors::ParquetError;
 use wire::DataFile;
 use wire::schema::{DEVICE, TS};
 
-use super::CompactError;
 use super::object::ObjectReader;
+use super::{CompactError, Pace};
 
 /// Rows decoded, and given out, at a time.
 const BATCH_ROWS: usize = 8_192;
@@ -136,10 +137,11 @@ impl Merge {
         schema: &SchemaRef,
         files: &[Arc<DataFile>],
         memory_bytes: u64,
+        pace: &mut Pace,
     ) -> Result<(Self, usize), CompactError> {
         let (mut inputs, mut memory) = (Vec::new(), 0);
         for file in files {
-            let (input, needs) = open(store, file).await?;
+            let (input, needs) = open(store, file, pace).await?;
             memory += needs;
             if inputs.len() >= 2 && memory > memory_bytes {
                 break;
@@ -221,10 +223,16 @@ impl Merge {
 }
 
 /// A file before its first batch, and the memory that reading it takes.
-async fn open(store: &ObjectStoreRef, file: &DataFile) -> Result<(Input, u64), CompactError> {
+async fn open(store: &ObjectStoreRef, file: &DataFile, pace: &mut Pace) -> Result<(Input, u64), CompactError> {
     let failed = |source| CompactError::Read { path: file.path.clone(), source };
     let place = Path::from_url_path(&file.path).map_err(|error| failed(ParquetError::External(Box::new(error))))?;
     let reader = ObjectReader { store: store.clone(), path: place, bytes: file.bytes };
+    if let Some(expected) = file.crc {
+        let got = reader.checksum(pace).await.map_err(failed)?;
+        if got != expected {
+            return Err(CompactError::Bytes { path: file.path.clone(), expected, got });
+        }
+    }
     let builder = ParquetRecordBatchStreamBuilder::new(reader).await.map_err(failed)?;
     let groups = builder.metadata().row_groups();
     let compressed = groups.iter().map(|group| group.compressed_size()).max().unwrap_or(0);
@@ -245,7 +253,7 @@ pub(crate) async fn scan(
     file: &DataFile,
     each: &mut (dyn FnMut(&RecordBatch) + Send),
 ) -> Result<(), CompactError> {
-    let (mut input, _) = open(store, file).await?;
+    let (mut input, _) = open(store, file, &mut Pace::new(1.0)).await?;
     while input.fill(schema).await? {
         each(&input.batch);
     }

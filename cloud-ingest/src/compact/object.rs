@@ -1,4 +1,4 @@
-//! A Parquet file of the store, as Parquet's reader wants it.
+//! A Parquet file of the store: its bytes as Parquet's reader wants them, and whether they are those that were written.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -14,6 +14,8 @@ use parquet::arrow::async_reader::AsyncFileReader;
 use parquet::errors::{ParquetError, Result};
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 
+use super::Pace;
+
 /// One object of a known size.
 #[derive(Debug)]
 pub(super) struct ObjectReader {
@@ -22,8 +24,26 @@ pub(super) struct ObjectReader {
     pub(super) bytes: u64,
 }
 
+/// What is read at a time to compute a checksum.
+const PART_BYTES: u64 = 8 << 20;
+
 fn failed(error: object_store::Error) -> ParquetError {
     ParquetError::External(Box::new(error))
+}
+
+impl ObjectReader {
+    /// CRC32C of all of its bytes, at this pace.
+    pub(super) async fn checksum(&self, pace: &mut Pace) -> Result<u32> {
+        let (mut crc, mut at) = (0, 0);
+        while at < self.bytes {
+            let end = self.bytes.min(at + PART_BYTES);
+            let part = self.store.get_range(&self.path, at..end).await.map_err(failed)?;
+            crc = crc32c::crc32c_append(crc, &part);
+            at = end;
+            pace.breathe().await;
+        }
+        Ok(crc)
+    }
 }
 
 impl AsyncFileReader for ObjectReader {

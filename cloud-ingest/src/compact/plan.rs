@@ -95,6 +95,7 @@ mod tests {
                 ts: None,
                 device: None,
                 device_nulls: None,
+                crc: None,
             })
         };
         sizes.iter().enumerate().map(file).collect()

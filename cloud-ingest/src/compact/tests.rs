@@ -235,12 +235,17 @@ async fn a_file_that_is_damaged_or_out_of_order_is_named_and_nothing_changes() {
     bad[good.len() / 3..good.len() / 3 + 64].fill(0xa5);
     std::fs::write(place(&files[1]), &bad).unwrap();
     let error = compactor.merge(&mut table, files.clone(), &|_| {}).await.unwrap_err();
+    assert!(matches!(&error, CompactError::Bytes { path, .. } if *path == files[1].path), "{error:?}");
+    // Of a writer that says no checksum.
+    let unsaid = |bytes: &dyn Fn(&DataFile) -> u64| -> Vec<_> {
+        files.iter().map(|file| Arc::new(DataFile { bytes: bytes(file), crc: None, ..file.as_ref().clone() })).collect()
+    };
+    let error = compactor.merge(&mut table, unsaid(&|file| file.bytes), &|_| {}).await.unwrap_err();
+    assert!(matches!(error, CompactError::Read { .. }), "{error:?}");
     assert_eq!(error.bad_file(), Some(files[1].path.as_str()), "{error:?}");
 
     std::fs::write(place(&files[1]), unsorted(&good)).unwrap();
-    let unsorted: Vec<_> =
-        files.iter().map(|file| Arc::new(DataFile { bytes: size(&place(file)), ..file.as_ref().clone() })).collect();
-    let error = compactor.merge(&mut table, unsorted, &|_| {}).await.unwrap_err();
+    let error = compactor.merge(&mut table, unsaid(&|file| size(&place(file))), &|_| {}).await.unwrap_err();
     assert!(matches!(&error, CompactError::Unsorted { path } if *path == files[1].path), "{error:?}");
     assert_eq!(table.snapshot().version, before.version);
 

@@ -5,6 +5,7 @@
 //! the Delta protocol, reader version 1 and writer version 2: `commitInfo` first, then transactions, removed files, added
 //! files, one JSON object a line. Statistics of a file are `numRecords`, and bounds and nulls of `ts` and `device`; times
 //! in them are to the microsecond. Those of other writers end at the millisecond, rounded down, which is made up for.
+//! The tag [`CRC`] of an added file is the CRC32C of its bytes, eight hexadecimal digits.
 
 use std::sync::Arc;
 
@@ -19,6 +20,8 @@ use wire::schema::{DATE, DEVICE, TS};
 const DEVICE_BYTES_MAX: usize = 256;
 /// What a bound in whole milliseconds may have lost.
 const ROUNDED_US: i64 = 999;
+/// The tag that says what the bytes of a file are.
+pub(super) const CRC: &str = "weir.crc32c";
 
 /// Why an entry of a log is not understood.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +64,7 @@ struct AddLine<'a> {
     size: u64,
     modification_time: i64,
     stats: Option<String>,
+    tags: Option<std::collections::HashMap<String, Option<String>>>,
     #[serde(borrow)]
     deletion_vector: Option<&'a serde_json::value::RawValue>,
 }
@@ -86,7 +90,9 @@ impl Entry {
                 let date = add.partition_values.get(DATE).and_then(Option::as_deref);
                 let vector = add.deletion_vector.is_some();
                 let stats = add.stats.as_deref();
-                entry.added.push(data_file(add.path, date, add.size, add.modification_time, stats, vector)?);
+                let file = data_file(add.path, date, add.size, add.modification_time, stats, vector)?;
+                let crc = add.tags.as_ref().and_then(|tags| crc_of(tags.get(CRC)?.as_deref()?));
+                entry.added.push(DataFile { crc, ..file });
             }
             if let Some(remove) = line.remove {
                 entry.removed.push(remove.path);
@@ -100,7 +106,12 @@ impl Entry {
     }
 }
 
-/// A file as the log describes it.
+/// The value of the tag [`CRC`]; one that is none says nothing.
+pub(super) fn crc_of(tag: &str) -> Option<u32> {
+    u32::from_str_radix(tag, 16).ok()
+}
+
+/// A file as the log describes it, but for its tags.
 pub(super) fn data_file(
     path: String,
     date: Option<&str>,
@@ -124,7 +135,7 @@ pub(super) fn data_file(
     let ts = ts.map(|((first, _), (last, whole_ms))| (first, if whole_ms { last + ROUNDED_US } else { last }));
     let device = stats.min_values.device.zip(stats.max_values.device);
     let device_nulls = stats.null_count.and_then(|nulls| nulls.device);
-    Ok(DataFile { path, date, bytes, rows: stats.num_records, modified_ms, ts, device, device_nulls })
+    Ok(DataFile { path, date, bytes, rows: stats.num_records, modified_ms, ts, device, device_nulls, crc: None })
 }
 
 #[derive(Default, Serialize, Deserialize)]
@@ -235,14 +246,18 @@ impl Lines {
 
     pub(super) fn add(&mut self, file: &DataFile, data_change: bool) {
         let stats = serde_json::to_string(&stats_of(file)).expect("statistics are plain text and numbers");
-        self.push(&json!({ "add": {
+        let mut line = json!({ "add": {
             "path": file.path,
             "partitionValues": partition(file.date),
             "size": file.bytes,
             "modificationTime": file.modified_ms,
             "dataChange": data_change,
             "stats": stats,
-        }}));
+        }});
+        if let Some(crc) = file.crc {
+            line["add"]["tags"] = json!({ CRC: format!("{crc:08x}") });
+        }
+        self.push(&line);
     }
 
     pub(super) fn remove(&mut self, file: &DataFile, data_change: bool, now_ms: i64) {
@@ -292,6 +307,7 @@ mod tests {
             ts: Some((1_717_200_000_000_001, 1_717_200_000_123_456)),
             device: Some(("a \"quoted\" one".to_owned(), "ß".to_owned())),
             device_nulls: Some(1),
+            crc: Some(0x00c0_ffee),
         }
     }
 
@@ -309,6 +325,7 @@ mod tests {
         assert!(!entry.changes_table);
         let text = std::str::from_utf8(&bytes).unwrap();
         assert_eq!(text.matches("\"dataChange\":false").count(), 2);
+        assert_eq!(text.matches("\"tags\":{\"weir.crc32c\":\"00c0ffee\"}").count(), 1);
         assert!(text.starts_with("{\"commitInfo\""));
     }
 
@@ -344,6 +361,11 @@ mod tests {
         check(&add("", "\"_date\":null"), "no _date");
         check("{\"add\":", "JSON");
         assert!(Entry::parse(add(",\"deletionVector\":null", "\"_date\":\"2024-06-01\"").as_bytes()).is_ok());
+        // Tags of others, and what is no checksum, say nothing.
+        for tags in ["null", "{\"INSERTION_TIME\":\"1\"}", "{\"weir.crc32c\":null}", "{\"weir.crc32c\":\"none\"}"] {
+            let entry = Entry::parse(add(&format!(",\"tags\":{tags}"), "\"_date\":\"2024-06-01\"").as_bytes()).unwrap();
+            assert_eq!(entry.added[0].crc, None, "{tags}");
+        }
         assert!(Entry::parse(b"{\"metaData\":{}}\n\n{\"cdc\":{}}").unwrap().changes_table);
     }
 }

@@ -24,7 +24,7 @@ use object_store::{ObjectStoreExt, PutMode, PutOptions};
 use wire::ids::StreamName;
 use wire::{DataFile, DataFiles};
 
-use super::entry::{Entry, data_file, shared};
+use super::entry::{CRC, Entry, crc_of, data_file, shared};
 use super::{Marks, TableError, txn};
 use crate::failpoint;
 
@@ -123,6 +123,7 @@ impl Replay {
         let values = added.column_by_name("partitionValues").and_then(|map| map.as_map_opt()).ok_or_else(shape)?;
         let integer = |name| added.column_by_name(name).and_then(|column| column.as_primitive_opt::<Int64Type>());
         let (sizes, times) = (integer("size").ok_or_else(shape)?, integer("modificationTime").ok_or_else(shape)?);
+        let tags = added.column_by_name("tags").and_then(|map| map.as_map_opt()).ok_or_else(shape)?;
         let vectors = added.column_by_name("deletionVector").ok_or_else(shape)?;
         for row in (0..actions.num_rows()).filter(|row| added.is_valid(*row) && paths.is_valid(*row)) {
             let path = paths.value(row);
@@ -132,13 +133,14 @@ impl Replay {
             if newer {
                 self.seen.insert(path.to_owned());
             }
-            let date = date_value(&values.value(row)).ok_or_else(shape)?;
+            let date = value(&values.value(row), wire::schema::DATE).ok_or_else(shape)?;
+            let crc = if tags.is_valid(row) { value(&tags.value(row), CRC).ok_or_else(shape)? } else { None };
             let stats = stats.is_valid(row).then(|| stats.value(row));
             let size = u64::try_from(sizes.value(row)).unwrap_or(0);
             let vector = vectors.is_valid(row);
             let file = data_file(path.to_owned(), date.as_deref(), size, times.value(row), stats, vector)
                 .map_err(|error| LoadError::Foreign(error.to_string()))?;
-            self.files.push(file);
+            self.files.push(DataFile { crc: crc.as_deref().and_then(crc_of), ..file });
         }
         if newer {
             for row in (0..actions.num_rows()).filter(|row| removed.is_valid(*row) && gone.is_valid(*row)) {
@@ -167,10 +169,10 @@ fn text<'a>(action: &'a StructArray, name: &str) -> Option<&'a StringArray> {
     action.column_by_name(name)?.as_string_opt::<i32>()
 }
 
-/// The `_date` among a file's partition values.
-fn date_value(values: &StructArray) -> Option<Option<String>> {
-    let (keys, values) = (values.column(0).as_string_opt::<i32>()?, values.column(1).as_string_opt::<i32>()?);
-    let at = (0..keys.len()).find(|row| keys.value(*row) == wire::schema::DATE);
+/// The value of a key in a map, if it is there; None when the map is none of texts.
+fn value(map: &StructArray, key: &str) -> Option<Option<String>> {
+    let (keys, values) = (map.column(0).as_string_opt::<i32>()?, map.column(1).as_string_opt::<i32>()?);
+    let at = (0..keys.len()).find(|row| keys.value(*row) == key);
     Some(at.filter(|row| values.is_valid(*row)).map(|row| values.value(row).to_owned()))
 }
 

@@ -49,7 +49,12 @@ impl<L: FileLayer> Ingest<L> {
         match verdict {
             None | Some(Verdict::Accept) => {}
             Some(Verdict::Gap { .. }) if self.is_own(&replayed.batch) => {}
-            Some(_) => return Ok(0),
+            Some(verdict) => {
+                if verdict == Verdict::Duplicate {
+                    self.catalogue.ledger().recall(header, replayed.received_at_us);
+                }
+                return Ok(0);
+            }
         }
         let Ok(rows) = replayed.batch.decode(&replayed.schema) else {
             tracing::error!(stream = %name, seq = %header.seq, "a batch of the wal does not decode");

@@ -216,6 +216,17 @@ impl Node {
         }
     }
 
+    /// Of each sender the rows are told that are committed, when nothing else is under way: each once, whenever the power was cut.
+    fn check_ledger(&self, senders: &[Sender]) {
+        let told = self.catalogue.ledger().entries();
+        for sender in senders {
+            let of_sender = told.iter().find(|entry| (entry.spool, &entry.stream) == (sender.spool, &sender.stream));
+            let (rows, last) = of_sender.map_or((0, 0), |entry| (entry.rows, entry.durable.0));
+            let (committed, _) = self.shown(sender);
+            assert_eq!((rows, last), (sender.rows_up_to(committed), committed), "{}", sender.stream);
+        }
+    }
+
     /// Runs until everything is committed.
     fn drain(&mut self) {
         self.ingest.stopping = Some(Instant::now());
@@ -256,7 +267,10 @@ fn what_was_acknowledged_survives_power_cuts() {
         }
         node.drain();
         node.check(&layer, &senders);
+        node.check_ledger(&senders);
         committed += senders.iter().map(|sender| node.shown(sender).0).sum::<u64>();
+        drop(node);
+        Node::start(&layer, settings("/a"), sim_store(&layer).unwrap()).unwrap().check_ledger(&senders);
     }
     assert!(committed > 0);
 }

@@ -12,9 +12,10 @@
 use std::fmt;
 use std::sync::Arc;
 
+use arrow::buffer::BooleanBuffer;
 use arrow::datatypes::{ArrowNativeType, DataType, Int32Type, Schema, SchemaRef};
-use arrow_array::RecordBatch;
 use arrow_array::cast::AsArray;
+use arrow_array::{Array, BooleanArray, RecordBatch};
 use arrow_select::filter::filter_record_batch;
 use datafusion::common::Result;
 use datafusion::common::tree_node::TreeNodeRecursion;
@@ -23,19 +24,21 @@ use datafusion::execution::cache::cache_manager::FileMetadataCache;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::object_store::{ObjectMeta, ObjectStore};
 use datafusion::parquet::DecodeResult;
-use datafusion::parquet::arrow::ProjectionMask;
 use datafusion::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, RowSelection, RowSelector};
 use datafusion::parquet::arrow::push_decoder::{ParquetPushDecoder, ParquetPushDecoderBuilder};
+use datafusion::parquet::arrow::{ProjectionMask, parquet_to_arrow_schema};
 use datafusion::parquet::basic::{LogicalType, TimeUnit};
 use datafusion::parquet::file::metadata::{PageIndexPolicy, ParquetMetaData};
 use datafusion::parquet::file::page_index::column_index::ColumnIndexMetaData;
 use datafusion::parquet::file::statistics::Statistics as ColumnBounds;
+use datafusion::parquet::schema::types::TypePtr;
 use datafusion::physical_expr::{EquivalenceProperties, Partitioning, PhysicalExpr};
 use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType, ReplaceChildrenOptions};
 use datafusion::physical_plan::metrics::{ExecutionPlanMetricsSet, MetricsSet};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, PlanProperties};
 use futures::{StreamExt, TryStreamExt, stream};
+use parking_lot::Mutex;
 use wire::schema::{DATE, DEVICE, TS};
 
 use super::typed;
@@ -69,6 +72,8 @@ struct Read {
     schema: SchemaRef,
     store: Arc<dyn ObjectStore>,
     footers: Arc<FileMetadataCache>,
+    /// The last file's columns, and the types that they are read as: files of a table mostly have the same.
+    types: Mutex<Option<(TypePtr, SchemaRef)>>,
 }
 
 impl PagesExec {
@@ -88,7 +93,7 @@ impl PagesExec {
         );
         Self {
             files,
-            read: Arc::new(Read { wanted, schema, store, footers }),
+            read: Arc::new(Read { wanted, schema, store, footers, types: Mutex::default() }),
             properties: Arc::new(properties),
             metrics: ExecutionPlanMetricsSet::new(),
         }
@@ -170,7 +175,8 @@ impl Read {
         let opened = if groups.is_empty() {
             None
         } else {
-            let reader = devices_as_indices(footer)?;
+            let options = ArrowReaderOptions::new().with_schema(self.types(&footer)?);
+            let reader = ArrowReaderMetadata::try_new(footer, options)?;
             let names = self.schema.fields().iter().map(|field| field.name().as_str());
             // Dates are told by times.
             let names = names.map(|name| if name == DATE { TS } else { name }).chain([DEVICE]);
@@ -196,6 +202,27 @@ impl Read {
         }))
     }
 
+    /// What the columns of a file are read as: their own types, but that devices are indices into a dictionary.
+    fn types(&self, footer: &ParquetMetaData) -> Result<SchemaRef> {
+        let of_file = footer.file_metadata().schema_descr();
+        if let Some((known, types)) = self.types.lock().as_ref()
+            && **known == *of_file.root_schema()
+        {
+            return Ok(Arc::clone(types));
+        }
+        let own = parquet_to_arrow_schema(of_file, None)?;
+        let fields = own.fields().iter().map(|field| match field.data_type() {
+            DataType::Utf8 if field.name() == DEVICE => {
+                let indices = DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
+                Arc::new(field.as_ref().clone().with_data_type(indices))
+            }
+            _ => Arc::clone(field),
+        });
+        let types = Arc::new(Schema::new_with_metadata(fields.collect::<Vec<_>>(), own.metadata().clone()));
+        *self.types.lock() = Some((of_file.root_schema_ptr(), Arc::clone(&types)));
+        Ok(types)
+    }
+
     async fn next(&self, decoder: &mut ParquetPushDecoder, file: &ObjectMeta) -> Result<Option<RecordBatch>> {
         loop {
             match decoder.try_decode()? {
@@ -208,20 +235,6 @@ impl Read {
             }
         }
     }
-}
-
-/// How to read a file: its own types, but that devices are indices into a dictionary.
-fn devices_as_indices(footer: Arc<ParquetMetaData>) -> Result<ArrowReaderMetadata> {
-    let own = ArrowReaderMetadata::try_new(Arc::clone(&footer), ArrowReaderOptions::new())?;
-    let fields = own.schema().fields().iter().map(|field| match field.data_type() {
-        DataType::Utf8 if field.name() == DEVICE => {
-            let indices = DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
-            Arc::new(field.as_ref().clone().with_data_type(indices))
-        }
-        _ => Arc::clone(field),
-    });
-    let schema = Arc::new(Schema::new_with_metadata(fields.collect::<Vec<_>>(), own.schema().metadata().clone()));
-    Ok(ArrowReaderMetadata::try_new(footer, ArrowReaderOptions::new().with_schema(schema))?)
 }
 
 impl Wanted {
@@ -262,8 +275,11 @@ impl Wanted {
         let Some(texts) = devices.values().as_string_opt::<i32>() else { return Ok(rows.clone()) };
         let named = texts.iter().map(|text| text.is_some_and(|text| self.devices.iter().any(|device| device == text)));
         let named = named.collect::<Vec<_>>();
-        let kept = devices.keys().iter().map(|key| key.and_then(|key| named.get(key.as_usize()).copied()));
-        Ok(filter_record_batch(rows, &kept.collect())?)
+        let keys = devices.keys();
+        let is_named = |row: usize| named.get(keys.value(row).as_usize()).copied().unwrap_or(false);
+        let kept = BooleanBuffer::collect_bool(keys.len(), is_named);
+        // Where there is none, the index is of any.
+        Ok(filter_record_batch(rows, &BooleanArray::new(kept, keys.nulls().cloned()))?)
     }
 
     fn may_have_device(&self, bounds: Option<&ColumnBounds>) -> bool {

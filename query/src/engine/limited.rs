@@ -49,7 +49,8 @@ pub(super) fn limited(
                 running.ended(State::Failed);
                 Some((Err(error), None))
             }
-            // The statement's own task ends at the deadline, too: what it sent is then not all.
+            // The statement's own task ends by that word and at the deadline, too: what it sent is then not all.
+            Ok(None) if running.cancelled().is_cancelled() => stop(&running, Stopped::Cancelled),
             Ok(None) if Instant::now() < deadline => {
                 running.ended(State::Done);
                 None

@@ -112,6 +112,7 @@ pub(crate) fn data_files(table: &deltalake_core::DeltaTable) -> DataFiles {
             ts: us("minValues").zip(us("maxValues").map(|last| last + 1_000)),
             device: text("minValues", "device").zip(text("maxValues", "device")),
             device_nulls: None,
+            crc: None,
         })
     });
     DataFiles::default().with(files.collect::<Vec<_>>(), &[])
@@ -413,6 +414,12 @@ async fn columns_of_one_name_are_told_apart() {
     check("SELECT count(*), count(*), 1 AS one, 2 AS one FROM traffic", &["count(*)", "count(*)_2", "one", "one_2"])
         .await;
     check("SELECT device, device FROM traffic ORDER BY device LIMIT 1", &["device", "device_2"]).await;
+    // A cast has the name of what it casts, which is sorted by.
+    check(
+        "SELECT CAST(vehicle_count AS TEXT), count(*) FROM traffic GROUP BY vehicle_count ORDER BY vehicle_count",
+        &["CAST(vehicle_count AS TEXT)", "count(*)"],
+    )
+    .await;
     check("SELECT DISTINCT device, device FROM traffic ORDER BY device", &["device", "device_2"]).await;
     check(
         "SELECT device AS n, count(*), count(*) FROM traffic GROUP BY n ORDER BY n",

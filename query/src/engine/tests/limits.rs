@@ -89,6 +89,31 @@ async fn a_reader_that_stops_reading_gets_no_more_time_and_no_silent_end() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_statement_whose_rows_nobody_takes_is_over_with_its_time_and_by_a_word() {
+    for (timeout, word, expected) in [(Duration::from_secs(2), false, "failed"), (MINUTE, true, "cancelled")] {
+        let (engine, _) = engine(4, 0, timeout).await;
+        let running = begin(&engine).await;
+        let prepared =
+            engine.prepare(&running, "SELECT v FROM generate_series(1, 100000000) AS a(v)", None).await.unwrap();
+        let mut stream = engine.execute(&running, &prepared, None).await.unwrap();
+        assert!(stream.next().await.unwrap().is_ok());
+        if word {
+            assert!(engine.cancel(running.id(), &Caller::node()));
+        }
+        let started = Instant::now();
+        let ended = format!("SELECT count(*) FROM system.queries WHERE id = {} AND state = '{expected}'", running.id());
+        while integer_as(&engine, &Caller::node(), &ended).await == 0 || running.place().is_some() {
+            assert!(started.elapsed() < Duration::from_secs(20), "it is not {expected}, or keeps its place");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        // Whoever reads on hears of it.
+        let error = engine.explain(stream.next().await.unwrap().unwrap_err());
+        assert_eq!(matches!(error, QueryError::Cancelled), word, "{error}");
+        assert_eq!(matches!(error, QueryError::Timeout { .. }), !word, "{error}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_long_chain_ends_no_process() {
     let (engine, _) = engine(1, 0, MINUTE).await;
     let chain = |terms: usize, term: &str| format!("SELECT 1 {}", term.repeat(terms));

@@ -1,11 +1,12 @@
 //! The newest row of each device of a stream's cold table, kept from statement to statement.
 //!
 //! What is held for a stream belongs to one version of its Delta table. For a newer version only the files are read that
-//! its commits added. Commits that say `dataChange = false` (compaction) change no rows. One that takes rows away
-//! (retention, retype), or a log that does not go back far enough, makes it be read anew, as a restart does.
+//! its commits added. Commits that say `dataChange = false` (compaction) change no rows. Those that take rows away
+//! (retention, retype) matter on the dates on which somebody's newest row lies: then, and when the log does not go back far
+//! enough, all is read anew, as after a restart. Retention takes what is oldest, so that is seldom.
 //!
-//! A statement that is pinned to an older version V may take what is held for W > V, as long as only appends lie between
-//! and it looks at hot rows, too: hot at V holds all rows above V, those up to W among them, and a row that is looked at
+//! A statement that is pinned to an older version V may take what is held for W > V, as long as nothing newest was taken away
+//! between, and it looks at hot rows, too: hot at V holds all rows above V, those up to W among them, and a row that is looked at
 //! twice is still one row. Otherwise the statement gets its own, which is not kept.
 //!
 //! Memory: what all streams hold is at most `bytes_max`; the one that was asked for longest ago goes first. While a
@@ -18,13 +19,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use arrow::datatypes::SchemaRef;
 use arrow_array::{RecordBatch, new_null_array};
+use chrono::NaiveDate;
 use datafusion::common::{DataFusionError, Result};
 use datafusion::object_store::ObjectStoreExt;
 use datafusion::object_store::path::Path;
-use deltalake_core::kernel::Action;
+use deltalake_core::kernel::{Action, Remove};
 use deltalake_core::logstore::get_actions;
 use parking_lot::Mutex;
 use wire::StreamName;
+use wire::schema::DATE;
 
 use super::newest::{Newest, Rows};
 use crate::catalog::ColdTable;
@@ -36,7 +39,7 @@ const COMMITS_MAX: u64 = 10_000;
 #[derive(Debug)]
 pub(crate) struct Held {
     version: u64,
-    /// From here to `version` there are only appends.
+    /// From here to `version` nothing was taken away that is newest.
     since: u64,
     pub(super) rows: Rows,
 }
@@ -134,7 +137,7 @@ impl LatestCache {
             return Ok(None);
         }
         let mut added: Vec<(Path, u64)> = Vec::new();
-        let mut seen = HashSet::new();
+        let (mut seen, mut gone) = (HashSet::new(), HashSet::new());
         for version in known.version + 1..=cold.version {
             let entry = cold.log_store.read_commit_entry(version).await;
             let actions = match entry {
@@ -149,7 +152,10 @@ impl LatestCache {
                     Action::Add(add) if add.data_change && seen.insert(add.path.clone()) => {
                         added.push((place(&add.path)?, u64::try_from(add.size).unwrap_or(0)));
                     }
-                    Action::Remove(remove) if remove.data_change => return Ok(None),
+                    Action::Remove(remove) if remove.data_change => match date(&remove) {
+                        Some(date) => drop(gone.insert(date)),
+                        None => return Ok(None),
+                    },
                     _ => {}
                 }
             }
@@ -168,8 +174,18 @@ impl LatestCache {
                 Err(error) => return Err(error),
             }
         }
-        Ok(Some(Held { version: cold.version, since: known.since, rows: newest.finish()? }))
+        let rows = newest.finish()?;
+        if rows.lie_on(&gone) {
+            return Ok(None);
+        }
+        Ok(Some(Held { version: cold.version, since: known.since, rows }))
     }
+}
+
+/// The date of a file that is taken away, in days since 1970.
+fn date(removed: &Remove) -> Option<i64> {
+    let date = removed.partition_values.as_ref()?.get(DATE)?.as_ref()?;
+    Some(i64::from(date.parse::<NaiveDate>().ok()?.to_epoch_days()))
 }
 
 /// Where a file is within its table.

@@ -8,6 +8,7 @@
 //! stay in memory until [`Newest::finish`] copies the winners together.
 
 use std::cmp::Ordering;
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use arrow::compute::{cast, interleave_record_batch};
@@ -25,6 +26,7 @@ use datafusion::parquet::arrow::async_reader::{AsyncFileReader, ParquetRecordBat
 use datafusion::parquet::file::metadata::PageIndexPolicy;
 use datafusion::physical_plan::metrics::ExecutionPlanMetricsSet;
 use futures::TryStreamExt;
+use wire::DAY_US;
 use wire::schema::{DEVICE, RECEIVED_AT, SEQ, SPOOL, TS};
 
 use super::super::asof::exec::greater;
@@ -163,6 +165,12 @@ impl Rows {
     /// Memory that they hold.
     pub(super) fn bytes(&self) -> usize {
         self.rows.get_array_memory_size() + self.devices.bytes + self.ages.len() * (size_of::<Age>() + 40)
+    }
+
+    /// Whether one of them is of one of these dates, days since 1970.
+    pub(super) fn lie_on(&self, dates: &HashSet<i64>) -> bool {
+        let is_there = |age: &Age| age.ts.is_none_or(|ts| dates.contains(&ts.div_euclid(DAY_US)));
+        !dates.is_empty() && self.ages.iter().any(is_there)
     }
 }
 

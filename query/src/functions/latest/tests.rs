@@ -345,6 +345,35 @@ async fn newer_versions_read_only_what_was_added() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn only_what_takes_a_newest_row_away_makes_a_table_be_read_anew() {
+    let world = World::new().await;
+    let engine = engine(&world, 1 << 24);
+    let rebuilt = || engine.latest_cache().rebuilt.load(std::sync::atomic::Ordering::Relaxed);
+    let of_day =
+        |device: &str, day: i64| (Some(device.to_owned()), (DAY + day) * DAY_US, day, "s".to_owned(), day, day);
+    let check = async |expected: u64| {
+        let newest = world.state.lock().versions.len() as u64 - 1;
+        world.state.lock().at = newest;
+        assert_eq!(asked(&engine, ALL).await, world.expected());
+        assert_eq!(rebuilt(), expected);
+    };
+    for (day, devices) in [(0, vec!["a", "b"]), (1, vec!["a", "b", "silent since"]), (2, vec!["a", "b"])] {
+        world.arrive(devices.into_iter().map(|device| of_day(device, day)).collect());
+        world.commit().await;
+        check(1).await;
+    }
+    // Everybody has a later row.
+    world.remove_day(DAY).await;
+    check(1).await;
+    // Who was pinned before it was taken away sees the same newest rows.
+    world.state.lock().at = 3;
+    assert_eq!((asked(&engine, ALL).await, rebuilt()), (world.expected(), 1));
+    world.remove_day(DAY + 1).await;
+    check(2).await;
+    assert_eq!(world.expected().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_does_not_fit_is_told() {
     let world = World::new().await;
     world.arrive((0..2_000).map(|device| row(&format!("device-{device}"), 1, 1, 1, 1)).collect());

@@ -370,6 +370,7 @@ impl City {
                 ts: span,
                 device: None,
                 device_nulls: None,
+                crc: None,
             })
         };
         dates.into_iter().map(write).collect()
