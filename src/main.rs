@@ -15,6 +15,8 @@ mod sink;
 mod sql;
 mod tables;
 
+use std::io::IsTerminal;
+
 use clap::Parser;
 use edge_agent::command::EdgeCommand;
 use tracing_subscriber::EnvFilter;
@@ -65,7 +67,9 @@ async fn main() -> anyhow::Result<()> {
         _ => "warn,weir=info,cloud_ingest=info,query=info,edge_agent=info",
     };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(usual));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // In a journal or a file colours are noise: journalctl would show no line that has one.
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     // Another provider may be compiled in, too; a process needs one.
     rustls::crypto::ring::default_provider().install_default().ok();
     match command {

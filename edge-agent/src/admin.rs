@@ -3,6 +3,7 @@
 mod page;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -11,10 +12,17 @@ use axum::routing::get;
 use axum::{Json, Router};
 use parking_lot::Mutex;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use crate::agent::Status;
+use crate::door::{Limited, Silence};
 use crate::metrics;
+
+/// Connections at one time.
+const CONNECTIONS_MAX: usize = 64;
+/// All answers come at once: a connection on which nothing moves for so long ends.
+const SILENCE: Duration = Duration::from_secs(60);
 
 /// Serves until the token is cancelled.
 pub async fn serve(listener: TcpListener, status: Arc<Mutex<Status>>, token: CancellationToken) {
@@ -25,6 +33,8 @@ pub async fn serve(listener: TcpListener, status: Arc<Mutex<Status>>, token: Can
         .route("/metrics", get(prometheus))
         .route("/status", get(async |State(status): State<Arc<Mutex<Status>>>| Json(status.lock().clone())))
         .with_state(status);
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let listener = Limited { listener, places, silence: Silence::new(SILENCE) };
     let served = axum::serve(listener, router).with_graceful_shutdown(token.cancelled_owned()).await;
     if let Err(error) = served {
         tracing::error!(%error, "the admin door ended");

@@ -12,6 +12,7 @@ mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -40,6 +41,15 @@ pub struct DiscoverArguments {
     username: Option<String>,
     #[arg(long)]
     password: Option<String>,
+    /// Certificates (PEM) to trust for mqtts, when the broker's is not of the web's authorities
+    #[arg(long)]
+    ca_file: Option<PathBuf>,
+    /// This client's own certificate (PEM), when the broker asks for one
+    #[arg(long, requires = "key_file")]
+    cert_file: Option<PathBuf>,
+    /// And its key (PEM)
+    #[arg(long, requires = "cert_file")]
+    key_file: Option<PathBuf>,
     /// What to hear
     #[arg(long, default_value = "#")]
     topic: String,
@@ -52,6 +62,9 @@ pub struct DiscoverArguments {
 /// # Errors
 /// When the broker cannot be heard, or nothing came.
 pub async fn discover(arguments: &DiscoverArguments) -> anyhow::Result<String> {
+    if let Err(error) = arguments.url.parse::<url::Url>() {
+        bail!("--url {}: {error}: write mqtt://host:1883 or mqtts://host:8883", arguments.url);
+    }
     let broker = broker(arguments);
     let any = format!(
         "{}{broker}topics = [{}]\nstream = \"any\"\n[source.map]\ndevice = \"topic:0\"\n[stream.any.fields]\nv = {{ type = \"text\" }}\n",
@@ -95,10 +108,14 @@ fn head() -> &'static str {
 /// The beginning of each source.
 fn broker(arguments: &DiscoverArguments) -> String {
     let mut text = format!("[[source]]\nkind = \"mqtt\"\nurl = {}\n", quoted(&arguments.url));
-    for (key, value) in [("username", &arguments.username), ("password", &arguments.password)] {
+    let DiscoverArguments { username, password, ca_file, cert_file, key_file, .. } = arguments;
+    let file = |file: &Option<PathBuf>| file.as_deref().map(Path::to_string_lossy).map(String::from);
+    let files = [("ca_file", file(ca_file)), ("cert_file", file(cert_file)), ("key_file", file(key_file))];
+    let keys = [("username", username.clone()), ("password", password.clone())].into_iter().chain(files);
+    for (key, value) in keys {
         if let Some(value) = value {
             // Writing to a string cannot fail.
-            let _ = writeln!(text, "{key} = {}", quoted(value));
+            let _ = writeln!(text, "{key} = {}", quoted(&value));
         }
     }
     text

@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -16,8 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::clock;
 use crate::config::{
-    ExecSettings, HttpSettings, LaneSettings, ModbusAddress, ModbusSettings, MqttSettings, Settings, SourceSettings,
-    TrustSettings,
+    ExecSettings, LaneSettings, ModbusAddress, ModbusSettings, MqttSettings, Settings, SourceSettings, TrustSettings,
 };
 use crate::source::mqtt::probe::{Heard, hear, reach};
 use crate::trial::matches;
@@ -64,10 +64,11 @@ pub async fn examine(settings: &Settings) -> Vec<Line> {
             }),
             SourceSettings::Modbus(modbus) => Some(bus(modbus).await),
             SourceSettings::Exec(exec) => Some(program(exec)),
-            SourceSettings::Http(http) => Some(door(settings, http).await),
+            SourceSettings::Http(http) => Some(door(settings, &format!("source {}", http.name), http.listen).await),
             SourceSettings::Mqtt(_) | SourceSettings::Host(_) => None,
         });
     }
+    lines.push(door(settings, "admin", settings.admin.listen).await);
     lines.extend(publisher(settings).await);
     lines.extend(cloud(settings).await);
     lines.extend(clock(settings, kernel_clock::is_synchronised()));
@@ -131,17 +132,16 @@ fn topic(name: &str, filter: &str, messages: &[(String, Bytes)], retained: &[(St
 }
 
 /// Whether it could be listened there; a running agent already does.
-async fn door(settings: &Settings, http: &HttpSettings) -> Line {
-    let (name, listen) = (&http.name, http.listen);
+async fn door(settings: &Settings, what: &str, listen: SocketAddr) -> Line {
     match TcpListener::bind(listen).await {
-        Ok(_) => ok(format!("source {name}: {listen} is free")),
+        Ok(_) => ok(format!("{what}: {listen} is free")),
         Err(error) if error.kind() == ErrorKind::AddrInUse && runs(settings).await => {
-            ok(format!("source {name}: {listen} is taken, and the agent runs"))
+            ok(format!("{what}: {listen} is taken, and the agent runs"))
         }
         Err(error) if error.kind() == ErrorKind::AddrInUse => bad(format!(
-            "source {name}: {listen} is taken by another program (`ss -ltnp` says which); end it, or change `listen`"
+            "{what}: {listen} is taken by another program (`ss -ltnp` says which); end it, or change `listen`"
         )),
-        Err(error) => bad(format!("source {name}: {listen}: {error}; is it an address of this machine?")),
+        Err(error) => bad(format!("{what}: {listen}: {error}; is it an address of this machine?")),
     }
 }
 
@@ -370,21 +370,24 @@ mod tests {
         tokio::spawn(async move { axum::serve(admin_there, axum::Router::new().route("/status", status)).await });
         let settings = |edge: &str| {
             let settings = Settings::parse(&format!(
-                "[edge]\nid = \"{edge}\"\ndata_dir = '/none'\n[admin]\nlisten = \"{admin}\"\n[cloud]\nurls = [\"http://h\"]\n\
+                "[edge]\nid = \"{edge}\"\ndata_dir = '/none'\n[admin]\nlisten = \"{admin}\"\n[cloud]\nurls = [\"http://127.0.0.1:1\"]\n\
                  token = \"t\"\n[[source]]\nkind = \"http\"\nlisten = \"{listen}\"\nstream = \"s\"\n[source.map]\n\
                  device = \"const:d\"\n[stream.s.fields]\nv = {{ type = \"int64\" }}\n"
             ));
             settings.unwrap()
         };
-        let line = async |edge: &str| {
-            let settings = settings(edge);
-            let SourceSettings::Http(http) = &settings.source[0] else { panic!() };
-            door(&settings, http).await
+        let line_of = async |what: &str, edge: &str| {
+            let mut lines = examine(&settings(edge)).await.into_iter();
+            lines.find(|line| line.text.starts_with(what)).unwrap()
         };
+        let line = async |edge: &str| line_of("source s: ", edge).await;
         let taken = line("e").await;
         assert!(taken.good && taken.text.contains("the agent runs"), "{taken:?}");
-        let taken = line("another").await;
-        assert!(!taken.good && taken.text.contains("by another program"), "{taken:?}");
+        assert!(line_of("admin: ", "e").await.good);
+        for what in ["source s: ", "admin: "] {
+            let taken = line_of(what, "another").await;
+            assert!(!taken.good && taken.text.contains("by another program"), "{taken:?}");
+        }
         drop(door_there);
         let free = line("e").await;
         assert!(free.good && free.text.contains("is free"), "{free:?}");

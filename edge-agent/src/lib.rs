@@ -10,6 +10,7 @@ pub mod config;
 pub mod decode;
 pub mod discover;
 pub mod doctor;
+mod door;
 pub mod entry;
 pub mod failpoint;
 pub mod journal;

@@ -1,5 +1,6 @@
 //! `edge-agent`: Weir's agent for gateways.
 
+use std::io::IsTerminal;
 use std::str::FromStr;
 
 use anyhow::Context;
@@ -23,7 +24,9 @@ fn main() -> anyhow::Result<()> {
     // `RUST_LOG` has targets and levels; telling spans apart by regular expressions would be half a megabyte of binary.
     let wanted = std::env::var("RUST_LOG").unwrap_or_default();
     let filter = Targets::from_str(if wanted.is_empty() { USUAL_LOG } else { &wanted }).context("read RUST_LOG")?;
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    // In a journal or a file colours are noise: journalctl would show no line that has one.
+    let colours = std::io::stderr().is_terminal();
+    let lines = tracing_subscriber::fmt::layer().with_ansi(colours).with_writer(std::io::stderr);
     tracing_subscriber::registry().with(filter).with(lines).init();
     // Another provider may be compiled in, too; a process needs one.
     rustls::crypto::ring::default_provider().install_default().ok();

@@ -231,6 +231,17 @@ mod tests {
     }
 
     #[test]
+    fn the_docs_show_what_is_said() {
+        let docs = include_str!("../../docs/field-engineer.md");
+        let message = docs.split("printf '").nth(1).and_then(|rest| rest.split('\'').next()).unwrap();
+        let settings = Settings::parse(SETTINGS).unwrap();
+        // 2026-11-21T08:00:00Z.
+        let (payload, now_us) = (Bytes::from_static(message.as_bytes()), 1_795_248_000_000_000);
+        let said = explain(&settings, None, Some("city/traffic/158324"), payload, now_us).unwrap();
+        assert!(docs.contains(said.trim_end()), "{said}");
+    }
+
+    #[test]
     fn each_step_of_a_good_reading_is_shown() {
         let json = r#"{"TIMESTAMP":"2014-08-01T07:53:00","avgSpeed":56,"vehicleCount":7}"#;
         let text = explained(Some("city/traffic/158324"), json).unwrap();

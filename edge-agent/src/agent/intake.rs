@@ -16,7 +16,7 @@ use crate::places::Places;
 use crate::redelivery::{self, Lists};
 use crate::source::exec::Exec;
 use crate::source::file::Follow;
-use crate::source::http::{Door, Push};
+use crate::source::http::{self, Door, Push};
 use crate::source::modbus::Poll;
 use crate::source::mqtt::{Connection, Task};
 use crate::source::{SourceState, host, tick};
@@ -45,12 +45,13 @@ pub(super) struct Intake {
     settings: Settings,
     running: BTreeMap<Key, Running>,
     doors: BTreeMap<SocketAddr, Arc<Door>>,
+    connections: http::Places,
 }
 
 impl Intake {
     /// Nothing yet.
     pub(super) fn new(settings: Settings, token: CancellationToken) -> Self {
-        Self { token, settings, running: BTreeMap::new(), doors: BTreeMap::new() }
+        Self { token, settings, running: BTreeMap::new(), doors: BTreeMap::new(), connections: http::Places::default() }
     }
 
     /// Stops what does not run on unchanged by other settings, and waits for it: when this returns, the journal has been
@@ -175,7 +176,7 @@ impl Intake {
         if let Some(door) = self.doors.get(&listen) {
             return Arc::clone(door);
         }
-        let (door, token) = (Arc::new(Door::default()), self.token.child_token());
+        let (door, token) = (Arc::new(Door::new(self.connections.clone())), self.token.child_token());
         let tasks = vec![tokio::spawn(Arc::clone(&door).run(listen, token.clone()))];
         self.doors.insert(listen, Arc::clone(&door));
         self.running.insert(Key::Door(listen), Running { token, tasks });

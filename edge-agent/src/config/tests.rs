@@ -35,6 +35,20 @@ fn the_shipped_configuration_is_right() {
     assert!(matches!(&settings.source[0], SourceSettings::Mqtt(mqtt) if mqtt.stream.as_str() == "traffic"));
 }
 
+/// Those of docs/field-engineer.md, one behind the other; the last one writes the fields of the one before anew.
+#[test]
+fn the_configurations_of_the_docs_are_right() {
+    let docs = include_str!("../../../docs/field-engineer.md");
+    let blocks = docs.split("```toml\n").skip(1).filter_map(|rest| rest.split("```").next()).collect::<Vec<_>>();
+    let [identity, source, judged] = blocks[..] else { panic!("{} of them", blocks.len()) };
+    let identity = identity.replace("[cloud]", "data_dir = \"x\"\n[cloud]");
+    let settings = Settings::parse(&format!("{identity}{source}")).unwrap();
+    assert_eq!(settings.stream.len(), 1);
+    let (source, _) = source.split_once("[stream.counts.fields]").unwrap();
+    let settings = Settings::parse(&format!("{identity}{source}{judged}")).unwrap();
+    assert_eq!((settings.rule.len(), settings.publisher().is_ok()), (1, true));
+}
+
 #[test]
 fn columns_keep_the_order_of_the_file_and_names_come_from_the_streams() {
     let settings = Settings::parse(&format!("{HEAD}{TRAFFIC}")).unwrap();

@@ -7,7 +7,7 @@
 //! The topic of a message is the source's name, the levels of the path behind it, and the values of the query in their
 //! order, so `device = "topic:1"` takes `17` from `/ingest/lora/17` as from `/ingest/lora?device=17`; a `/` within a value
 //! is written `%2F`. A body is at most `max_payload`, unpacked if it is gzip. Bodies that are being read take at most
-//! [`BODY_BYTES_MAX`], or two of the largest; further requests wait for room.
+//! [`BODY_BYTES_MAX`], or two of the largest; further requests wait for room. Connections are limited, too (`door.rs`).
 
 #[cfg(test)]
 mod tests;
@@ -35,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::SourceState;
 use crate::config::HttpSettings;
+use crate::door::{Limited, Silence};
 use crate::entry::{Entry, Message, Payload};
 use crate::journal::{JournalSender, TryAppendError};
 
@@ -42,6 +43,11 @@ use crate::journal::{JournalSender, TryAppendError};
 const BODY_BYTES_MAX: u64 = 8 << 20;
 /// A permit stands for so many bytes.
 const PERMIT_BYTES: u64 = 1 << 10;
+/// Connections at one time, of all doors together.
+const CONNECTIONS_MAX: usize = 256;
+/// A connection on which nothing moves for so long ends, or for twice the longest `timeout` of the door's sources: no shorter
+/// than a request that waits for its body and for the journal.
+const SILENCE: Duration = Duration::from_secs(60);
 /// How often an address that is taken is tried again.
 const BIND_RETRY: Duration = Duration::from_secs(2);
 /// How long a stop waits for requests that have begun.
@@ -55,10 +61,22 @@ pub struct Push {
     pub state: Arc<SourceState>,
 }
 
+/// Places for the connections of all doors.
+#[derive(Debug, Clone)]
+pub struct Places(Arc<Semaphore>);
+
+impl Default for Places {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(CONNECTIONS_MAX)))
+    }
+}
+
 /// One address, and the sources behind it, which may change while it is open.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Door {
     sources: Mutex<BTreeMap<String, Arc<Source>>>,
+    places: Places,
+    silence: Silence,
     /// Where it listens, once it does.
     address: Mutex<Option<SocketAddr>>,
 }
@@ -95,8 +113,14 @@ impl IntoResponse for Refused {
 }
 
 impl Door {
+    /// Without sources, and not open yet.
+    pub fn new(places: Places) -> Self {
+        Self { sources: Mutex::default(), places, silence: Silence::new(SILENCE), address: Mutex::default() }
+    }
+
     /// Opens the way to a source.
     pub fn put(&self, push: Push) {
+        self.silence.at_least(push.settings.timeout.0.saturating_mul(2));
         let bytes = BODY_BYTES_MAX.max(push.settings.max_payload.0.saturating_mul(2));
         let room = Semaphore::new((bytes / PERMIT_BYTES) as usize);
         let Push { settings, journal, state } = push;
@@ -133,6 +157,7 @@ impl Door {
             .layer(axum::extract::DefaultBodyLimit::disable())
             .with_state(Arc::clone(&self));
         let ends = token.clone().cancelled_owned();
+        let listener = Limited { listener, places: Arc::clone(&self.places.0), silence: self.silence.clone() };
         let served = axum::serve(listener, router).with_graceful_shutdown(ends);
         let late = async {
             token.cancelled().await;

@@ -13,6 +13,8 @@ use crate::failpoint;
 
 /// A record of a group is not longer, unless it is a single batch.
 const PART_BYTES: usize = 4 << 20;
+/// Segments that one cut turns over at most, so that the engine is not away for long: the next try goes on there.
+const TURNS_MAX: usize = 32;
 /// What a batch takes there beside its body, at most: names and numbers.
 const BATCH_HEAD: usize = 512;
 
@@ -34,10 +36,12 @@ impl<L: FileLayer> Spool<L> {
             self.schemas.entry(schema.id()).or_insert_with(|| schema.canonical().to_owned());
         }
         let sealed_us = if self.knows_clock { now_us } else { record::SEALED_UNKNOWN };
+        let mut turns = 0;
         let brought = loop {
             match self.write_group(lane, cut, batches, sealed_us) {
                 Err(SpoolError::Full(name)) => {
-                    if !self.make_room(lane, now_us)? {
+                    turns += 1;
+                    if turns > TURNS_MAX || !self.make_room(lane, now_us)? {
                         return Err(SpoolError::Full(name));
                     }
                 }

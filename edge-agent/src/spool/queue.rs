@@ -415,6 +415,16 @@ impl Queues {
         missing
     }
 
+    /// How many batches are here one by one, and how many may be.
+    #[cfg(test)]
+    pub(super) fn here(&self) -> (usize, usize) {
+        let here = self.blocks.values().map(|block| match &block.batches {
+            Batches::Here(entries) => entries.len(),
+            Batches::There(_) => 0,
+        });
+        (here.sum(), HERE_MAX * BLOCK_BATCHES as usize)
+    }
+
     /// Keeps few blocks here: `wanted`, the newest, and what was asked for last.
     fn send_away(&mut self, wanted: u64) {
         let newest = self.blocks.last_key_value().map(|(start, _)| *start);

@@ -1,9 +1,15 @@
-//! Room in a full lane whose policy drops: its first segment goes.
+//! Room in a full lane: its first segment goes.
 //!
 //! A log is freed from its start, so whatever else the segment holds must stand elsewhere first: batches with numbers, which
 //! must come again with the same bytes and which an outage leaves at the very start; and what `thin` keeps. They move to
 //! the end, into a segment that cuts leave free for it, with their numbers in the same record. When the disk itself is full,
 //! a segment that the lane keeps there for this is opened in its place, and the one that goes becomes the next of these.
+//!
+//! Where most of a lane is needed no more, nothing is dropped: a stream that the cloud does not commit holds the lane's start,
+//! and behind it lies what the others have sent long ago. Then all that is needed moves, whatever the policy; a lane that
+//! refuses takes the room of one segment more meanwhile.
+
+use std::path::PathBuf;
 
 use segment_log::FileLayer;
 use wire::schema::own;
@@ -16,9 +22,40 @@ use super::{OnFull, Spool, SpoolError, Waiting, losses};
 /// Batches that one `moved` record takes, about.
 const MOVED_BYTES: usize = 1 << 20;
 
+/// A lane of which at most one part in so many is needed is turned over for that. Less, and it would be written again and again
+/// for little; more, and what is left empty at the ends of segments might pass for room.
+const NEEDED_PART: u64 = 4;
+
 impl<L: FileLayer> Spool<L> {
-    /// Makes room by the lane's policy. False: it refuses, or there is nothing that may go.
+    /// Makes room, by the lane's policy where something must go for it. False: it refuses, or there is nothing that may go.
     pub(super) fn make_room(&mut self, lane: usize, now_us: i64) -> Result<bool, SpoolError> {
+        let refuses = self.lanes[lane].settings.on_full == OnFull::Refuse;
+        if self.needed(lane) > self.lanes[lane].log.bytes_on_disk() / NEEDED_PART {
+            return if refuses { Ok(false) } else { self.turn_over(lane, true, now_us) };
+        }
+        let path = PathBuf::from(&self.lanes[lane].settings.name);
+        let io = |source| SpoolError::Io { path: path.clone(), source };
+        if refuses {
+            self.lanes[lane].log.keep_spare().map_err(io)?;
+        }
+        let made = self.turn_over(lane, false, now_us)?;
+        if refuses {
+            self.lanes[lane].log.give_spare_back().map_err(io)?;
+            return Ok(made);
+        }
+        Ok(made || self.turn_over(lane, true, now_us)?)
+    }
+
+    /// Bytes of the batches in a lane that must stay there, about.
+    fn needed(&self, lane: usize) -> u64 {
+        let waiting = self.lanes[lane].waiting.streams().map(|(_, queue)| queue.bytes).sum::<u64>();
+        let numbered = self.sequences.values().flat_map(|sequence| &sequence.numbered);
+        let numbered = numbered.filter(|numbered| numbered.place.lane == lane && numbered.void.is_none());
+        waiting + numbered.map(|numbered| numbered.bytes as u64).sum::<u64>()
+    }
+
+    /// Frees the first segment: what is needed of it moves, and what may go goes, where `drops`.
+    fn turn_over(&mut self, lane: usize, drops: bool, now_us: i64) -> Result<bool, SpoolError> {
         let droppable = |settings: &super::LaneSettings, stream: &StreamName| match settings.on_full {
             OnFull::Refuse => false,
             OnFull::DropOldest => stream.as_str() != own::LOSSES,
@@ -31,15 +68,15 @@ impl<L: FileLayer> Spool<L> {
         let settings = &self.lanes[lane].settings;
         let (mut victims, mut kept, mut droppable_bytes) = (Vec::new(), Vec::new(), 0);
         let streams = self.lanes[lane].waiting.streams().map(|(stream, queue)| {
-            let goes = droppable(settings, stream);
+            let goes = drops && droppable(settings, stream);
             droppable_bytes += if goes { queue.bytes } else { 0 };
-            let joins = settings.on_full == OnFull::DropOldest && stream.as_str() == own::LOSSES;
+            let joins = drops && settings.on_full == OnFull::DropOldest && stream.as_str() == own::LOSSES;
             (stream.clone(), goes || joins)
         });
         let streams = streams.collect::<Vec<_>>();
         // Less is no segment: what is kept would be written again and again for nothing.
         let is_too_little = droppable_bytes < log.options().payload_bytes_max() as u64 / 2;
-        if is_too_little || (is_only && !self.open_spare(lane)?) {
+        if (drops && is_too_little) || (is_only && (!drops || !self.open_spare(lane)?)) {
             return Ok(false);
         }
         let super::Lane { waiting, log, .. } = &mut self.lanes[lane];
@@ -59,7 +96,7 @@ impl<L: FileLayer> Spool<L> {
             return Ok(true);
         }
         if !moved {
-            return if self.open_spare(lane)? { self.make_room(lane, now_us) } else { Ok(false) };
+            return if self.open_spare(lane)? { self.turn_over(lane, drops, now_us) } else { Ok(false) };
         }
         victims.sort_by_key(|waiting| waiting.came);
         let mut victims = victims.into_iter().peekable();

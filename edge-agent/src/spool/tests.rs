@@ -502,6 +502,24 @@ fn a_fork_of_a_full_lane_finds_room_and_drops_nothing() {
     }
 }
 
+/// However much waits, and whatever was asked of it.
+#[test]
+fn a_backlog_is_not_in_memory_batch_by_batch() {
+    const BATCHES: u64 = 240;
+    let layer = SimLayer::new();
+    let mut spool = open(&layer, OnFull::Refuse);
+    (1..=BATCHES).for_each(|n| append(&mut spool, n, n as f64));
+    for of in ["as it came", "after a start", "after a look at all"] {
+        if of == "after a start" {
+            drop(spool);
+            spool = open(&layer, OnFull::Refuse);
+        }
+        let (here, most) = spool.lanes[1].waiting.here();
+        assert!(here <= most && most < BATCHES as usize / 10, "{of}: {here} of {most}");
+        assert_eq!(waiting(&mut spool, &traffic()).len(), BATCHES as usize, "{of}");
+    }
+}
+
 #[test]
 fn a_crash_in_a_fork_leaves_the_old_spool_or_the_new_one_whole() {
     for seed in seeds(60) {

@@ -37,7 +37,7 @@ pub(super) struct Forerunner {
     /// Lanes for which it keeps nothing.
     full: HashSet<usize>,
     /// Of lanes that became full under it; while the pipeline stands they are tried again.
-    held: Vec<(Position, usize, LaneCut)>,
+    pub(super) held: Vec<(Position, usize, LaneCut)>,
     /// Another configuration comes next.
     pub(super) stands: bool,
 }

@@ -45,7 +45,7 @@ impl Door {
         let settings = settings(more);
         let listen = settings.listen;
         let push = Push { settings, journal: journal.sender(), state: Arc::clone(&state) };
-        let door = Arc::new(super::Door::default());
+        let door = Arc::new(super::Door::new(Places::default()));
         door.put(push);
         let task = tokio::spawn(door.run(listen, token.clone()));
         while !state.connected.load(Ordering::Relaxed) {

@@ -105,6 +105,47 @@ fn a_segment_full_of_numbered_batches_moves_as_a_whole() {
     }
 }
 
+/// One stream is sent and never committed, and stands at the lane's start; another comes and is committed as it comes. Also in
+/// the middle of power cuts.
+#[test]
+fn a_stream_that_is_not_committed_does_not_fill_the_lane_with_what_others_have_sent() {
+    for seed in seeds(60) {
+        let on_full = [OnFull::Refuse, OnFull::DropOldest, OnFull::Thin][seed as usize % 3];
+        let (layer, mut run) = (SimLayer::new(), Run::new(seed));
+        for boot in 0..4 {
+            let mut spool = open(&layer, on_full);
+            run.check(&mut spool, &format!("{on_full:?}, boot {boot}"));
+            assert_eq!(spool.rows_counted().lost, 0, "seed {seed}: nothing must go");
+            // The first turns the lane over more than once.
+            if boot > 0 {
+                layer.fail_after(run.random.below(1_500));
+            }
+            for step in 0..700 {
+                let mut flow = || -> Result<(), SpoolError> {
+                    let window = step % 70 == 0;
+                    cut(&mut spool, run.cuts + 1, window, NOW_US)?;
+                    run.cuts += 1;
+                    run.came += 1 + u64::from(window);
+                    for stream in [traffic(), windows()] {
+                        for batch in spool.number(1, &stream, 1 + run.random.below(8_000) as usize)? {
+                            run.sent.insert((stream.clone(), batch.header().seq.0), batch);
+                        }
+                    }
+                    let head = spool.head(&traffic());
+                    spool.free(&traffic(), head).map(|_| ())
+                };
+                if let Err(error) = flow() {
+                    assert!(!layer.powered(), "seed {seed}, {on_full:?}, boot {boot}, step {step}: {error}");
+                    break;
+                }
+            }
+            assert!(spool.lanes[1].log.bytes_on_disk() <= 512 << 10, "seed {seed}");
+            drop(spool);
+            layer.power_cut(&mut run.random);
+        }
+    }
+}
+
 #[test]
 fn thin_keeps_windows_and_drops_readings() {
     let layer = SimLayer::new();

@@ -1,6 +1,6 @@
 //! A lane that refuses is full, and the other lanes go on.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -58,6 +58,15 @@ impl Driven {
     fn is_ahead(&self) -> bool {
         let at = self.engine.parts.pipeline.position();
         self.engine.forerunner.as_ref().is_some_and(|runner| runner.pipeline.position() > at)
+    }
+
+    /// What a forerunner holds beside the pipeline's state: what is pending up to a batch and a message, and a cut of each lane
+    /// that became full under it.
+    fn is_bounded(&self) -> bool {
+        let Some(runner) = &self.engine.forerunner else { return true };
+        let lanes = runner.held.iter().map(|(_, lane, _)| lane).collect::<BTreeSet<_>>().len();
+        let bytes = runner.pipeline.pending_bytes();
+        lanes == runner.held.len() && bytes <= PENDING_BYTES_MAX + (1 << 20)
     }
 
     /// The cloud commits what waits in a lane.
@@ -155,6 +164,7 @@ fn run(seed: u64, crashes: bool) -> usize {
             driven.engine.turn().unwrap();
         }
         ahead += usize::from(driven.is_ahead());
+        assert!(driven.is_bounded(), "seed {seed}");
         if random.random_bool(0.05) {
             driven.commit(0, &mut found);
         }
