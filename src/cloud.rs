@@ -8,12 +8,14 @@ use std::sync::Arc;
 use anyhow::Context;
 use cloud_ingest::config::{
     DEFAULT_LANE, DoorName, ListenSettings, PublishKind, PublishSettings, ReaderRight, ReaderSettings,
+    ViewPublishSettings, Way,
 };
 use cloud_ingest::{Cloud, CloudHandle, Settings};
 use query::alerts::{Severity, TopicFilter};
 use query::engine::VIEWS_LANE;
 use query::links::LinkRoom;
-use query::publish::target::{TargetKind, TargetSettings};
+use query::publish::target::{BrokerTls, TargetKind, TargetSettings};
+use query::publish::views::{ViewTargetSettings, ViewTargets};
 use query::serve::tls::Incoming;
 use query::serve::{House, Reader, Readers};
 use query::{Alerts, Engine, EngineSettings, LaneSettings, Links, Right, Scope, ViewSettings};
@@ -106,9 +108,10 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let (listen, limits, alerts) = (settings.listen.clone(), limits(&settings, &spill), alert_settings(&settings)?);
     let (links, broker) = (link_room(&settings), broker_place(&settings)?);
     let certificate = |door: DoorName| certificate(&listen, door);
-    let kept = views(&settings);
+    let (kept, of_views) = (views(&settings), view_targets(&settings)?);
     let cloud = Cloud::open(settings).await.context("start the cloud")?;
-    let tables = Arc::new(NodeTables(cloud.catalogue(), cloud.remarks(), cloud.metrics()));
+    let catalogue = cloud.catalogue();
+    let tables = Arc::new(NodeTables(Arc::clone(&catalogue), cloud.remarks(), cloud.metrics()));
     let sink = Arc::new(NodeSink(cloud.writer()));
     if let Some(place) = broker {
         tokio::task::spawn_blocking(|| broker::start(place)).await.context("start the broker")??;
@@ -120,10 +123,13 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
         .keep_views(Arc::clone(&sink) as _, kept, token.clone())
         .map_err(anyhow::Error::msg)
         .context("start the views")?;
+    let named = Arc::downgrade(&engine);
+    catalogue.own_names().set(move |stream| named.upgrade().is_some_and(|engine| engine.is_of_a_view(stream)));
     // Rules that are wrong end it before any port opens.
     let alerts = Alerts::start(Arc::clone(&engine), Arc::clone(&sink) as _, alerts, token.clone());
     let alerts = alerts.map_err(anyhow::Error::msg)?;
     let courier = Arc::new(NodeCourier(cloud.commands()));
+    let of_views = ViewTargets::start(&engine, &(Arc::clone(&sink) as _), of_views, &token);
     let links = Links::start(Arc::clone(&engine), sink, &alerts, courier, links, token.clone());
     let links = links.map_err(anyhow::Error::msg).context("start the links")?;
     let counted = Arc::clone(&links);
@@ -165,7 +171,7 @@ pub(crate) async fn start(settings: Settings, token: CancellationToken) -> anyho
     let tls = certificate(DoorName::Http)?.map(|tls| query::serve::tls::speaking(&tls, "http/1.1"));
     let incoming = Incoming::new(listener, tls, listen.http_connections)?;
     let questions = query::serve::http::router(Arc::clone(&engine), readers.clone())
-        .merge(query::serve::views::router(engine, readers.clone(), token.clone()))
+        .merge(query::serve::views::router(engine, of_views, readers.clone(), token.clone()))
         .merge(query::serve::links::router(links, readers.clone()))
         .merge(query::serve::alerts::router(alerts, readers));
     let cloud = cloud.listen(incoming, questions, token)?;
@@ -255,22 +261,7 @@ fn alert_settings(settings: &Settings) -> anyhow::Result<query::alerts::AlertSet
     let of = &settings.alerts;
     let target = |target: &PublishSettings| {
         let here = || format!("[[alerts.publish]] `{}`", target.name);
-        let (timeout, attempts) = (target.timeout.0, target.attempts);
-        let kind = match target.kind {
-            PublishKind::Webhook => {
-                let secret = target.secret.clone();
-                TargetKind::Webhook { url: target.url.clone(), secret, timeout, attempts }
-            }
-            PublishKind::Alertmanager => TargetKind::Alertmanager { url: target.url.clone(), timeout, attempts },
-            PublishKind::Mqtt => TargetKind::Mqtt {
-                host: target.url.host_str().with_context(here)?.to_owned(),
-                port: target.url.port().unwrap_or(1883),
-                client_id: target.client_id.clone().unwrap_or_else(|| format!("weir-{}", target.name)),
-                username: target.username.clone(),
-                password: target.password.clone(),
-                attempts,
-            },
-        };
+        let kind = target_kind(&target.way(), &target.name).with_context(here)?;
         let topic = TopicFilter::parse(&target.topic).map_err(anyhow::Error::msg).with_context(here)?;
         let severities = target.severity.iter().map(|word| {
             Severity::of(word)
@@ -289,6 +280,42 @@ fn alert_settings(settings: &Settings) -> anyhow::Result<query::alerts::AlertSet
         devices_max: of.devices_max,
         subscribers_max: of.subscribers_max.unwrap_or(settings.listen.http_connections.div_ceil(2)),
         targets: of.publish.iter().map(target).collect::<anyhow::Result<_>>()?,
+    })
+}
+
+/// What `[[views.publish]]` says.
+fn view_targets(settings: &Settings) -> anyhow::Result<Vec<ViewTargetSettings>> {
+    let target = |target: &ViewPublishSettings| {
+        let here = || format!("[[views.publish]] `{}`", target.name);
+        let kind = target_kind(&target.way(), &target.name).with_context(here)?;
+        let topic = target.topic.clone().unwrap_or_else(|| format!("views/{}", target.view));
+        Ok(ViewTargetSettings { name: target.name.clone(), view: target.view.clone(), kind, topic })
+    };
+    settings.views.publish.iter().map(target).collect()
+}
+
+/// How somebody of this name is reached.
+fn target_kind(way: &Way<'_>, name: &str) -> anyhow::Result<TargetKind> {
+    let Way { url, timeout, attempts, .. } = *way;
+    let (url, secret) = (url.clone(), way.secret.map(str::to_owned));
+    let read = |path: &Path| std::fs::read(path).with_context(|| format!("read {}", path.display()));
+    Ok(match way.kind {
+        PublishKind::Webhook => TargetKind::Webhook { url, secret, timeout, attempts },
+        PublishKind::Alertmanager => TargetKind::Alertmanager { url, timeout, attempts },
+        PublishKind::Mqtt => {
+            let is_tls = url.scheme() == "mqtts";
+            let own = way.cert_file.zip(way.key_file).map(|(cert, key)| anyhow::Ok((read(cert)?, read(key)?)));
+            let tls = BrokerTls { ca: way.ca_file.map(read).transpose()?, own: own.transpose()? };
+            TargetKind::Mqtt {
+                host: url.host_str().context("its url has no host")?.trim_matches(['[', ']']).to_owned(),
+                port: url.port().unwrap_or(if is_tls { 8883 } else { 1883 }),
+                tls: is_tls.then_some(tls),
+                client_id: way.client_id.map_or_else(|| format!("weir-{name}"), str::to_owned),
+                username: way.username.map(str::to_owned),
+                password: way.password.map(str::to_owned),
+                attempts,
+            }
+        }
     })
 }
 
@@ -325,8 +352,8 @@ fn limits(settings: &Settings, spill: &Path) -> EngineSettings {
     let lanes = lanes.into_iter().map(lane).chain([LaneSettings {
         name: VIEWS_LANE.to_owned(),
         running: views.running,
-        // Each view asks one question at a time.
-        waiting: views.max.max(views.running),
+        // Each view asks one question at a time, and so does who follows one.
+        waiting: views.max.max(views.running) + views.publish.len(),
         timeout: views.timeout.0,
         memory_bytes_max: views.statement_bytes.bytes(),
         common_bytes_max: for_views,

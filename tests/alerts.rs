@@ -7,7 +7,8 @@ use rumqttc::v5::mqttbytes::v5::Packet;
 use rumqttc::v5::{AsyncClient, Event, EventLoop};
 use serde_json::Value;
 
-use crate::harness::{Cloud, Edge, Mosquitto, mqtt_source, publish};
+use crate::cloud_alerts::{RULE, Readings, put, request};
+use crate::harness::{Cloud, Edge, Mosquitto, certificate, mqtt_source, publish};
 use crate::process::{PATIENCE, POLL};
 use crate::proxy::{Link, Proxy, Way};
 
@@ -156,4 +157,42 @@ async fn a_cloud_that_takes_and_never_answers_slows_no_acknowledgement_and_no_al
     assert_eq!(cloud.integer("SELECT count(*) FROM field").await, numbers.len() as i64 + 1);
     let rows = cloud.sql("SELECT alert_id FROM alerts").await.unwrap();
     assert_eq!(rows, [serde_json::json!({ "alert_id": alert["id"] })]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_over_tls_is_told_when_its_certificate_is_trusted_and_else_hears_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some((broker, secure, trusted)) = Mosquitto::start_tls(directory.path()) else { return };
+    let Some((other, _)) = certificate(directory.path(), "other") else { return };
+    let target = |name: &str, ca: &str| {
+        format!(
+            "[[alerts.publish]]\nname = \"{name}\"\nkind = \"mqtt\"\nurl = \"mqtts://127.0.0.1:{secure}\"\nca_file = \"{ca}\"\n"
+        )
+    };
+    let targets = [target("known", &trusted), target("stranger", &other)].concat();
+    let cloud = Cloud::start(directory.path(), "a", &targets).await;
+    let mut listener = Listener::new(&broker, "listens").await;
+    let mut readings = Readings::to(&cloud);
+    readings.send(&[("d1", 1)]).await;
+    put(&cloud, "high", RULE).await;
+    readings.send(&[("d1", 200)]).await;
+    readings.send(&[("d1", 5)]).await;
+    for word in ["firing", "resolved"] {
+        let (topic, _, text) = listener.next().await.unwrap();
+        let event: Value = serde_json::from_str(&text).unwrap();
+        assert_eq!((topic.as_str(), &event["data"]["transition"]), ("alerts/d1/high", &word.into()));
+    }
+    let started = Instant::now();
+    loop {
+        let (_, targets) = request(&cloud, "GET", "/v1/targets", "").await;
+        let of = |name: &str| targets.as_array().unwrap().iter().find(|target| target["name"] == name).unwrap().clone();
+        let (known, stranger) = (of("known"), of("stranger"));
+        if known["delivered"] == 2 && stranger["last_error"].as_str().is_some_and(|error| error.contains("certificate"))
+        {
+            assert_eq!(stranger["delivered"], 0, "{targets}");
+            break;
+        }
+        assert!(started.elapsed() < PATIENCE, "{targets}");
+        tokio::time::sleep(POLL).await;
+    }
 }

@@ -17,7 +17,7 @@ use tokio::net::TcpListener;
 use wire::{FieldType, StreamField, StreamSchema};
 
 use crate::doors_limits::resident;
-use crate::harness::{Answer, Chain, Cloud, Edge, Mosquitto, Sender, mqtt_source, publish};
+use crate::harness::{Answer, Chain, Cloud, Edge, Mosquitto, Sender, TOKEN, mqtt_source, publish};
 use crate::listener::Listener;
 use crate::load::seeded;
 use crate::process::{PATIENCE, POLL};
@@ -483,6 +483,13 @@ async fn whoever_has_a_token_writes_no_decisions() {
     assert!(acks.refused.len() == 1 && acks.refused[0].reason.contains("the cloud alone"), "{acks:?}");
     let streams = cloud.sql("SELECT name FROM system.streams").await.unwrap();
     assert!(!streams.contains(&json!({ "name": "alert_log" })), "{streams:?}");
+    // By the doors of others it is another stream.
+    let lines = "alert_log sequence=99i,alert_id=\"a\",state=\"firing\"\n";
+    let write = reqwest::Client::new().post(format!("{}/api/v2/write", cloud.http)).bearer_auth(TOKEN);
+    assert!(write.body(lines).send().await.unwrap().status().is_success());
+    let streams = cloud.sql("SELECT name FROM system.streams").await.unwrap();
+    assert!(!streams.contains(&json!({ "name": "alert_log" })), "{streams:?}");
+    assert!(streams.contains(&json!({ "name": "alert_log_" })), "{streams:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -362,6 +362,15 @@ impl Mosquitto {
         Some(broker)
     }
 
+    /// Another port of it speaks TLS: it, the port, and where its certificate lies. None, and a word about it, when it or
+    /// openssl is not installed.
+    pub(crate) fn start_tls(directory: &Path) -> Option<(Self, u16, String)> {
+        let (certificate, key) = certificate(directory, "broker")?;
+        let port = free_port();
+        let doors = format!("allow_anonymous true\nlistener {port} 127.0.0.1\ncertfile {certificate}\nkeyfile {key}\n");
+        Self::start_with(directory, &doors).map(|broker| (broker, port, certificate))
+    }
+
     /// Starts it, and waits until it listens.
     pub(crate) fn run(&mut self) {
         self.process.start();
@@ -390,6 +399,22 @@ impl Mosquitto {
     pub(crate) fn client(&self, id: &str) -> MqttOptions {
         MqttOptions::new(id, "127.0.0.1", self.port)
     }
+}
+
+/// A certificate of 127.0.0.1 that is its own authority, and its key: PEM. None, and a word about it, without openssl.
+pub(crate) fn certificate(directory: &Path, name: &str) -> Option<(String, String)> {
+    let at = |kind: &str| directory.join(format!("{name}.{kind}.pem")).display().to_string();
+    let (certificate, key) = (at("certificate"), at("key"));
+    let made = std::process::Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"])
+        .args(["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"])
+        .args(["-keyout", &key, "-out", &certificate])
+        .output();
+    if !made.is_ok_and(|made| made.status.success()) {
+        println!("left out: openssl is not installed");
+        return None;
+    }
+    Some((certificate, key))
 }
 
 /// Publishes topics and payloads at QoS 1, and waits for every acknowledgement.

@@ -12,7 +12,7 @@ use rumqttc::v5::{AsyncClient, Event};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::harness::{Cloud, Edge, Mosquitto, mqtt_source, publish};
+use crate::harness::{Cloud, Edge, Mosquitto, certificate, mqtt_source, publish};
 use crate::process::{PATIENCE, POLL};
 
 /// Numbers that come to `field/…`.
@@ -97,27 +97,18 @@ async fn a_client_id_that_is_no_longer_configured_is_drained_and_ended() {
 async fn a_broker_with_tls_and_a_password_is_reached_and_a_wrong_password_is_told() {
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name).display().to_string();
-    let made = Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"])
-        .args(["-addext", "subjectAltName=IP:127.0.0.1", "-addext", "basicConstraints=critical,CA:FALSE"])
-        .args(["-keyout", &at("key.pem"), "-out", &at("ca.pem")])
-        .output();
+    let Some((ca, key)) = certificate(directory.path(), "broker") else { return };
     let passwords = Command::new("mosquitto_passwd").args(["-b", "-c", &at("passwords"), "weir", "right"]).output();
-    if !made.is_ok_and(|made| made.status.success()) || !passwords.is_ok_and(|made| made.status.success()) {
-        println!("left out: openssl or mosquitto_passwd is not installed");
+    if !passwords.is_ok_and(|made| made.status.success()) {
+        println!("left out: mosquitto_passwd is not installed");
         return;
     }
-    let doors = format!(
-        "allow_anonymous false\npassword_file {}\ncertfile {}\nkeyfile {}\n",
-        at("passwords"),
-        at("ca.pem"),
-        at("key.pem")
-    );
+    let doors = format!("allow_anonymous false\npassword_file {}\ncertfile {ca}\nkeyfile {key}\n", at("passwords"));
     let Some(broker) = Mosquitto::start_with(directory.path(), &doors) else { return };
     let cloud = cloud(directory.path()).await;
     let url = format!("mqtts://127.0.0.1:{}", broker.port);
     let source = |password: &str| {
-        let login = format!("username = \"weir\"\npassword = \"{password}\"\nca_file = \"{}\"", at("ca.pem"));
+        let login = format!("username = \"weir\"\npassword = \"{password}\"\nca_file = \"{ca}\"");
         stream(&url, &login)
     };
     let mut edge = Edge::start(directory.path(), &cloud, &source("right")).await;

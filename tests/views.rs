@@ -1,12 +1,20 @@
 //! Views that run for ever, in a cloud that is killed: what they show is what their questions give.
 
+use std::collections::HashSet;
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Instant;
 
 use rand::Rng;
+use rumqttc::v5::mqttbytes::QoS;
+use rumqttc::v5::mqttbytes::v5::Packet;
+use rumqttc::v5::{AsyncClient, Event};
 use serde_json::Value;
+use tokio::net::TcpListener;
+use wire::RefusedRequest;
 
-use crate::harness::{Answer, Chain, Cloud, Sender, TOKEN, load_rows, load_schema};
+use crate::cloud_alerts::{Got, serve};
+use crate::harness::{Answer, Chain, Cloud, Mosquitto, Sender, TOKEN, load_rows, load_schema};
 use crate::listener::Listener;
 use crate::load::{a_moment, seeded};
 use crate::process::{PATIENCE, POLL, Process};
@@ -168,6 +176,152 @@ async fn a_subscriber_hears_each_change_of_a_view_once_through_kills() {
     }
     heard.sort();
     assert_eq!(heard, expected);
+}
+
+/// What somebody was told, each row once: (window, revision, device) tells repeats.
+#[derive(Debug, Default)]
+struct Heard {
+    rows: Vec<String>,
+    ids: HashSet<String>,
+}
+
+impl Heard {
+    fn hear(&mut self, event: &Value) {
+        assert_eq!((&event["type"], &event["data"]["view"]), (&"weir.view.change".into(), &"by_second".into()));
+        if self.ids.insert(event["id"].as_str().unwrap().to_owned()) {
+            self.rows.extend(event["data"]["rows"].as_array().unwrap().iter().map(Value::to_string));
+        }
+    }
+
+    fn sorted(&self) -> Vec<String> {
+        let mut rows = self.rows.clone();
+        rows.sort();
+        rows
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_and_a_webhook_are_told_each_change_of_a_view_through_kills() {
+    let mut random = seeded();
+    let directory = tempfile::tempdir().unwrap();
+    let Some((mut broker, secure, ca)) = Mosquitto::start_tls(directory.path()) else { return };
+    let got: Got = Arc::default();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let hook = listener.local_addr().unwrap();
+    tokio::spawn(serve(listener, Arc::clone(&got)));
+    let target = |name: &str, kind: &str, url: &str, more: &str| {
+        format!(
+            "[[views.publish]]\nname = \"{name}\"\nview = \"by_second\"\nkind = \"{kind}\"\nurl = \"{url}\"\n{more}\n"
+        )
+    };
+    let targets = [
+        target(
+            "broker",
+            "mqtt",
+            &format!("mqtts://127.0.0.1:{secure}"),
+            &format!("topic = \"signs/load\"\nca_file = \"{ca}\""),
+        ),
+        target("hook", "webhook", &format!("http://{hook}/hook"), "secret = \"s\""),
+        target("refuses", "webhook", &format!("http://{hook}/nothing"), ""),
+    ];
+    let more = format!("[commit]\nmax_age = \"300ms\"\n{}", targets.concat());
+    let mut cloud = Cloud::start(directory.path(), "a", &more).await;
+    // A session that the broker keeps.
+    let mut options = broker.client("listens");
+    options.set_clean_start(false).set_session_expiry_interval(Some(3_600));
+    let (client, mut events) = AsyncClient::new(options, 100);
+    client.subscribe("signs/#", QoS::AtLeastOnce).await.unwrap();
+    while !matches!(events.poll().await.unwrap(), Event::Incoming(Packet::SubAck(_))) {}
+    let mut chain = Chain::new("load", load_schema());
+    deliver(&mut cloud, &mut chain, 0, 3_000).await;
+    // They are older than the view: they are told all of it.
+    cloud.sql(&format!("CREATE MATERIALIZED VIEW by_second AS {BY_SECOND}")).await.unwrap();
+    let mut next = 3_000;
+    for round in 0..4 {
+        let count = random.random_range(1_000..2_500);
+        deliver(&mut cloud, &mut chain, next, count).await;
+        next += count as i64;
+        a_moment(&mut random).await;
+        cloud.kill();
+        if round == 1 {
+            broker.stop();
+            broker.run();
+        }
+        cloud.run();
+        cloud.wait().await;
+    }
+    deliver(&mut cloud, &mut chain, next + 60_000, 1).await;
+    let open =
+        format!("SELECT * FROM ({BY_SECOND}) AS q WHERE b < (SELECT time_bucket('1 second', max(ts)) FROM load)");
+    equals(&cloud, "SELECT * FROM by_second", &open).await;
+    let expected = told(&cloud, "by_second").await;
+    let (mut at_broker, started) = (Heard::default(), Instant::now());
+    while at_broker.rows.len() < expected.len() {
+        assert!(started.elapsed() < PATIENCE, "{} of {} rows at the broker", at_broker.rows.len(), expected.len());
+        // It was restarted.
+        let Ok(event) = tokio::time::timeout(PATIENCE, events.poll()).await.expect("a message comes") else { continue };
+        if let Event::Incoming(Packet::Publish(message)) = event {
+            assert!(!message.retain && &message.topic[..] == b"signs/load", "{message:?}");
+            at_broker.hear(&serde_json::from_slice(&message.payload).unwrap());
+        }
+    }
+    assert_eq!(at_broker.sorted(), expected);
+    let mut at_hook = Heard::default();
+    loop {
+        for (head, event) in got.lock().unwrap().drain(..) {
+            assert!(head.contains("x-weir-signature: t="), "{head}");
+            at_hook.hear(&event);
+        }
+        if at_hook.rows.len() >= expected.len() {
+            break;
+        }
+        assert!(started.elapsed() < PATIENCE, "{} of {} rows at the hook", at_hook.rows.len(), expected.len());
+        tokio::time::sleep(POLL).await;
+    }
+    assert_eq!(at_hook.sorted(), expected);
+    // What is refused is given up, each append by itself, and stands there.
+    let appends =
+        "SELECT count(DISTINCT _seq) FROM by_second_changes WHERE view_empty IS NOT TRUE OR view_window IS NOT NULL";
+    let dead = "SELECT count(DISTINCT place) FROM view_deliveries WHERE target = 'refuses' AND state = 'dead' AND reason LIKE '%404%'";
+    let started = Instant::now();
+    while cloud.integer(dead).await < cloud.integer(appends).await {
+        assert!(started.elapsed() < PATIENCE, "what is refused is not given up");
+        tokio::time::sleep(POLL).await;
+    }
+    let answer = reqwest::get(format!("{}/v1/views/targets", cloud.http)).await.unwrap();
+    let targets: Value = answer.json().await.unwrap();
+    let refuses = targets.as_array().unwrap().iter().find(|target| target["name"] == "refuses").unwrap();
+    assert!(refuses["last_error"].as_str().unwrap().contains("404"), "{targets}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_else_writes_what_a_view_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut cloud = Cloud::start(directory.path(), "a", "").await;
+    let mut chain = Chain::new("load", load_schema());
+    deliver(&mut cloud, &mut chain, 0, 3_000).await;
+    cloud.sql(&format!("CREATE MATERIALIZED VIEW by_second AS {BY_SECOND}")).await.unwrap();
+    // Also when the node has just begun.
+    cloud.kill();
+    cloud.run();
+    cloud.wait().await;
+    for stream in ["by_second", "by_second_changes"] {
+        let mut forged = Chain::new(stream, load_schema());
+        let batch = forged.seal(&load_rows(0, 10));
+        let answer = Sender::to(&cloud).send(&load_schema(), &[batch]).await;
+        assert!(matches!(&answer, Answer::Refused(RefusedRequest::PushedBack { .. })), "{stream}: {answer:?}");
+        let write = reqwest::Client::new().post(format!("{}/api/v2/write", cloud.http)).bearer_auth(TOKEN);
+        let answer = write.body(format!("{stream} n=1i\n")).send().await.unwrap();
+        assert_eq!(answer.status().as_u16(), 400, "{stream}");
+    }
+    assert_eq!(cloud.integer("SELECT count(*) FROM by_second_changes WHERE _edge <> 'weir'").await, 0);
+    assert_eq!(cloud.integer("SELECT count(*) FROM quarantine WHERE reason = 'reserved'").await, 2);
+    // The name is free again without the view.
+    cloud.sql("DROP MATERIALIZED VIEW by_second").await.unwrap();
+    let mut own = Chain::new("by_second", load_schema());
+    let batch = own.seal(&load_rows(0, 10));
+    let answer = Sender::to(&cloud).send(&load_schema(), &[batch]).await;
+    assert!(matches!(answer, Answer::Acks(_)), "{answer:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

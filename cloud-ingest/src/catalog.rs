@@ -18,6 +18,7 @@ use wire::hot::{HotAnswer, HotError, HotSource};
 use crate::delta::TableSnapshot;
 use crate::hot::HotSet;
 use crate::ledger::Ledger;
+use crate::own_names::OwnNames;
 
 /// What a table holds at one moment.
 #[derive(Debug)]
@@ -38,6 +39,7 @@ struct Table {
 pub struct Catalogue {
     tables: RwLock<BTreeMap<StreamName, Arc<Table>>>,
     ledger: Ledger,
+    own_names: OwnNames,
     changes: watch::Sender<u64>,
 }
 
@@ -45,6 +47,11 @@ impl Catalogue {
     /// What came from whom.
     pub fn ledger(&self) -> &Ledger {
         &self.ledger
+    }
+
+    /// Which streams are filled by views of this node alone.
+    pub fn own_names(&self) -> &OwnNames {
+        &self.own_names
     }
 
     /// Every stream that has a table, in order of name.

@@ -132,6 +132,7 @@ mod tests {
         check(OWN_EDGE, "alert_deliveries", Class::Alerts);
         check("gw", "alerts", Class::Alerts);
         check(OWN_EDGE, "by_minute_changes", Class::Views);
+        check(OWN_EDGE, "view_deliveries", Class::Views);
         check("gw", "by_minute_changes", Class::Readings);
         check(OWN_EDGE, "batch_origins", Class::Readings);
         check("gw", "traffic", Class::Readings);

@@ -132,6 +132,7 @@ impl Cloud {
             reading: Arc::new(Semaphore::new(2 * std::thread::available_parallelism().map_or(1, usize::from))),
             jobs,
             metrics: Arc::clone(&metrics),
+            own_names: catalogue.own_names().clone(),
             ready: AtomicBool::new(false),
             schemas: Default::default(),
             origins: Default::default(),

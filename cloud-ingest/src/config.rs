@@ -24,7 +24,7 @@ mod pressure;
 mod query;
 mod views;
 
-pub use alerts::{AlertSettings, PublishKind, PublishSettings};
+pub use alerts::{AlertSettings, PublishKind, PublishSettings, Way};
 pub use broker::BrokerSettings;
 pub use callers::{EdgeSettings, ReaderRight, ReaderSettings};
 pub use lake::{CompactSettings, Keep, KeepSettings, LakeSettings, StreamSettings};
@@ -32,7 +32,7 @@ pub use links::LinksSettings;
 pub use listen::{DoorName, ListenSettings, TlsSettings};
 pub use pressure::PressureSettings;
 pub use query::{DEFAULT_LANE, LaneSettings, QuerySettings, VIEWS_LANE};
-pub use views::ViewsSettings;
+pub use views::{ViewPublishSettings, ViewsSettings};
 
 /// Batches of doors that can be remembered: some 150 bytes each, in memory and on disk.
 const REPEATS_MAX: usize = 10_000_000;

@@ -14,6 +14,7 @@ use wire::schema::own;
 use wire::{EdgeId, TS_FUTURE_MAX_US, TS_MIN_US};
 
 use self::rows::{Cell, Gathering, Maker, RowsError};
+use crate::own_names::OwnNames;
 use crate::repeats::WriteId;
 
 /// Rejections that an answer tells, the others are counted.
@@ -50,6 +51,7 @@ impl Told {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Origin<'a> {
     pub(crate) edge: &'a EdgeId,
+    pub(crate) own_names: &'a OwnNames,
     /// The protocol.
     pub(crate) source: &'static str,
     /// What the sender calls the place that it writes to.

@@ -33,6 +33,7 @@ use crate::config::{EdgeSettings, WriteSettings};
 use crate::ingest::request::Arrived;
 use crate::ingest::{Job, Jobs, RETRY_AFTER_MS, Reply};
 use crate::metrics::{Metrics, Tally};
+use crate::own_names::OwnNames;
 
 mod commands;
 mod write;
@@ -66,6 +67,7 @@ pub(crate) struct Door {
     pub(crate) reading: Arc<Semaphore>,
     pub(crate) jobs: Jobs,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) own_names: OwnNames,
     pub(crate) ready: AtomicBool,
     pub(crate) schemas: RwLock<HashMap<SchemaId, Arc<StreamSchema>>>,
     pub(crate) origins: RwLock<Origins>,

@@ -18,6 +18,7 @@ pub mod ledger;
 mod maintain;
 pub mod metrics;
 pub mod origins;
+pub mod own_names;
 pub mod remarks;
 pub mod repeats;
 pub mod rescue;

@@ -31,7 +31,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use ring::hmac;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -48,10 +47,8 @@ pub use self::topic::TopicFilter;
 pub use self::trial::{Span as TrialSpan, Trial};
 use crate::engine::Engine;
 use crate::links::event::LinkEvent;
-use crate::publish::Hub;
-use crate::publish::mqtt::{self, Broker};
-use crate::publish::target::{Place, TargetKind, TargetSettings, TargetStatus};
-use crate::publish::webhook::{self, Request};
+use crate::publish::target::{Place, TargetKind, TargetSettings, TargetStatus, Way};
+use crate::publish::{Hub, mqtt, webhook};
 use crate::sink::Sink;
 
 /// Requests of people that wait for the task.
@@ -345,23 +342,10 @@ impl Drop for Ends {
 
 /// Starts the task of a target.
 fn serve(kind: &TargetKind, place: Place, token: CancellationToken) {
-    match kind.clone() {
-        TargetKind::Webhook { url, secret, timeout, attempts } => {
-            let secret = secret.map(|secret| hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes()));
-            let request = Request { url, secret, timeout, attempts, alertmanager: false };
-            tokio::spawn(webhook::run(request, place, token));
-        }
-        TargetKind::Alertmanager { mut url, timeout, attempts } => {
-            let path = format!("{}/api/v2/alerts", url.path().trim_end_matches('/'));
-            url.set_path(&path);
-            let request = Request { url, secret: None, timeout, attempts, alertmanager: true };
-            tokio::spawn(webhook::run(request, place, token));
-        }
-        TargetKind::Mqtt { host, port, client_id, username, password, attempts } => {
-            let credentials = username.map(|username| (username, password.unwrap_or_default()));
-            tokio::spawn(mqtt::run(Broker { host, port, client_id, credentials, attempts }, place, token));
-        }
-    }
+    match kind.clone().way() {
+        Way::Http(request) => tokio::spawn(webhook::run(request, place, token)),
+        Way::Mqtt(broker) => tokio::spawn(mqtt::run(broker, place, token)),
+    };
 }
 
 fn micros(span: Duration) -> i64 {

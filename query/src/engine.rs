@@ -25,6 +25,7 @@ use datafusion::sql::parser::Statement;
 use datafusion::sql::sqlparser::dialect::{Dialect, GenericDialect};
 use futures::StreamExt;
 use tokio_util::sync::CancellationToken;
+use wire::StreamName;
 
 use crate::as_of::{self, AsOf};
 use crate::breadth;
@@ -227,6 +228,11 @@ impl Engine {
     /// The views that are kept.
     pub(crate) fn views(&self) -> &Views {
         &self.views
+    }
+
+    /// Whether a stream has the name of a view, or of a view's results: nobody but the view writes there.
+    pub fn is_of_a_view(&self, stream: &StreamName) -> bool {
+        self.views.owns(stream)
     }
 
     /// How links stand.

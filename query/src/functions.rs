@@ -7,6 +7,7 @@
 pub(crate) mod asof;
 pub(crate) mod bucket_grid;
 mod by_time;
+mod each_row;
 mod gapfill;
 mod geodesy;
 mod h3;
@@ -39,8 +40,11 @@ use crate::pushdown;
 
 /// The state of a session that can carry out what the functions become.
 pub(crate) fn state(config: SessionConfig, runtime: Arc<RuntimeEnv>, gapfill_rows_max: usize) -> SessionState {
-    let ours: [Arc<dyn OptimizerRule + Send + Sync>; 2] =
-        [Arc::new(gapfill::PlanGapFill { rows_max: gapfill_rows_max }), Arc::new(asof::PushIntoAsOf)];
+    let ours: [Arc<dyn OptimizerRule + Send + Sync>; 3] = [
+        Arc::new(gapfill::PlanGapFill { rows_max: gapfill_rows_max }),
+        Arc::new(asof::PushIntoAsOf),
+        Arc::new(each_row::EachRow),
+    ];
     let mut rules: Vec<_> = ours.into_iter().chain(Optimizer::new().rules).collect();
     // Where conditions stand right above a HOP or a SESSION: what comes later puts columns between.
     let pushed = rules.iter().position(|rule| rule.name() == "push_down_filter").map_or(rules.len(), |at| at + 1);

@@ -122,6 +122,12 @@ impl Lane {
         Ok(Self { settings, execution, queue })
     }
 
+    /// Who waits for a place.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> usize {
+        self.queue.lock().waiting()
+    }
+
     async fn enter(lane: &Arc<Self>, reader: &str) -> Result<Place, QueryError> {
         let turn = {
             let mut queue = lane.queue.lock();

@@ -6,9 +6,11 @@
 //! at a time and first come, first served; a page that was read serves all who stand within it, so that a crowd costs little
 //! more than one. What is in the ring waits for none of that. A change is in the ring after it is durable.
 
+pub(crate) mod appends;
 pub mod mqtt;
 pub mod sse;
 pub mod target;
+pub mod views;
 pub mod webhook;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};

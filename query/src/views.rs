@@ -16,6 +16,7 @@ use parking_lot::{Mutex, RwLock};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use wire::StreamName;
+use wire::schema::is_own_stream;
 
 use crate::caller::{Caller, Right};
 use crate::catalog::Tables;
@@ -224,6 +225,12 @@ impl Views {
         name.parse::<StreamName>().is_ok_and(|name| self.entries.read().contains_key(&name))
     }
 
+    /// Whether this is the name of a view, or of its results.
+    pub(crate) fn owns(&self, stream: &StreamName) -> bool {
+        let of = stream.as_str().strip_suffix(view::CHANGES);
+        self.entries.read().contains_key(stream) || of.is_some_and(|view| self.has(view))
+    }
+
     fn planned(&self, name: &str) -> Option<Arc<View>> {
         let name: StreamName = name.parse().ok()?;
         self.entries.read().get(&name).and_then(|entry| entry.planned())
@@ -332,6 +339,9 @@ impl Views {
             return if if_not_exists { Ok(()) } else { Err(refused(format!("view {name} is there already"))) };
         }
         let tables = engine.tables().as_ref();
+        if is_own_stream(name) {
+            return Err(refused(format!("{name} is what Weir itself writes: choose another name")));
+        }
         let is_taken =
             tables.cold(name).is_some() || references::view(tables, name.as_str()).is_ok_and(|view| view.is_some());
         if is_taken {

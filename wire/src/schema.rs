@@ -259,6 +259,8 @@ pub mod own {
     pub const ALERT_LOG: &str = "alert_log";
     /// The stream of what was delivered to whom, and what was not.
     pub const ALERT_DELIVERIES: &str = "alert_deliveries";
+    /// The stream of who was told what views say, and what they never took.
+    pub const VIEW_DELIVERIES: &str = "view_deliveries";
     /// The stream of which agent sealed which batches.
     pub const BATCH_ORIGINS: &str = "batch_origins";
     /// The stream of what links have done.
@@ -347,6 +349,18 @@ pub mod own {
         ])
     }
 
+    /// `view_deliveries`: how far `target` has what `view` says (`state` is `delivered`), or the append up to that `place` that it
+    /// never took (`dead`). A place is as in the ids of `/v1/views/{view}/stream`.
+    pub fn view_deliveries() -> StreamSchema {
+        schema(&[
+            ("target", FieldType::Text),
+            ("view", FieldType::Text),
+            ("state", FieldType::Text),
+            ("place", FieldType::Text),
+            ("reason", FieldType::Text),
+        ])
+    }
+
     /// `alert_deliveries`: how far `target` has everything (`state` is `delivered`), the change of that `sequence` that it
     /// never took (`dead`), or `count` changes up to it that were too old when it came back (`missed`).
     pub fn alert_deliveries() -> StreamSchema {
@@ -408,7 +422,10 @@ pub fn is_own_stream(stream: &StreamName) -> bool {
 
 /// Whether a name is that of a stream that the cloud alone fills: nobody else may write there.
 pub fn is_cloud_stream(stream: &StreamName) -> bool {
-    matches!(stream.as_str(), own::ALERT_LOG | own::ALERT_DELIVERIES | own::BATCH_ORIGINS | own::LINK_LOG)
+    matches!(
+        stream.as_str(),
+        own::ALERT_LOG | own::ALERT_DELIVERIES | own::VIEW_DELIVERIES | own::BATCH_ORIGINS | own::LINK_LOG
+    )
 }
 
 #[cfg(test)]

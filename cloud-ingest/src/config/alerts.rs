@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
@@ -84,9 +84,84 @@ pub struct PublishSettings {
     pub client_id: Option<String>,
     pub username: Option<String>,
     pub password: Option<String>,
+    /// Certificates (PEM) to trust for mqtts; those of the system unless set.
+    pub ca_file: Option<PathBuf>,
+    /// The node's own certificate and key (PEM), both or none.
+    pub cert_file: Option<PathBuf>,
+    pub key_file: Option<PathBuf>,
 }
 
-fn url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Url, D::Error> {
+/// How somebody is reached, whatever they are told of.
+#[derive(Clone, Copy)]
+pub struct Way<'a> {
+    pub kind: PublishKind,
+    pub url: &'a Url,
+    pub secret: Option<&'a str>,
+    pub timeout: Duration,
+    pub attempts: u32,
+    pub client_id: Option<&'a str>,
+    pub username: Option<&'a str>,
+    pub password: Option<&'a str>,
+    pub ca_file: Option<&'a Path>,
+    pub cert_file: Option<&'a Path>,
+    pub key_file: Option<&'a Path>,
+}
+
+impl PublishSettings {
+    /// How it is reached.
+    pub fn way(&self) -> Way<'_> {
+        Way {
+            kind: self.kind,
+            url: &self.url,
+            secret: self.secret.as_deref(),
+            timeout: self.timeout.0,
+            attempts: self.attempts,
+            client_id: self.client_id.as_deref(),
+            username: self.username.as_deref(),
+            password: self.password.as_deref(),
+            ca_file: self.ca_file.as_deref(),
+            cert_file: self.cert_file.as_deref(),
+            key_file: self.key_file.as_deref(),
+        }
+    }
+}
+
+impl fmt::Debug for Way<'_> {
+    /// Without the address: it may hold a secret.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Way").field("kind", &self.kind).finish_non_exhaustive()
+    }
+}
+
+impl Way<'_> {
+    /// `here` names who it is.
+    pub(super) fn check(&self, here: &str) -> Result<(), String> {
+        let of_mqtt = self.kind == PublishKind::Mqtt;
+        let schemes: &[&str] = if of_mqtt { &["mqtt", "mqtts"] } else { &["http", "https"] };
+        if !schemes.contains(&self.url.scheme()) || self.url.host_str().is_none() {
+            return Err(format!("{here} url: {}:// is needed, and a host", schemes.join(":// or ")));
+        }
+        if self.secret.is_some() && self.kind != PublishKind::Webhook {
+            return Err(format!("{here}: secret is of a webhook"));
+        }
+        if !of_mqtt && (self.username.is_some() || self.client_id.is_some()) {
+            return Err(format!("{here}: username and client_id are of mqtt"));
+        }
+        let files = [self.ca_file, self.cert_file, self.key_file];
+        if self.url.scheme() != "mqtts" && files.iter().any(Option::is_some) {
+            return Err(format!("{here}: ca_file, cert_file and key_file are for mqtts://"));
+        }
+        if self.cert_file.is_some() != self.key_file.is_some() || self.cert_file.is_some() && self.ca_file.is_none() {
+            return Err(format!("{here}: cert_file and key_file go together, and with ca_file"));
+        }
+        if self.attempts == 0 || self.timeout.is_zero() {
+            return Err(format!("{here}: attempts and timeout are more than 0"));
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Url, D::Error> {
     // Without the text: it may hold a secret.
     String::deserialize(deserializer)?.parse().map_err(|error| serde::de::Error::custom(format!("url: {error}")))
 }
@@ -95,11 +170,11 @@ fn every_topic() -> String {
     "#".to_owned()
 }
 
-fn timeout() -> Span {
+pub(super) fn timeout() -> Span {
     Span(Duration::from_secs(10))
 }
 
-fn attempts() -> u32 {
+pub(super) fn attempts() -> u32 {
     20
 }
 
@@ -135,19 +210,7 @@ impl AlertSettings {
             if target.name.is_empty() || target.name.len() > 63 || !names.insert(&target.name) {
                 return Err(format!("{here}: a name has from 1 to 63 bytes and is there once"));
             }
-            let schemes: &[&str] = if target.kind == PublishKind::Mqtt { &["mqtt"] } else { &["http", "https"] };
-            if !schemes.contains(&target.url.scheme()) || target.url.host_str().is_none() {
-                return Err(format!("{here} url: {}:// is needed, and a host", schemes.join(":// or ")));
-            }
-            if target.secret.is_some() && target.kind != PublishKind::Webhook {
-                return Err(format!("{here}: secret is of a webhook"));
-            }
-            if target.kind != PublishKind::Mqtt && (target.username.is_some() || target.client_id.is_some()) {
-                return Err(format!("{here}: username and client_id are of mqtt"));
-            }
-            if target.attempts == 0 || target.timeout.0.is_zero() {
-                return Err(format!("{here}: attempts and timeout are more than 0"));
-            }
+            target.way().check(&here)?;
         }
         Ok(())
     }

@@ -64,6 +64,13 @@ fn wrong_configurations_say_what_is_wrong() {
     let target = |more: &str| format!("[[alerts.publish]]\nname = \"a\"\n{more}");
     check(&target("kind = \"webhook\"\nurl = \"mqtt://b\""), "http:// or https://");
     check(&target("kind = \"mqtt\"\nurl = \"mqtt://b\"\nsecret = \"x\""), "of a webhook");
+    check(&target("kind = \"mqtt\"\nurl = \"mqtt://b\"\nca_file = \"x\""), "for mqtts://");
+    check(&target("kind = \"mqtt\"\nurl = \"mqtts://b\"\ncert_file = \"x\"\nkey_file = \"y\""), "with ca_file");
+    let target_of_view = |more: &str| format!("[[views.publish]]\nname = \"a\"\nview = \"v\"\n{more}");
+    check(&target_of_view("kind = \"webhook\"\nurl = \"mqtt://b\""), "http:// or https://");
+    check(&target_of_view("kind = \"alertmanager\"\nurl = \"http://b\""), "webhook or mqtt");
+    check(&target_of_view("kind = \"mqtt\"\nurl = \"mqtt://b\"\ntopic = \"a/#\""), "no wildcards");
+    check(&target_of_view("kind = \"webhook\"\nurl = \"http://b\"\ntopic = \"a\""), "is of mqtt");
     check(&target("kind = \"fax\"\nurl = \"mqtt://b\""), "fax");
     check("[broker]\nlisten = \"127.0.0.1:1\"\nlisten_v4 = \"127.0.0.1:1\"", "another address");
     check("[broker]\nlisten = \"127.0.0.1:0\"", "needs a port");

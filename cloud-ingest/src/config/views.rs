@@ -1,10 +1,16 @@
-//! What can be set of views that run for ever: where their definitions are, how many, and what they may take.
+//! What can be set of views that run for ever: where their definitions are, how many, what they may take, and who is told.
 
+use std::collections::HashSet;
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
+use url::Url;
+use wire::StreamName;
 use wire::written::{Size, Span};
+
+use super::alerts::{PublishKind, Way, attempts, timeout, url};
 
 /// Limits of all views of a node, and of the lane that they ask in.
 #[derive(Debug, Clone, Deserialize)]
@@ -29,6 +35,83 @@ pub struct ViewsSettings {
     pub timeout: Span,
     pub statement_bytes: Size,
     pub threads: usize,
+    /// Who is told of what views say.
+    pub publish: Vec<ViewPublishSettings>,
+}
+
+/// One who is told of what a view says.
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ViewPublishSettings {
+    /// Names its place in what the view says: another name begins anew.
+    pub name: String,
+    pub view: StreamName,
+    pub kind: PublishKind,
+    #[serde(deserialize_with = "url")]
+    pub url: Url,
+    /// Of MQTT; `views/<view>` unless set.
+    pub topic: Option<String>,
+    /// Of a webhook: the key of its signature.
+    pub secret: Option<String>,
+    /// Of one request.
+    #[serde(default = "timeout")]
+    pub timeout: Span,
+    /// Then it is given up. Of MQTT: connections that were lost over one message.
+    #[serde(default = "attempts")]
+    pub attempts: u32,
+    pub client_id: Option<String>,
+    pub username: Option<String>,
+    pub password: Option<String>,
+    /// Certificates (PEM) to trust for mqtts; those of the system unless set.
+    pub ca_file: Option<PathBuf>,
+    /// The node's own certificate and key (PEM), both or none.
+    pub cert_file: Option<PathBuf>,
+    pub key_file: Option<PathBuf>,
+}
+
+impl fmt::Debug for ViewPublishSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ViewPublishSettings")
+            .field("name", &self.name)
+            .field("view", &self.view)
+            .field("kind", &self.kind)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ViewPublishSettings {
+    /// How it is reached.
+    pub fn way(&self) -> Way<'_> {
+        Way {
+            kind: self.kind,
+            url: &self.url,
+            secret: self.secret.as_deref(),
+            timeout: self.timeout.0,
+            attempts: self.attempts,
+            client_id: self.client_id.as_deref(),
+            username: self.username.as_deref(),
+            password: self.password.as_deref(),
+            ca_file: self.ca_file.as_deref(),
+            cert_file: self.cert_file.as_deref(),
+            key_file: self.key_file.as_deref(),
+        }
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let here = format!("[[views.publish]] `{}`", self.name);
+        if self.kind == PublishKind::Alertmanager {
+            return Err(format!("{here}: Alertmanager is told of alerts: kind is webhook or mqtt"));
+        }
+        if let Some(topic) = &self.topic
+            && (self.kind != PublishKind::Mqtt
+                || topic.is_empty()
+                || topic.len() > 1_024
+                || topic.contains(['+', '#', '\0']))
+        {
+            return Err(format!("{here}: topic is of mqtt, has from 1 to 1024 bytes, and no wildcards"));
+        }
+        self.way().check(&here)
+    }
 }
 
 impl Default for ViewsSettings {
@@ -46,6 +129,7 @@ impl Default for ViewsSettings {
             timeout: Span(Duration::from_secs(60)),
             statement_bytes: Size(256 << 20),
             threads: 1,
+            publish: Vec::new(),
         }
     }
 }
@@ -60,6 +144,14 @@ impl ViewsSettings {
         }
         if self.answer_rows < 1_000 {
             return Err("[views] answer_rows must be at least 1000".to_owned());
+        }
+        let mut names = HashSet::new();
+        for target in &self.publish {
+            if target.name.is_empty() || target.name.len() > 63 || !names.insert(&target.name) {
+                let name = &target.name;
+                return Err(format!("[[views.publish]] `{name}`: a name has from 1 to 63 bytes and is there once"));
+            }
+            target.check()?;
         }
         Ok(())
     }

@@ -13,6 +13,7 @@ use wire::{FIELDS_MAX, FieldName, StreamName, named};
 
 use super::rows::{Cell, Gathering, RowsError};
 use super::{Origin, Rejected, Told, check_time, reject};
+use crate::own_names::{self, OwnNames};
 
 /// Longest name of a device, as at the edge.
 const DEVICE_BYTES_MAX: usize = 256;
@@ -67,19 +68,23 @@ struct Reader<'r, 'o> {
 /// Names that were met, as they are called here.
 #[derive(Debug, Default)]
 struct Names {
+    /// None that is a view's own.
     streams: HashMap<String, StreamName>,
     fields: HashMap<String, FieldName>,
 }
 
 impl Names {
-    fn stream(&mut self, name: &str, told: &mut Told) -> StreamName {
+    fn stream(&mut self, name: &str, own: &OwnNames, told: &mut Told) -> Result<StreamName, (&'static str, String)> {
         if let Some(known) = self.streams.get(name) {
-            return known.clone();
+            return Ok(known.clone());
         }
         let stream = named::stream(name);
+        if own.has(&stream) {
+            return Err(("reserved", own_names::refusal(&stream)));
+        }
         told.rename(name, stream.as_str());
         self.streams.insert(name.to_owned(), stream.clone());
-        stream
+        Ok(stream)
     }
 
     fn field(&mut self, name: &str, told: &mut Told) -> FieldName {
@@ -160,9 +165,10 @@ impl Reader<'_, '_> {
         if device.len() > DEVICE_BYTES_MAX {
             return Err(("malformed", format!("its device's name has more than {DEVICE_BYTES_MAX} bytes")));
         }
+        let stream = self.names.stream(&point.measurement, self.origin.own_names, &mut self.told)?;
         // Only of rows that are taken: a bad line is the same bad line when it comes again.
         self.told.by_arrival |= time.is_none();
-        Ok(Row { stream: self.names.stream(&point.measurement, &mut self.told), ts, device, cells })
+        Ok(Row { stream, ts, device, cells })
     }
 }
 
@@ -194,7 +200,8 @@ mod tests {
     fn take(body: &[u8]) -> (Told, Vec<Gathered>) {
         let mut rows = gathering("line", 1 << 20);
         let edge = "gw".parse().unwrap();
-        let origin = Origin { edge: &edge, source: "line", topic: "db", arrival_us: ARRIVAL };
+        let own_names = &OwnNames::default();
+        let origin = Origin { edge: &edge, own_names, source: "line", topic: "db", arrival_us: ARRIVAL };
         let devices = ["device".to_owned(), "host".to_owned()];
         let told = read(body, Precision::Us, &devices, origin, &mut rows).unwrap();
         (told, rows.finish().unwrap())
@@ -243,6 +250,24 @@ mod tests {
         assert_eq!(quarantine.rows.column_by_name("payload").unwrap().as_binary::<i32>().value(3), b"m,t=\xff v=1\n");
         let good = batches.iter().find(|batch| batch.cut.stream.as_str() == "m").unwrap();
         assert_eq!(good.rows.num_rows(), 2);
+    }
+
+    #[test]
+    fn what_a_view_alone_writes_is_a_row_of_quarantine() {
+        let own_names = OwnNames::default();
+        own_names.set(|stream| stream.as_str() == "calm_5m");
+        let mut rows = gathering("line", 1 << 20);
+        let edge = "gw".parse().unwrap();
+        let origin = Origin { edge: &edge, own_names: &own_names, source: "line", topic: "db", arrival_us: ARRIVAL };
+        let body = b"m v=1\nCalm\\ 5m n=1\nm v=2\ncalm_5m n=2\n";
+        let told = read(body, Precision::Us, &[], origin, &mut rows).unwrap();
+        assert_eq!((told.rows, told.rejected), (2, 2));
+        assert_eq!(told.reasons[0], (2, own_names::refusal(&"calm_5m".parse().unwrap())));
+        let batches = rows.finish().unwrap();
+        let streams: Vec<&str> = batches.iter().map(|batch| batch.cut.stream.as_str()).collect();
+        assert_eq!(streams, ["m", "quarantine"]);
+        assert_eq!(texts(&batches[1], "stream"), ["calm_5m"; 2]);
+        assert_eq!(texts(&batches[1], "reason"), ["reserved"; 2]);
     }
 
     #[test]

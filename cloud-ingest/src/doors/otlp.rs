@@ -25,6 +25,7 @@ use wire::{FIELDS_MAX, FieldName, TS_MIN_US, named};
 
 use super::rows::{Cell, Gathering, RowsError};
 use super::{Origin, Rejected, Told, check_time, reject};
+use crate::own_names;
 
 /// Bytes of a request, unpacked: what gRPC takes unless told otherwise. Decoded it may take fifty times as much.
 pub(crate) const BYTES_MAX: usize = 4 << 20;
@@ -215,6 +216,7 @@ impl Reader<'_, '_> {
         let wrong = match check_time(ts, self.origin.arrival_us) {
             Ok(()) if cells.len() > FIELDS_MAX => Some(("malformed", format!("more than {FIELDS_MAX} attributes"))),
             Ok(()) if metric.name.is_empty() => Some(("malformed", "the metric has no name".to_owned())),
+            Ok(()) if self.origin.own_names.has(&stream) => Some(("reserved", own_names::refusal(&stream))),
             outcome => outcome.err(),
         };
         if let Some((reason, detail)) = wrong {
@@ -281,6 +283,7 @@ mod tests {
 
     use super::*;
     use crate::doors::gathering;
+    use crate::own_names::OwnNames;
 
     const ARRIVAL: i64 = TS_MIN_US + 1_000_000_000;
 
@@ -315,7 +318,12 @@ mod tests {
         };
         let histogram = Histogram { data_points: vec![of_histogram], aggregation_temporality: 1 };
         let metric = |name: &str, data| Metric { name: name.to_owned(), data: Some(data), ..Metric::default() };
-        let metrics = vec![metric("system.cpu", Data::Gauge(gauge)), metric("http.time", Data::Histogram(histogram))];
+        let forged = Gauge { data_points: vec![point(ns, Number::AsInt(1))] };
+        let metrics = vec![
+            metric("system.cpu", Data::Gauge(gauge)),
+            metric("http.time", Data::Histogram(histogram)),
+            metric("calm.5m", Data::Gauge(forged)),
+        ];
         let resource = Resource { attributes: vec![text("host.name", "web-1")], ..Resource::default() };
         let request = ExportMetricsServiceRequest {
             resource_metrics: vec![ResourceMetrics {
@@ -326,9 +334,11 @@ mod tests {
         };
         let mut rows = gathering("otlp", 1 << 20);
         let edge = "gw".parse().unwrap();
-        let origin = Origin { edge: &edge, source: "otlp", topic: "", arrival_us: ARRIVAL };
+        let own_names = &OwnNames::default();
+        own_names.set(|stream| stream.as_str() == "calm_5m");
+        let origin = Origin { edge: &edge, own_names, source: "otlp", topic: "", arrival_us: ARRIVAL };
         let told = read(&request.encode_to_vec(), &[], origin, &mut rows).unwrap();
-        assert_eq!((told.rows, told.rejected), (3, 1));
+        assert_eq!((told.rows, told.rejected), (3, 2));
         let batches = rows.finish().unwrap();
         let of = |stream: &'static str| batches.iter().filter(move |batch| batch.cut.stream.as_str() == stream);
         assert_eq!(of("system_cpu").count(), 2, "one of floats, one of integers");
@@ -337,7 +347,8 @@ mod tests {
             schema,
             "ts timestamp,device text,host_name text,count int64,temporality text,sum float64,bounds text,buckets text,quality text,"
         );
-        assert_eq!(of("quarantine").map(|batch| batch.rows.num_rows()).sum::<usize>(), 1);
+        assert_eq!(of("quarantine").map(|batch| batch.rows.num_rows()).sum::<usize>(), 2);
+        assert_eq!(of("calm_5m").count(), 0);
         assert!(read(b"\xff\xff", &[], origin, &mut gathering("otlp", 1 << 20)).is_err());
     }
 }

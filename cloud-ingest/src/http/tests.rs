@@ -77,6 +77,7 @@ pub(super) fn door() -> (Arc<Door>, Arc<parking_lot::Mutex<Vec<u64>>>) {
         reading: Arc::new(Semaphore::new(2)),
         jobs,
         metrics: Arc::default(),
+        own_names: OwnNames::default(),
         ready: AtomicBool::new(true),
         schemas: RwLock::default(),
         origins: RwLock::default(),

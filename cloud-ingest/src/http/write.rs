@@ -311,13 +311,15 @@ fn add_renamed(response: &mut Response, told: &Told) {
 mod tests {
     use super::*;
     use crate::doors::Origin;
+    use crate::own_names::OwnNames;
 
     #[test]
     fn the_same_request_has_the_same_ids_and_one_by_arrival_has_none_of_them() {
         let batches = || {
             let mut rows = doors::gathering("line", 1 << 20);
             let edge = "gw".parse().unwrap();
-            let origin = Origin { edge: &edge, source: "line", topic: "", arrival_us: now_us() };
+            let own_names = &OwnNames::default();
+            let origin = Origin { edge: &edge, own_names, source: "line", topic: "", arrival_us: now_us() };
             let body = b"a v=1 1700000000000000000\nb v=1 1700000000000000000\nb v=1i 1700000000000000000\n";
             doors::line::read(body, Precision::Ns, &[], origin, &mut rows).unwrap();
             rows.finish().unwrap()

@@ -22,6 +22,7 @@ use super::{Fault, Ingest, RETRY_AFTER_MS};
 use crate::alias;
 use crate::class::{ByClass, Class};
 use crate::delta::TableSnapshot;
+use crate::own_names;
 use crate::sequencer::Verdict;
 
 /// A stream may have so many times what is free of memory and WAL: alone four fifths of all, one of two that are stuck
@@ -103,9 +104,11 @@ impl<L: FileLayer> Ingest<L> {
             Err(error) => return Ok(Outcome::Refused(error.to_string())),
         };
         if is_cloud_stream(name) {
-            return Ok(Outcome::Refused(format!(
-                "{name} is what the cloud alone writes: give the stream another name"
-            )));
+            return Ok(Outcome::Refused(own_names::refusal(name)));
+        }
+        if self.catalogue.own_names().has(name) {
+            tracing::warn!(stream = %name, edge = %header.edge, "an edge's stream is called as a view or its results: it is pushed back");
+            return Ok(pushed_back(name));
         }
         if let Some(Err(reason)) = &looked {
             tracing::warn!(stream = %name, reason, "stream is pushed back");

@@ -11,11 +11,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use rumqttc::Outgoing;
 use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{Packet, PubAckReason};
 use rumqttc::v5::{AsyncClient, Event, EventLoop, MqttOptions};
+use rumqttc::{Outgoing, Transport};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::Told;
@@ -26,28 +27,105 @@ use crate::alerts::episodes::Transition;
 const IN_FLIGHT_MAX: u16 = 16;
 const REQUESTS: usize = 256;
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
-const BACKOFF_MIN: Duration = Duration::from_millis(200);
-const BACKOFF_MAX: Duration = Duration::from_secs(30);
+pub(crate) const BACKOFF_MIN: Duration = Duration::from_millis(200);
+pub(crate) const BACKOFF_MAX: Duration = Duration::from_secs(30);
 const FAREWELL: Duration = Duration::from_millis(500);
 
 /// A broker, as whom, and who is told there.
 pub(crate) struct Broker {
     pub(crate) host: String,
     pub(crate) port: u16,
+    /// TCP, or TLS over it.
+    pub(crate) transport: Transport,
     pub(crate) client_id: String,
     pub(crate) credentials: Option<(String, String)>,
-    /// Connections that may be lost over one change.
+    /// Connections that may be lost over one message.
     pub(crate) attempts: u32,
 }
 
+impl std::fmt::Debug for Broker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Broker").field("host", &self.host).field("port", &self.port).finish_non_exhaustive()
+    }
+}
+
 impl Broker {
-    fn connect(&self) -> (AsyncClient, EventLoop) {
+    /// A connection that is on its way.
+    pub(crate) fn connect(&self) -> Connection {
         let mut options = MqttOptions::new(&self.client_id, &self.host, self.port);
         options.set_keep_alive(KEEP_ALIVE).set_clean_start(true).set_outgoing_inflight_upper_limit(IN_FLIGHT_MAX);
+        options.set_transport(self.transport.clone());
         if let Some((username, password)) = &self.credentials {
             options.set_credentials(username, password);
         }
-        AsyncClient::new(options, REQUESTS)
+        let (client, events) = AsyncClient::new(options, REQUESTS);
+        let (sender, line) = watch::channel(Line::default());
+        Connection { client, line, turning: tokio::spawn(turn(events, sender)), sent: 0, refused: 0 }
+    }
+}
+
+/// One connection to a broker, with one message on its way at a time.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    client: AsyncClient,
+    line: watch::Receiver<Line>,
+    turning: JoinHandle<()>,
+    sent: usize,
+    refused: usize,
+}
+
+/// How a message fared.
+#[derive(Debug)]
+pub(crate) enum Fate {
+    Taken,
+    /// The broker will never take it, and why.
+    Refused(String),
+    /// With the connection.
+    Lost,
+}
+
+impl Connection {
+    /// Waits until it stands; false when it was lost before. None when the node stops.
+    pub(crate) async fn stands(&mut self, token: &CancellationToken) -> Option<bool> {
+        is_lost(&mut self.line, |line| line.connected, token).await.map(|lost| !lost)
+    }
+
+    /// Waits until it is lost. None when the node stops.
+    pub(crate) async fn lost(&self, token: &CancellationToken) -> Option<()> {
+        is_lost(&mut self.line.clone(), |_| false, token).await.map(drop)
+    }
+
+    /// Publishes at QoS 1 and waits for the acknowledgement. None when the node stops.
+    pub(crate) async fn publish(
+        &mut self,
+        (topic, payload, retain): Message,
+        token: &CancellationToken,
+    ) -> Option<Fate> {
+        if self.client.publish(topic, QoS::AtLeastOnce, retain, payload).await.is_err() {
+            return Some(Fate::Lost);
+        }
+        self.sent += 1;
+        let sent = self.sent;
+        if is_lost(&mut self.line, |line| line.acknowledged >= sent, token).await? {
+            return Some(Fate::Lost);
+        }
+        let line = self.line.borrow();
+        let fate = if line.refused > self.refused { Fate::Refused(line.reason.clone()) } else { Fate::Taken };
+        self.refused = line.refused;
+        Some(fate)
+    }
+
+    /// Ends it when all that was sent is acknowledged; the farewell may be lost.
+    pub(crate) async fn close(self) {
+        let _ = self.client.try_disconnect();
+        let _ = tokio::time::timeout(FAREWELL, self.turning).await;
+    }
+
+    /// Of one that was lost: whether it stood, and why it is no more.
+    pub(crate) fn end(self) -> (bool, String) {
+        self.turning.abort();
+        let Line { connected, lost, .. } = self.line.borrow().clone();
+        (connected, lost.unwrap_or_default())
     }
 }
 
@@ -60,7 +138,7 @@ enum Step {
 }
 
 /// Topic, payload, whether it is retained.
-type Message = (String, Bytes, bool);
+pub(crate) type Message = (String, Bytes, bool);
 
 impl Step {
     /// The steps of changes, in order. An end is told, then what was retained is put right; what people say of an alert that
@@ -146,22 +224,14 @@ pub(crate) async fn run(broker: Broker, mut place: Place, token: CancellationTok
     let mut steps: VecDeque<Step> = VecDeque::new();
     let mut lost_over = 0;
     while !token.is_cancelled() {
-        let (client, events) = broker.connect();
-        let (sender, mut line) = watch::channel(Line::default());
-        let turning = tokio::spawn(turn(events, sender));
-        let ended = session(&client, &mut line, &mut steps, &mut place, &mut lost_over, &token).await;
-        if ended.is_none() {
-            // All that was taken is acknowledged; the farewell may be lost.
-            let _ = client.try_disconnect();
-            let _ = tokio::time::timeout(FAREWELL, turning).await;
-            return;
+        let mut connection = broker.connect();
+        if session(&mut connection, &mut steps, &mut place, &mut lost_over, &token).await.is_none() {
+            return connection.close().await;
         }
-        turning.abort();
-        let Line { connected, lost, .. } = line.borrow().clone();
-        if connected {
+        let (stood, error) = connection.end();
+        if stood {
             wait = BACKOFF_MIN;
         }
-        let error = lost.unwrap_or_default();
         place.retried(&error);
         if lost_over >= broker.attempts
             && let Some(step) = steps.pop_front()
@@ -189,50 +259,42 @@ pub(crate) async fn run(broker: Broker, mut place: Place, token: CancellationTok
 /// One connection. None when the node stops, and Some when it is lost; `lost_over` counts those that were while the first
 /// step was on its way.
 async fn session(
-    client: &AsyncClient,
-    line: &mut watch::Receiver<Line>,
+    connection: &mut Connection,
     steps: &mut VecDeque<Step>,
     place: &mut Place,
     lost_over: &mut u32,
     token: &CancellationToken,
 ) -> Option<()> {
-    if is_lost(line, |line| line.connected, token).await? {
+    if !connection.stands(token).await? {
         return Some(());
     }
-    let (mut sent, mut refused) = (0, 0);
     loop {
         if steps.is_empty() {
-            let mut watched = line.clone();
             tokio::select! {
                 due = place.next(token) => steps.extend(Step::of(due?)),
-                lost = is_lost(&mut watched, |_| false, token) => return lost.map(drop),
+                lost = connection.lost(token) => return lost,
             }
         }
         let Some(step) = steps.front().cloned() else { continue };
         *lost_over += 1;
-        let (topic, payload, retain) = step.message(place, token).await?;
-        if client.publish(topic, QoS::AtLeastOnce, retain, payload).await.is_err() {
-            return Some(());
-        }
-        sent += 1;
-        if is_lost(line, |line| line.acknowledged >= sent, token).await? {
-            return Some(());
-        }
+        let message = step.message(place, token).await?;
+        let refused = match connection.publish(message, token).await? {
+            Fate::Lost => return Some(()),
+            Fate::Refused(reason) => Some(reason),
+            Fate::Taken => None,
+        };
         *lost_over = 0;
         steps.pop_front();
-        let (now, reason) = (line.borrow().refused, line.borrow().reason.clone());
-        let was_refused = now > refused;
-        refused = now;
-        match step {
-            Step::Tell(told) if was_refused => {
+        match (step, refused) {
+            (Step::Tell(told), Some(reason)) => {
                 place.dead(&told, &reason, token).await;
                 given_up(steps);
             }
             // Counts as delivered with the next step, so that a crash in between does both again.
-            Step::Tell(told) if is_end(&told) => {}
-            Step::Tell(told) => place.delivered(&told, token).await,
-            Step::Retain(topic, end) => {
-                if was_refused {
+            (Step::Tell(told), None) if is_end(&told) => {}
+            (Step::Tell(told), None) => place.delivered(&told, token).await,
+            (Step::Retain(topic, end), refused) => {
+                if let Some(reason) = refused {
                     tracing::error!(target = place.name(), topic, reason, "what it retains is not put right");
                 }
                 if let Some(told) = end {

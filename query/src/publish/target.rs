@@ -11,12 +11,16 @@ use std::time::Duration;
 
 use arrow_array::{ArrayRef, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
 use rand::Rng;
+use ring::hmac;
+use rumqttc::{TlsConfiguration, Transport};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 use wire::schema::own;
 use wire::{StreamName, StreamSchema};
 
+use super::mqtt::Broker;
 use super::sse::Subscription;
+use super::webhook::Request;
 use super::{Hub, Told};
 use crate::alerts::episode::Severity;
 use crate::alerts::rule::caller;
@@ -60,11 +64,65 @@ pub enum TargetKind {
     Mqtt {
         host: String,
         port: u16,
+        /// None over plain TCP.
+        tls: Option<BrokerTls>,
         client_id: String,
         username: Option<String>,
         password: Option<String>,
         attempts: u32,
     },
+}
+
+/// How a broker is known over TLS, and the node to it: PEM.
+#[derive(Clone)]
+pub struct BrokerTls {
+    /// Certificates to trust; those of the system when there are none.
+    pub ca: Option<Vec<u8>>,
+    /// The node's own certificate and key; only beside `ca`.
+    pub own: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+impl std::fmt::Debug for BrokerTls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BrokerTls").field("has_ca", &self.ca.is_some()).finish_non_exhaustive()
+    }
+}
+
+impl BrokerTls {
+    fn transport(self) -> Transport {
+        match self.ca {
+            Some(ca) => Transport::tls_with_config(TlsConfiguration::Simple { ca, alpn: None, client_auth: self.own }),
+            None => Transport::tls_with_default_config(),
+        }
+    }
+}
+
+/// What a target is told through.
+#[derive(Debug)]
+pub(crate) enum Way {
+    Http(Request),
+    Mqtt(Broker),
+}
+
+impl TargetKind {
+    pub(crate) fn way(self) -> Way {
+        match self {
+            Self::Webhook { url, secret, timeout, attempts } => {
+                let secret = secret.map(|secret| hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes()));
+                Way::Http(Request { url, secret, timeout, attempts, alertmanager: false })
+            }
+            Self::Alertmanager { mut url, timeout, attempts } => {
+                let path = format!("{}/api/v2/alerts", url.path().trim_end_matches('/'));
+                url.set_path(&path);
+                Way::Http(Request { url, secret: None, timeout, attempts, alertmanager: true })
+            }
+            Self::Mqtt { host, port, tls, client_id, username, password, attempts } => {
+                let transport = tls.map_or(Transport::Tcp, BrokerTls::transport);
+                let credentials = username.map(|username| (username, password.unwrap_or_default()));
+                Way::Mqtt(Broker { host, port, transport, client_id, credentials, attempts })
+            }
+        }
+    }
 }
 
 impl std::fmt::Debug for TargetKind {
@@ -314,22 +372,35 @@ impl Place {
         let columns = columns.collect();
         let rows =
             RecordBatch::try_new(Arc::clone(self.schema.arrow()), columns).expect("the columns are the schema's");
-        let mut wait = Duration::from_millis(100);
-        while let Err(error) = self.sink.append(&stream(), &self.schema, rows.clone()).await {
-            if matches!(error, SinkError::Refused { .. }) {
-                // It would be refused for ever. The target is told on; after a restart more of it again.
-                tracing::error!(target = self.name(), %error, "its place is not in alert_deliveries");
-                self.status.lock().last_error = Some(error.to_string());
-                break;
-            }
-            tracing::warn!(target = self.name(), %error, "its place is not written yet");
-            if pause(wait, token).await.is_none() {
-                return;
-            }
-            wait = (2 * wait).min(Duration::from_secs(10));
+        match write(self.sink.as_ref(), (&stream(), &self.schema), rows, self.name(), token).await {
+            None => return,
+            Some(Err(error)) => self.status.lock().last_error = Some(error.to_string()),
+            Some(Ok(())) => {}
         }
         self.noted = (sequence.max(self.noted.0), tokio::time::Instant::now());
     }
+}
+
+/// Writes what is known of a target, as soon as there is room; what would be refused for ever is given up: the target is
+/// told on, and after a restart more of it again. None when the node stops.
+pub(crate) async fn write(
+    sink: &dyn Sink,
+    (stream, schema): (&StreamName, &Arc<StreamSchema>),
+    rows: RecordBatch,
+    target: &str,
+    token: &CancellationToken,
+) -> Option<Result<(), SinkError>> {
+    let mut wait = Duration::from_millis(100);
+    while let Err(error) = sink.append(stream, schema, rows.clone()).await {
+        if matches!(error, SinkError::Refused { .. }) {
+            tracing::error!(target, %error, "its place is not written");
+            return Some(Err(error));
+        }
+        tracing::warn!(target, %error, "its place is not written yet");
+        pause(wait, token).await?;
+        wait = (2 * wait).min(Duration::from_secs(10));
+    }
+    Some(Ok(()))
 }
 
 fn stream() -> StreamName {

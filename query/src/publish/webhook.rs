@@ -1,4 +1,4 @@
-//! Alerts by HTTP: a webhook with a signature, and Alertmanager's API.
+//! What is told by HTTP: to a webhook with a signature, and to Alertmanager's API.
 //!
 //! A webhook gets `POST` with a CloudEvent as `application/cloudevents+json`. With a secret it has
 //! `x-weir-signature: t=<unix seconds>,v1=<hex>`: the HMAC-SHA256 of `<t>.<body>`. Taken is what is answered with 2xx. 408, 429, 5xx
@@ -22,13 +22,19 @@ const BACKOFF_MIN: Duration = Duration::from_millis(200);
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
 
 /// Where, and how.
-#[derive(Debug)]
 pub(crate) struct Request {
     pub(crate) url: Url,
     pub(crate) secret: Option<hmac::Key>,
     pub(crate) timeout: Duration,
     pub(crate) attempts: u32,
     pub(crate) alertmanager: bool,
+}
+
+impl std::fmt::Debug for Request {
+    /// Without the address: it may hold a secret.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Request").field("alertmanager", &self.alertmanager).finish_non_exhaustive()
+    }
 }
 
 /// The value of `x-weir-signature`.
@@ -41,11 +47,25 @@ pub(crate) fn signature(key: &hmac::Key, seconds: i64, body: &[u8]) -> String {
     format!("t={seconds},v1={hex}")
 }
 
+/// The kind of a body that is a CloudEvent.
+pub(crate) const CLOUD_EVENT: &str = "application/cloudevents+json";
+
+/// How a body fared.
+#[derive(Debug)]
+pub(crate) enum Fate {
+    Taken,
+    /// Why it will never be.
+    GivenUp(String),
+}
+
+/// A client that follows no redirect.
+pub(crate) fn client(request: &Request) -> reqwest::Result<reqwest::Client> {
+    reqwest::Client::builder().timeout(request.timeout).redirect(reqwest::redirect::Policy::none()).build()
+}
+
 /// Tells one target until the token ends it.
 pub(crate) async fn run(request: Request, mut place: Place, token: CancellationToken) {
-    let client =
-        reqwest::Client::builder().timeout(request.timeout).redirect(reqwest::redirect::Policy::none()).build();
-    let client = match client {
+    let client = match client(&request) {
         Ok(client) => client,
         Err(error) => return tracing::error!(target = place.name(), %error, "no HTTP client"),
     };
@@ -74,33 +94,43 @@ async fn deliver(
         place.delivered(told, token).await;
         return Some(());
     }
+    let (kind, body) = match request.alertmanager {
+        true => ("application/json", Bytes::from([b"[", &told.pushed[..], b"]"].concat())),
+        false => (CLOUD_EVENT, told.body.clone()),
+    };
+    match post(client, request, (kind, body), &|error| place.retried(error), token).await? {
+        Fate::Taken => place.delivered(told, token).await,
+        Fate::GivenUp(reason) => place.dead(told, &reason, token).await,
+    }
+    Some(())
+}
+
+/// Posts a body until it is taken, or given up; `retried` hears why it is posted again. None when the node stops.
+pub(crate) async fn post(
+    client: &reqwest::Client,
+    request: &Request,
+    (kind, body): (&str, Bytes),
+    retried: &(dyn Fn(&str) + Sync),
+    token: &CancellationToken,
+) -> Option<Fate> {
     let mut wait = BACKOFF_MIN;
     for attempt in 1.. {
-        let body = match request.alertmanager {
-            true => Bytes::from([b"[", &told.pushed[..], b"]"].concat()),
-            false => told.body.clone(),
-        };
-        let kind = if request.alertmanager { "application/json" } else { "application/cloudevents+json" };
         let mut post = client.post(request.url.clone()).header("content-type", kind);
         if let Some(key) = &request.secret {
             post = post.header("x-weir-signature", signature(key, now_us() / 1_000_000, &body));
         }
         let sent = tokio::select! {
             () = token.cancelled() => return None,
-            sent = post.body(body).send() => sent,
+            sent = post.body(body.clone()).send() => sent,
         };
         let error = match sent {
-            Ok(answer) if answer.status().is_success() => {
-                place.delivered(told, token).await;
-                return Some(());
-            }
+            Ok(answer) if answer.status().is_success() => return Some(Fate::Taken),
             Ok(answer) => {
                 let status = answer.status();
                 let again = status.is_server_error()
                     || matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS);
                 if !again {
-                    place.dead(told, &format!("it answered {status}"), token).await;
-                    return Some(());
+                    return Some(Fate::GivenUp(format!("it answered {status}")));
                 }
                 format!("it answered {status}")
             }
@@ -108,14 +138,13 @@ async fn deliver(
             Err(error) => error.without_url().to_string(),
         };
         if attempt >= request.attempts {
-            place.dead(told, &format!("{error}, the last of {attempt} attempts"), token).await;
-            return Some(());
+            return Some(Fate::GivenUp(format!("{error}, the last of {attempt} attempts")));
         }
-        place.retried(&error);
+        retried(&error);
         pause(jittered(wait), token).await?;
         wait = (2 * wait).min(BACKOFF_MAX);
     }
-    Some(())
+    None
 }
 
 #[cfg(test)]

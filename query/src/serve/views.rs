@@ -1,23 +1,16 @@
-//! `GET /v1/views/{view}/stream?after=…`: what a view says, as server-sent events.
+//! `GET /v1/views/{view}/stream?after=…`: what a view says, as server-sent events; `GET /v1/views/targets`: who else is told.
 //!
-//! One event for each append to `<view>_changes`: a JSON object with the `view` and the `rows` of that append, which have the
-//! columns of docs/views.md and none of Weir's own but those that tell the window. The id of an event is how far one has read with
-//! it: `<spool>:<number>` of each spool that has written the view, joined by commas; a node has one as long as it keeps its
-//! `data_dir`. Who comes again with `Last-Event-ID` (or `?after=`) gets each append behind it once; who names none begins with what
-//! comes, and with `?after=start` at the first row. Appends that only say how far a view has read are not told.
+//! One event for each append to `<view>_changes` ([`appends`]). Who comes again with `Last-Event-ID` (or `?after=`) gets each append
+//! behind it once; who names none begins with what comes, and with `?after=start` at the first row.
 //!
 //! Everybody gets what a question to `<view>_changes` would show, in the same lane and within the same limits. A subscriber
 //! has one page of appends in memory at a time and is waited for by its own connection alone.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use arrow::array::{AsArray, RecordBatch};
-use arrow::datatypes::Int64Type;
-use arrow::json::writer::{JsonArray, WriterBuilder};
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{ConnectInfo, Path, Query, State};
 use axum::http::{HeaderMap, StatusCode};
@@ -30,47 +23,53 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
-use wire::ids::OWN_EDGE;
-use wire::schema::{EDGE, SEQ, SPOOL};
-use wire::{Seq, SpoolId, StreamName};
+use wire::StreamName;
 
 use super::http::admit;
-use crate::caller::Caller;
-use crate::engine::{Engine, QueryError};
-use crate::follow::Position;
-use crate::fused_table::Frozen;
+use crate::engine::Engine;
+use crate::publish::appends::{self, Follower, Read};
+use crate::publish::views::ViewTargets;
 use crate::serve::Readers;
-use crate::views::{EMPTY, POSITION, WINDOW, changes};
+use crate::views::changes;
 
 /// Subscribers at one time.
 const SUBSCRIBERS_MAX: usize = 256;
-/// Appends that are asked for at a time; one, when that is too much.
-const PAGE: u64 = 16;
-/// Shortest time between two looks.
-const PAUSE: Duration = Duration::from_millis(20);
-/// After it could not be asked.
-const RETRY: Duration = Duration::from_secs(1);
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Where one begins who wants all of it.
 const START: &str = "start";
-/// Spools that may have written a view; more are of no node's making.
-const SPOOLS_MAX: usize = 64;
-
-/// The last append that was read, of each spool.
-type Read = BTreeMap<SpoolId, Seq>;
 
 #[derive(Debug, Clone)]
 struct Shared {
     engine: Arc<Engine>,
     readers: Readers,
+    targets: Arc<ViewTargets>,
     places: Arc<Semaphore>,
     token: CancellationToken,
 }
 
 /// The routes of this door. The server must give `ConnectInfo<SocketAddr>`.
-pub fn router(engine: Arc<Engine>, readers: Readers, token: CancellationToken) -> Router {
+pub fn router(engine: Arc<Engine>, targets: Arc<ViewTargets>, readers: Readers, token: CancellationToken) -> Router {
     let places = Arc::new(Semaphore::new(SUBSCRIBERS_MAX));
-    Router::new().route("/v1/views/{view}/stream", get(subscribe)).with_state(Shared { engine, readers, places, token })
+    Router::new()
+        .route("/v1/views/{view}/stream", get(subscribe))
+        .route("/v1/views/targets", get(told_of))
+        .with_state(Shared { engine, readers, targets, places, token })
+}
+
+/// Who is told, and how it fares: for readers of everything.
+async fn told_of(
+    State(door): State<Shared>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    headers: HeaderMap,
+) -> Response {
+    match admit(&door.readers, peer, &headers) {
+        Ok(caller) if caller.scope().is_none() => Json(door.targets.statuses()).into_response(),
+        Ok(_) => {
+            let error = "who is told of views is for readers who see everything";
+            (StatusCode::FORBIDDEN, Json(json!({ "error": error }))).into_response()
+        }
+        Err(refused) => refused,
+    }
 }
 
 /// What may stand behind `/stream?`.
@@ -105,11 +104,11 @@ async fn subscribe(
     let last = headers.get("last-event-id").map(|last| last.to_str().unwrap_or_default().to_owned());
     let read = match last.or(wishes.after).as_deref() {
         Some(START) => Ok(Read::new()),
-        Some(id) => match read_id(id) {
+        Some(id) => match appends::read_id(id) {
             Some(read) => Ok(read),
             None => return told(StatusCode::BAD_REQUEST, "the last event is named by its id, or `start`".to_owned()),
         },
-        None => newest(&door.engine, &changes).await,
+        None => appends::newest(&door.engine, &changes).await,
     };
     let read = match read {
         Ok(read) => read,
@@ -119,205 +118,14 @@ async fn subscribe(
         let error = format!("{SUBSCRIBERS_MAX} listen to views already: try again later");
         return told(StatusCode::SERVICE_UNAVAILABLE, error);
     };
-    let follower = Follower {
-        engine: door.engine,
-        caller,
-        view,
-        changes,
-        read,
-        page: VecDeque::new(),
-        appends: PAGE,
-        token: door.token,
-        _place: place,
-    };
-    Sse::new(follower.events()).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response()
+    let follower = Follower::new((door.engine, caller), (view, changes), read, door.token);
+    Sse::new(events(follower, place)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)).into_response()
 }
 
-/// The last append of each spool that statements see now.
-async fn newest(engine: &Engine, changes: &StreamName) -> Result<Read, QueryError> {
-    if engine.tables().cold(changes).is_none() {
-        return Ok(Read::new());
-    }
-    let frozen = Frozen::take(engine.tables().as_ref(), changes).await.map_err(|error| engine.explain(error))?;
-    Ok(Position::of(&frozen).into_seqs())
-}
-
-/// Reads the id of an event.
-fn read_id(text: &str) -> Option<Read> {
-    let marks = text.split(',').take(SPOOLS_MAX + 1).map(|mark| {
-        let (spool, seq) = mark.split_once(':')?;
-        Some((spool.parse().ok()?, Seq(seq.parse().ok()?)))
-    });
-    marks.collect::<Option<Read>>().filter(|read| read.len() <= SPOOLS_MAX)
-}
-
-fn id(read: &Read) -> String {
-    let marks: Vec<String> = read.iter().map(|(spool, seq)| format!("{spool}:{}", seq.0)).collect();
-    marks.join(",")
-}
-
-/// One append as it is told.
-#[derive(Debug, PartialEq, Eq)]
-struct Told {
-    id: String,
-    data: String,
-}
-
-struct Follower {
-    engine: Arc<Engine>,
-    caller: Caller,
-    view: String,
-    changes: StreamName,
-    read: Read,
-    page: VecDeque<Told>,
-    /// Asked for at a time.
-    appends: u64,
-    token: CancellationToken,
-    _place: OwnedSemaphorePermit,
-}
-
-impl Follower {
-    fn events(self) -> impl Stream<Item = Result<Event, Infallible>> + Send {
-        stream::unfold(self, |mut follower| async move {
-            let told = follower.next().await?;
-            Some((Ok(Event::default().id(told.id).event("change").data(told.data)), follower))
-        })
-    }
-
-    /// The next append; none when the view is dropped, or the node stops.
-    async fn next(&mut self) -> Option<Told> {
-        let mut changed = self.engine.tables().changed();
-        loop {
-            if let Some(told) = self.page.pop_front() {
-                return Some(told);
-            }
-            // Marked as seen first: what comes while it is asked is seen then, or wakes.
-            changed.mark_unchanged();
-            let moves = self.engine.tables().moves(&self.changes);
-            let token = self.token.clone();
-            let turned = tokio::select! {
-                () = token.cancelled() => return None,
-                turned = self.turn() => turned,
-            };
-            let wait = match turned {
-                Ok(true) => continue,
-                Ok(false) if !self.engine.views().has(&self.view) => return None,
-                Ok(false) => Duration::MAX,
-                Err(error) if error.is_too_much() && self.appends > 1 => {
-                    self.appends = 1;
-                    continue;
-                }
-                Err(error) => {
-                    tracing::warn!(view = self.view, %error, "a subscriber does not get on yet");
-                    RETRY
-                }
-            };
-            let until = tokio::time::sleep(wait);
-            tokio::pin!(until);
-            loop {
-                tokio::select! {
-                    () = self.token.cancelled() => return None,
-                    gone = changed.changed() => gone.ok()?,
-                    () = &mut until => break,
-                }
-                tokio::time::sleep(PAUSE).await;
-                // Of other tables there is nothing to ask, but whether the view is still there.
-                if self.engine.tables().moves(&self.changes) != moves || !self.engine.views().has(&self.view) {
-                    break;
-                }
-            }
-        }
-    }
-
-    /// Asks for the next appends of a spool; whether there was something to ask for.
-    async fn turn(&mut self) -> Result<bool, QueryError> {
-        let newest = newest(&self.engine, &self.changes).await?;
-        let behind = newest.into_iter().find_map(|(spool, newest)| {
-            let read = self.read.get(&spool).copied().unwrap_or_default();
-            (read < newest).then(|| (spool, read, Seq(newest.0.min(read.0 + self.appends))))
-        });
-        let Some((spool, read, to)) = behind else { return Ok(false) };
-        let statement = format!(
-            "SELECT * FROM \"{}\" WHERE {EDGE} = '{OWN_EDGE}' AND {SPOOL} = '{spool}' AND {SEQ} > {} AND {SEQ} <= {} \
-             AND ({EMPTY} IS NOT TRUE OR {WINDOW} IS NOT NULL) ORDER BY {SEQ}",
-            self.changes, read.0, to.0,
-        );
-        let rows = self.engine.rows_as(&self.caller, &statement, usize::MAX).await?;
-        for (seq, rows) in by_append(&rows) {
-            self.read.insert(spool, Seq(seq));
-            let data = format!("{{\"view\":{},\"rows\":{}}}", json!(self.view), as_json(&rows)?);
-            self.page.push_back(Told { id: id(&self.read), data });
-        }
-        self.read.insert(spool, to);
-        Ok(true)
-    }
-}
-
-/// Rows that are ordered by their number, append by append.
-fn by_append(rows: &[RecordBatch]) -> Vec<(u64, Vec<RecordBatch>)> {
-    let mut appends: Vec<(u64, Vec<RecordBatch>)> = Vec::new();
-    for batch in rows {
-        let Some(seqs) = batch.column_by_name(SEQ).and_then(|seqs| seqs.as_primitive_opt::<Int64Type>()) else {
-            continue;
-        };
-        let mut from = 0;
-        for run in seqs.values().chunk_by(|a, b| a == b) {
-            let part = batch.slice(from, run.len());
-            from += run.len();
-            let seq = run[0].cast_unsigned();
-            match appends.last_mut() {
-                Some((last, parts)) if *last == seq => parts.push(part),
-                _ => appends.push((seq, vec![part])),
-            }
-        }
-    }
-    appends
-}
-
-/// An array of objects, without the columns that are Weir's own business.
-fn as_json(rows: &[RecordBatch]) -> Result<String, QueryError> {
-    let unwritable = |error| QueryError::Failed { message: format!("write the rows: {error}") };
-    let mut writer = WriterBuilder::new().with_explicit_nulls(true).build::<_, JsonArray>(Vec::new());
-    for batch in rows {
-        let schema = batch.schema();
-        let names = schema.fields().iter().enumerate();
-        let shown = names.filter(|(_, field)| !field.name().starts_with('_') && field.name() != POSITION);
-        let shown: Vec<usize> = shown.map(|(index, _)| index).collect();
-        writer.write(&batch.project(&shown).map_err(unwritable)?).map_err(unwritable)?;
-    }
-    writer.finish().map_err(unwritable)?;
-    String::from_utf8(writer.into_inner()).map_err(|error| QueryError::Failed { message: error.to_string() })
-}
-
-#[cfg(test)]
-mod tests {
-    use arrow::array::{ArrayRef, Int64Array, StringArray};
-
-    use super::*;
-
-    #[test]
-    fn an_id_says_how_far_one_has_read() {
-        let (a, b) = (SpoolId([1; 16]), SpoolId([2; 16]));
-        let read = Read::from([(a, Seq(7)), (b, Seq(1))]);
-        assert_eq!(read_id(&id(&read)), Some(read));
-        for wrong in ["", "7", "x:7", &format!("{a}:"), &format!("{a}:-1"), &format!("{a}:1,"), &"é".repeat(100)] {
-            assert_eq!(read_id(wrong), None, "{wrong}");
-        }
-        let many: Vec<String> = (0..100).map(|n| format!("{}:1", SpoolId([n; 16]))).collect();
-        assert_eq!(read_id(&many.join(",")), None);
-    }
-
-    #[test]
-    fn an_append_is_told_whole_and_without_what_is_weirs_own() {
-        let batch = |seqs: Vec<i64>| {
-            let n = Arc::new(Int64Array::from_iter_values(seqs.iter().map(|seq| seq * 10))) as ArrayRef;
-            let position = Arc::new(StringArray::from_iter_values(seqs.iter().map(|_| "{}"))) as ArrayRef;
-            let seqs = Arc::new(Int64Array::from(seqs)) as ArrayRef;
-            RecordBatch::try_from_iter([("n", n), (POSITION, position), (SEQ, seqs)]).unwrap()
-        };
-        let appends = by_append(&[batch(vec![1, 1, 2]), batch(vec![2]), batch(Vec::new()), batch(vec![5])]);
-        let told = appends.iter().map(|(seq, rows)| (*seq, as_json(rows).unwrap())).collect::<Vec<_>>();
-        let expected = [(1, r#"[{"n":10},{"n":10}]"#), (2, r#"[{"n":20},{"n":20}]"#), (5, r#"[{"n":50}]"#)];
-        assert_eq!(told, expected.map(|(seq, text)| (seq, text.to_owned())));
-    }
+/// What is written to a subscriber, who keeps the place as long as it listens.
+fn events(follower: Follower, place: OwnedSemaphorePermit) -> impl Stream<Item = Result<Event, Infallible>> + Send {
+    stream::unfold((follower, place), |(mut follower, place)| async move {
+        let append = follower.next().await?;
+        Some((Ok(Event::default().id(append.id).event("change").data(append.data)), (follower, place)))
+    })
 }

@@ -50,6 +50,9 @@ const PIECES_MAX: usize = 16;
 const PIECE_SHORT: Duration = Duration::from_millis(200);
 const PIECE_LONG: Duration = Duration::from_secs(2);
 
+/// Rows per second are told over so long at least, µs.
+const RATE_OVER_US: i64 = 5_000_000;
+
 /// Limits of one view.
 #[derive(Debug, Clone)]
 pub(crate) struct RunLimits {
@@ -89,12 +92,16 @@ pub(crate) type Settled = Arc<dyn Fn(&StreamName) -> Option<i64> + Send + Sync>;
 pub(crate) struct Progress {
     pub(crate) begun: bool,
     pub(crate) watermark: Option<i64>,
+    /// The edge that the watermark waits for, when one is heard.
+    pub(crate) held_by: Option<String>,
     pub(crate) settled: Option<i64>,
     /// Windows that must be asked again, up to the last row.
     pub(crate) dirty_windows: u64,
     /// From when to when of its past is left.
     pub(crate) past: Option<(i64, i64)>,
     pub(crate) rows_in: u64,
+    /// Of late; None while it has not been measured for long enough.
+    pub(crate) rows_per_second: Option<f64>,
     pub(crate) rows_out: u64,
     pub(crate) revisions: u64,
     pub(crate) memory_bytes: u64,
@@ -140,6 +147,8 @@ pub(crate) struct Runner {
     /// When something was recorded last, and open windows asked: by the clock that only goes on.
     recorded_us: i64,
     updated_us: Option<i64>,
+    /// When rows were counted last, by the same clock, and how many there were.
+    counted: (i64, u64),
     progress: Progress,
 }
 
@@ -195,6 +204,7 @@ impl Runner {
             aside: Aside::default(),
             recorded_us: i64::MIN,
             updated_us: None,
+            counted: (now.since_us, 0),
             progress: Progress::default(),
             engine,
             sink,
@@ -268,15 +278,18 @@ impl Runner {
         let seen = self.freeze().await?;
         let (heard, idle_us) = (&mut self.heard, self.view.definition.idle_us);
         let of_stream = |stream: &StreamName| match settled.get(stream) {
-            Some(settled) => Some(*settled),
+            Some(settled) => Some((*settled, None)),
             None => {
                 let edges = heard.edges(stream, facts.iter().filter(|fact| fact.stream == *stream), now);
                 let stored = seen.states.get(stream).and_then(|frozen| frozen.span()).map(|(_, last)| last);
                 // A stream that never had a row holds nothing back, like an edge that is silent.
-                watermark::of_stream(&edges, stored, idle_us).map(Some)
+                let watermark = watermark::of_stream(&edges, stored, idle_us)?;
+                Some((Some(watermark), watermark::held_by(&edges, idle_us)))
             }
         };
-        let watermark = self.view.shape.streams.iter().filter_map(of_stream).min().flatten();
+        let slowest = self.view.shape.streams.iter().filter_map(of_stream).min();
+        let (watermark, held_by) = slowest.unwrap_or_default();
+        self.progress.held_by = held_by;
         self.state.observe(watermark);
         if !self.state.begun() && self.state.watermark().is_none() {
             return Ok(Round::Done);
@@ -326,6 +339,12 @@ impl Runner {
         self.progress.past = ends;
         self.progress.dirty_windows = self.state.count(&live) + self.state.count(&past);
         self.progress.settled = settled;
+        let (since, rows) = self.counted;
+        let elapsed = self.now.since_us.saturating_sub(since);
+        if elapsed >= RATE_OVER_US {
+            self.progress.rows_per_second = Some((self.progress.rows_in - rows) as f64 / (elapsed as f64 / 1e6));
+            self.counted = (self.now.since_us, self.progress.rows_in);
+        }
         self.progress.memory_bytes =
             self.progress.memory_bytes.max((self.emitted.bytes() + self.partials.bytes()) as u64);
         let (live, past) = self.state.left();

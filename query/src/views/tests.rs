@@ -206,7 +206,9 @@ struct Case {
     skew: i64,
     view: Option<Arc<View>>,
     runner: Option<Runner>,
+    /// Rows that were compared, and how often.
     checked: usize,
+    checks: usize,
     /// What arrives while the view is at work.
     meanwhile: Vec<Arrival>,
 }
@@ -219,7 +221,18 @@ impl Case {
         city.create(&traffic, words::traffic_fields());
         city.create(&weather, words::weather_fields());
         let random = StdRng::seed_from_u64(seed);
-        Self { random, city, engine, now: START, skew: 0, view: None, runner: None, checked: 0, meanwhile: Vec::new() }
+        Self {
+            random,
+            city,
+            engine,
+            now: START,
+            skew: 0,
+            view: None,
+            runner: None,
+            checked: 0,
+            checks: 0,
+            meanwhile: Vec::new(),
+        }
     }
 
     /// Some rows of an edge: most of now, some late, some twice.
@@ -344,6 +357,7 @@ impl Case {
             }
         }
         self.checked += asked.len();
+        self.checks += 1;
         assert_eq!(shown, asked, "{}", view.definition.text);
     }
 
@@ -401,7 +415,7 @@ impl Case {
     }
 }
 
-async fn case(seed: u64) -> (usize, &'static str) {
+async fn case(seed: u64) -> (usize, usize, &'static str) {
     let mut case = Case::new(seed);
     let select = question(&mut case.random);
     let (lateness, update) = (case.random.random_range(0..6), case.random.random_bool(0.3));
@@ -429,7 +443,7 @@ async fn case(seed: u64) -> (usize, &'static str) {
     case.city.restart();
     case.settle().await;
     case.tells_each_revision_once().await;
-    (case.checked, emit)
+    (case.checked, case.checks, emit)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -443,24 +457,28 @@ async fn a_view_equals_its_question() {
     for _ in 0..2 {
         let next = Arc::clone(&next);
         workers.push(tokio::spawn(async move {
-            let mut checked: BTreeMap<&str, usize> = BTreeMap::new();
+            let (mut checked, mut checks) = (BTreeMap::<&str, usize>::new(), 0);
             loop {
                 let index = next.fetch_add(1, Ordering::Relaxed);
                 if index >= cases {
-                    return checked;
+                    return (checked, checks);
                 }
                 let own = seed.wrapping_add(index as u64);
                 let done = tokio::spawn(case(own)).await;
-                let (rows, emit) = done.unwrap_or_else(|_| panic!("alone: WEIR_SEED={own} WEIR_VIEW_CASES=1"));
+                let (rows, times, emit) = done.unwrap_or_else(|_| panic!("alone: WEIR_SEED={own} WEIR_VIEW_CASES=1"));
                 *checked.entry(emit).or_default() += rows;
+                checks += times;
             }
         }));
     }
+    let mut all = 0;
     for worker in workers {
-        let checked = worker.await.unwrap();
-        println!("rows compared: {checked:?}");
+        let (checked, checks) = worker.await.unwrap();
+        println!("compared {checks} times; rows: {checked:?}");
+        all += checks;
         assert!(cases < 100 || checked.values().all(|rows| *rows > cases), "too little was compared: {checked:?}");
     }
+    assert!(cases < CASES || all >= 1_000, "compared {all} times only");
 }
 
 /// Every shape and what is wrong with others, in words.

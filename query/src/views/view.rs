@@ -26,7 +26,7 @@ use crate::fused_table::gap::Filling;
 const STRETCHES_MAX: usize = 16;
 
 /// A question over more rows than these is planned for all threads of its lane.
-const READY_ROWS_MAX: u64 = 1 << 18;
+pub(crate) const READY_ROWS_MAX: u64 = 1 << 18;
 
 /// See the module.
 #[derive(Debug)]

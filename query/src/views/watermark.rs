@@ -61,6 +61,13 @@ pub(crate) fn of_stream(edges: &BTreeMap<&str, (Option<i64>, i64)>, stored: Opti
         .or_else(|| edges.values().filter_map(|(carried, _)| *carried).chain(stored).max())
 }
 
+/// The edge that time in the stream waits for: of those that are not idle the one that is behind the others.
+pub(crate) fn held_by(edges: &BTreeMap<&str, (Option<i64>, i64)>, idle_us: i64) -> Option<String> {
+    let live = edges.iter().filter(|(_, (_, silent))| *silent < idle_us);
+    let behind = live.filter_map(|(edge, (carried, _))| Some(((*carried)?, *edge))).min()?;
+    Some(behind.1.to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use wire::Seq;

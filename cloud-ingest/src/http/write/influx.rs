@@ -45,9 +45,9 @@ async fn write(door: &Arc<Door>, query: Option<&str>, headers: &HeaderMap, body:
     let edge = sender(door, headers, &parameters)?;
     let precision = parameters.precision()?;
     let text = Text::read(door, headers, body, door.write.max_bytes.bytes()).await?;
-    let (devices, place) = (door.write.device.clone(), parameters.place);
+    let (devices, place, own_names) = (door.write.device.clone(), parameters.place, door.own_names.clone());
     let read = move |body: &[u8], edge: &EdgeId, rows: &mut Gathering| {
-        let origin = Origin { edge, source: "line", topic: &place, arrival_us: now_us() };
+        let origin = Origin { edge, own_names: &own_names, source: "line", topic: &place, arrival_us: now_us() };
         let told = doors::line::read(body, precision, &devices, origin, rows)?;
         Ok((told, format!("line {precision:?} {place}")))
     };

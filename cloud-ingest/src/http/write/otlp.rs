@@ -60,9 +60,9 @@ async fn take_metrics(door: &Arc<Door>, headers: &HeaderMap, body: Body) -> Resu
     }
     let bytes_max = doors::otlp::BYTES_MAX.min(door.write.max_bytes.bytes());
     let text = Text::read(door, headers, body, bytes_max).await?;
-    let devices = door.write.device.clone();
+    let (devices, own_names) = (door.write.device.clone(), door.own_names.clone());
     let read = move |body: &[u8], edge: &EdgeId, rows: &mut Gathering| {
-        let origin = Origin { edge, source: "otlp", topic: "", arrival_us: now_us() };
+        let origin = Origin { edge, own_names: &own_names, source: "otlp", topic: "", arrival_us: now_us() };
         let told = doors::otlp::read(body, &devices, origin, rows).map_err(|error| match error {
             OtlpError::Rows(error) => error.into(),
             error => Refused::Wrong(error.to_string()),

@@ -8,6 +8,7 @@ use rand::{Rng, SeedableRng};
 use super::super::episode::Episode;
 use super::super::episodes::tests::late::{expected, is_as, ordered, told};
 use super::*;
+use crate::lanes::Place;
 
 /// What is recorded of the alerts of a device, its road and whether somebody was told.
 const OF: &str = "SELECT device, CASE WHEN labels LIKE '%\"road\":\"a\"%' THEN 'a' ELSE 'b' END AS road, transition, told \
@@ -97,6 +98,68 @@ async fn what_waits_to_be_judged_is_judged_after_a_restart() {
     // They have been read, and are not judged before a second has passed.
     let node = node.restarted().await;
     node.until_recorded(OF, &["m a firing true", "n a firing true", "d a firing true", "d a resolved true"]).await;
+}
+
+/// Takes every place of the lane that rules ask in: nothing is asked until they are given back.
+async fn hold(node: &Node) -> Vec<Arc<Place>> {
+    let mut held = Vec::new();
+    for _ in 0..node.engine.settings().lanes[0].running {
+        held.push(node.engine.enter(&caller()).await.unwrap());
+    }
+    held
+}
+
+/// What is being judged is not done: a node that ends meanwhile judges it when it is back.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_being_judged_when_the_node_ends_is_judged_again() {
+    let node = Node::start();
+    node.alerts.put("high", HIGH).await.unwrap();
+    node.arrive(&[(-10, "d", "a", 1.0), (-10, "m", "a", 300.0)]);
+    node.until_recorded(OF, &["m a firing true"]).await;
+    let held = hold(&node).await;
+    node.arrive(&[(-100, "d", "a", 200.0), (-90, "d", "a", 1.0)]);
+    until("the record is asked", || held[0].lane().waiting() == 1).await;
+    // A decision, and with it how far the stream has been read.
+    let before = node.alerts.hub().newest();
+    node.arrive(&[(0, "n", "a", 300.0)]);
+    until("it is decided", || node.alerts.hub().newest() > before).await;
+    let node = node.restarted().await;
+    node.until_recorded(OF, &["m a firing true", "n a firing true", "d a firing true", "d a resolved true"]).await;
+}
+
+/// Rows and decisions that come while late rows are judged are part of what comes out.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_decided_while_late_rows_are_judged_is_decided_once() {
+    let node = Node::start();
+    node.alerts.put("high", HIGH).await.unwrap();
+    node.arrive(&[(-10, "d", "a", 300.0)]);
+    node.until_recorded(OF, &["d a firing true"]).await;
+    let mut held = hold(&node).await;
+    let place = Arc::clone(&held[1]);
+    node.arrive(&[(-20, "d", "a", 200.0), (-15, "d", "a", 1.0)]);
+    until("the record is asked", || place.lane().waiting() == 1).await;
+    // The record is read, and then nothing: the place that it had is taken.
+    let engine = Arc::clone(&node.engine);
+    let next = tokio::spawn(async move { engine.enter(&caller()).await.unwrap() });
+    until("somebody waits behind it", || place.lane().waiting() == 2).await;
+    drop(held.remove(0));
+    held.push(next.await.unwrap());
+    until("the table is asked", || place.lane().waiting() == 1).await;
+    let before = node.alerts.hub().newest();
+    node.arrive(&[(1, "d", "a", 1.0)]);
+    until("the end is decided", || node.alerts.hub().newest() > before).await;
+    drop((held, place));
+    let judged = "weir_alert_late_rows_total{end=\"judged\"} 2\n";
+    until("late rows are judged", || node.alerts.metrics().contains(judged)).await;
+    let expected = ["d a firing true", "d a resolved true", "d a firing true", "d a resolved true"];
+    node.until_recorded(OF, &expected).await;
+    assert_eq!(node.texts("SELECT count(DISTINCT alert_id) FROM alert_log WHERE alert_id IS NOT NULL").await, ["2"]);
+    let open = node.alerts.open(everything()).await.unwrap();
+    assert!(open.alerts.is_empty(), "{open:?}");
+    // Also after a restart.
+    let node = node.restarted().await;
+    node.arrive(&[(2, "d", "a", 400.0)]);
+    node.until_recorded(OF, &[&expected[..], &["d a firing true"]].concat()).await;
 }
 
 /// Many rows are judged in parts; each part is behind the one before it.

@@ -57,6 +57,25 @@ async fn a_session_that_does_not_end_is_cut() {
     .await;
 }
 
+/// Without some of its rows a session would be several.
+#[tokio::test]
+async fn a_volatile_condition_leaves_rows_out_of_sessions_and_not_out_of_what_they_are_made_of() {
+    let t = "(SELECT 'a' AS device, arrow_cast(1704103200000000 + m * 60000000, 'Timestamp(Microsecond, None)') AS ts FROM \
+             (SELECT unnest(range(0, 600)) AS m) AS r)";
+    let session = format!("SESSION({t}, ts, device, '90 seconds')");
+    for sessions in [
+        format!("{session} WHERE random() < 0.5"),
+        format!("{session} AS s WHERE s.device = 'a' AND random() < 0.5"),
+        format!(
+            "(SELECT device, window_start FROM {session}) AS q WHERE CAST(random() AS TEXT) < '0.5' OR device = 'b'"
+        ),
+    ] {
+        check(&format!("SELECT count(DISTINCT window_start) FROM {sessions}"), &["1"]).await;
+        let some = format!("SELECT count(*) BETWEEN 100 AND 500 FROM {sessions}");
+        check(&some, &["true"]).await;
+    }
+}
+
 #[tokio::test]
 async fn what_makes_no_sessions_is_refused() {
     let session = session(1);

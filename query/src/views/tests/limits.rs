@@ -5,8 +5,8 @@ use super::*;
 /// A view of rows that a test deals out, and its runner.
 pub(super) struct Stage {
     pub(super) city: Arc<City>,
-    engine: Arc<Engine>,
-    view: Arc<View>,
+    pub(super) engine: Arc<Engine>,
+    pub(super) view: Arc<View>,
     pub(super) runner: Option<Runner>,
     limits: RunLimits,
 }
@@ -185,9 +185,13 @@ async fn a_clock_that_is_set_back_holds_nothing_up() {
     kept.settle(set_back(4)).await;
     let watermark = |kept: &Stage| (kept.runner.as_ref().unwrap().progress().watermark.unwrap() - START) / SECOND;
     assert_eq!(watermark(&kept), 2);
+    let progress = |kept: &Stage| kept.runner.as_ref().unwrap().progress().clone();
+    assert_eq!((progress(&kept).held_by.as_deref(), progress(&kept).rows_per_second), (Some("gw-0"), None));
     kept.arrive(1, &[101], set_back(40));
     kept.settle(set_back(40)).await;
     assert_eq!(watermark(&kept), 101);
+    // Three rows since it began, 39 seconds ago.
+    assert_eq!((progress(&kept).held_by.as_deref(), progress(&kept).rows_per_second), (Some("gw-1"), Some(3.0 / 39.0)));
     // And a clock that jumps ahead makes nobody idle.
     kept.arrive(0, &[102], at(41));
     kept.settle(at(41)).await;

@@ -2,6 +2,8 @@
 
 use super::limits::{Stage, at, limits};
 use super::*;
+use crate::engine::{Question, Ready};
+use crate::views::view::READY_ROWS_MAX;
 
 const COUNTED: &str = "AS SELECT time_bucket('1 minute', ts) AS b, count(*) AS n, avg(speed) AS v, max(speed) AS most FROM traffic \
                        WHERE speed >= 0 GROUP BY 1 HAVING count(*) > 1";
@@ -60,4 +62,109 @@ async fn of_an_open_window_that_is_told_only_new_rows_are_read() {
     kept.city.lose_grace();
     kept.settle(at(62)).await;
     assert_eq!(told(&kept).await[0], "2024-01-01T00:00:00Z | 4 | 6 | 0.6666666666666666 | 2.0");
+}
+
+/// Whether a view of this question can be computed from states.
+async fn has_states(select: &str) -> bool {
+    let city = City::new();
+    city.create(&words::stream("traffic"), words::traffic_fields());
+    city.create(&words::stream("weather"), words::weather_fields());
+    let sql = format!("CREATE MATERIALIZED VIEW kept AS {select}");
+    let view = View::of(&engine(&city), definition(&sql), &|_, _| Ok(None)).await;
+    view.unwrap_or_else(|error| panic!("{select}: {error}")).parts.is_some()
+}
+
+#[tokio::test]
+async fn states_are_of_one_aggregation_over_rows_of_one_table() {
+    const BUCKET: &str = "time_bucket('1 minute', ts)";
+    for (select, expected) in [
+        (format!("SELECT {BUCKET} AS b, count(*) AS n, avg(speed) AS v FROM traffic GROUP BY 1"), true),
+        (format!("SELECT {BUCKET} AS b, device, max(speed * 2) AS v FROM traffic WHERE speed > 3 GROUP BY 1, 2"), true),
+        (
+            format!(
+                "SELECT b, max(n) AS n FROM (SELECT {BUCKET} AS b, device, count(*) AS n FROM traffic GROUP BY 1, 2) q GROUP BY 1"
+            ),
+            true,
+        ),
+        // Of aggregates that want an order, part of the rows says nothing.
+        (format!("SELECT {BUCKET} AS b, last_value(speed ORDER BY ts) AS v FROM traffic GROUP BY 1"), false),
+        (
+            format!(
+                "SELECT {BUCKET} AS b, count(*) AS n, string_agg(road, ',' ORDER BY ts) AS r FROM traffic GROUP BY 1"
+            ),
+            false,
+        ),
+        // Of a row of another table, too.
+        (
+            format!(
+                "SELECT t.b, t.n, w.warm FROM (SELECT {BUCKET} AS b, count(*) AS n FROM traffic GROUP BY 1) t JOIN \
+                 (SELECT {BUCKET} AS b, max(temperature) AS warm FROM weather GROUP BY 1) w ON w.b = t.b"
+            ),
+            false,
+        ),
+        (
+            format!(
+                "SELECT b, count(*) AS n FROM (SELECT {BUCKET} AS b FROM traffic UNION ALL SELECT {BUCKET} AS b FROM weather) q \
+                 GROUP BY 1"
+            ),
+            false,
+        ),
+        // A row is one of several by what is around it.
+        (
+            format!(
+                "SELECT b, count(*) AS n FROM (SELECT {BUCKET} AS b, row_number() OVER (PARTITION BY {BUCKET} ORDER BY speed) AS r \
+                 FROM traffic) q WHERE r < 3 GROUP BY 1"
+            ),
+            false,
+        ),
+        (
+            "SELECT window_start AS b, count(*) AS n FROM HOP(traffic, ts, '1 minute', '5 minutes') GROUP BY 1"
+                .to_owned(),
+            false,
+        ),
+        (
+            "SELECT window_end AS b, count(*) AS n FROM SESSION(traffic, ts, device, '1 minute') GROUP BY 1".to_owned(),
+            false,
+        ),
+        ("SELECT ts, device, speed FROM traffic".to_owned(), false),
+    ] {
+        assert_eq!(has_states(&select).await, expected, "{select}");
+    }
+}
+
+#[tokio::test]
+async fn a_plan_is_ready_when_all_that_it_reads_are_streams() {
+    let city = City::new();
+    city.create(&words::stream("traffic"), words::traffic_fields());
+    city.create(&words::stream("weather"), words::weather_fields());
+    let engine = engine(&city);
+    for (select, expected) in [
+        ("SELECT ts, speed FROM traffic", true),
+        ("SELECT ts, speed FROM traffic WHERE speed > (SELECT avg(temperature) FROM weather)", true),
+        ("SELECT ts, device FROM latest('traffic')", false),
+    ] {
+        let plan = engine.plan_for_view(select).await.unwrap().plan().clone();
+        let ready = Ready::of(&engine, "a test", plan).await.unwrap();
+        assert_eq!(ready.is_some(), expected, "{select}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_has_many_rows_is_planned_for_all_threads() {
+    let sql =
+        "CREATE MATERIALIZED VIEW kept AS SELECT time_bucket('1 hour', ts) AS b, count(*) AS n FROM traffic GROUP BY 1";
+    let kept = Stage::new(sql, limits()).await;
+    let stream = words::stream("traffic");
+    let is_ready = async || {
+        let frozen = kept.engine.newest().take(kept.engine.tables().as_ref(), &stream).await.unwrap();
+        let states = States::from([(stream.clone(), frozen)]);
+        let window = Intervals::of(START, START + 60 * MINUTE);
+        matches!(kept.view.asked_of(&window, &states).unwrap(), Question::Ready(_))
+    };
+    kept.arrive(0, &vec![1; READY_ROWS_MAX as usize], at(1));
+    // Of another hour, which does not count.
+    kept.arrive(0, &[4_000], at(4_000));
+    assert!(is_ready().await);
+    kept.arrive(0, &[2], at(2));
+    assert!(!is_ready().await);
 }
