@@ -18,7 +18,7 @@ use crate::process::{PATIENCE, POLL};
 use crate::sources::{cloud, send, whole};
 
 /// What `weir edge …` prints.
-async fn ask(arguments: &[&str]) -> String {
+pub(crate) async fn ask(arguments: &[&str]) -> String {
     let arguments = arguments.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>();
     let asked = tokio::task::spawn_blocking(move || {
         Command::new(env!("CARGO_BIN_EXE_weir")).arg("edge").args(arguments).output().unwrap()
@@ -59,6 +59,8 @@ async fn what_discover_writes_fills_a_table_and_doctor_is_content_with_it() {
     assert_eq!(cloud.integer("SELECT count(DISTINCT n) FROM field").await, 10);
 
     edge.stop();
+    let log = std::fs::read_to_string(directory.path().join("edge.log")).unwrap();
+    assert!(log.contains("the agent runs") && !log.contains('\u{1b}'), "colours in a file: {log}");
     edge.configure(&sources.replace("field/+", "nowhere/+"));
     let lines = ask(&["doctor", "--config", &config]).await;
     assert!(lines.lines().any(|line| line.contains("!!") && line.contains("nothing on nowhere/+")), "{lines}");

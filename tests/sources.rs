@@ -12,6 +12,7 @@ use rumqttc::v5::{AsyncClient, Event};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::field::ask;
 use crate::harness::{Cloud, Edge, Mosquitto, certificate, mqtt_source, publish};
 use crate::process::{PATIENCE, POLL};
 
@@ -113,6 +114,17 @@ async fn a_broker_with_tls_and_a_password_is_reached_and_a_wrong_password_is_tol
     };
     let mut edge = Edge::start(directory.path(), &cloud, &source("right")).await;
     edge.stop();
+    // Nobody sends, which is what is told by who was let in.
+    let ca = at("ca.pem");
+    let login = ["discover", "--url", &url, "--seconds", "1", "--username", "weir", "--password"];
+    for (more, expected) in [
+        (&["right", "--ca-file", &ca][..], "nothing came on #"),
+        (&["right"], "certificate"),
+        (&["wrong", "--ca-file", &ca], "NotAuthorized"),
+    ] {
+        let said = ask(&[&login[..], more].concat()).await;
+        assert!(said.contains(expected), "{more:?}: {said}");
+    }
     edge.configure(&source("wrong"));
     edge.run();
     let started = Instant::now();
