@@ -226,10 +226,11 @@ fn without_value(message: &str) -> String {
     format!("{kind}, expected{expected}")
 }
 
-/// Adds "did you mean" to serde's list of expected keys.
+/// Adds "did you mean" to serde's list of expected keys, or words.
 fn with_hint(message: &str) -> String {
     // The line that is shown may have quotes of its own.
-    let Some(at) = message.find("unknown field") else { return message.to_owned() };
+    let told = ["unknown field", "unknown variant"].into_iter().find_map(|told| message.find(told));
+    let Some(at) = told else { return message.to_owned() };
     let mut quoted = message[at..].split('`').skip(1).step_by(2);
     let Some(wrong) = quoted.next() else { return message.to_owned() };
     let best = quoted.map(|key| (strsim::jaro_winkler(wrong, key), key)).max_by(|a, b| a.0.total_cmp(&b.0));
@@ -267,6 +268,12 @@ mod tests {
             &format!("5 | edge = (not shown)\n{hidden}"),
         );
         check("4711\\q", "missing escaped value", "missing escaped value");
+        let unknown = "unknown variant `fil`, expected one of `mqtt`, `http`, `file`";
+        check(
+            "kind = \"fil\"",
+            unknown,
+            &format!("5 | kind = \"fil\"\n  |         ^^^^^\n{unknown}\ndid you mean `file`?"),
+        );
         let unknown = "unknown field `tokn`, expected `id` or `token`";
         check("tokn = \"`4711\"", unknown, &format!("5 | tokn = (not shown)\n{unknown}\ndid you mean `token`?"));
     }
