@@ -56,7 +56,7 @@ impl PhysicalOptimizerRule for ByName {
 
 fn has_bounds_of_several(operator: &Arc<dyn ExecutionPlan>) -> bool {
     let aggregate = operator.downcast_ref::<AggregateExec>();
-    aggregate.is_some_and(|aggregate| aggregate.dynamic_filter_expr().is_some() && aggregate.aggr_expr().len() > 1)
+    aggregate.is_some_and(|aggregate| aggregate.group_expr().is_empty() && aggregate.aggr_expr().len() > 1)
 }
 
 fn has_namesakes(operator: &Arc<dyn ExecutionPlan>) -> bool {
