@@ -32,7 +32,7 @@ const SECOND: i64 = 1_000_000;
 const MINUTE: i64 = 60 * SECOND;
 /// 2024-01-01T00:00:00Z
 const START: i64 = 1_704_067_200 * SECOND;
-const CASES: usize = 200;
+const CASES: usize = 250;
 const LIMITS: [usize; 2] = [100_000, 64 << 20];
 
 fn limits(random: &mut StdRng) -> RunLimits {

@@ -122,6 +122,13 @@ async fn states_are_of_one_aggregation_over_rows_of_one_table() {
                 .to_owned(),
             false,
         ),
+        // States of a slot are not those of the windows that its rows lie in.
+        (
+            "SELECT window_start AS b, max(v) AS v FROM HOP((SELECT ts, device, max(speed) AS v FROM traffic GROUP BY ts, device), \
+             ts, '1 minute', '5 minutes') GROUP BY 1"
+                .to_owned(),
+            false,
+        ),
         (
             "SELECT window_end AS b, count(*) AS n FROM SESSION(traffic, ts, device, '1 minute') GROUP BY 1".to_owned(),
             false,
