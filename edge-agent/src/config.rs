@@ -272,20 +272,33 @@ impl Settings {
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let mut settings = load(path, Self::parse)?;
         settings.file = Some(path.to_owned());
-        if let Some(file) = &settings.cloud.token_file {
-            settings.cloud.token = Some(first_line(file)?);
-        }
-        for source in &mut settings.source {
-            if let SourceSettings::Http(http) = source
-                && let Some(file) = &http.token_file
-            {
-                http.token = Some(first_line(file)?);
-            }
-        }
+        settings.open_secrets()?;
         Ok(settings)
     }
 
-    /// Reads and checks a text. A `token_file` is not opened.
+    /// Reads the files that hold a token or a password in place of them.
+    pub(crate) fn open_secrets(&mut self) -> Result<(), ConfigError> {
+        let taken = |file: &mut Option<PathBuf>, secret: &mut Option<String>| {
+            if let Some(file) = file.take() {
+                *secret = Some(first_line(&file)?);
+            }
+            Ok::<_, ConfigError>(())
+        };
+        taken(&mut self.cloud.token_file, &mut self.cloud.token)?;
+        for source in &mut self.source {
+            match source {
+                SourceSettings::Http(http) => taken(&mut http.token_file, &mut http.token)?,
+                SourceSettings::Mqtt(mqtt) => taken(&mut mqtt.password_file, &mut mqtt.password)?,
+                _ => {}
+            }
+        }
+        if let Some(publish) = &mut self.publish {
+            taken(&mut publish.password_file, &mut publish.password)?;
+        }
+        Ok(())
+    }
+
+    /// Reads and checks a text. A `token_file` or `password_file` is not opened.
     ///
     /// # Errors
     /// What is wrong, for people.

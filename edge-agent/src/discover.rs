@@ -41,6 +41,9 @@ pub struct DiscoverArguments {
     username: Option<String>,
     #[arg(long)]
     password: Option<String>,
+    /// Its first line is the password, which others then do not see among the arguments
+    #[arg(long, conflicts_with = "password")]
+    password_file: Option<PathBuf>,
     /// Certificates (PEM) to trust for mqtts, when the broker's is not of the web's authorities
     #[arg(long)]
     ca_file: Option<PathBuf>,
@@ -72,6 +75,7 @@ pub async fn discover(arguments: &DiscoverArguments) -> anyhow::Result<String> {
         quoted(&arguments.topic)
     );
     let mut settings = Settings::parse(&any).map_err(anyhow::Error::msg)?;
+    settings.open_secrets()?;
     let Some(SourceSettings::Mqtt(mqtt)) = settings.source.pop() else { bail!("no broker") };
     let client = format!("weir-discover-{}", std::process::id());
     let Heard { mut messages, retained, error, .. } =
@@ -108,10 +112,16 @@ fn head() -> &'static str {
 /// The beginning of each source.
 fn broker(arguments: &DiscoverArguments) -> String {
     let mut text = format!("[[source]]\nkind = \"mqtt\"\nurl = {}\n", quoted(&arguments.url));
-    let DiscoverArguments { username, password, ca_file, cert_file, key_file, .. } = arguments;
+    let DiscoverArguments { username, password, password_file, ca_file, cert_file, key_file, .. } = arguments;
     let file = |file: &Option<PathBuf>| file.as_deref().map(Path::to_string_lossy).map(String::from);
-    let files = [("ca_file", file(ca_file)), ("cert_file", file(cert_file)), ("key_file", file(key_file))];
-    let keys = [("username", username.clone()), ("password", password.clone())].into_iter().chain(files);
+    let keys = [
+        ("username", username.clone()),
+        ("password", password.clone()),
+        ("password_file", file(password_file)),
+        ("ca_file", file(ca_file)),
+        ("cert_file", file(cert_file)),
+        ("key_file", file(key_file)),
+    ];
     for (key, value) in keys {
         if let Some(value) = value {
             // Writing to a string cannot fail.

@@ -140,6 +140,8 @@ pub struct PublishSettings {
     pub version: MqttVersion,
     pub username: Option<String>,
     pub password: Option<String>,
+    /// Instead of `password`: the first line of a file.
+    pub password_file: Option<PathBuf>,
     pub ca_file: Option<PathBuf>,
     pub cert_file: Option<PathBuf>,
     pub key_file: Option<PathBuf>,
@@ -185,6 +187,7 @@ pub(super) fn publisher(settings: &Settings) -> Result<MqttSettings, String> {
             version: publish.version,
             username: publish.username.clone(),
             password: publish.password.clone(),
+            password_file: publish.password_file.clone(),
             ca_file: publish.ca_file.clone(),
             cert_file: publish.cert_file.clone(),
             key_file: publish.key_file.clone(),

@@ -53,6 +53,9 @@ pub struct MqttSettings {
     pub username: Option<String>,
     #[serde(default)]
     pub password: Option<String>,
+    /// Instead of `password`: the first line of a file.
+    #[serde(default)]
+    pub password_file: Option<PathBuf>,
     /// Certificates (PEM) to trust for mqtts.
     #[serde(default)]
     pub ca_file: Option<PathBuf>,
@@ -503,6 +506,7 @@ impl MqttSettings {
             version: MqttVersion::default(),
             username: None,
             password: None,
+            password_file: None,
             ca_file: None,
             cert_file: None,
             key_file: None,
@@ -526,6 +530,9 @@ impl MqttSettings {
     pub(super) fn check_broker(&self) -> Result<(), String> {
         if self.url.password().is_some() || !self.url.username().is_empty() {
             return Err("put user and password into `username` and `password`, not into the url".to_owned());
+        }
+        if self.password.is_some() && self.password_file.is_some() {
+            return Err("it has both password and password_file: leave one out".to_owned());
         }
         if !matches!(self.url.scheme(), "mqtt" | "mqtts") || self.url.host_str().is_none() {
             return Err(format!("`{}` is no broker: write mqtt://host:1883 or mqtts://host:8883", self.url));

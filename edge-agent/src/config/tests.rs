@@ -158,6 +158,27 @@ fn wrong_configurations_say_what_is_wrong() {
 }
 
 #[test]
+fn a_password_may_lie_in_a_file_of_its_own() {
+    let directory = tempfile::tempdir().unwrap();
+    let (file, secret) = (directory.path().join("edge.toml"), directory.path().join("password"));
+    std::fs::write(&secret, "s3cret\nnot this\n").unwrap();
+    let keys = format!("username = \"u\"\npassword_file = {secret:?}\n");
+    let publish = format!("[publish]\nurl = \"mqtt://b\"\n{keys}");
+    let text = format!("{HEAD}{TRAFFIC}{publish}").replace("topics = ", &(keys + "topics = "));
+    std::fs::write(&file, &text).unwrap();
+    let settings = Settings::load(&file).unwrap();
+    let SourceSettings::Mqtt(mqtt) = &settings.source[0] else { panic!("{:?}", settings.source) };
+    assert_eq!(mqtt.password.as_deref(), Some("s3cret"));
+    assert_eq!(settings.publisher().unwrap().password.as_deref(), Some("s3cret"));
+    assert!(!format!("{settings:?}").contains("s3cret") && !settings.text.contains("s3cret"));
+    std::fs::remove_file(&secret).unwrap();
+    let error = Settings::load(&file).unwrap_err().to_string();
+    assert!(error.contains("password"), "{error}");
+    let both = text.replace("username = ", "password = \"x\"\nusername = ");
+    assert!(Settings::parse(&both).unwrap_err().contains("both password and password_file"));
+}
+
+#[test]
 fn no_secret_is_shown() {
     let text = format!("{HEAD}{TRAFFIC}").replace("topics = ", "username = \"u\"\npassword = \"secret\"\ntopics = ");
     assert!(!format!("{:?}", Settings::parse(&text).unwrap()).contains("secret"));
