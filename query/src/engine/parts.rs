@@ -1,7 +1,7 @@
 //! A question whose rows are computed once: what came of them by then is kept, and the answer put together from it.
 //!
 //! Its plan has one aggregation above the rows of one table, which rows reach one by one, through conditions and expressions
-//! alone. Of some rows that gives *states* (sums and counts, where the question asks for a mean); the states of other rows
+//! alone, or each as often as it has windows, through one HOP. Of some rows that gives *states* (sums and counts, where the question asks for a mean); the states of other rows
 //! are merged with them, and the answer is what the plan makes of all. So an answer costs what is new, however many rows it
 //! stands for. Aggregates that want their rows in an order have no states.
 
@@ -21,6 +21,7 @@ use datafusion::physical_plan::filter::FilterExec;
 use datafusion::physical_plan::projection::ProjectionExec;
 
 use super::ready::{Ready, filled};
+use crate::functions::hop::{bounded, is_hop};
 use crate::fused_table::gap::{Filling, Gap};
 
 /// See the module.
@@ -31,26 +32,35 @@ pub(crate) struct Parts {
     partial: Arc<dyn ExecutionPlan>,
     merge: Arc<dyn ExecutionPlan>,
     last: Arc<dyn ExecutionPlan>,
+    /// Whether rows come through a HOP. Then states are of one window.
+    hops: bool,
     /// The columns that it wants of its table, event time among them.
     columns: SchemaRef,
 }
 
 impl Parts {
-    /// How a question is computed in parts; None when it cannot be.
+    /// How a question is computed in parts; None when it cannot be. `hops`: its windows are those of a HOP.
     ///
     /// # Errors
     /// When its plan cannot be changed so.
-    pub(crate) fn of(whole: &Ready) -> Result<Option<Self>> {
-        let (mut gaps, mut found) = (Vec::new(), None);
+    pub(crate) fn of(whole: &Ready, hops: bool) -> Result<Option<Self>> {
+        let (mut gaps, mut found, mut all_hops) = (Vec::new(), None, 0);
         whole.plan().apply(|node| {
             gaps.extend(node.downcast_ref::<Gap>().map(Gap::timed).transpose()?);
+            all_hops += usize::from(is_hop(node));
             // The lowest is found last.
-            if let Some(all) = node.downcast_ref::<AggregateExec>().filter(|all| takes_rows(all)) {
-                found = Some(all.clone());
+            if let Some(all) = node.downcast_ref::<AggregateExec>()
+                && let Some(hops) = hops_of_rows(all)
+            {
+                found = Some((all.clone(), hops));
             }
             Ok(TreeNodeRecursion::Continue)
         })?;
-        let ([columns], Some(all)) = (&gaps[..], found) else { return Ok(None) };
+        let ([columns], Some((all, its_hops))) = (&gaps[..], found) else { return Ok(None) };
+        // Another one would spread states among windows that have states of their own.
+        if [its_hops, all_hops] != [usize::from(hops); 2] {
+            return Ok(None);
+        }
         let ordered = all.aggr_expr().iter().any(|aggregate| !aggregate.order_bys().is_empty());
         if ordered || all.limit_options().is_some() || all.group_expr().has_grouping_set() {
             return Ok(None);
@@ -70,7 +80,7 @@ impl Parts {
         if last.schema() != all.schema() || merge.schema() != partial.schema() {
             return Ok(None);
         }
-        Ok(Some(Self { whole: whole.clone(), columns: Arc::clone(columns), partial, merge, last }))
+        Ok(Some(Self { whole: whole.clone(), columns: Arc::clone(columns), partial, merge, last, hops }))
     }
 
     /// The columns of its table that it computes from, and event time.
@@ -78,9 +88,10 @@ impl Parts {
         &self.columns
     }
 
-    /// The states of some rows.
-    pub(crate) fn states(&self, filling: &Filling<'_>) -> Result<Arc<dyn ExecutionPlan>> {
-        filled(&self.partial, &self.whole.state, |_| Ok(*filling))
+    /// The states of some rows, of the window that begins there alone when a row lies in several.
+    pub(crate) fn states(&self, filling: &Filling<'_>, start: i64) -> Result<Arc<dyn ExecutionPlan>> {
+        let states = filled(&self.partial, &self.whole.state, |_| Ok(*filling))?;
+        if self.hops { bounded(states, (start, start.saturating_add(1))) } else { Ok(states) }
     }
 
     /// Some states as few.
@@ -92,7 +103,7 @@ impl Parts {
     pub(crate) fn answer(&self, states: &[RecordBatch]) -> Result<Arc<dyn ExecutionPlan>> {
         let rows = self.rows(states)?;
         let answer = Arc::clone(self.whole.plan()).transform_up(|node| {
-            let is_it = node.downcast_ref::<AggregateExec>().is_some_and(takes_rows);
+            let is_it = node.downcast_ref::<AggregateExec>().and_then(hops_of_rows).is_some();
             let node = if is_it { over(&self.last, Arc::clone(&rows))? } else { node.reset_state()? };
             Ok(Transformed::yes(node))
         });
@@ -109,15 +120,16 @@ fn over(plan: &Arc<dyn ExecutionPlan>, input: Arc<dyn ExecutionPlan>) -> Result<
     Arc::clone(plan).replace_children(vec![input], ReplaceChildrenOptions::new(ChildrenPropertiesMode::Recompute))
 }
 
-/// Whether rows of a table come to an aggregation one by one.
-fn takes_rows(all: &AggregateExec) -> bool {
-    let mut node = all.input();
-    while node.is::<FilterExec>() || node.is::<ProjectionExec>() || node.is::<CooperativeExec>() {
+/// How many HOPs rows of a table come through on their way to an aggregation; None when they do not come one by one.
+fn hops_of_rows(all: &AggregateExec) -> Option<usize> {
+    let (mut node, mut hops) = (all.input(), 0);
+    while node.is::<FilterExec>() || node.is::<ProjectionExec>() || node.is::<CooperativeExec>() || is_hop(node) {
         if node.fetch().is_some() {
-            return false;
+            return None;
         }
-        let Some(input) = node.children().first().copied() else { return false };
-        node = input;
+        hops += usize::from(is_hop(node));
+        node = node.children().first().copied()?;
     }
-    matches!(all.mode(), AggregateMode::Single | AggregateMode::SinglePartitioned) && node.is::<Gap>()
+    let is_one = matches!(all.mode(), AggregateMode::Single | AggregateMode::SinglePartitioned);
+    (is_one && node.is::<Gap>()).then_some(hops)
 }

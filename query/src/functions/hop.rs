@@ -10,6 +10,8 @@
 
 pub(super) mod exec;
 
+pub(crate) use exec::{bounded, is_hop};
+
 use std::cmp::Ordering;
 use std::fmt;
 use std::hash::{Hash, Hasher};

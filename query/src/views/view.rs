@@ -73,10 +73,11 @@ impl View {
         let columns = Columns::of(plan.schema().as_arrow(), &shape.kept).map_err(|error| engine.explain(error))?;
         let (planned, read) = read(&plan).map_err(|error| engine.explain(error))?;
         let ready = Ready::of(engine, definition.name.as_str(), plan.clone()).await?;
-        // Rows of windows that overlap come to several.
-        let by_window = matches!(&shape.kept, Kept::Windows { grid, .. } if !grid.overlaps());
-        let parts = ready.as_ref().filter(|_| by_window).map(Parts::of).transpose();
-        let parts = parts.map_err(|error| engine.explain(error))?.flatten();
+        let parts = match (&shape.kept, &ready) {
+            (Kept::Windows { grid, .. }, Some(ready)) if grid.silence().is_none() => Parts::of(ready, grid.overlaps()),
+            _ => Ok(None),
+        };
+        let parts = parts.map_err(|error| engine.explain(error))?;
         Ok(Self { definition, plan, shape, columns, changes, read, planned, ready, parts })
     }
 

@@ -7,7 +7,7 @@ use arrow::compute::{cast, take_record_batch};
 use arrow::datatypes::{DataType, SchemaRef, TimeUnit, TimestampMicrosecondType};
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef, RecordBatch, TimestampMicrosecondArray, UInt32Array};
-use datafusion::common::tree_node::TreeNodeRecursion;
+use datafusion::common::tree_node::{Transformed, TransformedResult, TreeNode, TreeNodeRecursion};
 use datafusion::common::{Result, exec_err, internal_err};
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::physical_expr::{EquivalenceProperties, PhysicalExpr};
@@ -47,6 +47,22 @@ impl HopExec {
         );
         Self { input, schema, time, windows, starts, properties: Arc::new(properties) }
     }
+}
+
+/// Whether an operator carries out a HOP.
+pub(crate) fn is_hop(plan: &Arc<dyn ExecutionPlan>) -> bool {
+    plan.is::<HopExec>()
+}
+
+/// A plan whose HOPs make only the windows that begin in `[from, to)`, of those that they made.
+pub(crate) fn bounded(plan: Arc<dyn ExecutionPlan>, (from, to): (i64, i64)) -> Result<Arc<dyn ExecutionPlan>> {
+    let bounded = plan.transform_up(|node| {
+        let Some(hop) = node.downcast_ref::<HopExec>() else { return Ok(Transformed::no(node)) };
+        let starts = (hop.starts.0.max(from), hop.starts.1.min(to));
+        let (input, schema, time) = (Arc::clone(&hop.input), Arc::clone(&hop.schema), Arc::clone(&hop.time));
+        Ok(Transformed::yes(Arc::new(HopExec::new(input, schema, time, hop.windows.clone(), starts)) as _))
+    });
+    bounded.data()
 }
 
 impl DisplayAs for HopExec {

@@ -15,7 +15,7 @@ use crate::fused_table::gap::Filling;
 use crate::views::intervals::Intervals;
 
 /// Windows of one piece that are computed so, and that new rows come to at a time: of more, the rows are read together.
-const WINDOWS_MAX: usize = 32;
+const WINDOWS_MAX: usize = 64;
 
 impl Runner {
     /// What is new of a stream comes to the windows that are held. Those that it cannot come to are held no longer.
@@ -41,11 +41,11 @@ impl Runner {
                 self.partials.forget(start);
                 continue;
             };
-            let (from, to) = self.state.grid().slot(start);
-            let Some(rows) = between(unread, from, to)? else { continue };
+            let until = self.state.grid().until(start);
+            let Some(rows) = between(unread, start, until)? else { continue };
             let states = {
                 let parts = parts.clone();
-                Question::Ready(Box::new(move |_| parts.states(&Filling::Rows(&rows))))
+                Question::Ready(Box::new(move |_| parts.states(&Filling::Rows(&rows), start)))
             };
             match self.asked(states, seen).await {
                 Ok(states) => {
@@ -85,7 +85,7 @@ impl Runner {
                 let times = self.state.grid().rows(&Intervals::of(from, to));
                 let (parts, stream) = (parts.clone(), stream.clone());
                 let states = Question::Ready(Box::new(move |states| match states.get(&stream) {
-                    Some(frozen) => parts.states(&Filling::Part(frozen, &times)),
+                    Some(frozen) => parts.states(&Filling::Part(frozen, &times), from),
                     None => exec_err!("{stream} was not frozen"),
                 }));
                 let states = self.asked(states, seen).await?;

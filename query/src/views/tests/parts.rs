@@ -8,6 +8,9 @@ use crate::views::view::READY_ROWS_MAX;
 const COUNTED: &str = "AS SELECT time_bucket('1 minute', ts) AS b, count(*) AS n, avg(speed) AS v, max(speed) AS most FROM traffic \
                        WHERE speed >= 0 GROUP BY 1 HAVING count(*) > 1";
 
+const HOPPED: &str = "AS SELECT window_start AS b, count(*) AS n, avg(speed) AS v, max(speed) AS most FROM \
+                      HOP(traffic, ts, '1 minute', '3 minutes') WHERE speed >= 0 GROUP BY 1 HAVING count(*) > 1";
+
 /// Windows, and how often each was told, with what in the end.
 async fn told(stage: &Stage) -> Vec<String> {
     let told = "SELECT view_window, view_revision, n, v, most FROM (SELECT *, max(view_revision) OVER (PARTITION BY view_window) AS \
@@ -39,6 +42,29 @@ async fn of_a_window_with_late_rows_only_these_are_read() {
     kept.arrive(1, &[30, 31], at(124));
     kept.settle(at(124)).await;
     assert_eq!(told(&kept).await[0], "2024-01-01T00:00:00Z | 29 | 28 | 0.03571428571428571 | 1.0");
+}
+
+/// A row comes to each of its windows, and to no other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_open_windows_that_overlap_only_new_rows_are_read() {
+    let mut kept =
+        Stage::new(&format!("CREATE MATERIALIZED VIEW kept WITH (emit = 'update') {HOPPED}"), limits()).await;
+    kept.arrive(0, &[0, 1], at(1));
+    kept.settle(at(1)).await;
+    kept.city.forget(&words::stream("traffic"));
+    kept.arrive(0, &[2, 3], at(3));
+    kept.settle(at(3)).await;
+    let starts = ["2023-12-31T23:58:00Z", "2023-12-31T23:59:00Z", "2024-01-01T00:00:00Z"];
+    assert_eq!(told(&kept).await, starts.map(|start| format!("{start} | 2 | 4 | 0.5 | 1.0")));
+    // The first has closed, and what comes behind it is not its own.
+    kept.arrive(0, &[4, 60], at(61));
+    kept.settle(at(61)).await;
+    let told = told(&kept).await;
+    assert_eq!(told[0], format!("{} | 3 | 5 | 0.4 | 1.0", starts[0]));
+    for (told, start) in told[1..].iter().zip(&starts[1..]) {
+        assert_eq!(*told, format!("{start} | 3 | 6 | 0.5 | 1.0"));
+    }
+    assert_eq!(told.len(), 3);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -119,6 +145,13 @@ async fn states_are_of_one_aggregation_over_rows_of_one_table() {
         ),
         (
             "SELECT window_start AS b, count(*) AS n FROM HOP(traffic, ts, '1 minute', '5 minutes') GROUP BY 1"
+                .to_owned(),
+            true,
+        ),
+        // What comes through a HOP is told by windows that do not overlap.
+        (
+            "SELECT time_bucket('1 hour', ts) AS b, max(n) AS n FROM (SELECT ts, window_start, count(*) AS n FROM HOP(traffic, ts, \
+             '1 minute', '5 minutes') GROUP BY ts, window_start) GROUP BY 1"
                 .to_owned(),
             false,
         ),
