@@ -115,7 +115,6 @@ async fn a_broker_with_tls_and_a_password_is_reached_and_a_wrong_password_is_tol
     let mut edge = Edge::start(directory.path(), &cloud, &source("right")).await;
     edge.stop();
     // Nobody sends, which is what is told by who was let in.
-    let ca = at("ca.pem");
     let login = ["discover", "--url", &url, "--seconds", "1", "--username", "weir", "--password"];
     for (more, expected) in [
         (&["right", "--ca-file", &ca][..], "nothing came on #"),

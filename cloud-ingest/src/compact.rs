@@ -81,6 +81,9 @@ pub enum Merged {
     Overtaken,
 }
 
+/// Is told the rows that are done since it was told last: none when something else was done.
+pub type Progress<'a> = &'a (dyn Fn(u64) + Send + Sync);
+
 /// Rows are merged within this share of one core.
 #[derive(Debug)]
 pub struct Pace {
@@ -136,8 +139,7 @@ impl Compactor {
         self.left_out.insert(path.to_owned());
     }
 
-    /// Merges files of one date, and swaps them in the table. `progress` is told the rows that are done since it was
-    /// told last. It may be dropped at any moment.
+    /// Merges files of one date, and swaps them in the table. It may be dropped at any moment.
     ///
     /// # Errors
     /// See [`CompactError`]; what was written for it is left to vacuum.
@@ -145,7 +147,7 @@ impl Compactor {
         &self,
         table: &mut DeltaTable,
         mut inputs: Vec<Arc<DataFile>>,
-        progress: &(dyn Fn(u64) + Send + Sync),
+        progress: Progress<'_>,
     ) -> Result<Merged, CompactError> {
         failpoint::reach("compact.planned");
         // Rows that are equal keep the order in which they came.
@@ -184,7 +186,7 @@ impl Compactor {
         &self,
         table: &DeltaTable,
         inputs: &mut Vec<Arc<DataFile>>,
-        progress: &(dyn Fn(u64) + Send + Sync),
+        progress: Progress<'_>,
     ) -> Result<Vec<DataFile>, CompactError> {
         let Some(date) = inputs.first().map(|file| file.date) else { return Ok(Vec::new()) };
         let snapshot = table.snapshot();
@@ -192,7 +194,7 @@ impl Compactor {
         let store = snapshot.log_store.object_store(None);
         let mut pace = Pace::new(self.settings.cpu_share);
         let memory_bytes = self.settings.memory_bytes.0;
-        let (mut merge, count) = Merge::open(&store, &schema, inputs, memory_bytes, &mut pace).await?;
+        let (mut merge, count) = Merge::open(&store, &schema, inputs, memory_bytes, &mut pace, progress).await?;
         inputs.truncate(count);
         let properties = writer_properties(&schema);
         let (mut outputs, mut writer, mut rows) = (Vec::new(), None::<FileWriter>, 0);

@@ -18,7 +18,7 @@ use arrow_array::{Array, RecordBatch};
 use wire::schema::{FieldType, StreamField, is_own_stream};
 use wire::{DataFile, FieldName, StreamName};
 
-use crate::compact::{CompactError, Merge, Pace};
+use crate::compact::{CompactError, Merge, Pace, Progress};
 use crate::delta::file::{FileWriter, PART, writer_properties};
 use crate::delta::{CommitError, DeltaTable, FileError, TableError, TableSnapshot, date_text};
 use crate::failpoint;
@@ -81,7 +81,7 @@ pub async fn retype(
     column: &FieldName,
     kind: FieldType,
     pace: &mut Pace,
-    progress: &(dyn Fn(u64) + Send + Sync),
+    progress: Progress<'_>,
 ) -> Result<Retyped, RetypeError> {
     let stream = table.stream().clone();
     check(&stream, kind)?;
@@ -103,7 +103,7 @@ struct Work<'a> {
     stream: &'a StreamName,
     pace: &'a mut Pace,
     underway: &'a mut Underway,
-    progress: &'a (dyn Fn(u64) + Send + Sync),
+    progress: Progress<'a>,
 }
 
 /// Writes the files, and puts them into the place of the others.
@@ -197,7 +197,8 @@ async fn rewrite(
 ) -> Result<Written, RetypeError> {
     let (stored, schema) = (row_schema(&snapshot.fields), row_schema(fields));
     let store = snapshot.log_store.object_store(None);
-    let (mut rows, _) = Merge::open(&store, &stored, std::slice::from_ref(file), u64::MAX, work.pace).await?;
+    let (mut rows, _) =
+        Merge::open(&store, &stored, std::slice::from_ref(file), u64::MAX, work.pace, work.progress).await?;
     let mut writer = FileWriter::create(&store, &schema, &writer_properties(&schema), file.date, PART)?;
     let mut written = Written { file: None, values_before: 0, values_after: 0 };
     let mut count = 0;

@@ -191,7 +191,7 @@ impl SchemaProvider for PublicSchema {
             if as_of.is_some() {
                 return plan_err!("{name} is a view: what it showed when is in {name}_changes, by view_revision");
             }
-            return self.views.table(self.tables.as_ref(), name);
+            return self.views.table(self.tables.as_ref(), name).await;
         }
         let table = match (self.tables.cold(&stream), as_of) {
             (Some(cold), None) => LiveTable::new(stream, cold.schema),

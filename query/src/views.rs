@@ -54,6 +54,9 @@ use watermark::Moment;
 
 /// How soon a view that cannot go on is tried again: from the first of these to the last.
 const RETRY: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(30)];
+/// Who asks for a view that starts waits so long for its plan, and looks so often.
+const PLANNED_WITHIN: Duration = Duration::from_secs(5);
+const PLANNED_POLL: Duration = Duration::from_millis(10);
 /// Memory for what was computed of windows that are asked more than once, bytes: of one view, and of as many as there may be.
 const PARTIALS_BYTES_MAX: [usize; 2] = [16 << 20, 256 << 20];
 /// How often time is looked at when nothing comes.
@@ -213,11 +216,32 @@ impl Views {
         self.entries.read().values().filter(shown).map(|entry| entry.definition.name.to_string()).collect()
     }
 
-    /// The table of a view.
-    pub(crate) fn table(&self, tables: &dyn Tables, name: &str) -> DataFusionResult<Option<Arc<dyn TableProvider>>> {
-        let Some(view) = self.planned(name) else { return Ok(None) };
+    /// The table of a view. Just after a start one that has told something before is waited for.
+    pub(crate) async fn table(
+        &self,
+        tables: &dyn Tables,
+        name: &str,
+    ) -> DataFusionResult<Option<Arc<dyn TableProvider>>> {
+        let asked = Instant::now();
+        let view = loop {
+            if let Some(view) = self.planned(name) {
+                break view;
+            }
+            if !self.comes(tables, name) || asked.elapsed() > PLANNED_WITHIN {
+                return Ok(None);
+            }
+            tokio::time::sleep(PLANNED_POLL).await;
+        };
         let Some(cold) = tables.cold(&view.changes) else { return Ok(None) };
         view.columns.view(&view.changes, &cold.schema).map(Some)
+    }
+
+    /// Whether a view that is not planned yet will be: its results are there, and nothing was wrong with it.
+    fn comes(&self, tables: &dyn Tables, name: &str) -> bool {
+        let Ok(stream) = name.parse::<StreamName>() else { return false };
+        let starts = self.entries.read().get(&stream).is_some_and(|entry| matches!(entry.doing(), Doing::Starting));
+        let changes = format!("{name}{}", view::CHANGES).parse::<StreamName>();
+        starts && changes.is_ok_and(|changes| tables.cold(&changes).is_some())
     }
 
     /// Whether there is a view of this name.

@@ -25,7 +25,7 @@ use wire::DataFile;
 use wire::schema::{DEVICE, TS};
 
 use super::object::ObjectReader;
-use super::{CompactError, Pace};
+use super::{CompactError, Pace, Progress};
 
 /// Rows decoded, and given out, at a time.
 const BATCH_ROWS: usize = 8_192;
@@ -131,17 +131,18 @@ impl std::fmt::Debug for Merge {
 
 impl Merge {
     /// Opens files of one table, in this order, as many as `memory_bytes` allows and at least two. How many it are is the
-    /// second value.
+    /// second value. `progress` is told, of no rows yet, with each part that is read.
     pub(crate) async fn open(
         store: &ObjectStoreRef,
         schema: &SchemaRef,
         files: &[Arc<DataFile>],
         memory_bytes: u64,
         pace: &mut Pace,
+        progress: Progress<'_>,
     ) -> Result<(Self, usize), CompactError> {
         let (mut inputs, mut memory) = (Vec::new(), 0);
         for file in files {
-            let (input, needs) = open(store, file, pace).await?;
+            let (input, needs) = open(store, file, pace, progress).await?;
             memory += needs;
             if inputs.len() >= 2 && memory > memory_bytes {
                 break;
@@ -223,12 +224,17 @@ impl Merge {
 }
 
 /// A file before its first batch, and the memory that reading it takes.
-async fn open(store: &ObjectStoreRef, file: &DataFile, pace: &mut Pace) -> Result<(Input, u64), CompactError> {
+async fn open(
+    store: &ObjectStoreRef,
+    file: &DataFile,
+    pace: &mut Pace,
+    progress: Progress<'_>,
+) -> Result<(Input, u64), CompactError> {
     let failed = |source| CompactError::Read { path: file.path.clone(), source };
     let place = Path::from_url_path(&file.path).map_err(|error| failed(ParquetError::External(Box::new(error))))?;
     let reader = ObjectReader { store: store.clone(), path: place, bytes: file.bytes };
     if let Some(expected) = file.crc {
-        let got = reader.checksum(pace).await.map_err(failed)?;
+        let got = reader.checksum(pace, progress).await.map_err(failed)?;
         if got != expected {
             return Err(CompactError::Bytes { path: file.path.clone(), expected, got });
         }
@@ -253,7 +259,7 @@ pub(crate) async fn scan(
     file: &DataFile,
     each: &mut (dyn FnMut(&RecordBatch) + Send),
 ) -> Result<(), CompactError> {
-    let (mut input, _) = open(store, file, &mut Pace::new(1.0)).await?;
+    let (mut input, _) = open(store, file, &mut Pace::new(1.0), &|_| {}).await?;
     while input.fill(schema).await? {
         each(&input.batch);
     }
