@@ -60,6 +60,17 @@ async fn equals(cloud: &Cloud, view: &str, question: &str) {
     }
 }
 
+/// What a question of windows of a second gives of those that are closed.
+fn closed(question: &str) -> String {
+    format!("SELECT * FROM ({question}) AS q WHERE b < (SELECT time_bucket('1 second', max(ts)) FROM load)")
+}
+
+/// Sends a row that closes all windows before it, and waits until `by_second` shows them.
+async fn closes(cloud: &mut Cloud, chain: &mut Chain, last: i64) {
+    deliver(cloud, chain, last, 1).await;
+    equals(cloud, "SELECT * FROM by_second", &closed(BY_SECOND)).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn views_equal_their_questions_when_the_cloud_is_killed() {
     let mut random = seeded();
@@ -98,12 +109,7 @@ async fn views_equal_their_questions_when_the_cloud_is_killed() {
         cloud.run();
         cloud.wait().await;
     }
-    // Closes all windows before it.
-    let last = next + 60_000;
-    deliver(&mut cloud, &mut chain, last, 1).await;
-    let open =
-        format!("SELECT * FROM ({BY_SECOND}) AS q WHERE b < (SELECT time_bucket('1 second', max(ts)) FROM load)");
-    equals(&cloud, "SELECT * FROM by_second", &open).await;
+    closes(&mut cloud, &mut chain, next + 60_000).await;
     equals(&cloud, "SELECT * FROM odd", ODD).await;
     // Nobody was told the same revision of a window twice, and no row of the other twice.
     let twice = "SELECT count(*) FROM (SELECT view_window, view_revision, device, count(*) AS n FROM by_second_changes \
@@ -159,10 +165,7 @@ async fn a_subscriber_hears_each_change_of_a_view_once_through_kills() {
         cloud.run();
         cloud.wait().await;
     }
-    deliver(&mut cloud, &mut chain, next + 60_000, 1).await;
-    let open =
-        format!("SELECT * FROM ({BY_SECOND}) AS q WHERE b < (SELECT time_bucket('1 second', max(ts)) FROM load)");
-    equals(&cloud, "SELECT * FROM by_second", &open).await;
+    closes(&mut cloud, &mut chain, next + 60_000).await;
     let expected = told(&cloud, "by_second").await;
     while heard.len() < expected.len() {
         hear(&listener.next().await, &mut heard);
@@ -250,10 +253,7 @@ async fn a_broker_and_a_webhook_are_told_each_change_of_a_view_through_kills() {
         cloud.run();
         cloud.wait().await;
     }
-    deliver(&mut cloud, &mut chain, next + 60_000, 1).await;
-    let open =
-        format!("SELECT * FROM ({BY_SECOND}) AS q WHERE b < (SELECT time_bucket('1 second', max(ts)) FROM load)");
-    equals(&cloud, "SELECT * FROM by_second", &open).await;
+    closes(&mut cloud, &mut chain, next + 60_000).await;
     let expected = told(&cloud, "by_second").await;
     let (mut at_broker, started) = (Heard::default(), Instant::now());
     while at_broker.rows.len() < expected.len() {
@@ -333,9 +333,6 @@ async fn a_view_goes_on_over_a_column_of_another_type_or_says_why_not() {
     let counted = "SELECT time_bucket('1 second', ts) AS b, count(n) AS c FROM load GROUP BY 1";
     cloud.sql(&format!("CREATE MATERIALIZED VIEW counted AS {counted}")).await.unwrap();
     cloud.sql(&format!("CREATE MATERIALIZED VIEW by_second AS {BY_SECOND}")).await.unwrap();
-    let closed = |question: &str| {
-        format!("SELECT * FROM ({question}) AS q WHERE b < (SELECT time_bucket('1 second', max(ts)) FROM load)")
-    };
     equals(&cloud, "SELECT * FROM counted", &closed(counted)).await;
     equals(&cloud, "SELECT * FROM by_second", &closed(BY_SECOND)).await;
     let config = cloud.config().to_str().unwrap().to_owned();

@@ -107,22 +107,31 @@ pub struct Way<'a> {
     pub key_file: Option<&'a Path>,
 }
 
+/// The `Way` of settings that have its fields. Each has them itself: of a flattened struct, an error would neither tell the place
+/// nor the nearest word.
+macro_rules! way {
+    ($of:expr) => {
+        Way {
+            kind: $of.kind,
+            url: &$of.url,
+            secret: $of.secret.as_deref(),
+            timeout: $of.timeout.0,
+            attempts: $of.attempts,
+            client_id: $of.client_id.as_deref(),
+            username: $of.username.as_deref(),
+            password: $of.password.as_deref(),
+            ca_file: $of.ca_file.as_deref(),
+            cert_file: $of.cert_file.as_deref(),
+            key_file: $of.key_file.as_deref(),
+        }
+    };
+}
+pub(super) use way;
+
 impl PublishSettings {
     /// How it is reached.
     pub fn way(&self) -> Way<'_> {
-        Way {
-            kind: self.kind,
-            url: &self.url,
-            secret: self.secret.as_deref(),
-            timeout: self.timeout.0,
-            attempts: self.attempts,
-            client_id: self.client_id.as_deref(),
-            username: self.username.as_deref(),
-            password: self.password.as_deref(),
-            ca_file: self.ca_file.as_deref(),
-            cert_file: self.cert_file.as_deref(),
-            key_file: self.key_file.as_deref(),
-        }
+        way!(self)
     }
 }
 
@@ -159,6 +168,17 @@ impl Way<'_> {
         }
         Ok(())
     }
+}
+
+/// That the names of those who are told, in the table `table`, are names, and each is there once.
+pub(super) fn check_names<'a>(table: &str, names: impl Iterator<Item = &'a str>) -> Result<(), String> {
+    let mut known = HashSet::new();
+    for name in names {
+        if name.is_empty() || name.len() > 63 || !known.insert(name) {
+            return Err(format!("[[{table}]] `{name}`: a name has from 1 to 63 bytes and is there once"));
+        }
+    }
+    Ok(())
 }
 
 pub(super) fn url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Url, D::Error> {
@@ -204,14 +224,7 @@ impl AlertSettings {
         if self.stale_after.0 < Duration::from_secs(1) {
             return Err("[alerts] stale_after must be at least 1s".to_owned());
         }
-        let mut names = HashSet::new();
-        for target in &self.publish {
-            let here = format!("[[alerts.publish]] `{}`", target.name);
-            if target.name.is_empty() || target.name.len() > 63 || !names.insert(&target.name) {
-                return Err(format!("{here}: a name has from 1 to 63 bytes and is there once"));
-            }
-            target.way().check(&here)?;
-        }
-        Ok(())
+        check_names("alerts.publish", self.publish.iter().map(|target| target.name.as_str()))?;
+        self.publish.iter().try_for_each(|target| target.way().check(&format!("[[alerts.publish]] `{}`", target.name)))
     }
 }

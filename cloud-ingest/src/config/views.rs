@@ -1,6 +1,5 @@
 //! What can be set of views that run for ever: where their definitions are, how many, what they may take, and who is told.
 
-use std::collections::HashSet;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,7 +9,7 @@ use url::Url;
 use wire::StreamName;
 use wire::written::{Size, Span};
 
-use super::alerts::{PublishKind, Way, attempts, timeout, url};
+use super::alerts::{PublishKind, Way, attempts, check_names, timeout, url, way};
 
 /// Limits of all views of a node, and of the lane that they ask in.
 #[derive(Debug, Clone, Deserialize)]
@@ -82,19 +81,7 @@ impl fmt::Debug for ViewPublishSettings {
 impl ViewPublishSettings {
     /// How it is reached.
     pub fn way(&self) -> Way<'_> {
-        Way {
-            kind: self.kind,
-            url: &self.url,
-            secret: self.secret.as_deref(),
-            timeout: self.timeout.0,
-            attempts: self.attempts,
-            client_id: self.client_id.as_deref(),
-            username: self.username.as_deref(),
-            password: self.password.as_deref(),
-            ca_file: self.ca_file.as_deref(),
-            cert_file: self.cert_file.as_deref(),
-            key_file: self.key_file.as_deref(),
-        }
+        way!(self)
     }
 
     fn check(&self) -> Result<(), String> {
@@ -145,14 +132,7 @@ impl ViewsSettings {
         if self.answer_rows < 1_000 {
             return Err("[views] answer_rows must be at least 1000".to_owned());
         }
-        let mut names = HashSet::new();
-        for target in &self.publish {
-            if target.name.is_empty() || target.name.len() > 63 || !names.insert(&target.name) {
-                let name = &target.name;
-                return Err(format!("[[views.publish]] `{name}`: a name has from 1 to 63 bytes and is there once"));
-            }
-            target.check()?;
-        }
-        Ok(())
+        check_names("views.publish", self.publish.iter().map(|target| target.name.as_str()))?;
+        self.publish.iter().try_for_each(ViewPublishSettings::check)
     }
 }

@@ -27,8 +27,8 @@ use crate::alerts::episodes::Transition;
 const IN_FLIGHT_MAX: u16 = 16;
 const REQUESTS: usize = 256;
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
-pub(crate) const BACKOFF_MIN: Duration = Duration::from_millis(200);
-pub(crate) const BACKOFF_MAX: Duration = Duration::from_secs(30);
+const BACKOFF_MIN: Duration = Duration::from_millis(200);
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
 const FAREWELL: Duration = Duration::from_millis(500);
 
 /// A broker, as whom, and who is told there.
@@ -72,6 +72,28 @@ pub(crate) struct Connection {
     turning: JoinHandle<()>,
     sent: usize,
     refused: usize,
+}
+
+/// How long is waited before the next connection: twice as long after each that never stood.
+#[derive(Debug)]
+pub(crate) struct Backoff(Duration);
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self(BACKOFF_MIN)
+    }
+}
+
+impl Backoff {
+    /// Waits after a connection was lost; whether it `stood`. None when the node stops.
+    pub(crate) async fn pause(&mut self, stood: bool, token: &CancellationToken) -> Option<()> {
+        if stood {
+            self.0 = BACKOFF_MIN;
+        }
+        let wait = self.0;
+        self.0 = (2 * wait).min(BACKOFF_MAX);
+        pause(jittered(wait), token).await
+    }
 }
 
 /// How a message fared.
@@ -219,7 +241,7 @@ pub(crate) async fn run(broker: Broker, mut place: Place, token: CancellationTok
     if place.find(&token).await.is_none() {
         return;
     }
-    let mut wait = BACKOFF_MIN;
+    let mut backoff = Backoff::default();
     // What is not acknowledged when a connection is lost is published again.
     let mut steps: VecDeque<Step> = VecDeque::new();
     let mut lost_over = 0;
@@ -229,9 +251,6 @@ pub(crate) async fn run(broker: Broker, mut place: Place, token: CancellationTok
             return connection.close().await;
         }
         let (stood, error) = connection.end();
-        if stood {
-            wait = BACKOFF_MIN;
-        }
         place.retried(&error);
         if lost_over >= broker.attempts
             && let Some(step) = steps.pop_front()
@@ -249,10 +268,9 @@ pub(crate) async fn run(broker: Broker, mut place: Place, token: CancellationTok
             lost_over = 0;
         }
         tracing::warn!(target = place.name(), error, "no connection to the broker");
-        if pause(jittered(wait), &token).await.is_none() {
+        if backoff.pause(stood, &token).await.is_none() {
             return;
         }
-        wait = (2 * wait).min(BACKOFF_MAX);
     }
 }
 

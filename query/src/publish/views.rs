@@ -21,8 +21,8 @@ use wire::schema::{QUALITY, SEQ, SPOOL, TS, own};
 use wire::{StreamName, StreamSchema};
 
 use super::appends::{self, Append, Follower, Read};
-use super::mqtt::{self, Broker, Connection};
-use super::target::{self, TargetKind, Way, jittered, pause};
+use super::mqtt::{self, Backoff, Broker, Connection};
+use super::target::{self, TargetKind, Way, pause};
 use super::webhook::{self, CLOUD_EVENT, Request};
 use crate::caller::{Caller, Door};
 use crate::clock::now_us;
@@ -300,16 +300,13 @@ async fn by_http(mut feed: Feed, request: Request) {
 
 /// Tells a broker until the node stops.
 async fn by_mqtt(mut feed: Feed, broker: Broker) {
-    let (mut wait, mut waiting, mut lost_over) = (mqtt::BACKOFF_MIN, None, 0);
+    let (mut backoff, mut waiting, mut lost_over) = (Backoff::default(), None, 0);
     while !feed.token.is_cancelled() {
         let mut connection = broker.connect();
         if session(&mut connection, &mut feed, &mut waiting, &mut lost_over).await.is_none() {
             return connection.close().await;
         }
         let (stood, error) = connection.end();
-        if stood {
-            wait = mqtt::BACKOFF_MIN;
-        }
         retried(&feed.status, &error);
         if lost_over >= broker.attempts
             && let Some(append) = waiting.take()
@@ -321,10 +318,9 @@ async fn by_mqtt(mut feed: Feed, broker: Broker) {
             }
         }
         tracing::warn!(target = feed.settings.name, error, "no connection to the broker");
-        if pause(jittered(wait), &feed.token).await.is_none() {
+        if backoff.pause(stood, &feed.token).await.is_none() {
             return;
         }
-        wait = (2 * wait).min(mqtt::BACKOFF_MAX);
     }
 }
 

@@ -3,6 +3,7 @@
 use super::limits::{Stage, at, limits};
 use super::*;
 use crate::engine::{Question, Ready};
+use crate::views::intervals::Intervals;
 use crate::views::view::READY_ROWS_MAX;
 
 const COUNTED: &str = "AS SELECT time_bucket('1 minute', ts) AS b, count(*) AS n, avg(speed) AS v, max(speed) AS most FROM traffic \
