@@ -3,6 +3,7 @@
 //! CPU-seconds are user and system time of a process from its start (`/proc/<pid>/stat`), peak RSS is `VmHWM`, bytes to
 //! disk are `write_bytes` of `/proc/<pid>/io`. Every report names commit, date, machine and command.
 
+mod acks;
 mod alerts;
 mod commit;
 mod drain;
@@ -15,6 +16,7 @@ mod readers;
 mod recover;
 mod soak;
 mod start;
+mod times;
 mod views;
 
 use std::path::PathBuf;
@@ -30,6 +32,8 @@ const COMMIT: &str = env!("WEIR_COMMIT");
 pub(crate) enum BenchCommand {
     /// The cloud alone: sealed batches from several connections, durable acks
     Cloud(ingest::CloudBench),
+    /// From a request to its durable ack at a steady rate: as usual, beside an analyst, beside compaction
+    Acks(acks::AcksBench),
     /// Many small commits to one table: the last against the first, memory, opening, compaction
     Commit(commit::CommitBench),
     /// The whole path: publisher, Mosquitto, edge agent, cloud; nothing lost
@@ -71,6 +75,7 @@ pub(crate) struct Common {
 pub(crate) async fn bench(command: BenchCommand) -> anyhow::Result<()> {
     let result = match command {
         BenchCommand::Cloud(bench) => bench.run().await?,
+        BenchCommand::Acks(bench) => bench.run().await?,
         BenchCommand::Commit(bench) => bench.run().await?,
         BenchCommand::Path(bench) => bench.run().await?,
         BenchCommand::Freshness(bench) => bench.run().await?,

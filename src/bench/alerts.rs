@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use arrow::array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
 use futures::StreamExt;
-use hdrhistogram::Histogram;
 use memchr::memmem::Finder;
 use parking_lot::RwLock;
 use serde_json::{Value, json};
@@ -28,7 +27,8 @@ use wire::{CutBatch, SpoolId, StreamSchema};
 use super::Common;
 use super::ingest::{self, Sender};
 use super::parts::{Cloud, Directory, Edge, PATIENCE, free_port, mosquitto};
-use super::path::{message, micros, milliseconds, now_us, source};
+use super::path::{message, now_us, source};
+use super::times::{Times, micros};
 use crate::publish::{BrokerAddress, Publisher};
 
 /// A reading of so many begins an alert: its number is a multiple. Those in the middle end it.
@@ -37,7 +37,6 @@ const EACH: u64 = 1_000;
 const ROUNDS_PER_SECOND: u64 = 10;
 const PACE: Duration = Duration::from_millis(2);
 const WINDOWS: &str = "[stream.load.window.1s]\nsize = \"1s\"\n";
-const SPAN: u64 = 600_000_000;
 
 /// What is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -127,7 +126,7 @@ impl AlertsBench {
         });
         let expected: BTreeSet<u64> = (0..total).step_by(EACH as usize).collect();
         let mut heard: BTreeSet<u64> = BTreeSet::new();
-        let (mut readings, mut windows) = (histogram()?, histogram()?);
+        let (mut readings, mut windows) = (Times::new(), Times::new());
         let deadline = Instant::now() + Duration::from_secs(self.seconds) + PATIENCE;
         while heard.len() < expected.len() {
             let event = tokio::time::timeout_at(deadline.into(), listener.next()).await;
@@ -141,27 +140,27 @@ impl AlertsBench {
             if data["rule"] == "high" {
                 let number: u64 = text.parse().with_context(|| format!("a number in {text:?}"))?;
                 ensure!(expected.contains(&number) && heard.insert(number), "{number} was not expected, or came twice");
-                readings.saturating_record(late(time(&data["from"])?));
+                readings.add_us(late(time(&data["from"])?));
             } else if let Ok(end) = time(&data["labels"]["ends"])
                 && end > start_us
             {
-                windows.saturating_record(late(end));
+                windows.add_us(late(end));
             }
         }
         let published = publishing.await??;
         ensure!(
-            self.seconds < 5 || windows.len() >= self.seconds - 4,
+            self.seconds < 5 || windows.count() >= self.seconds - 4,
             "{} windows of {} s",
-            windows.len(),
+            windows.count(),
             self.seconds
         );
         Ok(json!({
             "readings": published,
             "rate": self.rate,
             "alerts": heard.len(),
-            "reading_to_alert_ms": quantiles(&readings),
-            "windows": windows.len(),
-            "window_close_to_alert_ms": quantiles(&windows),
+            "reading_to_alert_ms": readings.report(),
+            "windows": windows.count(),
+            "window_close_to_alert_ms": windows.report(),
             "cloud_cpu_s": cloud.part.cpu_seconds()?,
             "edge_cpu_s": edge.part.cpu_seconds()?,
         }))
@@ -241,7 +240,7 @@ impl AlertsBench {
             .await?;
         let idle_mb = cloud.part.memory_mb("VmRSS")?;
         let total = self.events * self.seconds;
-        let all = Arc::new(Mutex::new(histogram()?));
+        let all = Arc::new(Mutex::new(Times::new()));
         let (behind, decided) = (Arc::new(AtomicU64::new(0)), Arc::new(Decided::default()));
         let mut listening = Vec::new();
         for _ in 0..self.subscribers {
@@ -251,7 +250,7 @@ impl AlertsBench {
                 let own = listen(socket, total, decided).await?;
                 behind.fetch_add(1, Ordering::Relaxed);
                 let mut all = all.lock().await;
-                own.into_iter().for_each(|us| all.saturating_record(us));
+                own.into_iter().for_each(|us| all.add_us(us));
                 anyhow::Ok(())
             }));
         }
@@ -272,27 +271,16 @@ impl AlertsBench {
             heard.with_context(|| format!("{came} of {} subscribers have all", self.subscribers))???;
         }
         let all = all.lock().await;
-        ensure!(all.len() == total * self.subscribers, "{} of {}", all.len(), total * self.subscribers);
+        ensure!(all.count() == total * self.subscribers, "{} of {}", all.count(), total * self.subscribers);
         Ok(json!({
             "subscribers": self.subscribers,
             "events": total,
             "events_per_second": total as f64 / sent_s,
-            "decided_to_read_ms": quantiles(&all),
+            "decided_to_read_ms": all.report(),
             "cloud_cores": (cloud.part.cpu_seconds()? - before) / started.elapsed().as_secs_f64(),
             "rss_mb": { "idle": idle_mb, "connected": connected_mb, "peak": cloud.part.memory_mb("VmHWM")? },
         }))
     }
-}
-
-fn histogram() -> anyhow::Result<Histogram<u64>> {
-    Ok(Histogram::new_with_bounds(1, SPAN, 3)?)
-}
-
-fn quantiles(all: &Histogram<u64>) -> Value {
-    json!({
-        "p50": milliseconds(all, 0.5), "p99": milliseconds(all, 0.99), "p99.5": milliseconds(all, 0.995),
-        "p99.9": milliseconds(all, 0.999), "max": all.max() as f64 / 1e3, "count": all.len(),
-    })
 }
 
 /// µs since 1970 of a text.

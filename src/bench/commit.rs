@@ -18,6 +18,7 @@ use wire::{FieldType, Mark, Seq, SpoolId, StreamField, StreamName, StreamSchema}
 
 use super::Common;
 use super::parts::Directory;
+use super::times::Times;
 
 /// 2026-01-01T00:00:00Z
 const START_US: i64 = 1_767_225_600_000_000;
@@ -82,8 +83,8 @@ impl CommitBench {
         Ok(json!({
             "commits": self.commits,
             "rows_per_commit": self.rows,
-            "first": quantiles(&times[..thousand]),
-            "last": quantiles(&times[times.len() - thousand..]),
+            "first_ms": times[..thousand].iter().collect::<Times>().report(),
+            "last_ms": times[times.len() - thousand..].iter().collect::<Times>().report(),
             "merges": merges,
             "files": files,
             "rss_mb": memory.iter().step_by(memory.len().div_ceil(10).max(1)).chain(memory.last()).collect::<Vec<_>>(),
@@ -151,13 +152,6 @@ fn schema() -> anyhow::Result<StreamSchema> {
 
 fn millis(time: Duration) -> f64 {
     (time.as_secs_f64() * 1e5).round() / 100.0
-}
-
-fn quantiles(times: &[Duration]) -> Value {
-    let mut sorted = times.to_vec();
-    sorted.sort_unstable();
-    let at = |share: f64| millis(sorted[((sorted.len() - 1) as f64 * share).round() as usize]);
-    json!({ "p50_ms": at(0.5), "p99_ms": at(0.99), "max_ms": at(1.0) })
 }
 
 /// A value of this process's `/proc/self/status` in MB.

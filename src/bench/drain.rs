@@ -3,7 +3,6 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{self, UnboundedReceiver};
 use tokio::task::JoinHandle;
@@ -11,7 +10,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::Common;
 use super::parts::{Cloud, Directory, Edge, PATIENCE, POLL, free_port, mosquitto};
-use super::path::{message, micros, milliseconds, now_us, source};
+use super::path::{message, now_us, source};
+use super::times::Times;
 use crate::publish::{BrokerAddress, Publisher};
 use crate::sql;
 
@@ -40,9 +40,9 @@ struct Live {
     due: UnboundedReceiver<Instant>,
     stop: CancellationToken,
     task: JoinHandle<anyhow::Result<u64>>,
-    latencies: Histogram<u64>,
+    latencies: Times,
     /// How long the questions took that look for them: no latency is found to be shorter.
-    questions: Histogram<u64>,
+    questions: Times,
     visible: u64,
 }
 
@@ -68,15 +68,14 @@ impl Live {
             }
             publisher.finish().await
         });
-        let histogram = || Histogram::new_with_bounds(1, 600_000_000, 3);
-        Ok(Self { due, stop, task, latencies: histogram()?, questions: histogram()?, visible: 0 })
+        Ok(Self { due, stop, task, latencies: Times::new(), questions: Times::new(), visible: 0 })
     }
 
     /// Asks, and keeps how long that took.
     async fn asked<T>(&mut self, question: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
         let started = Instant::now();
         let answer = question.await;
-        self.questions.saturating_record(micros(started.elapsed()));
+        self.questions.add(started.elapsed());
         answer
     }
 
@@ -85,7 +84,7 @@ impl Live {
         while self.visible < count {
             let Some(due) = self.due.recv().await else { return };
             if since.is_some_and(|since| due >= since) {
-                self.latencies.saturating_record(micros(answered - due));
+                self.latencies.add(answered - due);
             }
             self.visible += 1;
         }
@@ -98,11 +97,10 @@ impl Live {
     }
 
     fn report(&self) -> Value {
-        json!({
-            "p50": milliseconds(&self.latencies, 0.5), "p99": milliseconds(&self.latencies, 0.99),
-            "max": self.latencies.max() as f64 / 1_000.0, "count": self.latencies.len(),
-            "question_p50": milliseconds(&self.questions, 0.5), "question_p99": milliseconds(&self.questions, 0.99),
-        })
+        let mut report = self.latencies.report();
+        report["question_p50"] = self.questions.ms(0.5).into();
+        report["question_p99"] = self.questions.ms(0.99).into();
+        report
     }
 }
 
@@ -162,7 +160,7 @@ impl DrainBench {
             live.seen(live_rows, answered, began.map(|(since, _)| since)).await;
             if began.is_none() && backlog + live_rows > 0 {
                 began = Some((answered, backlog));
-                live.questions.reset();
+                live.questions.clear();
             }
             rss_mb = rss_mb.max(edge.part.memory_mb("VmRSS")?);
             if backlog == self.backlog {

@@ -16,7 +16,9 @@ use wire::sealed::NO_WATERMARK;
 use wire::{Acks, CutBatch, EdgeId, FieldType, Mark, SpoolId, StreamField, StreamSchema};
 
 use super::Common;
+use super::acks::Analyst;
 use super::parts::{Cloud, Directory, EDGE, PATIENCE, POLL, TOKEN};
+use super::times::Times;
 use crate::sql;
 
 const DEVICES: usize = 500;
@@ -35,6 +37,9 @@ pub(crate) struct CloudBench {
     /// Batches in one request
     #[arg(long, default_value_t = 8)]
     request_batches: usize,
+    /// Somebody asks one question after the other meanwhile
+    #[arg(long)]
+    analyst: bool,
     #[command(flatten)]
     common: Common,
 }
@@ -60,23 +65,33 @@ impl CloudBench {
         for made in makers {
             prepared.push(made.await??);
         }
+        let analyst = self.analyst.then(|| Analyst::start(&cloud));
         let started = Instant::now();
         let mut tasks = tokio::task::JoinSet::new();
         for batches in prepared {
             let mut sender = Sender::new(Arc::clone(&schema), SpoolId(rand::random()))?;
             let (http, in_request) = (cloud.http.clone(), self.request_batches);
             tasks.spawn(async move {
+                let mut acks = Times::new();
                 for batches in batches.chunks(in_request) {
+                    let sent = Instant::now();
                     sender.send(&http, batches).await?;
+                    acks.add(sent.elapsed());
                 }
-                anyhow::Ok(sender.bytes)
+                anyhow::Ok((sender.bytes, acks))
             });
         }
-        let mut bytes = 0;
+        let (mut bytes, mut acks) = (0, Times::new());
         while let Some(sent) = tasks.join_next().await {
-            bytes += sent??;
+            let (of_one, acks_of_one) = sent??;
+            bytes += of_one;
+            acks.add_all(&acks_of_one);
         }
         let durable_s = started.elapsed().as_secs_f64();
+        let questions = match analyst {
+            Some(analyst) => Some(analyst.end().await?.report()),
+            None => None,
+        };
         let rows = per_connection * self.connections * self.batch_rows as u64;
         let found = sql::integer(&cloud.http, "SELECT count(*) FROM load").await?;
         ensure!(found == rows, "{rows} rows were acknowledged and {found} are there");
@@ -88,6 +103,8 @@ impl CloudBench {
             "rows": rows,
             "durable_s": durable_s,
             "rows_per_second": (rows as f64 / durable_s).round(),
+            "ack_ms": acks.report(),
+            "questions_ms": questions,
             "all_committed_s": started.elapsed().as_secs_f64(),
             "cloud_cpu_s_per_million_rows": committed / million,
             "cloud_peak_rss_mb": cloud.part.memory_mb("VmHWM")?,

@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use anyhow::ensure;
-use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::Common;
 use super::parts::{Cloud, Directory, Edge, PATIENCE, POLL, Part, mosquitto};
+use super::times::Times;
 use crate::publish::{BrokerAddress, Publisher};
 use crate::sql;
 
@@ -198,8 +198,7 @@ impl FreshnessBench {
             }
             publisher.finish().await
         });
-        let mut latencies = Histogram::<u64>::new_with_bounds(1, 600_000_000, 3)?;
-        let mut questions = Histogram::<u64>::new_with_bounds(1, 600_000_000, 3)?;
+        let (mut latencies, mut questions) = (Times::new(), Times::new());
         let mut visible = 0;
         let started = Instant::now();
         while visible < total {
@@ -211,34 +210,21 @@ impl FreshnessBench {
                 continue;
             };
             let answered = Instant::now();
-            questions.saturating_record(micros(answered - asked));
+            questions.add(answered - asked);
             while visible <= newest {
                 let Some(sent) = published.recv().await else { break };
-                latencies.saturating_record(micros(answered - sent));
+                latencies.add(answered - sent);
                 visible += 1;
             }
         }
         let published = publisher.await??;
         let count = sql::integer(&stage.cloud.http, "SELECT count(*) FROM load").await?;
         ensure!(count == published, "{published} published, {count} rows");
-        let ms = milliseconds;
         Ok(json!({
             "messages": published,
             "rate": self.rate,
-            "freshness_ms": {
-                "p50": ms(&latencies, 0.5), "p90": ms(&latencies, 0.9), "p99": ms(&latencies, 0.99),
-                "max": latencies.max() as f64 / 1_000.0,
-            },
-            "question_ms": { "p50": ms(&questions, 0.5), "p99": ms(&questions, 0.99), "count": questions.len() },
+            "freshness_ms": latencies.report(),
+            "question_ms": questions.report(),
         }))
     }
-}
-
-pub(super) fn micros(span: Duration) -> u64 {
-    u64::try_from(span.as_micros()).unwrap_or(u64::MAX)
-}
-
-/// A quantile of a histogram of µs.
-pub(super) fn milliseconds(histogram: &Histogram<u64>, quantile: f64) -> f64 {
-    histogram.value_at_quantile(quantile) as f64 / 1_000.0
 }

@@ -5,7 +5,7 @@
 //! table and newer ones of some of them hot. Answers are checked: numbers of rows, and that a newest row is one.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use arrow::array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
@@ -20,6 +20,7 @@ use wire::{CutBatch, DAY_US, FieldType, SpoolId, StreamField, StreamSchema};
 use super::Common;
 use super::ingest::{Sender, committed};
 use super::parts::{Cloud, Directory, free_port};
+use super::times::Times;
 use crate::sql;
 
 const DAYS: i64 = 365;
@@ -103,9 +104,9 @@ impl ReadersBench {
         Ok(json!({
             "rows": rows,
             "files": sql::integer(&cloud.http, "SELECT count(*) FROM system.files WHERE stream = 'year'").await?,
-            "point_ms": quantiles(point),
-            "latest_one_ms": quantiles(one),
-            "latest_whole_ms": quantiles(whole),
+            "point_ms": point.report(),
+            "latest_one_ms": one.report(),
+            "latest_whole_ms": whole.iter().collect::<Times>().report(),
             "latest_devices": self.latest_devices,
             "arrow_out_rows_per_second": out,
             "cloud_peak_rss_mb": cloud.part.memory_mb("VmHWM")?,
@@ -125,7 +126,7 @@ impl ReadersBench {
         cloud: &Cloud,
         question: impl Fn(i64) -> String,
         right: impl Fn(&serde_json::Map<String, Value>) -> bool,
-    ) -> anyhow::Result<Vec<Duration>> {
+    ) -> anyhow::Result<Times> {
         let client = reqwest::Client::new();
         let mut times = Vec::new();
         // The first few are not counted.
@@ -138,7 +139,7 @@ impl ReadersBench {
             let rows: Vec<serde_json::Map<String, Value>> = serde_json::from_slice(&answer)?;
             ensure!(rows.len() == 1 && right(&rows[0]), "{question}: {rows:?}");
         }
-        Ok(times.split_off(5))
+        Ok(times.iter().skip(5).collect())
     }
 }
 
@@ -205,13 +206,4 @@ async fn flight_rows(port: u16, statement: &str) -> anyhow::Result<usize> {
         rows += batch.num_rows();
     }
     Ok(rows)
-}
-
-fn quantiles(mut times: Vec<Duration>) -> Value {
-    times.sort_unstable();
-    let at = |share: f64| {
-        let time = times[((times.len() - 1) as f64 * share).round() as usize];
-        (time.as_secs_f64() * 1e5).round() / 100.0
-    };
-    json!({ "p50": at(0.5), "p99": at(0.99), "max": at(1.0), "count": times.len() })
 }
