@@ -7,7 +7,8 @@
 //! a table: it starts from what the catalogue shows, commits like any other writer, and tells the ingest thread, which
 //! alone replaces what readers see. When it is stopped, what it was at is given up; a kill leaves no more.
 //! A table that fails waits longer each time and holds up no other; one whose store does not answer for `lake.patience`
-//! has failed ([`pulse`]), and waits at least four times as long as it took.
+//! has failed ([`pulse`]), and waits at least four times as long as it took. The next time it may be silent for twice as long:
+//! a checkpoint of many files says nothing while it is written, and on a slow machine it has to end at some time.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -27,13 +28,15 @@ use crate::{retain, vacuum};
 
 mod pulse;
 
-use pulse::Pulse;
+use pulse::{Pulse, Silent};
 
 const TICK: Duration = Duration::from_secs(1);
 const RETRY_MIN: Duration = Duration::from_secs(5);
 const RETRY_MAX: Duration = Duration::from_secs(600);
 /// A table that failed waits at least so many times as long as it took, for others to have their turn.
 const TURNS_OF_OTHERS: u32 = 4;
+/// However often it was given up, it may be silent for at most so many times `lake.patience`.
+const PATIENCE_MAX: u32 = 16;
 /// So often, at least, it is looked for what others have committed to a table.
 const FOLLOW: Duration = Duration::from_secs(10);
 /// After a start, so that a node that is started often vacuums, too.
@@ -76,6 +79,8 @@ struct Care {
 #[derive(Debug, Default)]
 struct Backoff {
     failures: u32,
+    /// Of these so many were for silence.
+    silences: u32,
     until: Option<Instant>,
 }
 
@@ -84,9 +89,15 @@ impl Backoff {
         self.until.is_some_and(|until| until > Instant::now())
     }
 
+    /// How long it may be silent, when that is `patience` the first time.
+    fn patience(&self, patience: Duration) -> Duration {
+        patience.saturating_mul(1_u32.checked_shl(self.silences).unwrap_or(PATIENCE_MAX).min(PATIENCE_MAX))
+    }
+
     /// `took` is how long the others have waited for it.
-    fn failed(&mut self, took: Duration) {
+    fn failed(&mut self, error: &Failure, took: Duration) {
         self.failures += 1;
+        self.silences += u32::from(error.is::<Silent>());
         let wait = RETRY_MIN.saturating_mul(1 << self.failures.min(10)).min(RETRY_MAX).max(took * TURNS_OF_OTHERS);
         self.until = Some(Instant::now() + wait);
     }
@@ -134,21 +145,21 @@ impl Maintenance {
             if self.care(&stream).upkeep.waits() {
                 continue;
             }
-            let began = Instant::now();
+            let (patience, began) = (self.care(&stream).upkeep.patience(patience), Instant::now());
             match pulse.heard(patience, self.look_after(&stream)).await {
                 Ok(()) => self.care(&stream).upkeep = Backoff::default(),
                 Err(error) => {
-                    self.care(&stream).upkeep.failed(began.elapsed());
+                    self.care(&stream).upkeep.failed(&error, began.elapsed());
                     self.tell(&stream, "table not kept in shape; it is tried again", error.as_ref());
                 }
             }
         }
         let Some(stream) = self.neediest() else { return false };
-        let began = Instant::now();
+        let (patience, began) = (self.care(&stream).merging.patience(patience), Instant::now());
         match pulse.heard(patience, self.compact(&stream)).await {
             Ok(()) => self.care(&stream).merging = Backoff::default(),
             Err(error) => {
-                self.care(&stream).merging.failed(began.elapsed());
+                self.care(&stream).merging.failed(&error, began.elapsed());
                 self.tell(&stream, "files not merged; they are tried again", error.as_ref());
             }
         }

@@ -14,7 +14,7 @@ pub(super) struct Pulse(Arc<AtomicU64>);
 /// The errand was given up.
 #[derive(Debug, thiserror::Error)]
 #[error("nothing was heard of it for {0:?}: it is given up")]
-pub(super) struct Silent(Duration);
+pub(super) struct Silent(pub(super) Duration);
 
 impl Pulse {
     /// The errand has done something.

@@ -108,3 +108,17 @@ async fn a_table_whose_store_hangs_holds_up_no_other() {
     assert_eq!(files("a_stuck"), 15);
     assert!(metrics.maintenance_failed.get() >= 2, "neither its upkeep nor its merge was given up");
 }
+
+#[test]
+fn what_was_given_up_for_silence_may_be_silent_for_longer_the_next_time() {
+    let (mut backoff, second) = (Backoff::default(), Duration::from_secs(1));
+    backoff.failed(&Failure::from("the store says no"), second);
+    assert_eq!(backoff.patience(second), second);
+    for times in [2, 4, 8, 16, 16] {
+        backoff.failed(&Failure::from(Silent(second)), second);
+        assert_eq!(backoff.patience(second), times * second);
+    }
+    backoff.silences = 40;
+    assert_eq!(backoff.patience(second), 16 * second);
+    assert!(backoff.waits());
+}
