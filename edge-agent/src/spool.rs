@@ -404,12 +404,19 @@ impl<L: FileLayer> Spool<L> {
 
     /// Whether a batch waits that has come since batches of its stream were chosen for sending.
     pub fn has_live(&self) -> bool {
-        self.lanes.iter().any(|lane| {
-            let is_live = |(stream, queue): (&StreamName, &queue::Queue)| {
-                lane.chosen.get(stream).is_none_or(|until| queue.newest() >= until.0)
-            };
-            lane.waiting.streams().any(is_live)
-        })
+        let mut waiting = self
+            .lanes
+            .iter()
+            .enumerate()
+            .flat_map(|(index, lane)| lane.waiting.streams().map(move |one| (index, one.0)));
+        waiting.any(|(lane, stream)| self.is_live(lane, stream))
+    }
+
+    /// The same of one stream in a lane.
+    pub fn is_live(&self, lane: usize, stream: &StreamName) -> bool {
+        let lane = &self.lanes[lane];
+        let came = |queue: &queue::Queue| lane.chosen.get(stream).is_none_or(|until| queue.newest() >= until.0);
+        lane.waiting.of(stream).is_some_and(came)
     }
 
     /// Streams with numbered batches above `freed`, the lane of the last, and its number.

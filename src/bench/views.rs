@@ -4,9 +4,10 @@
 //! and average by windows of event time (a row each millisecond). What views cost is the CPU time of the cloud with them less
 //! that without. Each second it is looked how many rows the last view is behind. At the end each view must show what its question
 //! gives, for all windows that have closed. Then nothing comes for a while, and then rows of another stream only: what views cost
-//! that have nothing to do. The curves are of one view: seconds that it computed for a million new rows, by the rows that were
-//! there before, and by the length of its windows; the latter of a view, too, that tells its open windows each second. With `--python` Bytewax and Pathway answer the question over the same rows, and
-//! must agree with the view (`views/peers.py`).
+//! that have nothing to do. The curves are of one view: seconds that it computed for a million new rows, by the rows that
+//! were there before, and by the length of its windows; the latter of a view, too, that tells its open windows each second.
+//! With `--python` Bytewax, Pathway and Flink answer the question over the same rows, and must agree with the view
+//! (`views/peers.py`).
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -48,9 +49,10 @@ pub(crate) struct ViewsBench {
     /// Rows before the views are made; the curve begins with a sixteenth of it
     #[arg(long, default_value_t = 8_000_000)]
     history: u64,
-    /// A Python with pyarrow, and with bytewax, pathway or both: the same question over the same rows beside the view's answers
+    /// A Python with pyarrow, and with any of bytewax, pathway and apache-flink: the same question over the same rows beside the
+    /// view's answers. Where they cannot be installed together: several times, each with its own
     #[arg(long)]
-    python: Option<PathBuf>,
+    python: Vec<PathBuf>,
     /// Rows that the peers get
     #[arg(long, default_value_t = 1_000_000)]
     peer_rows: u64,
@@ -194,14 +196,20 @@ impl ViewsBench {
     /// What others answer over the rows that a view has told of, and what they cost. Windows that the view has not closed
     /// are theirs alone.
     async fn peers(&self, directory: &Path, batch_rows: usize) -> anyhow::Result<Value> {
-        let Some(python) = &self.python else { return Ok(Value::Null) };
+        if self.python.is_empty() {
+            return Ok(Value::Null);
+        }
         let stage = self.stage(directory, batch_rows, self.peer_rows, 1, (FINAL, WINDOW)).await?;
         let rows = stage.sent * batch_rows as u64;
         committed(&stage.cloud, rows).await?;
         let shown = "SELECT arrow_cast(b, 'Int64') AS b, n, speed, most FROM v0 ORDER BY b";
         let shown = sql::rows(&stage.cloud.http, shown).await?;
         let mut told = json!({});
-        for peer in ["bytewax", "pathway"] {
+        let all = ["bytewax", "pathway", "pyflink"].into_iter();
+        for (peer, python) in all.flat_map(|peer| self.python.iter().map(move |python| (peer, python))) {
+            if told.get(peer).is_some() {
+                continue;
+            }
             let output = tokio::process::Command::new(python)
                 .args(["-c", PEERS])
                 .arg(stage.cloud.table("load"))

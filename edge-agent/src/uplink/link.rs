@@ -3,7 +3,9 @@
 //! A request carries about what the link and the node take in the time that a small one needs, of live data alone: it grows
 //! while it is over sooner, and shrinks when it takes more than three times as long. So what is live waits a few times its
 //! usual, however slow the link is and however much backlog goes with it. Until a small one went it is [`TARGET_MS`], or a
-//! round trip when that is longer. What is under way for lanes behind one's own does not count: alerts go at once. But however
+//! round trip when that is longer. While live data flows, a request that carried more than that is followed by a rest as long
+//! as it took, [`REST_MAX_MS`] at most, in which only what is live goes: over a fast link a backlog would else take all of this
+//! machine, and of the node's. What is under way for lanes behind one's own does not count: alerts go at once. But however
 //! much a lane has to send, one behind it gets one request for each [`TURN_AFTER`] of those before it. The streams of a lane
 //! share its part, and take turns when that is little. A lane's `bandwidth` is a bucket of one second, which a batch that is
 //! larger may overdraw.
@@ -20,6 +22,10 @@ const TARGET_MIN_MS: f64 = 4.0;
 const TARGET_MAX_MS: f64 = 2_000.0;
 /// After so many requests of lanes before it a lane's own goes, though they fill the link.
 pub const TURN_AFTER: u32 = 8;
+/// A slow link is to be full of the backlog: there it takes none of anybody's time.
+const REST_MAX_MS: f64 = 10.0;
+/// Live data flows when some came in this time.
+const FLOWS_MS: u64 = 1_000;
 /// The mean of round trips and of small requests falls at once and rises by this part.
 const RISE: f64 = 1.0 / 8.0;
 
@@ -39,6 +45,10 @@ pub struct Link {
     under_way: Vec<usize>,
     /// Requests of the lanes before, since the last of this lane.
     passed: Vec<u32>,
+    /// Until then, by lane, only what is live goes.
+    rests_until_ms: Vec<u64>,
+    /// When live data was seen last.
+    live_ms: Option<u64>,
     buckets: Vec<Option<Bucket>>,
 }
 
@@ -63,6 +73,8 @@ impl Link {
             last_ms: 0.0,
             under_way: vec![0; bandwidths.len()],
             passed: vec![0; bandwidths.len()],
+            rests_until_ms: vec![0; bandwidths.len()],
+            live_ms: None,
             buckets: bandwidths.iter().map(bucket).collect(),
         }
     }
@@ -78,10 +90,19 @@ impl Link {
         self.last_ms as u64
     }
 
-    /// How many bytes a request of a lane may have when `streams` of it have something to send; else when to ask again.
-    pub fn room(&mut self, lane: usize, streams: usize, now_ms: u64) -> Result<usize, u64> {
+    /// How many bytes a request of a lane may have when `streams` of it have something to send, and `live` data waits in this
+    /// one; else when to ask again.
+    pub fn room(&mut self, lane: usize, streams: usize, live: bool, now_ms: u64) -> Result<usize, u64> {
         let before = self.under_way.iter().take(lane + 1).sum::<usize>();
-        let share = (self.window / streams.max(1)).max(REQUEST_BYTES_MIN).min(self.bytes_max);
+        if live {
+            self.live_ms = Some(now_ms);
+        }
+        let rest_ms = self.rests_until_ms.get(lane).copied().filter(|until_ms| *until_ms > now_ms);
+        let share = match (rest_ms, live) {
+            (Some(until_ms), false) => return Err(until_ms),
+            (Some(_), true) => SMALL_BYTES_MAX.min(self.bytes_max),
+            (None, _) => (self.window / streams.max(1)).max(REQUEST_BYTES_MIN).min(self.bytes_max),
+        };
         let has_turn = self.under_way.get(lane) == Some(&0) && self.passed[lane] >= TURN_AFTER;
         if before > 0 && before + share > self.window && !has_turn {
             return Err(u64::MAX);
@@ -109,7 +130,7 @@ impl Link {
     }
 
     /// It has ended after so long; `taken`: with acks.
-    pub fn landed(&mut self, lane: usize, bytes: usize, elapsed_ms: f64, taken: bool) {
+    pub fn landed(&mut self, lane: usize, bytes: usize, elapsed_ms: f64, taken: bool, now_ms: u64) {
         if let Some(under_way) = self.under_way.get_mut(lane) {
             *under_way = under_way.saturating_sub(bytes);
         }
@@ -121,6 +142,14 @@ impl Link {
         if bytes <= SMALL_BYTES_MAX {
             self.small_ms = Some(mean(self.small_ms, elapsed_ms));
             return;
+        }
+        let flows = self.live_ms.is_some_and(|live_ms| live_ms + FLOWS_MS > now_ms);
+        // What went in a rest makes it no longer, or live data that need more than a small request would keep all else away.
+        let sent_ms = now_ms.saturating_sub(elapsed_ms as u64);
+        if let Some(rests_until_ms) =
+            self.rests_until_ms.get_mut(lane).filter(|until_ms| flows && **until_ms <= sent_ms)
+        {
+            *rests_until_ms = now_ms + elapsed_ms.min(REST_MAX_MS).ceil() as u64;
         }
         let round_ms = self.round_ms.unwrap_or(0.0);
         let (alone_ms, least_ms) = match self.small_ms {
@@ -173,11 +202,11 @@ mod tests {
         let mut link = Link::new(4 << 20, &[None]);
         link.answered(round_ms);
         for _ in 0..50 {
-            let bytes = link.room(0, 1, 0).unwrap();
+            let bytes = link.room(0, 1, false, 0).unwrap();
             link.sent(0, bytes);
-            link.landed(0, bytes, round_ms + bytes as f64 / bytes_per_s * 1e3, true);
+            link.landed(0, bytes, round_ms + bytes as f64 / bytes_per_s * 1e3, true, 0);
         }
-        (link.room(0, 1, 0).unwrap(), link.last_ms)
+        (link.room(0, 1, false, 0).unwrap(), link.last_ms)
     }
 
     #[test]
@@ -199,14 +228,14 @@ mod tests {
             link.answered(1.0);
             for _ in 0..usual {
                 link.sent(0, 900);
-                link.landed(0, 900, alone_ms, true);
+                link.landed(0, 900, alone_ms, true, 0);
             }
             let (mut longest_ms, mut sent) = (0.0_f64, 0);
             for turn in 0..1_000 {
-                let bytes = link.room(0, 1, 0).unwrap();
+                let bytes = link.room(0, 1, false, 0).unwrap();
                 let took_ms = alone_ms + bytes as f64 / 40e3;
                 link.sent(0, bytes);
-                link.landed(0, bytes, took_ms, true);
+                link.landed(0, bytes, took_ms, true, 0);
                 // At first it is found out.
                 longest_ms = if turn < 10 { 0.0 } else { longest_ms.max(took_ms) };
                 sent += bytes;
@@ -219,18 +248,59 @@ mod tests {
         }
     }
 
+    /// A near node: what is live goes between, and the backlog has half of the time, or all when nothing is live.
+    #[test]
+    fn a_backlog_leaves_half_of_the_time_to_what_is_live() {
+        // Live requests that are not small, too, of 3 ms each.
+        for (live, took_ms, live_bytes, least, most) in
+            [(true, 5, 900, 40, 60), (true, 200, 900, 90, 97), (false, 5, 0, 100, 100), (true, 6, 90_000, 40, 60)]
+        {
+            let mut link = Link::new(4 << 20, &[None]);
+            let (mut now_ms, mut large_ms, mut waited_ms) = (10_000, 0, 0);
+            while now_ms < 20_000 {
+                match link.room(0, 1, live, now_ms) {
+                    Ok(bytes) => {
+                        let rests = bytes <= SMALL_BYTES_MAX;
+                        let (bytes, elapsed_ms) = if rests { (live_bytes, 3) } else { (bytes, took_ms) };
+                        large_ms += if rests { 0 } else { elapsed_ms };
+                        now_ms += elapsed_ms;
+                        link.sent(0, bytes);
+                        link.landed(0, bytes, elapsed_ms as f64, true, now_ms);
+                    }
+                    Err(until_ms) => {
+                        waited_ms += until_ms - now_ms;
+                        now_ms = until_ms;
+                    }
+                }
+            }
+            let share = large_ms / 100;
+            assert!((least..=most).contains(&share), "{share} % of the time to requests of {took_ms} ms");
+            assert_eq!(waited_ms, 0, "what is live waits for nothing");
+        }
+        // A live batch came, and none waits: the backlog rests.
+        let mut link = Link::new(4 << 20, &[None]);
+        link.room(0, 1, true, 0).unwrap();
+        link.sent(0, 100_000);
+        link.landed(0, 100_000, 5.0, true, 5);
+        assert_eq!(link.room(0, 1, false, 5), Err(10));
+        assert!(link.room(0, 1, false, 10).unwrap() >= REQUEST_BYTES_MIN);
+        // None came for a while.
+        link.landed(0, 100_000, 5.0, true, 2_000);
+        assert!(link.room(0, 1, false, 2_000).unwrap() >= REQUEST_BYTES_MIN);
+    }
+
     #[test]
     fn what_is_urgent_does_not_wait_for_the_backlog() {
         let mut link = Link::new(4 << 20, &[None, None]);
-        let bytes = link.room(1, 1, 0).unwrap();
+        let bytes = link.room(1, 1, false, 0).unwrap();
         link.sent(1, bytes);
-        assert_eq!(link.room(1, 1, 0), Err(u64::MAX));
-        assert_eq!(link.room(0, 1, 0), Ok(bytes));
+        assert_eq!(link.room(1, 1, false, 0), Err(u64::MAX));
+        assert_eq!(link.room(0, 1, false, 0), Ok(bytes));
         link.sent(0, bytes);
-        assert_eq!(link.room(0, 1, 0), Err(u64::MAX));
-        link.landed(0, bytes, 10.0, false);
-        assert_eq!(link.room(0, 1, 0), Ok(bytes / 2));
-        assert_eq!(link.room(0, 3, 0), Ok(REQUEST_BYTES_MIN));
+        assert_eq!(link.room(0, 1, false, 0), Err(u64::MAX));
+        link.landed(0, bytes, 10.0, false, 0);
+        assert_eq!(link.room(0, 1, false, 0), Ok(bytes / 2));
+        assert_eq!(link.room(0, 3, false, 0), Ok(REQUEST_BYTES_MIN));
     }
 
     /// The lane before has something under way at every moment.
@@ -241,12 +311,12 @@ mod tests {
         link.sent(0, 1_000);
         for _ in 0..900 {
             link.sent(0, 1_000);
-            link.landed(0, 1_000, 5.0, true);
+            link.landed(0, 1_000, 5.0, true, 0);
             sent[0] += 1;
             for lane in [1, 2] {
-                if let Ok(bytes) = link.room(lane, 1, 0) {
+                if let Ok(bytes) = link.room(lane, 1, false, 0) {
                     link.sent(lane, bytes);
-                    link.landed(lane, bytes, 5.0, true);
+                    link.landed(lane, bytes, 5.0, true, 0);
                     sent[lane] += 1;
                 }
             }
@@ -259,12 +329,12 @@ mod tests {
         let mut link = Link::new(4 << 20, &[Some(10_000)]);
         let (mut sent, mut now_ms) = (0, 0);
         while now_ms < 60_000 {
-            match link.room(0, 1, now_ms) {
+            match link.room(0, 1, false, now_ms) {
                 // A batch is larger than what is left now and then.
                 Ok(bytes) => {
                     let bytes = bytes.max(3_000);
                     link.sent(0, bytes);
-                    link.landed(0, bytes, 1.0, true);
+                    link.landed(0, bytes, 1.0, true, 0);
                     sent += bytes;
                 }
                 Err(until_ms) => {

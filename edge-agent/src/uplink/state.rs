@@ -76,6 +76,8 @@ pub struct Candidate<'a> {
     pub head: Seq,
     /// Whether batches without a number wait.
     pub waiting: bool,
+    /// Whether one of these has come since batches of the stream were chosen last.
+    pub live: bool,
 }
 
 /// The state of the uplink.
@@ -167,7 +169,7 @@ impl Uplink {
             let ready = chain.in_flight || one.waiting || one.head > chain.durable;
             *sharing.entry(one.lane).or_insert(0) += usize::from(ready && now_ms >= chain.not_before_ms);
         }
-        for Candidate { lane, stream, head, waiting } in candidates {
+        for Candidate { lane, stream, head, waiting, live } in candidates {
             let chain = self.chains.entry(stream.clone()).or_default();
             if chain.in_flight || (head <= chain.durable && !waiting) {
                 continue;
@@ -176,7 +178,7 @@ impl Uplink {
                 until_ms = until_ms.min(chain.not_before_ms);
                 continue;
             }
-            let bytes_max = match self.link.room(lane, sharing[&lane], now_ms) {
+            let bytes_max = match self.link.room(lane, sharing[&lane], live, now_ms) {
                 Ok(bytes_max) => bytes_max,
                 Err(later_ms) => {
                     until_ms = until_ms.min(later_ms);

@@ -1,10 +1,11 @@
-"""Bytewax and Pathway over the rows of a table: the tumbling question of `weir bench views`, its answers and what they cost.
+"""Bytewax, Pathway and Flink over the rows of a table: the tumbling question of `weir bench views`, its answers and what they cost.
 
-Arguments: the directory of a table, the seconds of a window, and which of the two; it needs pyarrow, too. It runs with one worker
-over all rows in the order of event time, as fast as it goes: `cpu_s` are CPU-seconds of the process between the moment at which
-all rows are in memory (for Pathway: in a CSV file, which it reads itself) and the last answer. Bytewax is given rows as Python
-tuples, its ordinary way. The last line is JSON: windows as [beginning in µs, count, mean speed, most vehicles]; null when the
-peer is not installed.
+Arguments: the directory of a table, the seconds of a window, and which of the three (bytewax, pathway, pyflink); it needs pyarrow,
+too. It runs with one worker over all rows in the order of event time, as fast as it goes: `cpu_s` are CPU-seconds of the process
+between the moment at which all rows are in memory (for Pathway and Flink: in a CSV file, which they read themselves) and the last
+answer. Bytewax is given rows as Python tuples, its ordinary way. Flink's are those of its Java machine, which has started before
+and has compiled nothing yet. The last line is JSON: windows as [beginning in µs, count, mean speed, most vehicles]; null when
+the peer is not installed.
 """
 
 import glob
@@ -94,13 +95,56 @@ def pathway_peer(rows, window_us):
         return time.process_time() - began, answers
 
 
+def java_cpu_s():
+    """CPU-seconds of the processes that this one has started."""
+    pids, known = [os.getpid()], set()
+    while pids:
+        pid = pids.pop()
+        known.add(pid)
+        for tasks in glob.glob(f"/proc/{pid}/task/*/children"):
+            with open(tasks) as file:
+                pids.extend(int(child) for child in file.read().split())
+    ticks = 0
+    for pid in known - {os.getpid()}:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def pyflink_peer(rows, window_us):
+    import pyarrow.csv
+    from pyflink.table import EnvironmentSettings, TableEnvironment
+
+    assert window_us % 1_000_000 == 0
+    environment = TableEnvironment.create(EnvironmentSettings.in_streaming_mode())
+    environment.get_config().set("parallelism.default", "1")
+    environment.get_config().set("table.local-time-zone", "UTC")
+    with tempfile.TemporaryDirectory() as directory:
+        options = pyarrow.csv.WriteOptions(include_header=False)
+        pyarrow.csv.write_csv(rows, os.path.join(directory, "rows.csv"), options)
+        began = java_cpu_s()
+        environment.execute_sql(
+            f"""CREATE TABLE load_rows (ts BIGINT, speed DOUBLE, vehicles BIGINT, t AS TO_TIMESTAMP_LTZ(ts / 1000, 3),
+                WATERMARK FOR t AS t) WITH ('connector' = 'filesystem', 'path' = 'file://{directory}', 'format' = 'csv')"""
+        )
+        told = environment.execute_sql(
+            f"""SELECT UNIX_TIMESTAMP(CAST(window_start AS STRING)) AS b, COUNT(*), AVG(speed), MAX(vehicles)
+                FROM TABLE(TUMBLE(TABLE load_rows, DESCRIPTOR(t), INTERVAL '{window_us // 1_000_000}' SECONDS))
+                GROUP BY window_start, window_end"""
+        )
+        with told.collect() as answers:
+            windows = [[row[0] * 1_000_000, row[1], row[2], row[3]] for row in answers]
+        return java_cpu_s() - began, windows
+
+
 def main():
     directory, window_us, peer = sys.argv[1], int(float(sys.argv[2]) * 1e6), sys.argv[3]
     if importlib.util.find_spec(peer) is None:
         print(json.dumps(None))
         return
     rows = table(directory)
-    cpu_s, windows = {"bytewax": bytewax_peer, "pathway": pathway_peer}[peer](rows, window_us)
+    cpu_s, windows = {"bytewax": bytewax_peer, "pathway": pathway_peer, "pyflink": pyflink_peer}[peer](rows, window_us)
     windows.sort()
     print(json.dumps({"rows": rows.num_rows, "cpu_s": cpu_s, "windows": windows}))
 

@@ -38,8 +38,10 @@ impl Engine {
             let waiting = waiting.map(|(lane, stream)| (lane, stream, parts.spool.head(stream), true));
             let numbered = parts.spool.numbered().map(|(lane, stream, head)| (lane, stream, head, false));
             let candidates = waiting.chain(numbered).filter(|(_, stream, ..)| seen.insert(*stream));
-            let candidates =
-                candidates.map(|(lane, stream, head, waiting)| Candidate { lane, stream, head: head.seq, waiting });
+            let candidates = candidates.map(|(lane, stream, head, waiting)| {
+                let live = waiting && parts.spool.is_live(lane, stream);
+                Candidate { lane, stream, head: head.seq, waiting, live }
+            });
             let action = parts.uplink.next(now_ms, candidates);
             match action {
                 Action::Wait { until_ms } => return Ok(Duration::from_millis(until_ms.saturating_sub(now_ms).max(1))),
@@ -138,7 +140,8 @@ impl Engine {
         // An answer about the form says that the link is well.
         let arrived = taken || matches!(&result, Err(Failed { failure: Failure::Form, .. }));
         if stream.is_some() {
-            self.parts.uplink.link.landed(lane, bytes, elapsed_ms, arrived);
+            let now_ms = self.now_ms();
+            self.parts.uplink.link.landed(lane, bytes, elapsed_ms, arrived, now_ms);
         } else if taken {
             self.parts.uplink.link.answered(elapsed_ms);
         }

@@ -20,7 +20,7 @@ fn next(uplink: &mut Uplink, now_ms: u64, head: u64, waiting: bool) -> Action {
 }
 
 fn candidate(stream: &StreamName, head: u64, waiting: bool) -> Candidate<'_> {
-    Candidate { lane: 0, stream, head: Seq(head), waiting }
+    Candidate { lane: 0, stream, head: Seq(head), waiting, live: false }
 }
 
 fn send(from: u64) -> impl Fn(&Action) -> bool {
@@ -225,6 +225,7 @@ fn lanes_go_by_priority_and_streams_of_a_lane_take_turns() {
             stream,
             head: Seq(0),
             waiting: at < 2 || order.len() == 2,
+            live: false,
         });
         let Action::Send { stream, lane, bytes_max, epoch, .. } = uplink.next(0, candidates.clone()) else {
             panic!("nothing is sent")
@@ -233,7 +234,7 @@ fn lanes_go_by_priority_and_streams_of_a_lane_take_turns() {
         if lane == 1 {
             assert_eq!(uplink.next(0, candidates), Action::Wait { until_ms: ASK_MAX_MS }, "no room for another");
         }
-        uplink.link.landed(lane, bytes_max, 1.0, true);
+        uplink.link.landed(lane, bytes_max, 1.0, true, 0);
         let mut answer = acks("n", 0, 0);
         answer.node = "a".into();
         uplink.acked(Some(&stream), epoch, &answer);
