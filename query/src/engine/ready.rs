@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use datafusion::common::Result;
+use datafusion::common::config::ConfigOptions;
 use datafusion::common::tree_node::{Transformed, TransformedResult, TreeNode, TreeNodeRecursion};
 use datafusion::execution::context::SessionState;
 use datafusion::execution::{SessionStateBuilder, TaskContext};
@@ -46,6 +47,11 @@ impl Planner {
         optimizer.enable_join_dynamic_filter_pushdown = false;
         optimizer.enable_aggregate_dynamic_filter_pushdown = false;
         Self(SessionStateBuilder::new_from_existing(state).with_config(config).build())
+    }
+
+    /// With what it plans.
+    pub(super) fn options(&self) -> &ConfigOptions {
+        self.0.config_options()
     }
 
     /// Where what it has planned is carried out.

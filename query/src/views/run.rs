@@ -37,6 +37,7 @@ use crate::follow::Position;
 use crate::fused_table::LiveTable;
 use crate::sink::{Sink, SinkError};
 use aside::Aside;
+use parts::Sides;
 
 mod aside;
 mod parts;
@@ -138,6 +139,8 @@ pub(crate) struct Runner {
     state: State,
     emitted: Emitted,
     partials: Partials,
+    /// What new rows are joined with, by where the reference tables stand; None of it when it is too much.
+    sides: Option<(Vec<Option<Position>>, Option<Sides>)>,
     /// Windows of one piece.
     piece: usize,
     now: Moment,
@@ -198,6 +201,7 @@ impl Runner {
             state: State::new(id, grid, lateness_us, record),
             emitted: Emitted::new(limits.windows_max),
             partials: Partials::new(limits.partials_bytes_max),
+            sides: None,
             piece: 1,
             now,
             heard: Heard::default(),
@@ -329,6 +333,7 @@ impl Runner {
     }
 
     fn tell(&mut self, seen: &Seen) {
+        let sides = self.sides.as_ref().and_then(|(_, sides)| sides.as_deref()).map_or(0, |sides| parts::bytes(sides));
         let settled = self.state.settled();
         let (first, end) = seen.span.map_or((0, 0), |(first, last)| self.state.grid().held(first, last));
         let (live, past) = self.state.left();
@@ -346,7 +351,7 @@ impl Runner {
             self.counted = (self.now.since_us, self.progress.rows_in);
         }
         self.progress.memory_bytes =
-            self.progress.memory_bytes.max((self.emitted.bytes() + self.partials.bytes()) as u64);
+            self.progress.memory_bytes.max((self.emitted.bytes() + self.partials.bytes() + sides) as u64);
         let (live, past) = self.state.left();
         self.aside.keep(|start| live.contains(start) || past.contains(start));
         self.progress.aside = self.aside.told();

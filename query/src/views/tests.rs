@@ -15,8 +15,9 @@ use super::run::{Round, RunLimits, Runner};
 use super::shape::Kept;
 use super::view::View;
 use super::watermark::Moment;
-use crate::engine::{Engine, EngineSettings, States};
+use crate::engine::{Engine, EngineSettings, QueryError, States};
 use crate::lanes::LaneSettings;
+use crate::references;
 
 pub(crate) mod city;
 mod limits;
@@ -50,6 +51,12 @@ fn engine(city: &Arc<City>) -> Arc<Engine> {
     let lanes = vec![LaneSettings { threads: 1, running: 4, ..LaneSettings::default() }];
     let settings = EngineSettings { lanes, ..EngineSettings::default() };
     Arc::new(Engine::new(Arc::new(city::Handle(Arc::clone(city))), settings).unwrap())
+}
+
+/// The view of this statement, over streams and reference tables.
+async fn view(engine: &Engine, sql: &str) -> Result<View, QueryError> {
+    let look = |name: &str, plan: &_| references::known(engine.tables().as_ref(), name, plan);
+    View::of(engine, definition(sql), &look).await
 }
 
 fn definition(sql: &str) -> Definition {
@@ -86,7 +93,9 @@ fn question(random: &mut StdRng) -> String {
     };
     let gap = random.random_range(1..6);
     let session = format!("INTERVAL '{gap} minutes', '{} minutes'", gap * [1, 2, 5, 300][random.random_range(0..4)]);
-    match random.random_range(0..24) {
+    let join = ["JOIN", "LEFT JOIN"][random.random_range(0..2)];
+    let held = |time: &str| format!("s.valid_from <= {time} AND (s.valid_to IS NULL OR {time} < s.valid_to)");
+    match random.random_range(0..29) {
         // Too much for one answer, now and then.
         17 => format!("SELECT ts, device, repeat(device, 200) AS wide, speed FROM traffic {filter}"),
         0 => format!("SELECT ts, device, speed * 2 AS twice, road FROM traffic {filter}"),
@@ -166,6 +175,30 @@ fn question(random: &mut StdRng) -> String {
              {filter} UNION ALL SELECT ts, device, temperature AS v FROM weather), ts, device, {session}) GROUP BY 1, 2 \
              HAVING max(v) < 45"
         ),
+        // With what held of each device, below the aggregation, above it, and of windows that overlap.
+        24 | 25 => format!(
+            "SELECT {window} AS b, s.most, count(*) AS n, avg(speed) AS a FROM traffic t {join} sensors_history s ON \
+             s.device = t.device AND {} {filter} GROUP BY 1, 2 {having}",
+            held("t.ts")
+        )
+        .replace(", ts)", ", t.ts)"),
+        28 => format!(
+            "SELECT b, device, most, n FROM (SELECT {window} AS b, s.device, s.most, count(*) AS n, row_number() OVER (PARTITION BY \
+             {window}, s.device ORDER BY s.valid_from) AS r FROM traffic t JOIN sensors_history s ON s.device = t.device AND {} \
+             {filter} GROUP BY 1, 2, 3, s.valid_from) q WHERE r = 1",
+            held("t.ts")
+        )
+        .replace(", ts)", ", t.ts)"),
+        26 => format!(
+            "SELECT q.b, q.device, q.n, s.most FROM (SELECT {window} AS b, device, count(*) AS n FROM traffic {filter} \
+             GROUP BY 1, 2) q {join} sensors_history s ON s.device = q.device AND {}",
+            held("q.b")
+        ),
+        27 => format!(
+            "SELECT t.window_start AS b, s.most, count(*) AS n, max(speed) AS v FROM HOP(traffic, ts, {hop}) t {join} \
+             sensors_history s ON s.device = t.device AND {} {filter} GROUP BY 1, 2 {having}",
+            held("t.ts")
+        ),
         9 => format!(
             "SELECT {window} AS b, sum(most) AS s, max(n) AS n FROM (SELECT ts, device, max(speed) AS most, count(*) AS n \
              FROM traffic {filter} GROUP BY ts, device) AS moments GROUP BY 1"
@@ -220,6 +253,7 @@ impl Case {
         let (traffic, weather) = (words::stream("traffic"), words::stream("weather"));
         city.create(&traffic, words::traffic_fields());
         city.create(&weather, words::weather_fields());
+        city.create(&words::stream("sensors_revisions"), words::revision_fields());
         let random = StdRng::seed_from_u64(seed);
         Self {
             random,
@@ -261,6 +295,13 @@ impl Case {
         self.city.arrive(&stream, edge, &rows, watermark, now);
     }
 
+    /// What holds of a device from now on, from another time on, or for ever.
+    fn revise(&mut self) {
+        let (device, most) = (self.random.random_range(0..3), f64::from(self.random.random_range(0..5)));
+        let from = self.random.random_bool(0.8).then(|| self.now + self.random.random_range(-30..5) * MINUTE);
+        self.city.revise(&format!("d{device}"), most, from);
+    }
+
     fn moment(&self) -> Moment {
         Moment { wall_us: self.now + self.skew, since_us: self.now }
     }
@@ -278,8 +319,9 @@ impl Case {
     }
 
     async fn step(&mut self) {
-        match self.random.random_range(0..17) {
+        match self.random.random_range(0..18) {
             0..7 => self.arrive(),
+            17 => self.revise(),
             16 => self.skew = self.random.random_range(-60..60) * MINUTE,
             7..9 => self.now += self.random.random_range(0..4 * MINUTE),
             9 => self.city.commit(self.random.random_range(0..4)),
@@ -427,7 +469,7 @@ async fn case(seed: u64) -> (usize, usize, &'static str) {
     let (begin, steps) = (case.random.random_range(0..20), case.random.random_range(20..40));
     for step in 0..steps {
         if step == begin {
-            let view = View::of(&case.engine, definition(&sql), &|_, _| Ok(None)).await;
+            let view = view(&case.engine, &sql).await;
             case.view = Some(Arc::new(view.unwrap_or_else(|error| panic!("{sql}: {error}"))));
         }
         case.step().await;

@@ -74,7 +74,10 @@ impl View {
         let (planned, read) = read(&plan).map_err(|error| engine.explain(error))?;
         let ready = Ready::of(engine, definition.name.as_str(), plan.clone()).await?;
         let parts = match (&shape.kept, &ready) {
-            (Kept::Windows { grid, .. }, Some(ready)) if grid.silence().is_none() => Parts::of(ready, grid.overlaps()),
+            (Kept::Windows { grid, .. }, Some(ready)) if grid.silence().is_none() && shape.streams.len() == 1 => {
+                let parts = shape.streams.first().map(|stream| Parts::of(ready, stream, grid.overlaps()));
+                parts.unwrap_or(Ok(None))
+            }
             _ => Ok(None),
         };
         let parts = parts.map_err(|error| engine.explain(error))?;

@@ -16,6 +16,11 @@ use crate::views::intervals::Intervals;
 
 /// Windows of one piece that are computed so, and that new rows come to at a time: of more, the rows are read together.
 const WINDOWS_MAX: usize = 64;
+/// Of what new rows are joined with; of more it is not computed so.
+const SIDES_BYTES_MAX: usize = 16 << 20;
+
+/// The rows of what new rows are joined with.
+pub(super) type Sides = Arc<Vec<Vec<RecordBatch>>>;
 
 impl Runner {
     /// What is new of a stream comes to the windows that are held. Those that it cannot come to are held no longer.
@@ -28,6 +33,10 @@ impl Runner {
     ) -> Result<(), ViewError> {
         let (held, view) = (self.partials.held(touched), Arc::clone(&self.view));
         let (Some(parts), Some(frozen), false) = (&view.parts, seen.states.get(stream), held.is_empty()) else {
+            return Ok(());
+        };
+        let Some(sides) = self.sides(parts, seen).await? else {
+            held.into_iter().for_each(|start| self.partials.forget(start));
             return Ok(());
         };
         let mut unread = None;
@@ -44,8 +53,8 @@ impl Runner {
             let until = self.state.grid().until(start);
             let Some(rows) = between(unread, start, until)? else { continue };
             let states = {
-                let parts = parts.clone();
-                Question::Ready(Box::new(move |_| parts.states(&Filling::Rows(&rows), start)))
+                let (parts, sides) = (parts.clone(), Arc::clone(&sides));
+                Question::Ready(Box::new(move |_| parts.states(&Filling::Rows(&rows), start, &sides)))
             };
             match self.asked(states, seen).await {
                 Ok(states) => {
@@ -58,6 +67,35 @@ impl Runner {
             }
         }
         Ok(())
+    }
+
+    /// What new rows are joined with, as long as the reference tables stay as they are; None when that is too much.
+    async fn sides(&mut self, parts: &Parts, seen: &Seen) -> Result<Option<Sides>, ViewError> {
+        let at = |stream| seen.states.get(stream).map(|frozen| frozen.position().clone());
+        let positions: Vec<Option<Position>> = self.view.shape.references.iter().map(at).collect();
+        if self.sides.as_ref().is_none_or(|(known, _)| *known != positions) {
+            let mut sides = Vec::with_capacity(parts.sides());
+            for index in 0..parts.sides() {
+                let parts = parts.clone();
+                match self.asked(Question::Ready(Box::new(move |states| parts.side(index, states))), seen).await {
+                    Ok(rows) => sides.push(rows),
+                    Err(ViewError::Query(error)) if error.is_too_much() => break,
+                    Err(error) => return Err(error),
+                }
+            }
+            let is_all = sides.len() == parts.sides() && bytes(&sides) <= SIDES_BYTES_MAX;
+            self.sides = Some((positions, is_all.then(|| Arc::new(sides))));
+        }
+        Ok(self.sides.as_ref().and_then(|(_, sides)| sides.clone()))
+    }
+
+    /// What was computed of windows that a reference table says something else about, from this time on.
+    pub(super) fn changed_from(&mut self, from: i64) {
+        for start in self.partials.held(&Intervals::of(i64::MIN, i64::MAX)) {
+            if self.state.grid().until(start) > from {
+                self.partials.forget(start);
+            }
+        }
     }
 
     async fn merge(&mut self, parts: &Parts, start: i64, seen: &Seen) -> Result<(), ViewError> {
@@ -79,13 +117,18 @@ impl Runner {
         let (Some(parts), Some(stream)) = (&view.parts, view.shape.streams.first()) else {
             return Ok((Vec::new(), rest));
         };
+        let again = self.again(piece);
+        if again.is_empty() {
+            return Ok((Vec::new(), rest));
+        }
+        let Some(sides) = self.sides(parts, seen).await? else { return Ok((Vec::new(), rest)) };
         let mut all = Vec::new();
-        for (from, to) in self.again(piece) {
+        for (from, to) in again {
             if self.partials.states(from).is_none() {
                 let times = self.state.grid().rows(&Intervals::of(from, to));
-                let (parts, stream) = (parts.clone(), stream.clone());
+                let (parts, stream, sides) = (parts.clone(), stream.clone(), Arc::clone(&sides));
                 let states = Question::Ready(Box::new(move |states| match states.get(&stream) {
-                    Some(frozen) => parts.states(&Filling::Part(frozen, &times), from),
+                    Some(frozen) => parts.states(&Filling::Part(frozen, &times), from, &sides),
                     None => exec_err!("{stream} was not frozen"),
                 }));
                 let states = self.asked(states, seen).await?;
@@ -100,7 +143,7 @@ impl Runner {
             return Ok((Vec::new(), rest));
         }
         let parts = parts.clone();
-        let answer = self.asked(Question::Ready(Box::new(move |_| parts.answer(&all))), seen).await?;
+        let answer = self.asked(Question::Ready(Box::new(move |states| parts.answer(&all, states))), seen).await?;
         Ok((answer, rest))
     }
 
@@ -133,4 +176,8 @@ fn between(batches: &[RecordBatch], from: i64, to: i64) -> Result<Option<RecordB
     }
     let Some(first) = parts.first() else { return Ok(None) };
     concat_batches(&first.schema(), &parts).map(Some).map_err(ViewError::table)
+}
+
+pub(super) fn bytes(sides: &[Vec<RecordBatch>]) -> usize {
+    sides.iter().flatten().map(RecordBatch::get_array_memory_size).sum()
 }

@@ -130,6 +130,9 @@ impl Runner {
                 }
             };
             let from = self.fold(seen, stream, &before, &[VALID_FROM], None, earliest).await?;
+            if let Some(from) = from {
+                self.changed_from(from);
+            }
             self.state.changed_from(stream, after, from);
         }
         Ok(())

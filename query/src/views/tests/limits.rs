@@ -15,8 +15,9 @@ impl Stage {
     pub(super) async fn new(sql: &str, limits: RunLimits) -> Self {
         let city = City::new();
         city.create(&words::stream("traffic"), words::traffic_fields());
+        city.create(&words::stream("sensors_revisions"), words::revision_fields());
         let engine = engine(&city);
-        let view = Arc::new(View::of(&engine, definition(sql), &|_, _| Ok(None)).await.unwrap());
+        let view = Arc::new(view(&engine, sql).await.unwrap());
         Self { city, engine, view, runner: None, limits }
     }
 

@@ -127,7 +127,7 @@ async fn what_cannot_be_kept_is_refused_with_the_reason() {
         ("SELECT ts FROM nowhere", "no table"),
     ] {
         let sql = format!("CREATE MATERIALIZED VIEW v AS {select}");
-        let error = View::of(&engine, definition(&sql), &|_, _| Ok(None)).await.expect_err(select).to_string();
+        let error = view(&engine, &sql).await.expect_err(select).to_string();
         assert!(error.contains(words), "{select}: {error}");
     }
 }
