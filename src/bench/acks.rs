@@ -23,7 +23,7 @@ const FIRST_ROWS: usize = 65_536;
 /// Small files.
 const SMALL_FILES: &str = "[commit]\nmax_age = \"200ms\"\n";
 const NO_COMPACTION: &str = "[compact]\nenabled = false\n";
-const COMPACTED: &str = "weir_cloud_compacted_bytes_in_total";
+const COMPACTED: &str = "compacted_bytes_in";
 /// What an analyst asks: all rows, by device and hour.
 const QUESTION: &str =
     "SELECT device, date_trunc('hour', ts) AS hour, avg(speed), max(vehicles), count(*) FROM load GROUP BY 1, 2";
@@ -47,7 +47,7 @@ pub(crate) struct AcksBench {
     common: Common,
 }
 
-/// Somebody who asks one question after the other until it is dropped.
+/// Somebody who asks one question after the other until it is ended.
 #[derive(Debug)]
 pub(super) struct Analyst {
     stop: CancellationToken,
@@ -81,13 +81,6 @@ impl Analyst {
     }
 }
 
-/// A number that the node counts.
-async fn counted(cloud: &Cloud, name: &str) -> anyhow::Result<f64> {
-    let text = reqwest::get(format!("{}/metrics", cloud.http)).await?.text().await?;
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    Ok(line.unwrap_or("0").trim().parse()?)
-}
-
 impl AcksBench {
     pub(super) async fn run(self) -> anyhow::Result<Value> {
         ensure!(self.rate > 0 && self.batch_rows > 0 && self.seconds > 0, "nothing to send");
@@ -117,11 +110,11 @@ impl AcksBench {
         let started = Instant::now();
         let beside_compaction = self.steady(&cloud, &mut sender, &mut next).await?;
         // It is counted when it is done.
-        while counted(&cloud, COMPACTED).await? == 0.0 {
+        while cloud.metrics().await?.get(COMPACTED)? == 0 {
             ensure!(started.elapsed() < PATIENCE, "nothing is compacted");
             tokio::time::sleep(POLL).await;
         }
-        let (compacted, compaction_s) = (counted(&cloud, COMPACTED).await?, started.elapsed().as_secs_f64());
+        let (compacted, compaction_s) = (cloud.metrics().await?.get(COMPACTED)?, started.elapsed().as_secs_f64());
         let rows = history + 3 * self.requests() * self.batch_rows as u64;
         let found = sql::integer(&cloud.http, "SELECT count(*) FROM load").await?;
         ensure!(found == rows, "{rows} rows were acknowledged and {found} are there");
@@ -133,7 +126,7 @@ impl AcksBench {
             "beside_an_analyst_ms": beside_analyst.report(),
             "questions_ms": questions.report(),
             "beside_compaction_ms": beside_compaction.report(),
-            "compaction": { "input_mb": compacted / 1e6, "done_after_s": compaction_s },
+            "compaction": { "input_mb": compacted as f64 / 1e6, "done_after_s": compaction_s },
             "cloud_peak_rss_mb": cloud.part.memory_mb("VmHWM")?,
         }))
     }

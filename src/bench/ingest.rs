@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{bail, ensure};
 use arrow::array::{ArrayRef, Float64Array, Int64Array, RecordBatch, StringArray, TimestampMicrosecondArray};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -116,11 +116,9 @@ impl CloudBench {
 
 /// Waits until everything is in the table; the CPU-seconds until then.
 pub(super) async fn committed(cloud: &Cloud, rows: u64) -> anyhow::Result<f64> {
-    let (started, client) = (Instant::now(), reqwest::Client::new());
+    let started = Instant::now();
     loop {
-        let text = client.get(format!("{}/metrics", cloud.http)).send().await?.text().await?;
-        let line = text.lines().find(|line| line.starts_with("weir_cloud_rows_committed_total "));
-        let done = line.and_then(|line| line.rsplit(' ').next()?.parse::<u64>().ok()).context("read the metrics")?;
+        let done = cloud.metrics().await?.get("rows_committed")?;
         if done >= rows {
             return cloud.part.cpu_seconds();
         }

@@ -154,6 +154,10 @@ impl Cloud {
         Ok(Self { part, http, flight_sql, tables: data.join("tables") })
     }
 
+    pub(super) async fn metrics(&self) -> anyhow::Result<Metrics> {
+        Ok(Metrics(reqwest::get(format!("{}/metrics", self.http)).await?.text().await?))
+    }
+
     /// Where a table is.
     pub(super) fn table(&self, stream: &str) -> PathBuf {
         self.tables.join(stream)
@@ -174,6 +178,18 @@ impl Cloud {
             }
         }
         Ok(bytes)
+    }
+}
+
+/// What a cloud counts.
+#[derive(Debug)]
+pub(super) struct Metrics(String);
+
+impl Metrics {
+    pub(super) fn get(&self, name: &str) -> anyhow::Result<u64> {
+        let start = format!("weir_cloud_{name}_total ");
+        let value = self.0.lines().find_map(|line| line.strip_prefix(&start)?.parse().ok());
+        value.with_context(|| format!("the cloud does not count {name}"))
     }
 }
 

@@ -117,7 +117,7 @@ impl SoakBench {
         }
         let seen = checked?;
         let retired = at_rest(&cloud, &expected).await?;
-        let metrics = Metrics::read(&cloud.http).await?;
+        let metrics = cloud.metrics().await?;
         drop(cloud);
         let started = Instant::now();
         let cloud = Cloud::start_with(&directory.0, port, BUSY).await?;
@@ -232,7 +232,7 @@ async fn at_rest(cloud: &Cloud, expected: &Expected) -> anyhow::Result<u64> {
     // Of `short` each row twice: once young, once old.
     let (started, rows) = (Instant::now(), 3 * expected.sent_rows());
     loop {
-        let metrics = Metrics::read(&cloud.http).await?;
+        let metrics = cloud.metrics().await?;
         let old = "SELECT count(*) FROM short WHERE ts < now() - INTERVAL '2 days'";
         let (committed, old) = (metrics.get("rows_committed")?, sql::integer(&cloud.http, old).await?);
         let (retired, all_old) = (metrics.get("rows_retired")?, expected.sent_rows());
@@ -330,19 +330,4 @@ fn cut(
     ];
     let rows = RecordBatch::try_new(schema.arrow().clone(), columns)?;
     Ok(CutBatch::seal(stream.parse()?, schema, &rows, NO_WATERMARK, "bench", 0)?)
-}
-
-/// What the cloud counts.
-struct Metrics(String);
-
-impl Metrics {
-    async fn read(url: &str) -> anyhow::Result<Self> {
-        Ok(Self(reqwest::get(format!("{url}/metrics")).await?.text().await?))
-    }
-
-    fn get(&self, name: &str) -> anyhow::Result<u64> {
-        let start = format!("weir_cloud_{name}_total ");
-        let value = self.0.lines().find_map(|line| line.strip_prefix(&start)?.parse().ok());
-        value.with_context(|| format!("the cloud does not count {name}"))
-    }
 }

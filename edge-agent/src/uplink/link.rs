@@ -22,7 +22,7 @@ const TARGET_MIN_MS: f64 = 4.0;
 const TARGET_MAX_MS: f64 = 2_000.0;
 /// After so many requests of lanes before it a lane's own goes, though they fill the link.
 pub const TURN_AFTER: u32 = 8;
-/// A slow link is to be full of the backlog: there it takes none of anybody's time.
+/// The longest rest, so that a slow link is full of the backlog: there it takes little of anybody's time.
 const REST_MAX_MS: f64 = 10.0;
 /// Live data flows when some came in this time.
 const FLOWS_MS: u64 = 1_000;
