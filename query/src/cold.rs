@@ -37,7 +37,7 @@ use wire::{DAY_US, DataFile};
 
 use crate::catalog::ColdTable;
 
-pub(crate) use pages::PagesExec;
+pub(crate) use pages::{PagesExec, with_indices};
 
 /// With more devices than this, most of each file is read anyway.
 const DEVICES_FEW: usize = 16;
@@ -80,10 +80,13 @@ pub(crate) fn scan(
     if let Some(devices) = bounds.devices.as_ref().filter(|devices| devices.len() <= DEVICES_FEW)
         && files.len() >= FILES_MANY
     {
-        let groups = groups.iter().map(|(_, group)| group.iter().map(|file| object(file, &root)).collect());
+        let groups = groups.iter().map(|(_, group)| {
+            let files = group.iter().map(|file| Ok(PartitionedFile::new_from_meta(object(file, &root)?)));
+            Ok(FileGroup::new(files.collect::<Result<_>>()?))
+        });
+        let few = pages::Wanted { devices: Some(devices.clone()), first: bounds.first, last: bounds.last };
         let groups = groups.collect::<Result<Vec<_>>>()?;
-        let few = pages::Wanted { devices: devices.clone(), first: bounds.first, last: bounds.last };
-        return Ok(Some(Arc::new(PagesExec::new(groups, few, Arc::clone(wanted), store, footers))));
+        return Ok(Some(Arc::new(PagesExec::new(groups, url, few, Arc::clone(wanted)))));
     }
     let stored =
         Arc::new(Schema::new(schema.fields().iter().filter(|field| field.name() != DATE).cloned().collect::<Vec<_>>()));

@@ -36,6 +36,7 @@ use datafusion::prelude::{SessionConfig, SessionContext};
 
 use self::latest::cache::LatestCache;
 use crate::catalog::Tables;
+use crate::groups::ByText;
 use crate::pushdown;
 
 /// The state of a session that can carry out what the functions become.
@@ -50,12 +51,15 @@ pub(crate) fn state(config: SessionConfig, runtime: Arc<RuntimeEnv>, gapfill_row
     let pushed = rules.iter().position(|rule| rule.name() == "push_down_filter").map_or(rules.len(), |at| at + 1);
     let bounds: [Arc<dyn OptimizerRule + Send + Sync>; 2] = [Arc::new(hop::BoundHop), Arc::new(session::BoundSession)];
     rules.splice(pushed..pushed, bounds);
+    let mut physical = pushdown::rules();
+    // What is checked last is the plan that runs.
+    physical.insert(physical.len() - 1, Arc::new(ByText));
     SessionStateBuilder::new()
         .with_config(config)
         .with_runtime_env(runtime)
         .with_default_features()
         .with_optimizer_rules(rules)
-        .with_physical_optimizer_rules(pushdown::rules())
+        .with_physical_optimizer_rules(physical)
         .with_query_planner(Arc::new(planner::Planner))
         .build()
 }

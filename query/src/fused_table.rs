@@ -52,7 +52,7 @@ use crate::system::{self, Kind};
 use crate::views::Views;
 
 pub(crate) mod gap;
-mod told;
+pub(crate) mod told;
 
 use told::ToldExec;
 

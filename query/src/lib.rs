@@ -18,6 +18,7 @@ mod execution;
 pub mod follow;
 mod functions;
 pub mod fused_table;
+mod groups;
 pub mod lanes;
 pub mod links;
 mod memory;

@@ -8,6 +8,9 @@
 //! DataFusion 55 lets `max(x)` without GROUP BY leave out what has no greater `x` than was seen (`AggrDynFilter`). Of several
 //! aggregates it forgets those of an expression, and those that have only seen NULL: `SELECT max(ts), max(abs(n))` looked only
 //! for later rows. So only an aggregate that is alone may do it.
+//!
+//! The first rows of a table in an order let its scan leave out what comes behind them. Of groups nothing can be left out so:
+//! none of them comes before all rows were seen, and until then each row would be compared for nothing.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -19,6 +22,7 @@ use datafusion::physical_optimizer::PhysicalOptimizerRule;
 use datafusion::physical_optimizer::optimizer::PhysicalOptimizer;
 use datafusion::physical_plan::ExecutionPlan;
 use datafusion::physical_plan::aggregates::AggregateExec;
+use datafusion::physical_plan::sorts::sort::SortExec;
 
 type Rule = Arc<dyn PhysicalOptimizerRule + Send + Sync>;
 
@@ -37,12 +41,14 @@ impl PhysicalOptimizerRule for ByName {
         if plan.exists(|operator| Ok(has_namesakes(operator)))? {
             return Ok(plan);
         }
+        let mut config = config.clone();
         if plan.exists(|operator| Ok(has_bounds_of_several(operator)))? {
-            let mut config = config.clone();
             config.optimizer.enable_aggregate_dynamic_filter_pushdown = false;
-            return self.0.optimize(plan, &config);
         }
-        self.0.optimize(plan, config)
+        if plan.exists(|operator| Ok(is_best_of_groups(operator)))? {
+            config.optimizer.enable_topk_dynamic_filter_pushdown = false;
+        }
+        self.0.optimize(plan, &config)
     }
 
     fn name(&self) -> &str {
@@ -57,6 +63,20 @@ impl PhysicalOptimizerRule for ByName {
 fn has_bounds_of_several(operator: &Arc<dyn ExecutionPlan>) -> bool {
     let aggregate = operator.downcast_ref::<AggregateExec>();
     aggregate.is_some_and(|aggregate| aggregate.group_expr().is_empty() && aggregate.aggr_expr().len() > 1)
+}
+
+fn is_best_of_groups(operator: &Arc<dyn ExecutionPlan>) -> bool {
+    let mut below = operator.downcast_ref::<SortExec>().filter(|sort| sort.fetch().is_some()).map(SortExec::input);
+    while let Some(plan) = below {
+        if plan.downcast_ref::<AggregateExec>().is_some_and(|aggregate| !aggregate.group_expr().is_empty()) {
+            return true;
+        }
+        below = match plan.children()[..] {
+            [input] => Some(input),
+            _ => None,
+        };
+    }
+    false
 }
 
 fn has_namesakes(operator: &Arc<dyn ExecutionPlan>) -> bool {
@@ -75,6 +95,34 @@ mod tests {
     use datafusion::prelude::{ParquetReadOptions, SessionConfig, SessionContext};
 
     use super::*;
+
+    #[tokio::test]
+    async fn the_first_of_groups_leave_out_no_row_of_theirs() {
+        let session = SessionContext::new_with_state(crate::functions::state(
+            SessionConfig::new().with_target_partitions(2),
+            Arc::new(RuntimeEnv::default()),
+            1,
+        ));
+        let path = std::env::temp_dir().join(format!("weir-pushdown-{:032x}.parquet", rand::random::<u128>()));
+        let rows = RecordBatch::try_from_iter([("n", Arc::new(Int64Array::from(vec![3, 1, 2])) as _)]).unwrap();
+        let mut writer = ArrowWriter::try_new(std::fs::File::create(&path).unwrap(), rows.schema(), None).unwrap();
+        writer.write(&rows).unwrap();
+        writer.close().unwrap();
+        session.register_parquet("t", path.to_str().unwrap(), ParquetReadOptions::default()).await.unwrap();
+        for (sql, leaves_out) in [
+            ("SELECT n FROM t ORDER BY n LIMIT 2", true),
+            ("SELECT n, count(*) FROM t GROUP BY n ORDER BY n LIMIT 2", false),
+            ("SELECT n FROM (SELECT n, count(*) FROM t GROUP BY n) ORDER BY n LIMIT 2", false),
+        ] {
+            let rows = session.sql(sql).await.unwrap().collect().await.unwrap();
+            let found = rows.iter().flat_map(|rows| rows.column(0).as_primitive::<Int64Type>().values().to_vec());
+            assert_eq!(found.collect::<Vec<_>>(), [1, 2], "{sql}");
+            let rows = session.sql(&format!("EXPLAIN {sql}")).await.unwrap().collect().await.unwrap();
+            let plan = arrow::util::pretty::pretty_format_batches(&rows).unwrap().to_string();
+            assert_eq!(plan.contains("DynamicFilter"), leaves_out, "{sql}: {plan}");
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
 
     /// Of files that are read one after the other only the last has the greatest `n`, and the first the greatest `ts`.
     #[tokio::test]

@@ -1,4 +1,5 @@
-//! Rows of few devices out of many files: of each file only the pages that may have them are read.
+//! Rows of few devices out of many files, of which only the pages that may have them are read; and all rows of files, with
+//! devices as indices.
 //!
 //! A question about one device over a year meets a file for each day, and takes a page out of each. DataFusion's Parquet
 //! source prepares each file anew (its predicates, its pruning, two dozen counters), which costs more than to read the
@@ -8,18 +9,24 @@
 //!
 //! Bounds of row groups and pages leave out what they can; a file without them is read whole. So the answer does not
 //! depend on the order of a file's rows.
+//!
+//! Who groups by device takes the indices as they are (`groups`): no text is made of any row.
 
 use std::fmt;
 use std::sync::Arc;
 
 use arrow::buffer::BooleanBuffer;
-use arrow::datatypes::{ArrowNativeType, DataType, Int32Type, Schema, SchemaRef};
+use arrow::datatypes::{ArrowNativeType, DataType, FieldRef, Int32Type, Schema, SchemaRef};
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, BooleanArray, RecordBatch};
 use arrow_select::filter::filter_record_batch;
 use datafusion::common::Result;
 use datafusion::common::tree_node::TreeNodeRecursion;
+use datafusion::datasource::listing::{FileRange, PartitionedFile};
+use datafusion::datasource::object_store::ObjectStoreUrl;
 use datafusion::datasource::physical_plan::parquet::metadata::DFParquetMetadata;
+use datafusion::datasource::physical_plan::{FileGroup, FileScanConfig, ParquetSource};
+use datafusion::datasource::source::DataSourceExec;
 use datafusion::execution::cache::cache_manager::FileMetadataCache;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::object_store::{ObjectMeta, ObjectStore};
@@ -32,7 +39,10 @@ use datafusion::parquet::file::metadata::{PageIndexPolicy, ParquetMetaData};
 use datafusion::parquet::file::page_index::column_index::ColumnIndexMetaData;
 use datafusion::parquet::file::statistics::Statistics as ColumnBounds;
 use datafusion::parquet::schema::types::TypePtr;
+use datafusion::physical_expr::expressions::Column;
+use datafusion::physical_expr::projection::ProjectionExpr;
 use datafusion::physical_expr::{EquivalenceProperties, Partitioning, PhysicalExpr};
+use datafusion::physical_plan::coop::CooperativeExec;
 use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType, ReplaceChildrenOptions};
 use datafusion::physical_plan::metrics::{ExecutionPlanMetricsSet, MetricsSet};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
@@ -48,10 +58,44 @@ use crate::fused_table::hot_columns;
 /// Files of a partition that are opened before their rows are asked for.
 const AHEAD: usize = 4;
 
-/// What is wanted: rows of these devices with event times from `first` to `last`, microseconds, both included.
+/// What devices are read as: indices into the texts of a page's dictionary.
+fn indices() -> DataType {
+    DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8))
+}
+
+/// A scan of all of DataFusion's files, in the same parts and order, whose column of devices comes as indices; none where that
+/// is not one, or the scan does more than to read columns.
+pub(crate) fn with_indices(scan: &DataSourceExec, column: usize) -> Result<Option<Arc<dyn ExecutionPlan>>> {
+    let Some(config) = scan.data_source().downcast_ref::<FileScanConfig>() else { return Ok(None) };
+    let source = config.file_source();
+    let schema = scan.schema();
+    let of_table = source.table_schema().table_schema();
+    let reads = source.projection().is_some_and(|columns| {
+        let named = |(column, field): (&ProjectionExpr, &FieldRef)| {
+            let at = column.expr.downcast_ref::<Column>().map(Column::index);
+            at.is_some_and(|at| of_table.field(at).name() == field.name())
+        };
+        columns.iter().zip(schema.fields()).all(named)
+    });
+    let device = schema.field(column);
+    if !reads || source.filter().is_some() || config.limit.is_some() {
+        return Ok(None);
+    }
+    if !source.is::<ParquetSource>() || device.name() != DEVICE || *device.data_type() != DataType::Utf8 {
+        return Ok(None);
+    }
+    let mut fields = schema.fields().to_vec();
+    fields[column] = Arc::new(device.clone().with_data_type(indices()));
+    let (files, url) = (config.file_groups.clone(), config.object_store_url.clone());
+    let all = Wanted { devices: None, first: i64::MIN, last: i64::MAX };
+    let pages = PagesExec::new(files, url, all, Arc::new(Schema::new(fields)));
+    Ok(Some(Arc::new(CooperativeExec::new(Arc::new(pages)))))
+}
+
+/// What is wanted: rows of these devices, or of all, with event times from `first` to `last`, microseconds, both included.
 #[derive(Debug)]
 pub(super) struct Wanted {
-    pub(super) devices: Vec<String>,
+    pub(super) devices: Option<Vec<String>>,
     pub(super) first: i64,
     pub(super) last: i64,
 }
@@ -60,15 +104,16 @@ pub(super) struct Wanted {
 #[derive(Debug)]
 pub(crate) struct PagesExec {
     /// Of each partition.
-    files: Vec<Vec<ObjectMeta>>,
-    read: Arc<Read>,
+    files: Vec<FileGroup>,
+    url: ObjectStoreUrl,
+    wanted: Arc<Wanted>,
+    schema: SchemaRef,
     properties: Arc<PlanProperties>,
     metrics: ExecutionPlanMetricsSet,
 }
 
-#[derive(Debug)]
 struct Read {
-    wanted: Wanted,
+    wanted: Arc<Wanted>,
     schema: SchemaRef,
     store: Arc<dyn ObjectStore>,
     footers: Arc<FileMetadataCache>,
@@ -77,14 +122,9 @@ struct Read {
 }
 
 impl PagesExec {
-    /// A scan of these files, dealt out to partitions; `schema` is what comes out.
-    pub(super) fn new(
-        files: Vec<Vec<ObjectMeta>>,
-        wanted: Wanted,
-        schema: SchemaRef,
-        store: Arc<dyn ObjectStore>,
-        footers: Arc<FileMetadataCache>,
-    ) -> Self {
+    /// A scan of these files, or of those of their row groups that begin within a range, dealt out to partitions. `schema` is
+    /// what comes out: devices as texts, or as indices into a dictionary.
+    pub(super) fn new(files: Vec<FileGroup>, url: ObjectStoreUrl, wanted: Wanted, schema: SchemaRef) -> Self {
         let properties = PlanProperties::new(
             EquivalenceProperties::new(Arc::clone(&schema)),
             Partitioning::UnknownPartitioning(files.len()),
@@ -93,7 +133,9 @@ impl PagesExec {
         );
         Self {
             files,
-            read: Arc::new(Read { wanted, schema, store, footers, types: Mutex::default() }),
+            url,
+            wanted: Arc::new(wanted),
+            schema,
             properties: Arc::new(properties),
             metrics: ExecutionPlanMetricsSet::new(),
         }
@@ -101,13 +143,16 @@ impl PagesExec {
 
     /// How many files are read.
     pub(crate) fn files(&self) -> usize {
-        self.files.iter().map(Vec::len).sum()
+        self.files.iter().map(FileGroup::len).sum()
     }
 }
 
 impl DisplayAs for PagesExec {
     fn fmt_as(&self, _: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "PagesExec: files={}, devices={}", self.files(), self.read.wanted.devices.len())
+        match &self.wanted.devices {
+            Some(devices) => write!(f, "PagesExec: files={}, devices={}", self.files(), devices.len()),
+            None => write!(f, "PagesExec: files={}, devices=all", self.files()),
+        }
     }
 }
 
@@ -144,13 +189,20 @@ impl ExecutionPlan for PagesExec {
     }
 
     fn execute(&self, partition: usize, context: Arc<TaskContext>) -> Result<SendableRecordBatchStream> {
-        let (read, rows_max) = (Arc::clone(&self.read), context.session_config().batch_size());
-        let opened = stream::iter(self.files[partition].clone()).map(move |file| {
+        let (runtime, rows_max) = (context.runtime_env(), context.session_config().batch_size());
+        let read = Arc::new(Read {
+            wanted: Arc::clone(&self.wanted),
+            schema: Arc::clone(&self.schema),
+            store: runtime.object_store(&self.url)?,
+            footers: runtime.cache_manager.get_file_metadata_cache(),
+            types: Mutex::default(),
+        });
+        let opened = stream::iter(self.files[partition].clone().into_inner()).map(move |file| {
             let read = Arc::clone(&read);
             async move { read.open(file, rows_max).await }
         });
         let rows = opened.buffered(AHEAD).try_flatten();
-        let rows = Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.read.schema), rows));
+        let rows = Box::pin(RecordBatchStreamAdapter::new(Arc::clone(&self.schema), rows));
         Ok(counted(rows, &self.metrics, partition))
     }
 
@@ -163,15 +215,16 @@ impl Read {
     /// The rows of a file: what its pages take is read before the first is asked for.
     async fn open(
         self: Arc<Self>,
-        file: ObjectMeta,
+        file: PartitionedFile,
         rows_max: usize,
     ) -> Result<impl futures::Stream<Item = Result<RecordBatch>> + use<>> {
+        let (file, range) = (file.object_meta, file.range);
         let footer = DFParquetMetadata::new(&*self.store, &file)
             .with_file_metadata_cache(Some(Arc::clone(&self.footers)))
             .with_page_index_policy(Some(PageIndexPolicy::Optional))
             .fetch_metadata()
             .await?;
-        let (groups, selection) = self.wanted.places(&footer);
+        let (groups, selection) = self.wanted.places(&footer, range.as_ref());
         let opened = if groups.is_empty() {
             None
         } else {
@@ -179,7 +232,8 @@ impl Read {
             let reader = ArrowReaderMetadata::try_new(footer, options)?;
             let names = self.schema.fields().iter().map(|field| field.name().as_str());
             // Dates are told by times.
-            let names = names.map(|name| if name == DATE { TS } else { name }).chain([DEVICE]);
+            let names = names.map(|name| if name == DATE { TS } else { name });
+            let names = names.chain(self.wanted.devices.is_some().then_some(DEVICE));
             let columns = ProjectionMask::columns(reader.parquet_schema(), names);
             let mut decoder = ParquetPushDecoderBuilder::new_with_metadata(reader)
                 .with_projection(columns)
@@ -212,10 +266,7 @@ impl Read {
         }
         let own = parquet_to_arrow_schema(of_file, None)?;
         let fields = own.fields().iter().map(|field| match field.data_type() {
-            DataType::Utf8 if field.name() == DEVICE => {
-                let indices = DataType::Dictionary(Box::new(DataType::Int32), Box::new(DataType::Utf8));
-                Arc::new(field.as_ref().clone().with_data_type(indices))
-            }
+            DataType::Utf8 if field.name() == DEVICE => Arc::new(field.as_ref().clone().with_data_type(indices())),
             _ => Arc::clone(field),
         });
         let types = Arc::new(Schema::new_with_metadata(fields.collect::<Vec<_>>(), own.metadata().clone()));
@@ -239,7 +290,7 @@ impl Read {
 
 impl Wanted {
     /// The row groups of a file that may have wanted rows, and which of their rows, one group after the other.
-    fn places(&self, footer: &ParquetMetaData) -> (Vec<usize>, RowSelection) {
+    fn places(&self, footer: &ParquetMetaData, range: Option<&FileRange>) -> (Vec<usize>, RowSelection) {
         let columns = footer.file_metadata().schema_descr();
         let find = |name: &str| columns.columns().iter().position(|column| column.path().string() == name);
         let is_micros = |at: &usize| matches!(columns.column(*at).logical_type_ref(), Some(LogicalType::Timestamp(kind)) if kind.unit == TimeUnit::MICROS);
@@ -247,12 +298,18 @@ impl Wanted {
         let (mut groups, mut selectors) = (Vec::new(), Vec::new());
         for (index, group) in footer.row_groups().iter().enumerate() {
             let bounds = |column: Option<usize>| group.column(column?).statistics();
+            let first = group.column(0);
+            let start = first.dictionary_page_offset().unwrap_or_else(|| first.data_page_offset());
+            if range.is_some_and(|range| !range.contains(start)) {
+                continue;
+            }
             if !self.may_have_device(bounds(device)) || !self.may_have_time(bounds(ts)) {
                 continue;
             }
             let rows = usize::try_from(group.num_rows()).unwrap_or(0);
             let pages = |column: Option<usize>| Pages::of(footer, index, column?, rows);
-            let of_device = pages(device).map(|pages| pages.select(|page| pages.has_device(page, &self.devices)));
+            let of_device = self.devices.as_ref().zip(pages(device));
+            let of_device = of_device.map(|(devices, pages)| pages.select(|page| pages.has_device(page, devices)));
             let of_time = pages(ts).map(|pages| pages.select(|page| pages.has_time(page, self.first, self.last)));
             let selected = match (of_device, of_time) {
                 (Some(one), Some(other)) => one.intersection(&other),
@@ -268,14 +325,12 @@ impl Wanted {
 
     /// Leaves out rows of other devices.
     fn of_devices(&self, rows: &RecordBatch) -> Result<RecordBatch> {
-        let Some(devices) = rows.column_by_name(DEVICE).and_then(|column| column.as_dictionary_opt::<Int32Type>())
-        else {
-            return Ok(rows.clone());
-        };
-        let Some(texts) = devices.values().as_string_opt::<i32>() else { return Ok(rows.clone()) };
-        let named = texts.iter().map(|text| text.is_some_and(|text| self.devices.iter().any(|device| device == text)));
+        let indices = rows.column_by_name(DEVICE).and_then(|column| column.as_dictionary_opt::<Int32Type>());
+        let (Some(devices), Some(indices)) = (&self.devices, indices) else { return Ok(rows.clone()) };
+        let Some(texts) = indices.values().as_string_opt::<i32>() else { return Ok(rows.clone()) };
+        let named = texts.iter().map(|text| text.is_some_and(|text| devices.iter().any(|device| device == text)));
         let named = named.collect::<Vec<_>>();
-        let keys = devices.keys();
+        let keys = indices.keys();
         let is_named = |row: usize| named.get(keys.value(row).as_usize()).copied().unwrap_or(false);
         let kept = BooleanBuffer::collect_bool(keys.len(), is_named);
         // Where there is none, the index is of any.
@@ -284,7 +339,8 @@ impl Wanted {
 
     fn may_have_device(&self, bounds: Option<&ColumnBounds>) -> bool {
         let bounds = bounds.and_then(|bounds| Some((bounds.min_bytes_opt()?, bounds.max_bytes_opt()?)));
-        bounds.is_none_or(|(min, max)| self.devices.iter().any(|device| (min..=max).contains(&device.as_bytes())))
+        let (Some(devices), Some((min, max))) = (&self.devices, bounds) else { return true };
+        devices.iter().any(|device| (min..=max).contains(&device.as_bytes()))
     }
 
     fn may_have_time(&self, bounds: Option<&ColumnBounds>) -> bool {

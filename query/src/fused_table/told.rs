@@ -21,7 +21,7 @@ use crate::execution::counted;
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct ToldExec {
+pub(crate) struct ToldExec {
     label: String,
     input: Arc<dyn ExecutionPlan>,
     metrics: ExecutionPlanMetricsSet,
@@ -39,6 +39,15 @@ impl ToldExec {
     /// The half in memory: how many rows are read, and how many the plan left out.
     pub(super) fn hot(rows: usize, pruned: usize, input: Arc<dyn ExecutionPlan>) -> Self {
         Self::new(format!("HotRows: rows={rows}, rows_pruned={pruned}"), input)
+    }
+
+    pub(crate) fn input(&self) -> &Arc<dyn ExecutionPlan> {
+        &self.input
+    }
+
+    /// The same of another plan.
+    pub(crate) fn over(&self, input: Arc<dyn ExecutionPlan>) -> Self {
+        Self::new(self.label.clone(), input)
     }
 
     fn new(label: String, input: Arc<dyn ExecutionPlan>) -> Self {
@@ -93,11 +102,11 @@ impl ExecutionPlan for ToldExec {
         mut children: Vec<Arc<dyn ExecutionPlan>>,
         _: ReplaceChildrenOptions,
     ) -> Result<Arc<dyn ExecutionPlan>> {
-        Ok(Arc::new(Self::new(self.label.clone(), children.swap_remove(0))))
+        Ok(Arc::new(self.over(children.swap_remove(0))))
     }
 
     fn with_new_children(self: Arc<Self>, mut children: Vec<Arc<dyn ExecutionPlan>>) -> Result<Arc<dyn ExecutionPlan>> {
-        Ok(Arc::new(Self::new(self.label.clone(), children.swap_remove(0))))
+        Ok(Arc::new(self.over(children.swap_remove(0))))
     }
 
     fn execute(&self, partition: usize, context: Arc<TaskContext>) -> Result<SendableRecordBatchStream> {
