@@ -8,6 +8,7 @@
 //! Row counts are those of the log and exact, so that a bare `count(*)` reads no file. Bounds of `ts` and `device` may be
 //! wider than a file's rows (the log cuts times to milliseconds): they serve to leave out files, never as an answer.
 
+mod kept;
 mod pages;
 
 use std::sync::Arc;
@@ -37,6 +38,7 @@ use wire::{DAY_US, DataFile};
 
 use crate::catalog::ColdTable;
 
+pub(crate) use kept::KeptPages;
 pub(crate) use pages::{PagesExec, with_indices};
 
 /// With more devices than this, most of each file is read anyway.

@@ -31,6 +31,7 @@ use crate::as_of::{self, AsOf};
 use crate::breadth;
 use crate::caller::{Caller, Right};
 use crate::catalog::{CATALOG, PublicSchema, SCHEMA, Tables, WeirCatalog, is_table};
+use crate::cold::KeptPages;
 use crate::columns;
 use crate::functions;
 use crate::functions::asof::syntax;
@@ -66,6 +67,9 @@ pub(crate) use ready::Ready;
 
 /// Longest statement in bytes.
 pub const SQL_BYTES_MAX: usize = 1 << 20;
+
+/// Beside the memory of statements this part of as much keeps pages that were read lately.
+const PAGES_PART: usize = 16;
 
 /// Limits of the engine. Those of one statement are its lane's.
 #[derive(Debug, Clone)]
@@ -168,7 +172,8 @@ impl Engine {
         let mut config = SessionConfig::new()
             .with_default_catalog_and_schema(CATALOG, SCHEMA)
             .with_create_default_catalog_and_schema(false)
-            .with_information_schema(true);
+            .with_information_schema(true)
+            .with_extension(Arc::new(KeptPages::new(settings.memory_bytes_max / PAGES_PART)));
         let options = config.options_mut();
         options.execution.parquet.schema_force_view_types = false;
         options.execution.parquet.pushdown_filters = true;

@@ -20,8 +20,8 @@ use arrow::datatypes::{ArrowNativeType, DataType, FieldRef, Int32Type, Schema, S
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, BooleanArray, RecordBatch};
 use arrow_select::filter::filter_record_batch;
-use datafusion::common::Result;
 use datafusion::common::tree_node::TreeNodeRecursion;
+use datafusion::common::{DataFusionError, Result};
 use datafusion::datasource::listing::{FileRange, PartitionedFile};
 use datafusion::datasource::object_store::ObjectStoreUrl;
 use datafusion::datasource::physical_plan::parquet::metadata::DFParquetMetadata;
@@ -31,9 +31,11 @@ use datafusion::execution::cache::cache_manager::FileMetadataCache;
 use datafusion::execution::{SendableRecordBatchStream, TaskContext};
 use datafusion::object_store::{ObjectMeta, ObjectStore};
 use datafusion::parquet::DecodeResult;
-use datafusion::parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions, RowSelection, RowSelector};
+use datafusion::parquet::arrow::arrow_reader::{
+    ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReader, RowSelection, RowSelector,
+};
 use datafusion::parquet::arrow::push_decoder::{ParquetPushDecoder, ParquetPushDecoderBuilder};
-use datafusion::parquet::arrow::{ProjectionMask, parquet_to_arrow_schema};
+use datafusion::parquet::arrow::{FieldLevels, ProjectionMask, parquet_to_arrow_field_levels, parquet_to_arrow_schema};
 use datafusion::parquet::basic::{LogicalType, TimeUnit};
 use datafusion::parquet::file::metadata::{PageIndexPolicy, ParquetMetaData};
 use datafusion::parquet::file::page_index::column_index::ColumnIndexMetaData;
@@ -47,10 +49,12 @@ use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType, Repla
 use datafusion::physical_plan::metrics::{ExecutionPlanMetricsSet, MetricsSet};
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, PlanProperties};
+use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use wire::schema::{DATE, DEVICE, TS};
 
+use super::kept::KeptPages;
 use super::typed;
 use crate::execution::counted;
 use crate::fused_table::hot_columns;
@@ -117,9 +121,25 @@ struct Read {
     schema: SchemaRef,
     store: Arc<dyn ObjectStore>,
     footers: Arc<FileMetadataCache>,
-    /// The last file's columns, and the types that they are read as: files of a table mostly have the same.
-    types: Mutex<Option<(TypePtr, SchemaRef)>>,
+    /// None: none are kept.
+    pages: Option<Arc<KeptPages>>,
+    /// The last file's: files of a table mostly have the same.
+    columns: Mutex<Option<Arc<Columns>>>,
 }
+
+/// The columns of a file that are read.
+struct Columns {
+    /// What the file says of all.
+    root: TypePtr,
+    /// What all are read as.
+    types: SchemaRef,
+    mask: ProjectionMask,
+    /// The same of those that are read.
+    levels: FieldLevels,
+    leaves: Vec<usize>,
+}
+
+type Batches = BoxStream<'static, Result<RecordBatch>>;
 
 impl PagesExec {
     /// A scan of these files, or of those of their row groups that begin within a range, dealt out to partitions. `schema` is
@@ -195,7 +215,8 @@ impl ExecutionPlan for PagesExec {
             schema: Arc::clone(&self.schema),
             store: runtime.object_store(&self.url)?,
             footers: runtime.cache_manager.get_file_metadata_cache(),
-            types: Mutex::default(),
+            pages: context.session_config().get_extension::<KeptPages>(),
+            columns: Mutex::default(),
         });
         let opened = stream::iter(self.files[partition].clone().into_inner()).map(move |file| {
             let read = Arc::clone(&read);
@@ -213,56 +234,87 @@ impl ExecutionPlan for PagesExec {
 
 impl Read {
     /// The rows of a file: what its pages take is read before the first is asked for.
-    async fn open(
-        self: Arc<Self>,
-        file: PartitionedFile,
-        rows_max: usize,
-    ) -> Result<impl futures::Stream<Item = Result<RecordBatch>> + use<>> {
+    async fn open(self: Arc<Self>, file: PartitionedFile, rows_max: usize) -> Result<Batches> {
         let (file, range) = (file.object_meta, file.range);
         let footer = DFParquetMetadata::new(&*self.store, &file)
             .with_file_metadata_cache(Some(Arc::clone(&self.footers)))
             .with_page_index_policy(Some(PageIndexPolicy::Optional))
             .fetch_metadata()
             .await?;
-        let (groups, selection) = self.wanted.places(&footer, range.as_ref());
-        let opened = if groups.is_empty() {
-            None
-        } else {
-            let options = ArrowReaderOptions::new().with_schema(self.types(&footer)?);
-            let reader = ArrowReaderMetadata::try_new(footer, options)?;
-            let names = self.schema.fields().iter().map(|field| field.name().as_str());
-            // Dates are told by times.
-            let names = names.map(|name| if name == DATE { TS } else { name });
-            let names = names.chain(self.wanted.devices.is_some().then_some(DEVICE));
-            let columns = ProjectionMask::columns(reader.parquet_schema(), names);
-            let mut decoder = ParquetPushDecoderBuilder::new_with_metadata(reader)
-                .with_projection(columns)
-                .with_row_groups(groups)
-                .with_row_selection(selection)
-                .with_batch_size(rows_max)
-                .build()?;
-            let first = self.next(&mut decoder, &file).await?;
-            first.map(|first| (first, decoder, file))
+        let places = self.wanted.places(&footer, range.as_ref());
+        if places.is_empty() {
+            return Ok(stream::empty().boxed());
+        }
+        let columns = self.columns(&footer)?;
+        let rows = match self.kept(&file, &footer, &places, &columns, rows_max).await? {
+            Some(rows) => rows,
+            None => self.streamed(file, footer, places, &columns, rows_max).await?,
         };
-        Ok(stream::try_unfold(opened, move |opened| {
-            let read = Arc::clone(&self);
-            async move {
-                let Some((batch, mut decoder, file)) = opened else { return Ok(None) };
-                let rows = read.wanted.of_devices(&batch)?;
-                let rows = hot_columns(&typed(&rows, &read.schema)?, &read.schema)?;
-                let next = read.next(&mut decoder, &file).await?;
-                Ok(Some((rows, next.map(|next| (next, decoder, file)))))
-            }
-        }))
+        let rows = rows.map(move |rows| {
+            let rows = self.wanted.of_devices(&rows?)?;
+            hot_columns(&typed(&rows, &self.schema)?, &self.schema)
+        });
+        Ok(rows.boxed())
     }
 
-    /// What the columns of a file are read as: their own types, but that devices are indices into a dictionary.
-    fn types(&self, footer: &ParquetMetaData) -> Result<SchemaRef> {
+    /// Rows out of pages that are kept for the next who asks; none where the file does not tell where its pages are, or all
+    /// of them are asked for.
+    async fn kept(
+        &self,
+        file: &ObjectMeta,
+        footer: &Arc<ParquetMetaData>,
+        places: &[(usize, RowSelection)],
+        columns: &Columns,
+        rows_max: usize,
+    ) -> Result<Option<Batches>> {
+        let Some(pages) = self.pages.as_ref().filter(|_| self.wanted.devices.is_some()) else { return Ok(None) };
+        let mut readers = Vec::with_capacity(places.len());
+        for (group, selection) in places {
+            let read = pages.read(&*self.store, file, footer, *group, &columns.leaves, selection).await?;
+            let Some(read) = read else { return Ok(None) };
+            let (levels, selection) = (&columns.levels, Some(selection.clone()));
+            readers.push(ParquetRecordBatchReader::try_new_with_row_groups(levels, &read, rows_max, selection)?);
+        }
+        Ok(Some(stream::iter(readers.into_iter().flatten()).map_err(DataFusionError::from).boxed()))
+    }
+
+    /// Rows as they are read.
+    async fn streamed(
+        self: &Arc<Self>,
+        file: ObjectMeta,
+        footer: Arc<ParquetMetaData>,
+        places: Vec<(usize, RowSelection)>,
+        columns: &Columns,
+        rows_max: usize,
+    ) -> Result<Batches> {
+        let options = ArrowReaderOptions::new().with_schema(Arc::clone(&columns.types));
+        let (groups, selections): (Vec<_>, Vec<_>) = places.into_iter().unzip();
+        let mut decoder = ParquetPushDecoderBuilder::new_with_metadata(ArrowReaderMetadata::try_new(footer, options)?)
+            .with_projection(columns.mask.clone())
+            .with_row_groups(groups)
+            .with_row_selection(selections.into_iter().flat_map(Vec::from).collect::<Vec<_>>().into())
+            .with_batch_size(rows_max)
+            .build()?;
+        let first = self.next(&mut decoder, &file).await?;
+        let opened = first.map(|first| (first, decoder, file));
+        let read = Arc::clone(self);
+        let rows = stream::try_unfold(opened, move |opened| {
+            let read = Arc::clone(&read);
+            async move {
+                let Some((batch, mut decoder, file)) = opened else { return Ok(None) };
+                let next = read.next(&mut decoder, &file).await?;
+                Ok(Some((batch, next.map(|next| (next, decoder, file)))))
+            }
+        });
+        Ok(rows.boxed())
+    }
+
+    /// Which columns of a file are read, and what as: their own types, but that devices are indices into a dictionary.
+    fn columns(&self, footer: &ParquetMetaData) -> Result<Arc<Columns>> {
         let of_file = footer.file_metadata().schema_descr();
-        if let Some((known, types)) = self.types.lock().as_ref()
-            && **known == *of_file.root_schema()
-        {
-            return Ok(Arc::clone(types));
+        let mut known = self.columns.lock();
+        if let Some(columns) = known.as_ref().filter(|columns| *columns.root == *of_file.root_schema()) {
+            return Ok(Arc::clone(columns));
         }
         let own = parquet_to_arrow_schema(of_file, None)?;
         let fields = own.fields().iter().map(|field| match field.data_type() {
@@ -270,8 +322,15 @@ impl Read {
             _ => Arc::clone(field),
         });
         let types = Arc::new(Schema::new_with_metadata(fields.collect::<Vec<_>>(), own.metadata().clone()));
-        *self.types.lock() = Some((of_file.root_schema_ptr(), Arc::clone(&types)));
-        Ok(types)
+        let names = self.schema.fields().iter().map(|field| field.name().as_str());
+        // Dates are told by times.
+        let names = names.map(|name| if name == DATE { TS } else { name });
+        let mask = ProjectionMask::columns(of_file, names.chain(self.wanted.devices.is_some().then_some(DEVICE)));
+        let levels = parquet_to_arrow_field_levels(of_file, mask.clone(), Some(types.fields()))?;
+        let leaves = (0..of_file.num_columns()).filter(|leaf| mask.leaf_included(*leaf)).collect();
+        let columns = Arc::new(Columns { root: of_file.root_schema_ptr(), types, mask, levels, leaves });
+        *known = Some(Arc::clone(&columns));
+        Ok(columns)
     }
 
     async fn next(&self, decoder: &mut ParquetPushDecoder, file: &ObjectMeta) -> Result<Option<RecordBatch>> {
@@ -289,13 +348,13 @@ impl Read {
 }
 
 impl Wanted {
-    /// The row groups of a file that may have wanted rows, and which of their rows, one group after the other.
-    fn places(&self, footer: &ParquetMetaData, range: Option<&FileRange>) -> (Vec<usize>, RowSelection) {
+    /// The row groups of a file that may have wanted rows, and which of their rows.
+    fn places(&self, footer: &ParquetMetaData, range: Option<&FileRange>) -> Vec<(usize, RowSelection)> {
         let columns = footer.file_metadata().schema_descr();
         let find = |name: &str| columns.columns().iter().position(|column| column.path().string() == name);
         let is_micros = |at: &usize| matches!(columns.column(*at).logical_type_ref(), Some(LogicalType::Timestamp(kind)) if kind.unit == TimeUnit::MICROS);
         let (device, ts) = (find(DEVICE), find(TS).filter(is_micros));
-        let (mut groups, mut selectors) = (Vec::new(), Vec::new());
+        let mut places = Vec::new();
         for (index, group) in footer.row_groups().iter().enumerate() {
             let bounds = |column: Option<usize>| group.column(column?).statistics();
             let first = group.column(0);
@@ -316,11 +375,10 @@ impl Wanted {
                 (one, other) => one.or(other).unwrap_or_else(|| vec![RowSelector::select(rows)].into()),
             };
             if selected.selects_any() {
-                groups.push(index);
-                selectors.extend(Vec::from(selected));
+                places.push((index, selected));
             }
         }
-        (groups, selectors.into())
+        places
     }
 
     /// Leaves out rows of other devices.
