@@ -477,6 +477,30 @@ async fn explain_analyze_tells_files_and_rows_of_both_halves() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_rows_in_files_that_are_grouped_by_device_no_text_is_made() {
+    let (engine, _traffic) = engine(10, 0, MINUTE).await;
+    let question = |device: &str, more: &str| {
+        format!(
+            "SELECT {device} AS d, count(*) AS c, max(vehicle_count) AS m, min(ts) AS t FROM traffic {more} GROUP BY d ORDER BY d LIMIT 9"
+        )
+    };
+    for (more, by_indices) in
+        [("", true), ("WHERE ts >= '2022-01-10T00:05:00Z'", false), ("WHERE device < 'd2'", false)]
+    {
+        let sql = question("device", more);
+        let plan = text_as(&engine, &Caller::node(), &format!("EXPLAIN {sql}")).await;
+        assert_eq!(plan.contains("devices=all"), by_indices, "{plan}");
+        assert_eq!(plan.matches("GroupsExec").count(), 2, "one of each half: {plan}");
+        let expected = text_as(&engine, &Caller::node(), &question("concat(device, '')", more)).await;
+        assert_eq!(text_as(&engine, &Caller::node(), &sql).await, expected, "{sql}");
+    }
+    // What else looks at the device looks at its text.
+    let sql = "SELECT device, max(device) AS m FROM traffic GROUP BY device";
+    let plan = text_as(&engine, &Caller::node(), &format!("EXPLAIN {sql}")).await;
+    assert!(plan.contains("GroupsExec") && !plan.contains("devices=all"), "{plan}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_version_of_the_past_answers_the_same_for_ever() {
     let (engine, traffic) = engine(9, 0, MINUTE).await;
     let as_of = async |sql: &str, whole: Option<AsOf>| {
