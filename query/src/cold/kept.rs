@@ -26,6 +26,8 @@ use datafusion::parquet::file::reader::{ChunkReader, Length};
 use datafusion::parquet::file::serialized_reader::SerializedPageReader;
 use parking_lot::Mutex;
 
+/// Pieces of a selection that have fewer rows than this on average may be read as one: twice what the reader goes by.
+const PIECE_ROWS: usize = 64;
 /// What a page takes beside its bytes.
 const ENTRY_BYTES: usize = 256;
 
@@ -101,7 +103,7 @@ impl KeptPages {
         let name = Arc::<str>::from(file.location.as_ref());
         let of_group = footer.row_group(group);
         let rows = usize::try_from(of_group.num_rows()).unwrap_or(0);
-        let selected = ranges(selection);
+        let selected = pieces(selection);
         let (mut chunks, mut missing) = (HashMap::new(), Vec::new());
         for column in columns {
             let Some(locations) = indices.get(*column).map(|index| index.page_locations()) else { return Ok(None) };
@@ -152,6 +154,16 @@ impl KeptPages {
         }
         let chunks = chunks.into_iter().map(|(column, (slots, _))| (column, slots)).collect();
         Ok(Some(Group { footer: Arc::clone(footer), group, chunks }))
+    }
+}
+
+/// The rows that are read for a selection. Of small pieces the reader takes what lies between, too, and leaves it out later.
+fn pieces(selection: &RowSelection) -> Vec<Range<usize>> {
+    let rows = ranges(selection);
+    let (parts, all) = selection.iter().fold((0, 0), |(parts, all), part| (parts + 1, all + part.row_count));
+    match (rows.first(), rows.last()) {
+        (Some(first), Some(last)) if all < parts * PIECE_ROWS => vec![first.start..last.end],
+        _ => rows,
     }
 }
 

@@ -43,4 +43,7 @@ fn what_is_not_asked_for_goes_and_no_more_is_kept_than_may_be() {
 fn the_rows_of_a_selection() {
     let selection = RowSelection::from_consecutive_ranges([3..5, 5..6, 9..10].into_iter(), 20);
     assert_eq!(ranges(&selection), [3..6, 9..10]);
+    assert_eq!(pieces(&selection), [3..10]);
+    let selection = RowSelection::from_consecutive_ranges([300..500, 900..1_000].into_iter(), 2_000);
+    assert_eq!(pieces(&selection), [300..500, 900..1_000]);
 }
