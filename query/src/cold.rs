@@ -8,6 +8,7 @@
 //! Row counts are those of the log and exact, so that a bare `count(*)` reads no file. Bounds of `ts` and `device` may be
 //! wider than a file's rows (the log cuts times to milliseconds): they serve to leave out files, never as an answer.
 
+mod devices;
 mod kept;
 mod pages;
 

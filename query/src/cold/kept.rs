@@ -2,7 +2,7 @@
 //!
 //! A dashboard asks about the same devices again, and about others beside them in the same pages. To open the decompressor of
 //! a page, to fetch it and to decompress it takes more time than to decode its rows. Files never change, so what is kept stays
-//! right.
+//! right. Of the column of devices it is kept which rows are of which device (`devices`), in place of its pages.
 //!
 //! What is kept lies in two halves. What is asked for goes into the younger one; when that is full, it becomes the older one,
 //! and what was in that and was not asked for since is gone.
@@ -17,7 +17,8 @@ use bytes::buf::Reader;
 use bytes::{Buf, Bytes};
 use datafusion::common::{HashMap as FastMap, Result};
 use datafusion::object_store::{ObjectMeta, ObjectStore};
-use datafusion::parquet::arrow::arrow_reader::{RowGroups, RowSelection};
+use datafusion::parquet::arrow::FieldLevels;
+use datafusion::parquet::arrow::arrow_reader::{ParquetRecordBatchReader, RowGroups, RowSelection, RowSelector};
 use datafusion::parquet::column::page::{Page, PageIterator, PageMetadata, PageReader};
 use datafusion::parquet::errors::{ParquetError, Result as ParquetResult};
 use datafusion::parquet::file::metadata::{ParquetMetaData, RowGroupMetaData};
@@ -26,8 +27,12 @@ use datafusion::parquet::file::reader::{ChunkReader, Length};
 use datafusion::parquet::file::serialized_reader::SerializedPageReader;
 use parking_lot::Mutex;
 
+use super::devices::Devices;
+
 /// Pieces of a selection that have fewer rows than this on average may be read as one: twice what the reader goes by.
 const PIECE_ROWS: usize = 64;
+/// Rows of which devices are looked at at a time.
+const BATCH_ROWS: usize = 8_192;
 /// What a page takes beside its bytes.
 const ENTRY_BYTES: usize = 256;
 
@@ -40,16 +45,40 @@ pub(crate) struct KeptPages {
 
 #[derive(Debug, Default)]
 struct Halves {
-    young: FastMap<Place, Page>,
+    young: FastMap<Place, Kept>,
     young_bytes: usize,
-    old: FastMap<Place, Page>,
+    old: FastMap<Place, Kept>,
 }
 
-/// A file, and where in it a page begins.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Place {
     file: Arc<str>,
-    offset: i64,
+    part: Part,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Part {
+    /// A page, by where it begins.
+    Page(i64),
+    /// The devices of a row group.
+    Devices(usize),
+}
+
+#[derive(Debug, Clone)]
+enum Kept {
+    Page(Page),
+    /// None: those of the group are not told by runs.
+    Devices(Option<Arc<Devices>>),
+}
+
+impl Kept {
+    fn bytes(&self) -> usize {
+        let own = match self {
+            Self::Page(page) => page.buffer().len(),
+            Self::Devices(devices) => devices.as_ref().map_or(0, |devices| devices.bytes()),
+        };
+        own + ENTRY_BYTES
+    }
 }
 
 impl KeptPages {
@@ -58,31 +87,67 @@ impl KeptPages {
         Self { bytes_max, halves: Mutex::default() }
     }
 
-    fn get(&self, place: &Place) -> Option<Page> {
+    fn get(&self, place: &Place) -> Option<Kept> {
         let mut halves = self.halves.lock();
-        if let Some(page) = halves.young.get(place) {
-            return Some(page.clone());
+        if let Some(kept) = halves.young.get(place) {
+            return Some(kept.clone());
         }
-        let page = halves.old.remove(place)?;
-        self.add(&mut halves, place, page.clone());
-        Some(page)
+        let kept = halves.old.remove(place)?;
+        self.add(&mut halves, place, kept.clone());
+        Some(kept)
     }
 
-    fn put(&self, place: &Place, page: Page) {
-        self.add(&mut self.halves.lock(), place, page);
+    fn put(&self, place: &Place, kept: Kept) {
+        self.add(&mut self.halves.lock(), place, kept);
     }
 
-    fn add(&self, halves: &mut Halves, place: &Place, page: Page) {
-        let (bytes, half) = (page.buffer().len() + ENTRY_BYTES, self.bytes_max / 2);
+    fn add(&self, halves: &mut Halves, place: &Place, kept: Kept) {
+        let (bytes, half) = (kept.bytes(), self.bytes_max / 2);
         if bytes > half {
             return;
         }
         if halves.young_bytes + bytes > half {
             (halves.old, halves.young_bytes) = (take(&mut halves.young), 0);
         }
-        if halves.young.insert(place.clone(), page).is_none() {
+        if halves.young.insert(place.clone(), kept).is_none() {
             halves.young_bytes += bytes;
         }
+    }
+
+    fn page(&self, place: &Place) -> Option<Page> {
+        match self.get(place)? {
+            Kept::Page(page) => Some(page),
+            Kept::Devices(_) => None,
+        }
+    }
+
+    /// Which rows of a row group are of which device; none where it is not told by runs. `leaves` is that column, `levels`
+    /// what it is read as: indices.
+    ///
+    /// # Errors
+    /// As [`KeptPages::read`].
+    pub(super) async fn devices(
+        &self,
+        store: &dyn ObjectStore,
+        file: &ObjectMeta,
+        footer: &Arc<ParquetMetaData>,
+        group: usize,
+        (leaves, levels): &(Vec<usize>, FieldLevels),
+    ) -> Result<Option<Arc<Devices>>> {
+        let place = Place { file: Arc::from(file.location.as_ref()), part: Part::Devices(group) };
+        if let Some(Kept::Devices(devices)) = self.get(&place) {
+            return Ok(devices);
+        }
+        let rows = usize::try_from(footer.row_group(group).num_rows()).unwrap_or(0);
+        let all = RowSelection::from(vec![RowSelector::select(rows)]);
+        // Its pages are not asked for again.
+        let Some(pages) = KeptPages::new(0).read(store, file, footer, group, leaves, &all).await? else {
+            return Ok(None);
+        };
+        let batches = ParquetRecordBatchReader::try_new_with_row_groups(levels, &pages, BATCH_ROWS, None)?;
+        let devices = Devices::of(batches, rows)?.map(Arc::new);
+        self.put(&place, Kept::Devices(devices.clone()));
+        Ok(devices)
     }
 
     /// The selected pages of some columns in a row group: those that are kept, and the others out of the file. None when the
@@ -121,8 +186,8 @@ impl KeptPages {
                 (page, Some(of_page.len()), wanted)
             });
             for (location, rows, wanted) in dictionary.iter().map(|page| (page, None, true)).chain(data) {
-                let place = Place { file: Arc::clone(&name), offset: location.offset };
-                let page = wanted.then(|| self.get(&place)).flatten();
+                let place = Place { file: Arc::clone(&name), part: Part::Page(location.offset) };
+                let page = wanted.then(|| self.page(&place)).flatten();
                 if wanted && page.is_none() {
                     let end = location.offset + i64::from(location.compressed_page_size);
                     missing.push((*column, slots.len(), place, location.offset as u64..end as u64));
@@ -147,7 +212,7 @@ impl KeptPages {
                     }
                     at = index + 1;
                     let page = pages.get_next_page()?.ok_or_else(|| lacks("a page"))?;
-                    self.put(place, page.clone());
+                    self.put(place, Kept::Page(page.clone()));
                     slots[*index].page = Some(page);
                 }
             }
@@ -162,13 +227,13 @@ fn pieces(selection: &RowSelection) -> Vec<Range<usize>> {
     let rows = ranges(selection);
     let (parts, all) = selection.iter().fold((0, 0), |(parts, all), part| (parts + 1, all + part.row_count));
     match (rows.first(), rows.last()) {
-        (Some(first), Some(last)) if all < parts * PIECE_ROWS => vec![first.start..last.end],
+        (Some(first), Some(last)) if all < parts * PIECE_ROWS => iter::once(first.start..last.end).collect(),
         _ => rows,
     }
 }
 
 /// The rows that a selection takes.
-fn ranges(selection: &RowSelection) -> Vec<Range<usize>> {
+pub(super) fn ranges(selection: &RowSelection) -> Vec<Range<usize>> {
     let mut at = 0;
     let parts = selection.iter().map(|part| {
         at += part.row_count;

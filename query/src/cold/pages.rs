@@ -12,16 +12,19 @@
 //!
 //! Who groups by device takes the indices as they are (`groups`): no text is made of any row.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 
 use arrow::buffer::BooleanBuffer;
-use arrow::datatypes::{ArrowNativeType, DataType, FieldRef, Int32Type, Schema, SchemaRef};
+use arrow::datatypes::{ArrowNativeType, DataType, Field, FieldRef, Int32Type, Schema, SchemaRef};
+use arrow_array::builder::{ArrayBuilder, StringBuilder};
 use arrow_array::cast::AsArray;
-use arrow_array::{Array, BooleanArray, RecordBatch};
+use arrow_array::{Array, ArrayRef, BooleanArray, RecordBatch};
+use arrow_schema::ArrowError;
 use arrow_select::filter::filter_record_batch;
+use datafusion::common::Result;
 use datafusion::common::tree_node::TreeNodeRecursion;
-use datafusion::common::{DataFusionError, Result};
 use datafusion::datasource::listing::{FileRange, PartitionedFile};
 use datafusion::datasource::object_store::ObjectStoreUrl;
 use datafusion::datasource::physical_plan::parquet::metadata::DFParquetMetadata;
@@ -37,6 +40,7 @@ use datafusion::parquet::arrow::arrow_reader::{
 use datafusion::parquet::arrow::push_decoder::{ParquetPushDecoder, ParquetPushDecoderBuilder};
 use datafusion::parquet::arrow::{FieldLevels, ProjectionMask, parquet_to_arrow_field_levels, parquet_to_arrow_schema};
 use datafusion::parquet::basic::{LogicalType, TimeUnit};
+use datafusion::parquet::errors::ParquetError;
 use datafusion::parquet::file::metadata::{PageIndexPolicy, ParquetMetaData};
 use datafusion::parquet::file::page_index::column_index::ColumnIndexMetaData;
 use datafusion::parquet::file::statistics::Statistics as ColumnBounds;
@@ -54,7 +58,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use wire::schema::{DATE, DEVICE, TS};
 
-use super::kept::KeptPages;
+use super::kept::{KeptPages, ranges};
 use super::typed;
 use crate::execution::counted;
 use crate::fused_table::hot_columns;
@@ -134,10 +138,14 @@ struct Columns {
     /// What all are read as.
     types: SchemaRef,
     mask: ProjectionMask,
-    /// The same of those that are read.
-    levels: FieldLevels,
-    leaves: Vec<usize>,
+    /// Those that are read, and what as; those of them that are not the device; the device.
+    all: Leaves,
+    others: Leaves,
+    device: Option<Leaves>,
 }
+
+/// Columns by their numbers, and what they are read as.
+type Leaves = (Vec<usize>, FieldLevels);
 
 type Batches = BoxStream<'static, Result<RecordBatch>>;
 
@@ -268,14 +276,52 @@ impl Read {
         rows_max: usize,
     ) -> Result<Option<Batches>> {
         let Some(pages) = self.pages.as_ref().filter(|_| self.wanted.devices.is_some()) else { return Ok(None) };
-        let mut readers = Vec::with_capacity(places.len());
+        let mut parts: Vec<BoxStream<'static, Result<RecordBatch>>> = Vec::with_capacity(places.len());
         for (group, selection) in places {
-            let read = pages.read(&*self.store, file, footer, *group, &columns.leaves, selection).await?;
-            let Some(read) = read else { return Ok(None) };
-            let (levels, selection) = (&columns.levels, Some(selection.clone()));
-            readers.push(ParquetRecordBatchReader::try_new_with_row_groups(levels, &read, rows_max, selection)?);
+            let read = self.of_group(pages, file, footer, (*group, selection), columns, rows_max).await?;
+            let Some(rows) = read else { return Ok(None) };
+            parts.push(rows);
         }
-        Ok(Some(stream::iter(readers.into_iter().flatten()).map_err(DataFusionError::from).boxed()))
+        Ok(Some(stream::iter(parts).flatten().boxed()))
+    }
+
+    /// As [`Read::kept`], of one row group.
+    async fn of_group(
+        &self,
+        pages: &KeptPages,
+        file: &ObjectMeta,
+        footer: &Arc<ParquetMetaData>,
+        (group, selection): (usize, &RowSelection),
+        columns: &Columns,
+        rows_max: usize,
+    ) -> Result<Option<Batches>> {
+        let devices = match (&columns.device, &self.wanted.devices) {
+            (Some(device), Some(wanted)) if !columns.others.0.is_empty() => {
+                let devices = pages.devices(&*self.store, file, footer, group, device).await?;
+                devices.map(|devices| (devices.rows_of(wanted), devices))
+            }
+            _ => None,
+        };
+        let rows = usize::try_from(footer.row_group(group).num_rows()).unwrap_or(0);
+        let (selection, (leaves, levels)) = match &devices {
+            None => (selection.clone(), &columns.all),
+            Some((of_devices, _)) => {
+                let of_devices = RowSelection::from_consecutive_ranges(of_devices.iter().cloned(), rows);
+                (of_devices.intersection(selection), &columns.others)
+            }
+        };
+        if !selection.selects_any() {
+            return Ok(Some(stream::empty().boxed()));
+        }
+        let read = pages.read(&*self.store, file, footer, group, leaves, &selection).await?;
+        let Some(read) = read else { return Ok(None) };
+        let mut texts = devices.map(|(_, devices)| devices.texts(&ranges(&selection)).into());
+        let rows = ParquetRecordBatchReader::try_new_with_row_groups(levels, &read, rows_max, Some(selection))?;
+        let rows = rows.map(move |rows| match &mut texts {
+            Some(texts) => Ok(with_devices(&rows?, texts)?),
+            None => Ok(rows?),
+        });
+        Ok(Some(stream::iter(rows).boxed()))
     }
 
     /// Rows as they are read.
@@ -326,9 +372,18 @@ impl Read {
         // Dates are told by times.
         let names = names.map(|name| if name == DATE { TS } else { name });
         let mask = ProjectionMask::columns(of_file, names.chain(self.wanted.devices.is_some().then_some(DEVICE)));
-        let levels = parquet_to_arrow_field_levels(of_file, mask.clone(), Some(types.fields()))?;
-        let leaves = (0..of_file.num_columns()).filter(|leaf| mask.leaf_included(*leaf)).collect();
-        let columns = Arc::new(Columns { root: of_file.root_schema_ptr(), types, mask, levels, leaves });
+        let leaves = (0..of_file.num_columns()).filter(|leaf| mask.leaf_included(*leaf)).collect::<Vec<_>>();
+        let read = |leaves: Vec<usize>| {
+            let mask = ProjectionMask::leaves(of_file, leaves.iter().copied());
+            let levels = parquet_to_arrow_field_levels(of_file, mask, Some(types.fields()))?;
+            Ok::<Leaves, ParquetError>((leaves, levels))
+        };
+        let is_device = |leaf: &usize| of_file.column(*leaf).path().string() == DEVICE;
+        let (device, others) = leaves.iter().partition::<Vec<_>, _>(|leaf| is_device(leaf));
+        let device = (!device.is_empty()).then(|| read(device)).transpose()?;
+        let (all, others) = (read(leaves)?, read(others)?);
+        let root = of_file.root_schema_ptr();
+        let columns = Arc::new(Columns { root, types: Arc::clone(&types), mask, all, others, device });
         *known = Some(Arc::clone(&columns));
         Ok(columns)
     }
@@ -345,6 +400,25 @@ impl Read {
             }
         }
     }
+}
+
+/// Rows with their devices, of which so many come next.
+fn with_devices(rows: &RecordBatch, texts: &mut VecDeque<(Arc<str>, usize)>) -> Result<RecordBatch, ArrowError> {
+    let mut devices = StringBuilder::new();
+    while devices.len() < rows.num_rows() {
+        let Some((device, left)) = texts.front_mut() else { break };
+        let next = (*left).min(rows.num_rows() - devices.len());
+        devices.append_value_n(device.as_ref(), next);
+        *left -= next;
+        if *left == 0 {
+            texts.pop_front();
+        }
+    }
+    let (fields, columns) = (rows.schema().fields().to_vec(), rows.columns().to_vec());
+    let device = Arc::new(Field::new(DEVICE, DataType::Utf8, true));
+    let schema = Schema::new(fields.into_iter().chain([device]).collect::<Vec<_>>());
+    let columns = columns.into_iter().chain([Arc::new(devices.finish()) as ArrayRef]);
+    RecordBatch::try_new(Arc::new(schema), columns.collect())
 }
 
 impl Wanted {
