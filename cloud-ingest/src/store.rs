@@ -219,3 +219,5 @@ pub async fn list_streams(store: &Store) -> Result<Vec<StreamName>, StoreError> 
 
 #[cfg(test)]
 pub(crate) mod tests;
+#[cfg(test)]
+pub(crate) mod unkind;

@@ -16,11 +16,13 @@ use buoyant_kernel::actions::get_commit_schema;
 use buoyant_kernel::engine::arrow_conversion::TryIntoArrow;
 use buoyant_kernel::engine::arrow_data::ArrowEngineData;
 use buoyant_kernel::table_configuration::TableConfiguration;
+use buoyant_kernel::{DeltaResult, Engine, SnapshotRef};
 use bytes::Bytes;
 use deltalake_core::kernel::Metadata;
 use deltalake_core::logstore::{LogStoreRef, commit_uri_from_version};
 use object_store::path::Path;
 use object_store::{ObjectStoreExt, PutMode, PutOptions};
+use url::Url;
 use wire::ids::StreamName;
 use wire::{DataFile, DataFiles};
 
@@ -43,11 +45,7 @@ pub(super) async fn load(stream: &StreamName, log_store: &LogStoreRef, at: Optio
     let engine = log_store.engine(None);
     let url = log_store.root_url().clone();
     let read = move || -> Result<(u64, Metadata, Schema, Replay), LoadError> {
-        let builder = buoyant_kernel::Snapshot::builder_for(url);
-        let snapshot = match at {
-            Some(version) => builder.at_version(version).build(engine.as_ref())?,
-            None => builder.build(engine.as_ref())?,
-        };
+        let snapshot = listed(&url, engine.as_ref(), at)?;
         let configuration = snapshot.table_configuration();
         check(configuration).map_err(LoadError::Foreign)?;
         let columns: Schema = configuration
@@ -80,6 +78,26 @@ pub(super) async fn load(stream: &StreamName, log_store: &LogStoreRef, at: Optio
     let files = DataFiles::default().with(shared(files), &[]);
     Ok(Loaded { version, metadata, columns, files, txn: marks })
 }
+
+/// The table as a list of its log shows it. A directory that is written to while it is read may show an entry and not the
+/// one before it; such a list is asked for again, [`LISTS_MAX`] times in all.
+fn listed(url: &Url, engine: &dyn Engine, at: Option<u64>) -> DeltaResult<SnapshotRef> {
+    let mut lists = 0;
+    loop {
+        let builder = buoyant_kernel::Snapshot::builder_for(url.clone());
+        let read = match at {
+            Some(version) => builder.at_version(version).build(engine),
+            None => builder.build(engine),
+        };
+        lists += 1;
+        match read {
+            Err(buoyant_kernel::Error::Generic(_)) if lists < LISTS_MAX => {}
+            read => return read,
+        }
+    }
+}
+
+const LISTS_MAX: usize = 4;
 
 enum LoadError {
     Kernel(buoyant_kernel::Error),

@@ -1,4 +1,5 @@
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Float64Type, Int64Type};
@@ -12,6 +13,7 @@ use super::*;
 use crate::rescue::{Provenance, rescue};
 use crate::store::list_streams;
 use crate::store::tests::{sim_machine, sim_store};
+use crate::store::unkind::Unkind;
 
 const DAY_US: i64 = 86_400_000_000;
 /// 2024-06-01T00:00:00Z
@@ -300,6 +302,22 @@ async fn a_gap_is_never_committed() {
         assert!(matches!(refused, Err(CommitError::Gap { .. } | CommitError::Covered { .. })), "{marks:?}");
     }
     assert_eq!(table.reload().await.unwrap().version, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_list_that_was_read_while_others_committed_is_asked_for_again() {
+    let objects = Arc::new(Unkind::default());
+    let store = Store::on_objects("memory:///tables/".parse().unwrap(), objects.clone());
+    let mut table = DeltaTable::create(&store, &stream(), &speed()).await.unwrap();
+    for seq in 1..=4 {
+        table.commit(&[rows(1, seq, &speed())], &[span(1, seq, seq)]).await.unwrap();
+    }
+    objects.lists_with_gaps.store(2, Ordering::Relaxed);
+    assert_eq!(DeltaTable::open(&store, &stream()).await.unwrap().unwrap().snapshot().version, 4);
+    // An entry that is not there is none that was overlooked.
+    objects.lists_with_gaps.store(usize::MAX, Ordering::Relaxed);
+    let told = DeltaTable::open(&store, &stream()).await.unwrap_err();
+    assert!(matches!(told, TableError::Log { .. }), "{told:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,75 +1,16 @@
-use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use futures::StreamExt;
-use futures::stream::BoxStream;
-use object_store::memory::InMemory;
-use object_store::path::Path;
-use object_store::{
-    CopyOptions, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta, ObjectStore, PutMultipartOptions,
-    PutOptions, PutPayload, PutResult, Result,
-};
+use std::sync::atomic::Ordering;
 
 use super::*;
 use crate::catalog::TableState;
 use crate::delta::tests::{rows, span, speed};
 use crate::hot::HotSet;
+use crate::store::unkind::Unkind;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// In memory; while it hangs, what is asked about the table `a_stuck` is never answered.
-#[derive(Debug, Default)]
-struct Hanging {
-    inner: InMemory,
-    hangs: AtomicBool,
-}
-
-impl fmt::Display for Hanging {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a store that hangs")
-    }
-}
-
-impl Hanging {
-    async fn answers(&self, path: &Path) {
-        if self.hangs.load(Ordering::Relaxed) && path.as_ref().contains("a_stuck") {
-            std::future::pending::<()>().await;
-        }
-    }
-}
-
-#[async_trait::async_trait]
-impl ObjectStore for Hanging {
-    async fn put_opts(&self, path: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        self.answers(path).await;
-        self.inner.put_opts(path, payload, options).await
-    }
-    async fn put_multipart_opts(&self, path: &Path, options: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-        self.answers(path).await;
-        self.inner.put_multipart_opts(path, options).await
-    }
-    async fn get_opts(&self, path: &Path, options: GetOptions) -> Result<GetResult> {
-        self.answers(path).await;
-        self.inner.get_opts(path, options).await
-    }
-    async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        self.inner.copy_opts(from, to, options).await
-    }
-    fn delete_stream(&self, paths: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        self.inner.delete_stream(paths)
-    }
-    fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
-        let hangs = self.hangs.load(Ordering::Relaxed) && prefix.is_some_and(|path| path.as_ref().contains("a_stuck"));
-        if hangs { futures::stream::pending().boxed() } else { self.inner.list(prefix) }
-    }
-    async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.inner.list_with_delimiter(prefix).await
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_whose_store_hangs_holds_up_no_other() {
-    let objects = Arc::new(Hanging::default());
+    let objects = Arc::new(Unkind::default());
     let store = Store::on_objects("memory:///tables/".parse().unwrap(), objects.clone());
     let catalogue = Arc::new(Catalogue::default());
     let show = |catalogue: &Catalogue, name: &StreamName, table: &DeltaTable| {

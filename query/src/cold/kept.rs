@@ -347,8 +347,9 @@ impl ChunkReader for Sparse {
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> ParquetResult<Bytes> {
-        let part = self.parts.get(&start).filter(|part| part.len() >= length).ok_or_else(|| lacks("bytes"))?;
-        Ok(part.slice(..length))
+        let part = self.parts.get(&start).and_then(|part| part.get(..length)).ok_or_else(|| lacks("bytes"))?;
+        // It may be a piece of more that was fetched at once, all of which it would keep.
+        Ok(Bytes::copy_from_slice(part))
     }
 }
 
