@@ -8,6 +8,7 @@
 //! Row counts are those of the log and exact, so that a bare `count(*)` reads no file. Bounds of `ts` and `device` may be
 //! wider than a file's rows (the log cuts times to milliseconds): they serve to leave out files, never as an answer.
 
+mod condition;
 mod devices;
 mod kept;
 mod pages;
@@ -87,7 +88,8 @@ pub(crate) fn scan(
             let files = group.iter().map(|file| Ok(PartitionedFile::new_from_meta(object(file, &root)?)));
             Ok(FileGroup::new(files.collect::<Result<_>>()?))
         });
-        let few = pages::Wanted { devices: Some(devices.clone()), first: bounds.first, last: bounds.last };
+        let few =
+            pages::Wanted { devices: Some(devices.clone()), first: bounds.first, last: bounds.last, condition: None };
         let groups = groups.collect::<Result<Vec<_>>>()?;
         return Ok(Some(Arc::new(PagesExec::new(groups, url, few, Arc::clone(wanted)))));
     }

@@ -12,7 +12,7 @@
 //!
 //! Who groups by device takes the indices as they are (`groups`): no text is made of any row.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
 use std::sync::Arc;
 
@@ -28,6 +28,7 @@ use datafusion::common::tree_node::TreeNodeRecursion;
 use datafusion::datasource::listing::{FileRange, PartitionedFile};
 use datafusion::datasource::object_store::ObjectStoreUrl;
 use datafusion::datasource::physical_plan::parquet::metadata::DFParquetMetadata;
+use datafusion::datasource::physical_plan::parquet::{ParquetFileMetrics, RowGroupAccess};
 use datafusion::datasource::physical_plan::{FileGroup, FileScanConfig, ParquetSource};
 use datafusion::datasource::source::DataSourceExec;
 use datafusion::execution::cache::cache_manager::FileMetadataCache;
@@ -47,10 +48,12 @@ use datafusion::parquet::file::statistics::Statistics as ColumnBounds;
 use datafusion::parquet::schema::types::TypePtr;
 use datafusion::physical_expr::expressions::Column;
 use datafusion::physical_expr::projection::ProjectionExpr;
+use datafusion::physical_expr::utils::collect_columns;
 use datafusion::physical_expr::{EquivalenceProperties, Partitioning, PhysicalExpr};
 use datafusion::physical_plan::coop::CooperativeExec;
 use datafusion::physical_plan::execution_plan::{Boundedness, EmissionType, ReplaceChildrenOptions};
 use datafusion::physical_plan::metrics::{ExecutionPlanMetricsSet, MetricsSet};
+use datafusion::physical_plan::projection::ProjectionExec;
 use datafusion::physical_plan::stream::RecordBatchStreamAdapter;
 use datafusion::physical_plan::{DisplayAs, DisplayFormatType, ExecutionPlan, PlanProperties};
 use futures::stream::BoxStream;
@@ -58,6 +61,7 @@ use futures::{StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use wire::schema::{DATE, DEVICE, TS};
 
+use super::condition::Condition;
 use super::kept::{KeptPages, ranges};
 use super::typed;
 use crate::execution::counted;
@@ -72,7 +76,7 @@ fn indices() -> DataType {
 }
 
 /// A scan of all of DataFusion's files, in the same parts and order, whose column of devices comes as indices; none where that
-/// is not one, or the scan does more than to read columns.
+/// is not one, or the scan does more than to read columns and to look at values.
 pub(crate) fn with_indices(scan: &DataSourceExec, column: usize) -> Result<Option<Arc<dyn ExecutionPlan>>> {
     let Some(config) = scan.data_source().downcast_ref::<FileScanConfig>() else { return Ok(None) };
     let source = config.file_source();
@@ -86,7 +90,7 @@ pub(crate) fn with_indices(scan: &DataSourceExec, column: usize) -> Result<Optio
         columns.iter().zip(schema.fields()).all(named)
     });
     let device = schema.field(column);
-    if !reads || source.filter().is_some() || config.limit.is_some() {
+    if !reads || config.limit.is_some() {
         return Ok(None);
     }
     if !source.is::<ParquetSource>() || device.name() != DEVICE || *device.data_type() != DataType::Utf8 {
@@ -94,18 +98,43 @@ pub(crate) fn with_indices(scan: &DataSourceExec, column: usize) -> Result<Optio
     }
     let mut fields = schema.fields().to_vec();
     fields[column] = Arc::new(device.clone().with_data_type(indices()));
+    let condition = source.filter();
+    // What only the condition looks at is read and left out.
+    let names = condition.iter().flat_map(collect_columns).map(|column| column.name().to_owned());
+    let unread = names.filter(|name| schema.index_of(name).is_err()).collect::<BTreeSet<_>>();
+    for name in unread {
+        fields.push(Arc::new(of_table.field_with_name(&name)?.clone()));
+    }
+    let read = Arc::new(Schema::new(fields));
+    let condition = match condition {
+        None => None,
+        Some(condition) => match Condition::of(&condition, &read)? {
+            None => return Ok(None),
+            condition => condition,
+        },
+    };
     let (files, url) = (config.file_groups.clone(), config.object_store_url.clone());
-    let all = Wanted { devices: None, first: i64::MIN, last: i64::MAX };
-    let pages = PagesExec::new(files, url, all, Arc::new(Schema::new(fields)));
-    Ok(Some(Arc::new(CooperativeExec::new(Arc::new(pages)))))
+    let wanted = Wanted { devices: None, first: i64::MIN, last: i64::MAX, condition };
+    let pages = PagesExec::new(files, url, wanted, Arc::clone(&read));
+    let pages: Arc<dyn ExecutionPlan> = Arc::new(CooperativeExec::new(Arc::new(pages)));
+    if read.fields().len() == schema.fields().len() {
+        return Ok(Some(pages));
+    }
+    let columns = schema.fields().iter().enumerate().map(|(at, field)| {
+        let column: Arc<dyn PhysicalExpr> = Arc::new(Column::new(field.name(), at));
+        (column, field.name().clone())
+    });
+    Ok(Some(Arc::new(ProjectionExec::try_new(columns.collect::<Vec<_>>(), pages)?)))
 }
 
-/// What is wanted: rows of these devices, or of all, with event times from `first` to `last`, microseconds, both included.
+/// What is wanted: rows of these devices, or of all, with event times from `first` to `last`, microseconds, both included, for
+/// which a condition holds. Of other times some may come, of other devices none.
 #[derive(Debug)]
 pub(super) struct Wanted {
     pub(super) devices: Option<Vec<String>>,
     pub(super) first: i64,
     pub(super) last: i64,
+    pub(super) condition: Option<Condition>,
 }
 
 /// See the module.
@@ -129,6 +158,8 @@ struct Read {
     pages: Option<Arc<KeptPages>>,
     /// The last file's: files of a table mostly have the same.
     columns: Mutex<Option<Arc<Columns>>>,
+    /// What a condition leaves out.
+    metrics: Option<ParquetFileMetrics>,
 }
 
 /// The columns of a file that are read.
@@ -178,8 +209,12 @@ impl PagesExec {
 impl DisplayAs for PagesExec {
     fn fmt_as(&self, _: DisplayFormatType, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.wanted.devices {
-            Some(devices) => write!(f, "PagesExec: files={}, devices={}", self.files(), devices.len()),
-            None => write!(f, "PagesExec: files={}, devices=all", self.files()),
+            Some(devices) => write!(f, "PagesExec: files={}, devices={}", self.files(), devices.len())?,
+            None => write!(f, "PagesExec: files={}, devices=all", self.files())?,
+        }
+        match &self.wanted.condition {
+            Some(condition) => write!(f, ", predicate={}", condition.expr),
+            None => Ok(()),
         }
     }
 }
@@ -199,9 +234,9 @@ impl ExecutionPlan for PagesExec {
 
     fn apply_expressions(
         &self,
-        _: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> Result<TreeNodeRecursion>,
+        f: &mut dyn FnMut(&Arc<dyn PhysicalExpr>) -> Result<TreeNodeRecursion>,
     ) -> Result<TreeNodeRecursion> {
-        Ok(TreeNodeRecursion::Continue)
+        self.wanted.condition.as_ref().map_or(Ok(TreeNodeRecursion::Continue), |condition| f(&condition.expr))
     }
 
     fn replace_children(
@@ -225,6 +260,7 @@ impl ExecutionPlan for PagesExec {
             footers: runtime.cache_manager.get_file_metadata_cache(),
             pages: context.session_config().get_extension::<KeptPages>(),
             columns: Mutex::default(),
+            metrics: self.wanted.condition.is_some().then(|| ParquetFileMetrics::new(partition, "", &self.metrics)),
         });
         let opened = stream::iter(self.files[partition].clone().into_inner()).map(move |file| {
             let read = Arc::clone(&read);
@@ -249,18 +285,31 @@ impl Read {
             .with_page_index_policy(Some(PageIndexPolicy::Optional))
             .fetch_metadata()
             .await?;
-        let places = self.wanted.places(&footer, range.as_ref());
+        let mut places = self.wanted.places(&footer, range.as_ref());
+        let columns = self.columns(&footer)?;
+        if let Some((condition, metrics)) = self.wanted.condition.as_ref().zip(self.metrics.as_ref()) {
+            let groups = places.iter().map(|(group, _)| *group);
+            let mut left = condition.places(&footer, &columns.types, groups, metrics);
+            places.retain_mut(|(group, selection)| match &mut left[*group] {
+                RowGroupAccess::Skip => false,
+                RowGroupAccess::Scan => true,
+                RowGroupAccess::Selection(rows) => {
+                    *selection = selection.intersection(rows);
+                    selection.selects_any()
+                }
+            });
+        }
         if places.is_empty() {
             return Ok(stream::empty().boxed());
         }
-        let columns = self.columns(&footer)?;
         let rows = match self.kept(&file, &footer, &places, &columns, rows_max).await? {
             Some(rows) => rows,
             None => self.streamed(file, footer, places, &columns, rows_max).await?,
         };
         let rows = rows.map(move |rows| {
             let rows = self.wanted.of_devices(&rows?)?;
-            hot_columns(&typed(&rows, &self.schema)?, &self.schema)
+            let rows = hot_columns(&typed(&rows, &self.schema)?, &self.schema)?;
+            self.wanted.condition.as_ref().map_or(Ok(rows.clone()), |condition| condition.filter(&rows))
         });
         Ok(rows.boxed())
     }

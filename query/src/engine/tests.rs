@@ -484,9 +484,15 @@ async fn of_rows_in_files_that_are_grouped_by_device_no_text_is_made() {
             "SELECT {device} AS d, count(*) AS c, max(vehicle_count) AS m, min(ts) AS t FROM traffic {more} GROUP BY d ORDER BY d LIMIT 9"
         )
     };
-    for (more, by_indices) in
-        [("", true), ("WHERE ts >= '2022-01-10T00:05:00Z'", false), ("WHERE device < 'd2'", false)]
-    {
+    let questions = [
+        ("", true),
+        ("WHERE vehicle_count % 3 = 1", true),
+        ("WHERE vehicle_count > 1000000", true),
+        ("WHERE vehicle_count > 20 AND ts >= '2022-01-10T00:05:00Z'", false),
+        ("WHERE ts >= '2022-01-10T00:05:00Z'", false),
+        ("WHERE device < 'd2'", false),
+    ];
+    for (more, by_indices) in questions {
         let sql = question("device", more);
         let plan = text_as(&engine, &Caller::node(), &format!("EXPLAIN {sql}")).await;
         assert_eq!(plan.contains("devices=all"), by_indices, "{plan}");

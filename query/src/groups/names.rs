@@ -14,6 +14,9 @@ use datafusion::common::{HashMap, Result, internal_err};
 /// What a text takes beside itself: an entry of the table, half of which may be empty, its place in the list, counters.
 const ENTRY_BYTES: usize = 80;
 
+/// Of short texts, so many are known without a look at the table.
+const SHORT_MAX: usize = 1 << 12;
+
 /// See the module.
 #[derive(Debug, Default)]
 pub(super) struct Names {
@@ -22,6 +25,8 @@ pub(super) struct Names {
     names: Vec<Option<Arc<str>>>,
     none: Option<usize>,
     text_bytes: usize,
+    /// Short texts that were met lately, as numbers of their own, each where that falls; 0 where there is none.
+    short: Vec<(u128, usize)>,
     /// The dictionary of the last batch, and the number of each of its texts that was met.
     dictionary: Option<(ArrayRef, Vec<Option<usize>>)>,
 }
@@ -33,7 +38,7 @@ impl Names {
 
     pub(super) fn bytes(&self) -> usize {
         let met = self.dictionary.as_ref().map_or(0, |(_, met)| met.capacity() * size_of::<Option<usize>>());
-        self.text_bytes + self.names.len() * ENTRY_BYTES + met
+        self.text_bytes + self.names.len() * ENTRY_BYTES + met + self.short.capacity() * size_of::<(u128, usize)>()
     }
 
     /// The numbers of a batch's texts, in place of what is there. Texts are Utf8, or indices into a dictionary of such.
@@ -50,11 +55,19 @@ impl Names {
     }
 
     fn number_texts(&mut self, texts: &StringArray, numbers: &mut Vec<usize>) -> Result<()> {
+        self.short.resize(SHORT_MAX, (0, 0));
         let mut before: Option<(Option<&str>, usize)> = None;
         for text in texts {
-            let number = match before {
-                Some((known, number)) if known == text => number,
-                _ => self.number_of(text),
+            let number = match (text.and_then(key_of), before) {
+                (Some(key), _) => {
+                    let at = place_of(key);
+                    if self.short[at].0 != key {
+                        self.short[at] = (key, self.number_of(text));
+                    }
+                    self.short[at].1
+                }
+                (None, Some((known, number))) if known == text => number,
+                (None, _) => self.number_of(text),
             };
             before = Some((text, number));
             numbers.push(number);
@@ -107,6 +120,20 @@ impl Names {
     pub(super) fn take(&mut self) -> ArrayRef {
         Arc::new(take(self).names.into_iter().collect::<StringArray>())
     }
+}
+
+/// A text of at most 15 bytes as a number that no other one has: its bytes, and how many there are. Never 0.
+fn key_of(text: &str) -> Option<u128> {
+    let mut bytes = [0; 16];
+    bytes[..15].get_mut(..text.len())?.copy_from_slice(text.as_bytes());
+    bytes[15] = text.len() as u8 + 1;
+    Some(u128::from_le_bytes(bytes))
+}
+
+/// Where a short text falls.
+fn place_of(key: u128) -> usize {
+    let folded = (key as u64 ^ (key >> 64) as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    (folded >> 32) as usize % SHORT_MAX
 }
 
 /// Texts as they go on.

@@ -6,9 +6,12 @@ use datafusion::common::Result;
 use datafusion::common::config::ConfigOptions;
 use datafusion::common::tree_node::{Transformed, TransformedResult, TreeNode};
 use datafusion::datasource::source::DataSourceExec;
+use datafusion::physical_expr::expressions::Column;
+use datafusion::physical_expr::utils::collect_columns;
 use datafusion::physical_optimizer::PhysicalOptimizerRule;
 use datafusion::physical_plan::ExecutionPlan;
 use datafusion::physical_plan::aggregates::AggregateExec;
+use datafusion::physical_plan::projection::{ProjectionExec, ProjectionExpr};
 use datafusion::physical_plan::union::UnionExec;
 
 use super::GroupsExec;
@@ -65,6 +68,16 @@ fn with_indices(rows: &Arc<dyn ExecutionPlan>, column: usize) -> Result<Option<A
     if let Some(told) = rows.downcast_ref::<ToldExec>() {
         let input = with_indices(told.input(), column)?;
         return Ok(input.map(|input| Arc::new(told.over(input)) as _));
+    }
+    if let Some(some) = rows.downcast_ref::<ProjectionExec>() {
+        let columns = some.expr();
+        let Some(within) = columns[column].expr.downcast_ref::<Column>().map(Column::index) else { return Ok(None) };
+        let looks = |other: &ProjectionExpr| collect_columns(&other.expr).iter().any(|other| other.index() == within);
+        if columns.iter().filter(|other| looks(other)).count() > 1 {
+            return Ok(None);
+        }
+        let Some(input) = with_indices(some.input(), within)? else { return Ok(None) };
+        return Ok(Some(Arc::new(ProjectionExec::try_new(columns.to_vec(), input)?)));
     }
     Ok(None)
 }

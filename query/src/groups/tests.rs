@@ -21,8 +21,13 @@ fn rows(random: &mut StdRng, devices: usize, run_max: usize) -> Vec<RecordBatch>
     let batch = |random: &mut StdRng| {
         let (mut texts, rows) = (Vec::new(), random.random_range(0..3_000));
         while texts.len() < rows {
-            let text = (!random.random_bool(0.05))
-                .then(|| "d".repeat(random.random_range(0..3)) + &random.random_range(0..devices).to_string());
+            // Short ones, long ones, and those between.
+            let prefix = "d".repeat([0, 1, 2, 11, 13, 20][random.random_range(0..6)]);
+            let text = match random.random_range(0..30) {
+                0 => None,
+                1 => Some("\0".repeat(random.random_range(0..3))),
+                _ => Some(prefix + &random.random_range(0..devices).to_string()),
+            };
             let run = random.random_range(1..=run_max).min(rows - texts.len());
             texts.extend(std::iter::repeat_n(text, run));
         }
@@ -82,7 +87,7 @@ async fn groups_by_a_text_are_those_of_datafusion() {
     println!("seed {seed}");
     let mut random = StdRng::seed_from_u64(seed);
     for _ in 0..12 {
-        let (devices, run_max) = (random.random_range(1..2_000), random.random_range(1..300));
+        let (devices, run_max) = (random.random_range(1..6_000), random.random_range(1..300));
         compare(&mut random, SessionConfig::new(), Arc::default(), devices, run_max).await;
     }
 }

@@ -1,16 +1,18 @@
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
-use arrow::compute::{concat_batches, filter_record_batch, lexsort_to_indices, take_record_batch};
+use arrow::compute::{cast, concat_batches, filter_record_batch, lexsort_to_indices, take_record_batch};
 use arrow::datatypes::{DataType, Field, Int64Type, Schema, TimestampMicrosecondType};
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, ArrayRef, BooleanArray, Int64Array, StringArray, TimestampMicrosecondArray};
 use chrono::Utc;
+use datafusion::common::DFSchema;
 use datafusion::object_store::memory::InMemory;
 use datafusion::object_store::path::Path;
 use datafusion::object_store::{ObjectStore, ObjectStoreExt, PutPayload};
 use datafusion::parquet::arrow::ArrowWriter;
 use datafusion::parquet::file::properties::{EnabledStatistics, WriterProperties};
-use datafusion::prelude::{SessionConfig, SessionContext};
+use datafusion::prelude::{SessionConfig, SessionContext, col, lit};
 use futures::TryStreamExt;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -42,12 +44,14 @@ fn file(rows: &RecordBatch, properties: WriterProperties) -> Vec<u8> {
     bytes
 }
 
-/// What `n` has where the rows are wanted, each with how often it came.
-fn wanted_of(rows: &RecordBatch, wanted: &Wanted) -> BTreeMap<i64, usize> {
+/// What `n` has where the rows are wanted, those with such an `n`, each with how often it came.
+fn wanted_of(rows: &RecordBatch, wanted: &Wanted, with: &RangeInclusive<i64>) -> BTreeMap<i64, usize> {
     let (ts, device) = (rows["ts"].as_primitive::<TimestampMicrosecondType>(), rows["device"].as_string::<i32>());
+    let n = rows["n"].as_primitive::<Int64Type>();
     let is_wanted = (0..rows.num_rows()).map(|row| {
         let is_named = |devices: &Vec<_>| device.is_valid(row) && devices.iter().any(|one| one == device.value(row));
-        Some(wanted.devices.as_ref().is_none_or(is_named) && (wanted.first..=wanted.last).contains(&ts.value(row)))
+        let is_named = wanted.devices.as_ref().is_none_or(is_named);
+        Some(is_named && (wanted.first..=wanted.last).contains(&ts.value(row)) && with.contains(&n.value(row)))
     });
     let found = filter_record_batch(rows, &BooleanArray::from_iter(is_wanted)).unwrap();
     let mut counts = BTreeMap::new();
@@ -55,6 +59,29 @@ fn wanted_of(rows: &RecordBatch, wanted: &Wanted) -> BTreeMap<i64, usize> {
         *counts.entry(*n).or_insert(0) += 1;
     }
     counts
+}
+
+fn with_narrow_numbers(rows: &RecordBatch) -> RecordBatch {
+    let schema = rows.schema();
+    let columns = schema.fields().iter().zip(rows.columns()).map(|(field, column)| {
+        let narrow = field.name() == "n";
+        let column = if narrow { cast(column, &DataType::Int32).unwrap() } else { Arc::clone(column) };
+        (field.name().clone(), column, field.is_nullable())
+    });
+    RecordBatch::try_from_iter_with_nullable(columns.collect::<Vec<_>>()).unwrap()
+}
+
+/// A condition on two columns, of which files have one.
+fn numbers_in(
+    range: &RangeInclusive<i64>,
+    session: &SessionContext,
+    table: &SchemaRef,
+    schema: &SchemaRef,
+) -> Condition {
+    let holds = col("n").gt_eq(lit(*range.start())).and(col("n").lt_eq(lit(*range.end())));
+    let table = DFSchema::try_from(Arc::clone(table)).unwrap();
+    let holds = session.create_physical_expr(holds.and(col("missing").is_null()), &table).unwrap();
+    Condition::of(&holds, schema).unwrap().unwrap()
 }
 
 #[tokio::test]
@@ -84,6 +111,8 @@ async fn every_wanted_row_comes_once_however_files_are_written() {
             // A few have their columns in another order.
             let turned = random.random_ratio(1, 4);
             let stored = if turned { of_file.project(&[2, 1, 0]).unwrap() } else { of_file.clone() };
+            // And a few a number of another type.
+            let stored = if random.random_ratio(1, 4) { with_narrow_numbers(&stored) } else { stored };
             let bytes = file(&stored, properties);
             let location = Path::from(format!("{case}/{index}"));
             let object = ObjectMeta {
@@ -109,19 +138,26 @@ async fn every_wanted_row_comes_once_however_files_are_written() {
         let devices = (0..random.random_range(1..4)).map(|_| format!("d{:03}", random.random_range(0..70))).collect();
         let ends = [random.random_range(0..1_000), random.random_range(0..1_000)];
         let (first, last) = (ends[0].min(ends[1]), ends[0].max(ends[1]));
-        let wanted = Wanted { devices: random.random_bool(0.8).then_some(devices), first, last };
-        let expected = wanted_of(&written, &wanted);
+        let devices = random.random_bool(0.7).then_some(devices);
         // With a column that no file has.
         let mut fields = written.schema().fields().to_vec();
         fields.push(Arc::new(Field::new("missing", DataType::Float64, true)));
         let all_texts = Arc::new(Schema::new(fields.clone()));
-        if wanted.devices.is_none() {
+        if devices.is_none() {
             fields[1] = Arc::new(fields[1].as_ref().clone().with_data_type(indices()));
         }
         let (mut found, mut rows_read) = (Vec::new(), 0);
         let kept_max = [0, 3_000, 100_000_000][random.random_range(0..3)];
         let config = SessionConfig::new().with_extension(Arc::new(KeptPages::new(kept_max)));
         let (schema, session) = (Arc::new(Schema::new(fields)), SessionContext::new_with_config(config));
+        let rows = written.num_rows() as i64;
+        let with = match random.random_bool(0.5) {
+            true => random.random_range(0..rows)..=random.random_range(0..rows),
+            false => 0..=rows,
+        };
+        let condition = (with != (0..=rows)).then(|| numbers_in(&with, &session, &all_texts, &schema));
+        let wanted = Wanted { devices, first, last, condition };
+        let expected = wanted_of(&written, &wanted, &with);
         let url = ObjectStoreUrl::parse("memory://").unwrap();
         session.runtime_env().register_object_store(url.as_ref(), Arc::clone(&store) as _);
         let files = files.into_iter().map(FileGroup::new).collect();
@@ -139,8 +175,9 @@ async fn every_wanted_row_comes_once_however_files_are_written() {
                 found.extend(rows.try_collect::<Vec<_>>().await.unwrap());
             }
             let found = typed(&concat_batches(&schema, &found).unwrap(), &all_texts).unwrap();
+            assert!(found["n"].as_primitive::<Int64Type>().values().iter().all(|n| with.contains(n)));
             assert_eq!(found["missing"].null_count(), found.num_rows());
-            assert_eq!(wanted_of(&found, &plan.wanted), expected, "case {case}, round {round}");
+            assert_eq!(wanted_of(&found, &plan.wanted, &with), expected, "case {case}, round {round}");
             rows_read = found.num_rows();
         }
         if plan.wanted.devices.is_some() {
