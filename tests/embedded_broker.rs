@@ -1,13 +1,17 @@
 //! The broker within `weir cloud`: who comes in, and what it retains of alerts.
 
+use std::net::TcpStream;
+use std::time::Instant;
+
 use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::Packet;
 use rumqttc::v5::{AsyncClient, Event, EventLoop, MqttOptions};
 use serde_json::Value;
 
 use crate::cloud_alerts::{RULE, Readings, put};
+use crate::doors_limits::garbage;
 use crate::harness::{Cloud, EDGE, TOKEN};
-use crate::process::{PATIENCE, free_port};
+use crate::process::{PATIENCE, POLL, free_port};
 
 fn options(port: u16, id: &str, credentials: Option<(&str, &str)>) -> MqttOptions {
     let mut options = MqttOptions::new(id, "127.0.0.1", port);
@@ -71,4 +75,26 @@ async fn a_small_site_needs_no_other_broker() {
     late.publish("devices/a", QoS::AtLeastOnce, false, "1").await.unwrap();
     while next(&mut of_late).await.0 != "devices/a" {}
     assert_eq!(next(&mut of_later).await, ("devices/a".to_owned(), false, Some(1.into())));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garbage_and_idle_connections_hold_up_no_subscriber_of_the_broker() {
+    let directory = tempfile::tempdir().unwrap();
+    let port = free_port();
+    let _cloud = Cloud::start(directory.path(), "a", &format!("[broker]\nlisten = \"127.0.0.1:{port}\"\n")).await;
+    let (listens, mut events) = subscribed(port, "listens").await;
+    tokio::task::spawn_blocking(move || garbage(port)).await.unwrap();
+    // More than it lets in at a time. Who says nothing is hung up on.
+    let idle = (0..1_000).filter_map(|_| TcpStream::connect(("127.0.0.1", port)).ok()).collect::<Vec<_>>();
+    assert!(idle.len() >= 500, "{} connections", idle.len());
+    listens.publish("devices/a", QoS::AtLeastOnce, false, "1").await.unwrap();
+    assert_eq!(next(&mut events).await, ("devices/a".to_owned(), false, Some(1.into())));
+    // The client tries again with each call.
+    let (_late, mut events) = AsyncClient::new(options(port, "late", Some((EDGE, TOKEN))), 10);
+    let started = Instant::now();
+    while !matches!(events.poll().await, Ok(Event::Incoming(Packet::ConnAck(_)))) {
+        assert!(started.elapsed() < PATIENCE, "nobody is let in");
+        tokio::time::sleep(POLL).await;
+    }
+    drop(idle);
 }
