@@ -13,10 +13,13 @@ use cloud_ingest::config::CompactSettings;
 use cloud_ingest::delta::{DeltaTable, checkpoint};
 use cloud_ingest::rescue::{Provenance, rescue};
 use cloud_ingest::store::Store;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
 use serde_json::{Value, json};
 use wire::{FieldType, Mark, Seq, SpoolId, StreamField, StreamName, StreamSchema};
 
 use super::Common;
+use super::ingest::{noise, noise_fields};
 use super::parts::Directory;
 use super::times::Times;
 
@@ -38,6 +41,9 @@ pub(crate) struct CommitBench {
     /// Merge small files only at the end
     #[arg(long)]
     no_compaction: bool,
+    /// Columns of random numbers beside, which nothing makes smaller
+    #[arg(long, default_value_t = 0)]
+    noise: usize,
     #[command(flatten)]
     common: Common,
 }
@@ -48,7 +54,7 @@ impl CommitBench {
         let url = url(&directory)?;
         let store = Store::open(&url)?;
         let stream: StreamName = "load".parse()?;
-        let schema = schema()?;
+        let schema = schema(self.noise)?;
         let mut table = DeltaTable::create(&store, &stream, schema.fields()).await?;
         let spool = SpoolId([7; 16]);
         let mut times = Vec::new();
@@ -98,7 +104,7 @@ impl CommitBench {
         let step_us = 86_400_000_000 / self.commits_per_day.max(1) as i64;
         let first = START_US + number as i64 * step_us;
         let numbers = || 0..rows;
-        let columns: Vec<ArrayRef> = vec![
+        let mut columns: Vec<ArrayRef> = vec![
             Arc::new(
                 TimestampMicrosecondArray::from_iter_values(numbers().map(|row| first + row * step_us / rows))
                     .with_timezone("UTC"),
@@ -108,8 +114,12 @@ impl CommitBench {
                 numbers().map(|row| ((row * 37 + number as i64) % 1_200) as f64 / 10.0),
             )),
             Arc::new(Int64Array::from_iter_values(numbers().map(|row| (row * 11 + number as i64) % 40))),
-            Arc::new(StringArray::from_iter_values(numbers().map(|_| "good"))),
         ];
+        let mut random = StdRng::seed_from_u64(number);
+        for _ in 0..self.noise {
+            columns.push(noise(&mut random, self.rows));
+        }
+        columns.push(Arc::new(StringArray::from_iter_values(numbers().map(|_| "good"))));
         let rows = RecordBatch::try_new(schema.arrow().clone(), columns)?;
         let provenance = Provenance { edge: "bench".parse()?, spool, seq: Seq(number), received_at_us: first };
         Ok(rescue(&rows, &provenance, schema.fields()))
@@ -144,10 +154,11 @@ fn url(directory: &Directory) -> anyhow::Result<String> {
     Ok(format!("file://{}", directory.0.to_str().context("a path in UTF-8")?))
 }
 
-fn schema() -> anyhow::Result<StreamSchema> {
+fn schema(noise: usize) -> anyhow::Result<StreamSchema> {
     let fields = [("speed", FieldType::Float64), ("vehicles", FieldType::Int64)];
     let fields = fields.map(|(name, kind)| Ok(StreamField { name: name.parse()?, kind }));
-    Ok(StreamSchema::new(fields.into_iter().collect::<anyhow::Result<Vec<_>>>()?)?)
+    let fields = fields.into_iter().chain(noise_fields(noise));
+    Ok(StreamSchema::new(fields.collect::<anyhow::Result<Vec<_>>>()?)?)
 }
 
 fn millis(time: Duration) -> f64 {

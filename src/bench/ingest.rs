@@ -183,9 +183,25 @@ impl Sender {
 }
 
 pub(super) fn schema() -> anyhow::Result<Arc<StreamSchema>> {
+    noisy_schema(0)
+}
+
+/// With so many columns of noise.
+pub(super) fn noisy_schema(noise: usize) -> anyhow::Result<Arc<StreamSchema>> {
     let fields = [("speed", FieldType::Float64), ("vehicles", FieldType::Int64), ("occupancy", FieldType::Float64)];
     let fields = fields.map(|(name, kind)| Ok(StreamField { name: name.parse()?, kind }));
-    Ok(Arc::new(StreamSchema::new(fields.into_iter().collect::<anyhow::Result<Vec<_>>>()?)?))
+    let fields = fields.into_iter().chain(noise_fields(noise));
+    Ok(Arc::new(StreamSchema::new(fields.collect::<anyhow::Result<Vec<_>>>()?)?))
+}
+
+/// Columns of random numbers, which nothing makes smaller.
+pub(super) fn noise_fields(count: usize) -> impl Iterator<Item = anyhow::Result<StreamField>> {
+    (1..=count).map(|number| Ok(StreamField { name: format!("noise_{number}").parse()?, kind: FieldType::Float64 }))
+}
+
+/// What is in one of them.
+pub(super) fn noise(random: &mut StdRng, rows: usize) -> ArrayRef {
+    Arc::new(Float64Array::from_iter_values((0..rows).map(|_| random.random::<f64>())))
 }
 
 /// Rows of `load`: another number, other rows.
@@ -198,7 +214,7 @@ pub(super) fn cut_of(stream: &str, schema: &StreamSchema, number: u64, rows: usi
     let mut random = StdRng::seed_from_u64(number);
     let first = START_US + number as i64 * rows as i64 * 1_000;
     let rounded = |value: f64| (value * 10.0).round() / 10.0;
-    let columns: Vec<ArrayRef> = vec![
+    let mut columns: Vec<ArrayRef> = vec![
         Arc::new(
             TimestampMicrosecondArray::from_iter_values((0..rows as i64).map(|row| first + row * 1_000))
                 .with_timezone("UTC"),
@@ -209,8 +225,10 @@ pub(super) fn cut_of(stream: &str, schema: &StreamSchema, number: u64, rows: usi
         Arc::new(Float64Array::from_iter_values((0..rows).map(|_| rounded(random.random_range(0.0..120.0))))),
         Arc::new(Int64Array::from_iter_values((0..rows).map(|_| random.random_range(0..40)))),
         Arc::new(Float64Array::from_iter_values((0..rows).map(|_| rounded(random.random_range(0.0..100.0))))),
-        Arc::new(StringArray::from_iter_values((0..rows).map(|_| "good"))),
     ];
+    let noisy = schema.fields().len() - columns[2..].len();
+    columns.extend((0..noisy).map(|_| noise(&mut random, rows)));
+    columns.push(Arc::new(StringArray::from_iter_values((0..rows).map(|_| "good"))));
     let rows = RecordBatch::try_new(schema.arrow().clone(), columns)?;
     Ok(CutBatch::seal(stream.parse()?, schema, &rows, NO_WATERMARK, "bench", 0)?)
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use wire::SpoolId;
 
 use super::Common;
-use super::ingest::{Sender, cut, schema};
+use super::ingest::{Sender, cut, noisy_schema};
 use super::parts::{Cloud, Directory, free_port};
 use crate::sql;
 
@@ -24,12 +24,15 @@ const KEEPS_HOT: &str =
 /// Options of `weir bench recover`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct RecoverBench {
-    /// Rows in the WAL; about 14 bytes each
+    /// Rows in the WAL
     #[arg(long, default_value_t = 20_000_000)]
     rows: u64,
     /// Kills, one after the other
     #[arg(long, default_value_t = 3)]
     kills: usize,
+    /// Columns of random numbers beside, which nothing makes smaller
+    #[arg(long, default_value_t = 0)]
+    noise: usize,
     #[command(flatten)]
     common: Common,
 }
@@ -39,7 +42,7 @@ impl RecoverBench {
         let directory = Directory::new(&self.common)?;
         let port = free_port()?;
         let mut cloud = Cloud::start_with(&directory.0, port, KEEPS_HOT).await?;
-        let schema = schema()?;
+        let schema = noisy_schema(self.noise)?;
         let mut sender = Sender::new(Arc::clone(&schema), SpoolId(rand::random()))?;
         let batches = self.rows.div_ceil(BATCH_ROWS as u64);
         let mut next = 0;
