@@ -1,4 +1,5 @@
-//! What was decided about alerts, on its way to whoever wants to know: [`sse`], [`mqtt`], [`webhook`].
+//! What was decided about alerts, on its way to whoever wants to know: [`sse`], [`mqtt`], [`webhook`],
+//! [`alertmanager`].
 //!
 //! The newest changes lie in one ring in memory, already as text; who is further behind reads the stream `alert_log`. Everyone
 //! who listens has a place of its own in the sequence and takes what is next when it is ready: there is no queue for anyone, so
@@ -6,6 +7,7 @@
 //! at a time and first come, first served; a page that was read serves all who stand within it, so that a crowd costs little
 //! more than one. What is in the ring waits for none of that. A change is in the ring after it is durable.
 
+pub(crate) mod alertmanager;
 pub(crate) mod appends;
 pub mod mqtt;
 pub mod sse;
@@ -21,6 +23,7 @@ use chrono::{DateTime, SecondsFormat};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use self::alertmanager::Pushed;
 use crate::alerts::episode::{Episode, Phase, Severity};
 use crate::alerts::episodes::{Change, Subject};
 use crate::alerts::log;
@@ -58,8 +61,8 @@ pub struct Told {
     pub(crate) frame: Bytes,
     /// A CloudEvent, as JSON.
     pub body: Bytes,
-    /// The alert as Alertmanager wants it.
-    pub(crate) pushed: Bytes,
+    /// For Alertmanager, which is told of alerts alone.
+    pub(crate) pushed: Option<Pushed>,
 }
 
 impl Told {
@@ -88,7 +91,7 @@ impl Told {
             at: change.at,
             frame,
             body,
-            pushed: pushed(alert),
+            pushed: Some(Pushed::new(alert)),
         }
     }
 
@@ -106,13 +109,12 @@ impl Told {
             at: change.at,
             frame,
             body,
-            // Alertmanager is told of alerts alone.
-            pushed: Bytes::new(),
+            pushed: None,
         }
     }
 
     fn bytes(&self) -> usize {
-        self.frame.len() + self.pushed.len() + self.topic.len() + 200
+        self.frame.len() + self.pushed.as_ref().map_or(0, Pushed::bytes) + self.topic.len() + 200
     }
 }
 
@@ -164,27 +166,6 @@ fn frame(change: &Change, body: &str) -> (Bytes, Bytes) {
     let frame = Bytes::from([&head, body, "\n\n"].concat());
     let body = frame.slice(head.len()..head.len() + body.len());
     (frame, body)
-}
-
-fn pushed(alert: &Episode) -> Bytes {
-    let mut labels = serde_json::Map::new();
-    let own: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&alert.labels).unwrap_or_default();
-    for (name, value) in own {
-        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        labels.insert(name, text.into());
-    }
-    for (name, text) in [("alertname", &*alert.rule), ("severity", alert.severity.word()), ("stream", &*alert.stream)] {
-        labels.insert(name.to_owned(), text.into());
-    }
-    let mut text = serde_json::json!({
-        "labels": labels,
-        "annotations": { "summary": alert.message, "weir_id": alert.id },
-        "startsAt": time(alert.from),
-    });
-    if let Some(to) = alert.to.filter(|_| alert.phase == Phase::Resolved) {
-        text["endsAt"] = time(to).into();
-    }
-    Bytes::from(text.to_string())
 }
 
 #[derive(Debug)]

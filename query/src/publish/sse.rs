@@ -44,9 +44,12 @@ pub struct Subscription {
 
 impl Subscription {
     pub(crate) fn wants(&self, told: &Told) -> bool {
-        told.only.is_none()
-            && (self.severities.is_empty() || self.severities.contains(&told.severity))
-            && self.topic.matches(&told.topic)
+        told.only.is_none() && self.is_about(&told.topic, told.severity)
+    }
+
+    /// Whether it is for what is told on a topic.
+    pub(crate) fn is_about(&self, topic: &str, severity: Severity) -> bool {
+        (self.severities.is_empty() || self.severities.contains(&severity)) && self.topic.matches(topic)
     }
 }
 
