@@ -16,12 +16,13 @@ pub mod views;
 pub mod webhook;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat};
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
 
 use self::alertmanager::Pushed;
 use crate::alerts::episode::{Episode, Phase, Severity};
@@ -29,6 +30,7 @@ use crate::alerts::episodes::{Change, Subject};
 use crate::alerts::log;
 use crate::engine::{Engine, QueryError};
 use crate::links::event::LinkEvent;
+use crate::places::{Place, Places};
 
 /// Changes that are kept in memory.
 const RING_MAX: usize = 10_000;
@@ -201,28 +203,26 @@ pub struct Hub {
     newest: watch::Sender<i64>,
     turns: Semaphore,
     pages: Mutex<VecDeque<Arc<Page>>>,
-    places: Arc<Semaphore>,
-    places_max: usize,
+    places: Places,
 }
 
 impl Hub {
     /// For so many subscribers at a time.
     pub(crate) fn new(engine: Arc<Engine>, subscribers_max: usize) -> Self {
         let ring = RwLock::new(Ring { told: VecDeque::new(), bytes: 0, above: i64::MAX });
-        let places_max = subscribers_max.min(Semaphore::MAX_PERMITS);
-        let (turns, places) = (Semaphore::new(TURNS), Arc::new(Semaphore::new(places_max)));
+        let (turns, places) = (Semaphore::new(TURNS), Places::new(subscribers_max));
         let (fires, pages, newest) = (RwLock::default(), Mutex::default(), watch::Sender::new(-1));
-        Self { engine, ring, fires, newest, turns, pages, places, places_max }
+        Self { engine, ring, fires, newest, turns, pages, places }
     }
 
-    /// A place for a subscriber; None when there is none.
-    pub(crate) fn place(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.places).try_acquire_owned().ok()
+    /// A place for a subscriber at this address; None when there is none.
+    pub(crate) fn place(&self, address: IpAddr) -> Option<Place> {
+        self.places.take(address)
     }
 
     /// How many listen.
     pub(crate) fn subscribers(&self) -> usize {
-        self.places_max - self.places.available_permits()
+        self.places.taken()
     }
 
     /// The node has found out where the stream ended, and what fires: from now on there are places in it.
