@@ -24,6 +24,7 @@ use crate::views::ViewSettings;
 use crate::views::tests::city::{self, City, Row};
 
 mod alertmanager;
+mod doors;
 mod late;
 
 const S: i64 = 1_000_000;
