@@ -35,6 +35,7 @@ use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
+use self::episode::Episode;
 pub use self::episode::Severity;
 use self::metrics::Counts;
 pub use self::rule::{LANE, RULE_BYTES_MAX, RULES_MAX, RuleSettings};
@@ -47,8 +48,9 @@ pub use self::topic::TopicFilter;
 pub use self::trial::{Span as TrialSpan, Trial};
 use crate::engine::Engine;
 use crate::links::event::LinkEvent;
+use crate::publish::alertmanager::REFRESH_EVERY;
 use crate::publish::target::{Place, TargetKind, TargetSettings, TargetStatus, Way};
-use crate::publish::{Hub, mqtt, webhook};
+use crate::publish::{Hub, alertmanager, mqtt, webhook};
 use crate::sink::Sink;
 
 /// Requests of people that wait for the task.
@@ -180,7 +182,7 @@ impl Alerts {
                 Arc::clone(&hub),
                 Arc::clone(&status),
             );
-            serve(&target.kind, place, token.clone());
+            serve(&target.kind, place, Firing(commands.clone()), token.clone());
             status
         });
         let targets = targets.collect();
@@ -340,10 +342,24 @@ impl Drop for Ends {
     }
 }
 
+/// Asks the task of alerts which of them fire.
+#[derive(Debug, Clone)]
+pub(crate) struct Firing(mpsc::Sender<Command>);
+
+impl Firing {
+    /// Those that somebody was told of and that nothing keeps quiet now. None when the node stops.
+    pub(crate) async fn ask(&self) -> Option<Vec<Episode>> {
+        let (reply, answered) = oneshot::channel();
+        self.0.send(Command::Firing { reply }).await.ok()?;
+        answered.await.ok()
+    }
+}
+
 /// Starts the task of a target.
-fn serve(kind: &TargetKind, place: Place, token: CancellationToken) {
+fn serve(kind: &TargetKind, place: Place, firing: Firing, token: CancellationToken) {
     match kind.clone().way() {
         Way::Http(request) => tokio::spawn(webhook::run(request, place, token)),
+        Way::Alertmanager(request) => tokio::spawn(alertmanager::run(request, place, (firing, REFRESH_EVERY), token)),
         Way::Mqtt(broker) => tokio::spawn(mqtt::run(broker, place, token)),
     };
 }

@@ -23,6 +23,7 @@ pub mod lanes;
 pub mod links;
 mod memory;
 mod names;
+mod places;
 pub mod publish;
 mod pushdown;
 mod references;

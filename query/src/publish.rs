@@ -1,4 +1,5 @@
-//! What was decided about alerts, on its way to whoever wants to know: [`sse`], [`mqtt`], [`webhook`].
+//! What was decided about alerts, on its way to whoever wants to know: [`sse`], [`mqtt`], [`webhook`],
+//! [`alertmanager`].
 //!
 //! The newest changes lie in one ring in memory, already as text; who is further behind reads the stream `alert_log`. Everyone
 //! who listens has a place of its own in the sequence and takes what is next when it is ready: there is no queue for anyone, so
@@ -6,6 +7,7 @@
 //! at a time and first come, first served; a page that was read serves all who stand within it, so that a crowd costs little
 //! more than one. What is in the ring waits for none of that. A change is in the ring after it is durable.
 
+pub(crate) mod alertmanager;
 pub(crate) mod appends;
 pub mod mqtt;
 pub mod sse;
@@ -14,18 +16,21 @@ pub mod views;
 pub mod webhook;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use chrono::{DateTime, SecondsFormat};
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
 
+use self::alertmanager::Pushed;
 use crate::alerts::episode::{Episode, Phase, Severity};
 use crate::alerts::episodes::{Change, Subject};
 use crate::alerts::log;
 use crate::engine::{Engine, QueryError};
 use crate::links::event::LinkEvent;
+use crate::places::{Place, Places};
 
 /// Changes that are kept in memory.
 const RING_MAX: usize = 10_000;
@@ -58,8 +63,8 @@ pub struct Told {
     pub(crate) frame: Bytes,
     /// A CloudEvent, as JSON.
     pub body: Bytes,
-    /// The alert as Alertmanager wants it.
-    pub(crate) pushed: Bytes,
+    /// For Alertmanager, which is told of alerts alone.
+    pub(crate) pushed: Option<Pushed>,
 }
 
 impl Told {
@@ -88,7 +93,7 @@ impl Told {
             at: change.at,
             frame,
             body,
-            pushed: pushed(alert),
+            pushed: Some(Pushed::new(alert)),
         }
     }
 
@@ -106,13 +111,12 @@ impl Told {
             at: change.at,
             frame,
             body,
-            // Alertmanager is told of alerts alone.
-            pushed: Bytes::new(),
+            pushed: None,
         }
     }
 
     fn bytes(&self) -> usize {
-        self.frame.len() + self.pushed.len() + self.topic.len() + 200
+        self.frame.len() + self.pushed.as_ref().map_or(0, Pushed::bytes) + self.topic.len() + 200
     }
 }
 
@@ -166,27 +170,6 @@ fn frame(change: &Change, body: &str) -> (Bytes, Bytes) {
     (frame, body)
 }
 
-fn pushed(alert: &Episode) -> Bytes {
-    let mut labels = serde_json::Map::new();
-    let own: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&alert.labels).unwrap_or_default();
-    for (name, value) in own {
-        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        labels.insert(name, text.into());
-    }
-    for (name, text) in [("alertname", &*alert.rule), ("severity", alert.severity.word()), ("stream", &*alert.stream)] {
-        labels.insert(name.to_owned(), text.into());
-    }
-    let mut text = serde_json::json!({
-        "labels": labels,
-        "annotations": { "summary": alert.message, "weir_id": alert.id },
-        "startsAt": time(alert.from),
-    });
-    if let Some(to) = alert.to.filter(|_| alert.phase == Phase::Resolved) {
-        text["endsAt"] = time(to).into();
-    }
-    Bytes::from(text.to_string())
-}
-
 #[derive(Debug)]
 struct Ring {
     told: VecDeque<Arc<Told>>,
@@ -220,28 +203,26 @@ pub struct Hub {
     newest: watch::Sender<i64>,
     turns: Semaphore,
     pages: Mutex<VecDeque<Arc<Page>>>,
-    places: Arc<Semaphore>,
-    places_max: usize,
+    places: Places,
 }
 
 impl Hub {
     /// For so many subscribers at a time.
     pub(crate) fn new(engine: Arc<Engine>, subscribers_max: usize) -> Self {
         let ring = RwLock::new(Ring { told: VecDeque::new(), bytes: 0, above: i64::MAX });
-        let places_max = subscribers_max.min(Semaphore::MAX_PERMITS);
-        let (turns, places) = (Semaphore::new(TURNS), Arc::new(Semaphore::new(places_max)));
+        let (turns, places) = (Semaphore::new(TURNS), Places::new(subscribers_max));
         let (fires, pages, newest) = (RwLock::default(), Mutex::default(), watch::Sender::new(-1));
-        Self { engine, ring, fires, newest, turns, pages, places, places_max }
+        Self { engine, ring, fires, newest, turns, pages, places }
     }
 
-    /// A place for a subscriber; None when there is none.
-    pub(crate) fn place(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.places).try_acquire_owned().ok()
+    /// A place for a subscriber at this address; None when there is none.
+    pub(crate) fn place(&self, address: IpAddr) -> Option<Place> {
+        self.places.take(address)
     }
 
     /// How many listen.
     pub(crate) fn subscribers(&self) -> usize {
-        self.places_max - self.places.available_permits()
+        self.places.taken()
     }
 
     /// The node has found out where the stream ended, and what fires: from now on there are places in it.

@@ -7,7 +7,6 @@ pub mod alerts;
 pub mod flight_sql;
 pub mod http;
 pub mod links;
-mod places;
 pub mod postgres;
 pub mod tls;
 pub mod views;

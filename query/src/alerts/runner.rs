@@ -21,6 +21,7 @@ use wire::{StreamName, StreamSchema};
 use self::follow::same_columns;
 use self::late::Again;
 use super::claims;
+use super::episode::Episode;
 use super::episodes::{Episodes, RuleKey, Unknown};
 use super::late::Done;
 use super::log::{self, Read};
@@ -66,6 +67,10 @@ pub(crate) enum Command {
     Open {
         page: Page,
         reply: oneshot::Sender<Opened>,
+    },
+    /// What fires, for who tells it again.
+    Firing {
+        reply: oneshot::Sender<Vec<Episode>>,
     },
     Silences {
         reply: oneshot::Sender<serde_json::Value>,
@@ -431,6 +436,7 @@ impl Runner {
             }
             // Who asked may be gone.
             Command::Open { page, reply } => drop(reply.send(shown::open(episodes, &page))),
+            Command::Firing { reply } => drop(reply.send(episodes.told_now(now))),
             Command::Silences { reply } => {
                 let silences = episodes.silences().collect::<Vec<_>>();
                 drop(reply.send(serde_json::to_value(silences).unwrap_or_default()));

@@ -23,6 +23,8 @@ use crate::sink::SinkError;
 use crate::views::ViewSettings;
 use crate::views::tests::city::{self, City, Row};
 
+mod alertmanager;
+mod doors;
 mod late;
 
 const S: i64 = 1_000_000;
@@ -79,6 +81,7 @@ impl Node {
         let field = |name: &str, kind| StreamField { name: name.parse().unwrap(), kind };
         city.create(&name("traffic"), vec![field("speed", FieldType::Float64), field("road", FieldType::Text)]);
         city.create(&name(own::ALERT_LOG), own::alert_log().fields().to_vec());
+        city.create(&name(own::ALERT_DELIVERIES), own::alert_deliveries().fields().to_vec());
         city.create(&name(own::LINK_LOG), own::link_log().fields().to_vec());
         let directory = std::env::temp_dir().join(format!("weir-alerts-{:032x}", rand::random::<u128>()));
         Self::over(city, directory)

@@ -512,7 +512,7 @@ mod tests {
             at: 1_000_000,
             frame: Bytes::new(),
             body,
-            pushed: Bytes::new(),
+            pushed: None,
         }
     }
 

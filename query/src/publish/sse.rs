@@ -1,7 +1,8 @@
 //! `GET /v1/alerts/stream?topic=…&severity=…`: changes as server-sent events.
 //!
 //! The id of an event is the sequence of its change. Who comes again with `Last-Event-ID` (or `?after=`) gets everything behind
-//! it, from memory or from the stream, each once and in order. Who is slow is waited for by its own connection alone.
+//! it, from memory or from the stream, each once and in order. Who is slow is waited for by its own connection alone,
+//! which ends when nothing can be written to it for long (`serve::tls`).
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -12,13 +13,13 @@ use axum::http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
 use futures::stream;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{Hub, Told};
 use crate::alerts::episode::Severity;
 use crate::alerts::topic::TopicFilter;
+use crate::places::Place;
 
 /// Changes that are taken at a time.
 const PAGE: usize = 256;
@@ -44,9 +45,12 @@ pub struct Subscription {
 
 impl Subscription {
     pub(crate) fn wants(&self, told: &Told) -> bool {
-        told.only.is_none()
-            && (self.severities.is_empty() || self.severities.contains(&told.severity))
-            && self.topic.matches(&told.topic)
+        told.only.is_none() && self.is_about(&told.topic, told.severity)
+    }
+
+    /// Whether it is for what is told on a topic.
+    pub(crate) fn is_about(&self, topic: &str, severity: Severity) -> bool {
+        (self.severities.is_empty() || self.severities.contains(&severity)) && self.topic.matches(topic)
     }
 }
 
@@ -56,7 +60,7 @@ struct Follower {
     page: std::vec::IntoIter<Arc<Told>>,
     wrote: Option<Instant>,
     token: CancellationToken,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl Follower {
@@ -131,12 +135,7 @@ impl Follower {
 }
 
 /// The answer to a subscriber, who keeps the place as long as it listens.
-pub(crate) fn answer(
-    hub: Arc<Hub>,
-    subscription: Subscription,
-    token: CancellationToken,
-    place: OwnedSemaphorePermit,
-) -> Response {
+pub(crate) fn answer(hub: Arc<Hub>, subscription: Subscription, token: CancellationToken, place: Place) -> Response {
     let page = Vec::new().into_iter();
     let follower = Follower { hub, subscription, page, wrote: None, token, _place: place };
     let events = stream::unfold(follower, |mut follower| async move {

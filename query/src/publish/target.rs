@@ -101,6 +101,7 @@ impl BrokerTls {
 #[derive(Debug)]
 pub(crate) enum Way {
     Http(Request),
+    Alertmanager(Request),
     Mqtt(Broker),
 }
 
@@ -109,12 +110,12 @@ impl TargetKind {
         match self {
             Self::Webhook { url, secret, timeout, attempts } => {
                 let secret = secret.map(|secret| hmac::Key::new(hmac::HMAC_SHA256, secret.as_bytes()));
-                Way::Http(Request { url, secret, timeout, attempts, alertmanager: false })
+                Way::Http(Request { url, secret, timeout, attempts })
             }
             Self::Alertmanager { mut url, timeout, attempts } => {
                 let path = format!("{}/api/v2/alerts", url.path().trim_end_matches('/'));
                 url.set_path(&path);
-                Way::Http(Request { url, secret: None, timeout, attempts, alertmanager: true })
+                Way::Alertmanager(Request { url, secret: None, timeout, attempts })
             }
             Self::Mqtt { host, port, tls, client_id, username, password, attempts } => {
                 let transport = tls.map_or(Transport::Tcp, BrokerTls::transport);
@@ -150,6 +151,9 @@ pub struct TargetStatus {
     pub last_error: Option<String>,
 }
 
+/// Shared with who shows it.
+pub(crate) type Status = Arc<parking_lot::Mutex<TargetStatus>>;
+
 /// A target's place, and what it counts.
 #[derive(Debug)]
 pub(crate) struct Place {
@@ -157,7 +161,7 @@ pub(crate) struct Place {
     engine: Arc<Engine>,
     sink: Arc<dyn Sink>,
     pub(crate) hub: Arc<Hub>,
-    status: Arc<parking_lot::Mutex<TargetStatus>>,
+    status: Status,
     subscription: Subscription,
     noted: (i64, tokio::time::Instant),
     /// Changes that were too old, and the last of them: written when what follows from them is done.
@@ -179,7 +183,7 @@ impl Place {
         engine: Arc<Engine>,
         sink: Arc<dyn Sink>,
         hub: Arc<Hub>,
-        status: Arc<parking_lot::Mutex<TargetStatus>>,
+        status: Status,
     ) -> Self {
         let (topic, severities) = (settings.topic.clone(), settings.severities.clone());
         let subscription = Subscription { topic, severities, after: 0 };
@@ -190,6 +194,14 @@ impl Place {
 
     pub(crate) fn name(&self) -> &str {
         &self.settings.name
+    }
+
+    pub(crate) fn subscription(&self) -> &Subscription {
+        &self.subscription
+    }
+
+    pub(crate) fn status(&self) -> Status {
+        Arc::clone(&self.status)
     }
 
     /// Waits until the node knows its place in the sequence, and finds its own: that which it wrote, or now.

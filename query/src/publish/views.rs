@@ -77,7 +77,8 @@ impl ViewTargets {
             let feed = Feed::new(settings, Arc::clone(engine), Arc::clone(sink), token.clone());
             let status = Arc::clone(&feed.status);
             match way {
-                Way::Http(request) => tokio::spawn(by_http(feed, request)),
+                // The configuration refuses Alertmanager for views.
+                Way::Http(request) | Way::Alertmanager(request) => tokio::spawn(by_http(feed, request)),
                 Way::Mqtt(broker) => tokio::spawn(by_mqtt(feed, broker)),
             };
             status

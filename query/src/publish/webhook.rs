@@ -1,4 +1,4 @@
-//! What is told by HTTP: to a webhook with a signature, and to Alertmanager's API.
+//! What is told by HTTP: `POST` to a webhook, with a signature. [`super::alertmanager`] has what differs there.
 //!
 //! A webhook gets `POST` with a CloudEvent as `application/cloudevents+json`. With a secret it has
 //! `x-weir-signature: t=<unix seconds>,v1=<hex>`: the HMAC-SHA256 of `<t>.<body>`. Taken is what is answered with 2xx. 408, 429, 5xx
@@ -15,7 +15,6 @@ use url::Url;
 
 use super::Told;
 use super::target::{Place, jittered, pause};
-use crate::alerts::episodes::Transition;
 use crate::clock::now_us;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(200);
@@ -27,13 +26,12 @@ pub(crate) struct Request {
     pub(crate) secret: Option<hmac::Key>,
     pub(crate) timeout: Duration,
     pub(crate) attempts: u32,
-    pub(crate) alertmanager: bool,
 }
 
 impl std::fmt::Debug for Request {
     /// Without the address: it may hold a secret.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Request").field("alertmanager", &self.alertmanager).finish_non_exhaustive()
+        f.debug_struct("Request").field("attempts", &self.attempts).finish_non_exhaustive()
     }
 }
 
@@ -89,16 +87,8 @@ async fn deliver(
     place: &mut Place,
     token: &CancellationToken,
 ) -> Option<()> {
-    if request.alertmanager && !told.firing && told.transition != Transition::Resolved.word() {
-        // Its labels may be those of another alert that fires by now, which its end would end.
-        place.delivered(told, token).await;
-        return Some(());
-    }
-    let (kind, body) = match request.alertmanager {
-        true => ("application/json", Bytes::from([b"[", &told.pushed[..], b"]"].concat())),
-        false => (CLOUD_EVENT, told.body.clone()),
-    };
-    match post(client, request, (kind, body), &|error| place.retried(error), token).await? {
+    let body = (CLOUD_EVENT, told.body.clone());
+    match post(client, request, body, &|error| place.retried(error), token).await? {
         Fate::Taken => place.delivered(told, token).await,
         Fate::GivenUp(reason) => place.dead(told, &reason, token).await,
     }
@@ -115,28 +105,12 @@ pub(crate) async fn post(
 ) -> Option<Fate> {
     let mut wait = BACKOFF_MIN;
     for attempt in 1.. {
-        let mut post = client.post(request.url.clone()).header("content-type", kind);
-        if let Some(key) = &request.secret {
-            post = post.header("x-weir-signature", signature(key, now_us() / 1_000_000, &body));
+        let Err(Failed { error, again }) = once(client, request, (kind, body.clone()), token).await? else {
+            return Some(Fate::Taken);
+        };
+        if !again {
+            return Some(Fate::GivenUp(error));
         }
-        let sent = tokio::select! {
-            () = token.cancelled() => return None,
-            sent = post.body(body.clone()).send() => sent,
-        };
-        let error = match sent {
-            Ok(answer) if answer.status().is_success() => return Some(Fate::Taken),
-            Ok(answer) => {
-                let status = answer.status();
-                let again = status.is_server_error()
-                    || matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS);
-                if !again {
-                    return Some(Fate::GivenUp(format!("it answered {status}")));
-                }
-                format!("it answered {status}")
-            }
-            // Without the address: it may hold a secret.
-            Err(error) => error.without_url().to_string(),
-        };
         if attempt >= request.attempts {
             return Some(Fate::GivenUp(format!("{error}, the last of {attempt} attempts")));
         }
@@ -145,6 +119,41 @@ pub(crate) async fn post(
         wait = (2 * wait).min(BACKOFF_MAX);
     }
     None
+}
+
+/// Why a body was not taken, and whether it may be another time.
+#[derive(Debug)]
+pub(crate) struct Failed {
+    pub(crate) error: String,
+    pub(crate) again: bool,
+}
+
+/// Posts a body once. None when the node stops.
+pub(crate) async fn once(
+    client: &reqwest::Client,
+    request: &Request,
+    (kind, body): (&str, Bytes),
+    token: &CancellationToken,
+) -> Option<Result<(), Failed>> {
+    let mut post = client.post(request.url.clone()).header("content-type", kind);
+    if let Some(key) = &request.secret {
+        post = post.header("x-weir-signature", signature(key, now_us() / 1_000_000, &body));
+    }
+    let sent = tokio::select! {
+        () = token.cancelled() => return None,
+        sent = post.body(body).send() => sent,
+    };
+    Some(match sent {
+        Ok(answer) if answer.status().is_success() => Ok(()),
+        Ok(answer) => {
+            let status = answer.status();
+            let again = status.is_server_error()
+                || matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS);
+            Err(Failed { error: format!("it answered {status}"), again })
+        }
+        // Without the address: it may hold a secret.
+        Err(error) => Err(Failed { error: error.without_url().to_string(), again: true }),
+    })
 }
 
 #[cfg(test)]

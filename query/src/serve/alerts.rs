@@ -444,8 +444,8 @@ async fn stream(
         Some(None) => return told(StatusCode::BAD_REQUEST, "Last-Event-ID is the number of a change"),
         None => after,
     };
-    let Some(place) = hub.place() else {
-        let error = "as many listen as may: [alerts] subscribers_max";
+    let Some(place) = hub.place(peer.0.ip()) else {
+        let error = "as many listen as may, or half of them from this address: [alerts] subscribers_max";
         return told(StatusCode::SERVICE_UNAVAILABLE, error);
     };
     let Some(newest) = wait_for_hub(&hub, &token).await else {

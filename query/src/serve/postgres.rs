@@ -28,7 +28,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::QueryError;
-use crate::serve::places::Places;
+use crate::places::Places;
 use crate::serve::tls::next;
 use crate::serve::{House, Readers};
 use startup::Startup;

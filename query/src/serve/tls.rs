@@ -1,7 +1,8 @@
 //! Connections as they come in: how many at a time, and with TLS when a certificate is set.
 //!
 //! A task accepts; a handshake is made aside, within [`HANDSHAKE_MAX`], so that one who says nothing holds up nobody; and whose
-//! first word does not come within [`FIRST_BYTE_MAX`] loses the connection. One above the limit is closed at once.
+//! first word does not come within [`FIRST_BYTE_MAX`] loses the connection. So does who takes nothing of what is written to it for
+//! [`STUCK_MAX`]; what the kernel has room for counts as taken. One above the limit is closed at once.
 
 use std::io;
 use std::net::SocketAddr;
@@ -24,12 +25,14 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::{Connected, TcpConnectInfo};
 
-use super::places::{Place, Places};
+use crate::places::{Place, Places};
 
 /// How long a handshake may take.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(10);
 /// How long the first byte may take, so that who says nothing keeps no place.
 pub(super) const FIRST_BYTE_MAX: Duration = Duration::from_secs(10);
+/// How long nothing may be written of what is to be, so that who stopped reading keeps no place.
+const STUCK_MAX: Duration = Duration::from_secs(60);
 /// After `accept` failed (out of descriptors), so that the loop does not spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Connections that are accepted before somebody takes them.
@@ -74,9 +77,18 @@ impl Incoming {
     /// # Errors
     /// When the listener has no address.
     pub fn new(listener: TcpListener, tls: Option<Arc<ServerConfig>>, connections_max: usize) -> io::Result<Self> {
+        Self::within(STUCK_MAX, listener, tls, connections_max)
+    }
+
+    fn within(
+        stuck_max: Duration,
+        listener: TcpListener,
+        tls: Option<Arc<ServerConfig>>,
+        connections_max: usize,
+    ) -> io::Result<Self> {
         let local = listener.local_addr()?;
         let (sender, accepted) = mpsc::channel(AHEAD);
-        tokio::spawn(accept(listener, tls.map(TlsAcceptor::from), connections_max, sender));
+        tokio::spawn(accept((listener, stuck_max), tls.map(TlsAcceptor::from), connections_max, sender));
         Ok(Self { accepted, local })
     }
 }
@@ -98,7 +110,7 @@ pub(super) async fn next(listener: &TcpListener, places: &Places) -> (TcpStream,
 }
 
 async fn accept(
-    listener: TcpListener,
+    (listener, stuck_max): (TcpListener, Duration),
     tls: Option<TlsAcceptor>,
     connections_max: usize,
     sender: mpsc::Sender<(Io, SocketAddr)>,
@@ -123,7 +135,7 @@ async fn accept(
             };
             // Nobody takes it: the door is closing.
             let silent = Some(Box::pin(tokio::time::sleep(FIRST_BYTE_MAX)));
-            sender.send((Io { socket, local, peer, silent, _place: place }, peer)).await.ok();
+            sender.send((Io { socket, local, peer, silent, stuck_max, stuck: None, _place: place }, peer)).await.ok();
         });
     }
 }
@@ -142,6 +154,9 @@ pub struct Io {
     peer: SocketAddr,
     /// Until the first byte has come.
     silent: Option<Pin<Box<Sleep>>>,
+    stuck_max: Duration,
+    /// While nothing can be written.
+    stuck: Option<Pin<Box<Sleep>>>,
     _place: Place,
 }
 
@@ -164,19 +179,34 @@ impl AsyncRead for Io {
     }
 }
 
+impl Io {
+    /// A write as it went, or its end when it has waited for too long.
+    fn unless_stuck<T>(&mut self, wrote: Poll<io::Result<T>>, context: &mut Context<'_>) -> Poll<io::Result<T>> {
+        if wrote.is_ready() {
+            self.stuck = None;
+            return wrote;
+        }
+        let stuck_max = self.stuck_max;
+        let stuck = self.stuck.get_or_insert_with(|| Box::pin(tokio::time::sleep(stuck_max)));
+        stuck.as_mut().poll(context).map(|()| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
 impl AsyncWrite for Io {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match &mut self.socket {
+        let wrote = match &mut self.socket {
             Socket::Plain(socket) => Pin::new(socket).poll_write(context, bytes),
             Socket::Tls(socket) => Pin::new(socket).poll_write(context, bytes),
-        }
+        };
+        self.unless_stuck(wrote, context)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.socket {
+        let wrote = match &mut self.socket {
             Socket::Plain(socket) => Pin::new(socket).poll_flush(context),
             Socket::Tls(socket) => Pin::new(socket).poll_flush(context),
-        }
+        };
+        self.unless_stuck(wrote, context)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -219,5 +249,72 @@ impl axum::serve::Listener for Incoming {
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
         Ok(self.local)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::time::Instant;
+
+    use axum::Router;
+    use axum::body::Body;
+    use axum::extract::ConnectInfo;
+    use axum::http::StatusCode;
+    use axum::response::IntoResponse;
+    use axum::routing::get;
+    use axum::serve::ListenerExt;
+    use bytes::Bytes;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// Asks for what never ends; the connection, and the beginning of the answer.
+    async fn listens(address: SocketAddr) -> (TcpStream, String) {
+        let mut socket = TcpStream::connect(address).await.unwrap();
+        socket.write_all(b"GET / HTTP/1.1\r\nhost: weir\r\n\r\n").await.unwrap();
+        let mut head = [0; 12];
+        socket.read_exact(&mut head).await.unwrap();
+        (socket, String::from_utf8_lossy(&head).into_owned())
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_stops_reading_loses_its_place_and_who_reads_keeps_it() {
+        let places = Places::new(2);
+        let endless = async move |ConnectInfo(peer): ConnectInfo<SocketAddr>| {
+            let Some(place) = places.take(peer.ip()) else { return StatusCode::SERVICE_UNAVAILABLE.into_response() };
+            let events = futures::stream::unfold(place, |place| async move {
+                Some((Ok::<_, Infallible>(Bytes::from_static(&[b'x'; 16_384])), place))
+            });
+            Body::from_stream(events).into_response()
+        };
+        let router = Router::new().route("/", get(endless)).into_make_service_with_connect_info::<SocketAddr>();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let incoming = Incoming::within(Duration::from_millis(500), listener, None, 64).unwrap();
+        let address = axum::serve::Listener::local_addr(&incoming).unwrap();
+        tokio::spawn(async move { axum::serve(incoming.tap_io(|_| {}), router).await });
+
+        let (mut reads, head) = listens(address).await;
+        assert!(head.ends_with("200"), "{head}");
+        let reads = tokio::spawn(async move {
+            let mut part = vec![0; 1 << 20];
+            while reads.read(&mut part).await.is_ok_and(|count| count > 0) {}
+        });
+        let (mut stopped, head) = listens(address).await;
+        assert!(head.ends_with("200"), "{head}");
+        assert!(listens(address).await.1.ends_with("503"), "both places are taken");
+        let begun = Instant::now();
+        while !listens(address).await.1.ends_with("200") {
+            assert!(begun.elapsed() < PATIENCE, "its place is never free");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(!reads.is_finished(), "who reads goes on");
+        let mut rest = Vec::new();
+        // However it ends: what was on its way may be lost.
+        let ended = tokio::time::timeout(PATIENCE, stopped.read_to_end(&mut rest)).await;
+        assert!(ended.is_ok(), "the connection never ends");
+        reads.abort();
     }
 }

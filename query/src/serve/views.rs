@@ -4,7 +4,8 @@
 //! behind it once; who names none begins with what comes, and with `?after=start` at the first row.
 //!
 //! Everybody gets what a question to `<view>_changes` would show, in the same lane and within the same limits. A subscriber
-//! has one page of appends in memory at a time and is waited for by its own connection alone.
+//! has one page of appends in memory at a time and is waited for by its own connection alone, which ends when nothing can be
+//! written to it for long (`serve::tls`).
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -21,12 +22,12 @@ use axum::{Json, Router};
 use futures::{Stream, stream};
 use serde::Deserialize;
 use serde_json::json;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use wire::StreamName;
 
 use super::http::admit;
 use crate::engine::Engine;
+use crate::places::{Place, Places};
 use crate::publish::appends::{self, Follower, Read};
 use crate::publish::views::ViewTargets;
 use crate::serve::Readers;
@@ -43,13 +44,13 @@ struct Shared {
     engine: Arc<Engine>,
     readers: Readers,
     targets: Arc<ViewTargets>,
-    places: Arc<Semaphore>,
+    places: Places,
     token: CancellationToken,
 }
 
 /// The routes of this door. The server must give `ConnectInfo<SocketAddr>`.
 pub fn router(engine: Arc<Engine>, targets: Arc<ViewTargets>, readers: Readers, token: CancellationToken) -> Router {
-    let places = Arc::new(Semaphore::new(SUBSCRIBERS_MAX));
+    let places = Places::new(SUBSCRIBERS_MAX);
     Router::new()
         .route("/v1/views/{view}/stream", get(subscribe))
         .route("/v1/views/targets", get(told_of))
@@ -114,8 +115,9 @@ async fn subscribe(
         Ok(read) => read,
         Err(error) => return told(StatusCode::SERVICE_UNAVAILABLE, error.to_string()),
     };
-    let Ok(place) = Arc::clone(&door.places).try_acquire_owned() else {
-        let error = format!("{SUBSCRIBERS_MAX} listen to views already: try again later");
+    let Some(place) = door.places.take(peer.ip()) else {
+        let error =
+            format!("{SUBSCRIBERS_MAX} listen to views already, or half of them from this address: try again later");
         return told(StatusCode::SERVICE_UNAVAILABLE, error);
     };
     let follower = Follower::new((door.engine, caller), (view, changes), read, door.token);
@@ -123,7 +125,7 @@ async fn subscribe(
 }
 
 /// What is written to a subscriber, who keeps the place as long as it listens.
-fn events(follower: Follower, place: OwnedSemaphorePermit) -> impl Stream<Item = Result<Event, Infallible>> + Send {
+fn events(follower: Follower, place: Place) -> impl Stream<Item = Result<Event, Infallible>> + Send {
     stream::unfold((follower, place), |(mut follower, place)| async move {
         let append = follower.next().await?;
         Some((Ok(Event::default().id(append.id).event("change").data(append.data)), (follower, place)))

@@ -30,6 +30,18 @@ impl Episodes {
         inhibited_by.iter().any(inhibits).then_some(Quiet::Inhibited)
     }
 
+    /// What fires, somebody was told of, and nothing keeps quiet now.
+    pub(crate) fn told_now(&self, now: i64) -> Vec<Episode> {
+        let mut firing = HashMap::new();
+        let is_told = |episode: &&Episode| {
+            episode.phase == Phase::Firing
+                && episode.told
+                && episode.quiet.is_none()
+                && self.quiet(episode, now, &mut firing).is_none()
+        };
+        self.open().filter(is_told).cloned().collect()
+    }
+
     /// The labels of the alerts of a rule that fire.
     fn firing(&self, name: &str) -> Vec<Labels> {
         let of_rule = self.open.range((name.to_owned(), String::new())..).take_while(|(key, _)| key.0 == name);

@@ -1,4 +1,4 @@
-//! Places for connections: so many at a time, and from one address at most half of them, so that nobody shuts out all others.
+//! Places for connections and for those who listen: so many at a time, and from one address at most half of them, so that nobody shuts out all others.
 //! Addresses of this machine may have all: what forwards the connections of others stands there.
 
 use std::collections::HashMap;
@@ -9,47 +9,60 @@ use parking_lot::Mutex;
 
 /// See the module.
 #[derive(Debug, Clone)]
-pub(super) struct Places(Arc<Taken>);
+pub(crate) struct Places(Arc<Taken>);
 
 #[derive(Debug)]
 struct Taken {
     max: usize,
-    by: Mutex<HashMap<IpAddr, usize>>,
+    held: Mutex<Held>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    all: usize,
+    by: HashMap<IpAddr, usize>,
 }
 
 /// A place; it is free again when this is dropped.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(crate) struct Place {
     taken: Arc<Taken>,
     address: IpAddr,
 }
 
 impl Places {
-    pub(super) fn new(max: usize) -> Self {
-        Self(Arc::new(Taken { max, by: Mutex::default() }))
+    pub(crate) fn new(max: usize) -> Self {
+        Self(Arc::new(Taken { max, held: Mutex::default() }))
     }
 
     /// A place for a connection from this address, when there is one.
-    pub(super) fn take(&self, address: IpAddr) -> Option<Place> {
+    pub(crate) fn take(&self, address: IpAddr) -> Option<Place> {
         let address = address.to_canonical();
-        let mut by = self.0.by.lock();
+        let mut held = self.0.held.lock();
         let of_one = if address.is_loopback() { self.0.max } else { self.0.max.div_ceil(2) };
-        let (all, own) = (by.values().sum::<usize>(), by.get(&address).copied().unwrap_or(0));
-        if all >= self.0.max || own >= of_one {
+        let own = held.by.get(&address).copied().unwrap_or(0);
+        if held.all >= self.0.max || own >= of_one {
             return None;
         }
-        by.insert(address, own + 1);
+        held.all += 1;
+        held.by.insert(address, own + 1);
         Some(Place { taken: Arc::clone(&self.0), address })
+    }
+
+    /// How many are taken.
+    pub(crate) fn taken(&self) -> usize {
+        self.0.held.lock().all
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut by = self.taken.by.lock();
-        if let Some(own) = by.get_mut(&self.address) {
+        let mut held = self.taken.held.lock();
+        held.all -= 1;
+        if let Some(own) = held.by.get_mut(&self.address) {
             *own -= 1;
             if *own == 0 {
-                by.remove(&self.address);
+                held.by.remove(&self.address);
             }
         }
     }
@@ -68,7 +81,9 @@ mod tests {
         assert!(take("::ffff:192.0.2.1").is_none(), "the same address in other words");
         held.extend([take("192.0.2.2").unwrap(), take("127.0.0.1").unwrap()]);
         assert!(take("192.0.2.3").is_none(), "there are no more");
+        assert_eq!(places.taken(), 5);
         drop(held);
+        assert_eq!(places.taken(), 0);
         let held: Vec<_> = (0..9).filter_map(|_| take("127.0.0.1")).collect();
         assert_eq!(held.len(), 5);
     }
