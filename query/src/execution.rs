@@ -6,6 +6,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use arrow_array::RecordBatch;
@@ -99,6 +100,8 @@ impl Execution {
     {
         let (started, start_of) = oneshot::channel();
         let (sender, rows) = mpsc::channel(BATCHES_AHEAD);
+        let ended = Arc::new(AtomicBool::new(false));
+        let ends = Arc::clone(&ended);
         let task = self.runtime().spawn(async move {
             let mut stream = match start.await {
                 Ok(stream) => stream,
@@ -120,10 +123,12 @@ impl Execution {
             };
             // Elapsed, ended or done: the channel closes either way.
             let _ = end.run_until_cancelled(tokio::time::timeout_at(deadline, forward)).await;
+            // After a panic nobody comes here.
+            ends.store(true, Ordering::Release);
         });
         let task = AbortOnDrop(task.abort_handle());
         let schema = start_of.await.map_err(|_| lost())??;
-        Ok(Box::pin(Rows { schema, rows, _task: task, _execution: self.clone() }))
+        Ok(Box::pin(Rows { schema, rows, ended, _task: task, _execution: self.clone() }))
     }
 }
 
@@ -155,6 +160,8 @@ impl Drop for AbortOnDrop {
 struct Rows {
     schema: SchemaRef,
     rows: mpsc::Receiver<Result<RecordBatch, DataFusionError>>,
+    /// Whether the task came to its end, or the reader knows that it did not.
+    ended: Arc<AtomicBool>,
     _task: AbortOnDrop,
     _execution: Execution,
 }
@@ -162,7 +169,10 @@ struct Rows {
 impl Stream for Rows {
     type Item = Result<RecordBatch, DataFusionError>;
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        Poll::Ready(ready!(self.rows.poll_recv(context)))
+        match ready!(self.rows.poll_recv(context)) {
+            None if !self.ended.swap(true, Ordering::Acquire) => Poll::Ready(Some(Err(lost()))),
+            next => Poll::Ready(next),
+        }
     }
 }
 
@@ -174,7 +184,29 @@ impl RecordBatchStream for Rows {
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
+    use arrow_schema::Schema;
+
     use super::*;
+
+    #[tokio::test]
+    async fn rows_that_end_in_a_panic_end_in_an_error() {
+        let execution = Execution::new(1, 0).unwrap();
+        for panics in [false, true] {
+            let schema = Arc::new(Schema::empty());
+            let rows = RecordBatch::new_empty(Arc::clone(&schema));
+            let start = async move {
+                let rows = futures::stream::iter(0..2).map(move |number| {
+                    assert!(!panics || number == 0, "as it is meant");
+                    Ok(rows.clone())
+                });
+                Ok(Box::pin(RecordBatchStreamAdapter::new(schema, rows)) as SendableRecordBatchStream)
+            };
+            let deadline = Instant::now() + std::time::Duration::from_secs(60);
+            let rows = execution.run(start, deadline, CancellationToken::new()).await.unwrap();
+            let rows = rows.map(|rows| rows.is_ok()).collect::<Vec<_>>().await;
+            assert_eq!(rows, [true, !panics]);
+        }
+    }
 
     #[tokio::test]
     async fn threads_stand_back_and_nobody_elses_do() {

@@ -1,8 +1,8 @@
 //! `GROUP BY device`, and by any other text: rows that follow one another are mostly of one group.
 //!
 //! The question of this field is about each device, and files are sorted by device. DataFusion takes the text of every row
-//! through a hash table; here a row costs a comparison with the text before it, or a look at its index where devices come as
-//! indices into a dictionary. What is computed of a group is DataFusion's: its accumulators, and its merging of the partial
+//! through a hash table; here a row costs a comparison with the text before it, or, if it is short, with one that was met
+//! lately, or a look at its index where devices come as indices into a dictionary. What is computed of a group is DataFusion's: its accumulators, and its merging of the partial
 //! groups that come out here.
 //!
 //! As there: when memory runs out, or nearly every row has a group of its own, groups go on as they are, and are put
@@ -224,6 +224,9 @@ impl Groups {
                 let rows = self.batch_rows.min(groups.num_rows() - from);
                 let part = groups.slice(from, rows);
                 self.out = (from + rows < groups.num_rows()).then_some((groups, from + rows));
+                if self.out.is_none() {
+                    self.memory.free();
+                }
                 return Ok(Some(part));
             }
             if self.ends {
@@ -274,7 +277,8 @@ impl Groups {
             self.out = Some((RecordBatch::try_new(Arc::clone(&self.schema), columns)?, 0));
         }
         self.numbers = Vec::new();
-        self.memory.free();
+        // It is there already, whether there is room for it or not.
+        self.memory.resize(self.out.as_ref().map_or(0, |(groups, _)| groups.get_array_memory_size()));
         Ok(())
     }
 

@@ -31,6 +31,8 @@ use super::devices::Devices;
 
 /// Pieces of a selection that have fewer rows than this on average may be read as one: twice what the reader goes by.
 const PIECE_ROWS: usize = 64;
+/// Who asks for more rows of a row group asks for most of it.
+const ROWS_MAX: usize = 1 << 16;
 /// Rows of which devices are looked at at a time.
 const BATCH_ROWS: usize = 8_192;
 /// What a page takes beside its bytes.
@@ -40,6 +42,8 @@ const ENTRY_BYTES: usize = 256;
 #[derive(Debug)]
 pub(crate) struct KeptPages {
     bytes_max: usize,
+    /// Of a row group, pages for more rows than this are not kept.
+    pub(super) rows_max: usize,
     halves: Mutex<Halves>,
 }
 
@@ -84,7 +88,7 @@ impl Kept {
 impl KeptPages {
     /// Keeps no more bytes than so many.
     pub(crate) fn new(bytes_max: usize) -> Self {
-        Self { bytes_max, halves: Mutex::default() }
+        Self { bytes_max, rows_max: ROWS_MAX, halves: Mutex::default() }
     }
 
     fn get(&self, place: &Place) -> Option<Kept> {
@@ -134,24 +138,22 @@ impl KeptPages {
         group: usize,
         (leaves, levels): &(Vec<usize>, FieldLevels),
     ) -> Result<Option<Arc<Devices>>> {
-        let place = Place { file: Arc::from(file.location.as_ref()), part: Part::Devices(group) };
+        let place = Place { file: name_of(file), part: Part::Devices(group) };
         if let Some(Kept::Devices(devices)) = self.get(&place) {
             return Ok(devices);
         }
         let rows = usize::try_from(footer.row_group(group).num_rows()).unwrap_or(0);
         let all = RowSelection::from(vec![RowSelector::select(rows)]);
         // Its pages are not asked for again.
-        let Some(pages) = KeptPages::new(0).read(store, file, footer, group, leaves, &all).await? else {
-            return Ok(None);
-        };
+        let pages = KeptPages::new(0).read(store, file, footer, group, leaves, &all).await?;
         let batches = ParquetRecordBatchReader::try_new_with_row_groups(levels, &pages, BATCH_ROWS, None)?;
         let devices = Devices::of(batches, rows)?.map(Arc::new);
         self.put(&place, Kept::Devices(devices.clone()));
         Ok(devices)
     }
 
-    /// The selected pages of some columns in a row group: those that are kept, and the others out of the file. None when the
-    /// file does not tell where its pages are.
+    /// The selected pages of some columns in a row group: those that are kept, and the others out of the file, which has to tell
+    /// where its pages are.
     ///
     /// # Errors
     /// When the file cannot be read, or is not what it says.
@@ -163,20 +165,21 @@ impl KeptPages {
         group: usize,
         columns: &[usize],
         selection: &RowSelection,
-    ) -> Result<Option<Group>> {
-        let Some(indices) = footer.offset_index().and_then(|index| index.get(group)) else { return Ok(None) };
-        let name = Arc::<str>::from(file.location.as_ref());
+    ) -> Result<Group> {
+        let indices = footer.offset_index().and_then(|index| index.get(group)).ok_or_else(|| lacks("pages"))?;
+        let name = name_of(file);
         let of_group = footer.row_group(group);
         let rows = usize::try_from(of_group.num_rows()).unwrap_or(0);
         let selected = pieces(selection);
         let (mut chunks, mut missing) = (HashMap::new(), Vec::new());
         for column in columns {
-            let Some(locations) = indices.get(*column).map(|index| index.page_locations()) else { return Ok(None) };
+            let locations = indices.get(*column).ok_or_else(|| lacks("pages"))?.page_locations();
             let mut slots = VecDeque::new();
             let (start, _) = of_group.column(*column).byte_range();
-            let dictionary = locations.first().filter(|first| first.offset as u64 != start).map(|first| PageLocation {
-                offset: start as i64,
-                compressed_page_size: (first.offset - start as i64) as i32,
+            let start = i64::try_from(start).map_err(|_| lacks("a dictionary"))?;
+            let dictionary = locations.first().filter(|first| first.offset != start).map(|first| PageLocation {
+                offset: start,
+                compressed_page_size: i32::try_from(first.offset.saturating_sub(start)).unwrap_or(0),
                 first_row_index: 0,
             });
             let ends = locations.iter().skip(1).map(|next| next.first_row_index as usize).chain([rows]);
@@ -189,8 +192,8 @@ impl KeptPages {
                 let place = Place { file: Arc::clone(&name), part: Part::Page(location.offset) };
                 let page = wanted.then(|| self.page(&place)).flatten();
                 if wanted && page.is_none() {
-                    let end = location.offset + i64::from(location.compressed_page_size);
-                    missing.push((*column, slots.len(), place, location.offset as u64..end as u64));
+                    let bytes = bytes_of(location, file).ok_or_else(|| lacks("bytes"))?;
+                    missing.push((*column, slots.len(), place, bytes));
                 }
                 slots.push_back(Slot { rows, page });
             }
@@ -218,8 +221,20 @@ impl KeptPages {
             }
         }
         let chunks = chunks.into_iter().map(|(column, (slots, _))| (column, slots)).collect();
-        Ok(Some(Group { footer: Arc::clone(footer), group, chunks }))
+        Ok(Group { footer: Arc::clone(footer), group, chunks })
     }
+}
+
+/// One that another file does not have, nor the same one when something else was written to its place.
+fn name_of(file: &ObjectMeta) -> Arc<str> {
+    format!("{} {} {}", file.location, file.size, file.last_modified.timestamp_micros()).into()
+}
+
+/// Where a page is in a file; none when that has no such place.
+fn bytes_of(page: &PageLocation, file: &ObjectMeta) -> Option<Range<u64>> {
+    let start = u64::try_from(page.offset).ok()?;
+    let end = start.checked_add(u64::try_from(page.compressed_page_size).ok()?)?;
+    (start < end && end <= file.size).then_some(start..end)
 }
 
 /// The rows that are read for a selection. Of small pieces the reader takes what lies between, too, and leaves it out later.

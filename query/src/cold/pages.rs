@@ -90,7 +90,9 @@ pub(crate) fn with_indices(scan: &DataSourceExec, column: usize) -> Result<Optio
         columns.iter().zip(schema.fields()).all(named)
     });
     let device = schema.field(column);
-    if !reads || config.limit.is_some() {
+    // Where a file has no time, a date that the log says is better than none.
+    let has_date = schema.index_of(DATE).is_ok();
+    if !reads || has_date || config.limit.is_some() {
         return Ok(None);
     }
     if !source.is::<ParquetSource>() || device.name() != DEVICE || *device.data_type() != DataType::Utf8 {
@@ -315,35 +317,47 @@ impl Read {
     }
 
     /// Rows out of pages that are kept for the next who asks; none where the file does not tell where its pages are, or all
-    /// of them are asked for.
+    /// of them are asked for. What the first row group has is read at once, what the others have when it is their turn.
     async fn kept(
-        &self,
+        self: &Arc<Self>,
         file: &ObjectMeta,
         footer: &Arc<ParquetMetaData>,
         places: &[(usize, RowSelection)],
-        columns: &Columns,
+        columns: &Arc<Columns>,
         rows_max: usize,
     ) -> Result<Option<Batches>> {
         let Some(pages) = self.pages.as_ref().filter(|_| self.wanted.devices.is_some()) else { return Ok(None) };
-        let mut parts: Vec<BoxStream<'static, Result<RecordBatch>>> = Vec::with_capacity(places.len());
-        for (group, selection) in places {
-            let read = self.of_group(pages, file, footer, (*group, selection), columns, rows_max).await?;
-            let Some(rows) = read else { return Ok(None) };
-            parts.push(rows);
+        let of_group = |group: &usize| footer.offset_index().and_then(|index| index.get(*group));
+        let is_told = |(group, _): &(usize, _)| {
+            of_group(group).is_some_and(|index| columns.all.0.iter().all(|column| index.get(*column).is_some()))
+        };
+        if !places.iter().all(is_told) {
+            return Ok(None);
         }
-        Ok(Some(stream::iter(parts).flatten().boxed()))
+        let (read, pages, file, footer) = (Arc::clone(self), Arc::clone(pages), file.clone(), Arc::clone(footer));
+        let columns = Arc::clone(columns);
+        let open = move |place: (usize, RowSelection)| {
+            let (read, pages, file, footer) =
+                (Arc::clone(&read), Arc::clone(&pages), file.clone(), Arc::clone(&footer));
+            let columns = Arc::clone(&columns);
+            async move { read.of_group(&pages, &file, &footer, place, &columns, rows_max).await }
+        };
+        let Some((first, others)) = places.split_first() else { return Ok(None) };
+        let first = open(first.clone()).await?;
+        let others = stream::iter(others.to_vec()).then(open).try_flatten();
+        Ok(Some(first.chain(others).boxed()))
     }
 
     /// As [`Read::kept`], of one row group.
     async fn of_group(
-        &self,
+        self: &Arc<Self>,
         pages: &KeptPages,
         file: &ObjectMeta,
         footer: &Arc<ParquetMetaData>,
-        (group, selection): (usize, &RowSelection),
+        (group, selection): (usize, RowSelection),
         columns: &Columns,
         rows_max: usize,
-    ) -> Result<Option<Batches>> {
+    ) -> Result<Batches> {
         let devices = match (&columns.device, &self.wanted.devices) {
             (Some(device), Some(wanted)) if !columns.others.0.is_empty() => {
                 let devices = pages.devices(&*self.store, file, footer, group, device).await?;
@@ -353,24 +367,26 @@ impl Read {
         };
         let rows = usize::try_from(footer.row_group(group).num_rows()).unwrap_or(0);
         let (selection, (leaves, levels)) = match &devices {
-            None => (selection.clone(), &columns.all),
+            None => (selection, &columns.all),
             Some((of_devices, _)) => {
                 let of_devices = RowSelection::from_consecutive_ranges(of_devices.iter().cloned(), rows);
-                (of_devices.intersection(selection), &columns.others)
+                (of_devices.intersection(&selection), &columns.others)
             }
         };
         if !selection.selects_any() {
-            return Ok(Some(stream::empty().boxed()));
+            return Ok(stream::empty().boxed());
+        }
+        if selection.row_count() > pages.rows_max {
+            return self.streamed(file.clone(), Arc::clone(footer), vec![(group, selection)], columns, rows_max).await;
         }
         let read = pages.read(&*self.store, file, footer, group, leaves, &selection).await?;
-        let Some(read) = read else { return Ok(None) };
         let mut texts = devices.map(|(_, devices)| devices.texts(&ranges(&selection)).into());
         let rows = ParquetRecordBatchReader::try_new_with_row_groups(levels, &read, rows_max, Some(selection))?;
         let rows = rows.map(move |rows| match &mut texts {
             Some(texts) => Ok(with_devices(&rows?, texts)?),
             None => Ok(rows?),
         });
-        Ok(Some(stream::iter(rows).boxed()))
+        Ok(stream::iter(rows).boxed())
     }
 
     /// Rows as they are read.
@@ -480,9 +496,13 @@ impl Wanted {
         let mut places = Vec::new();
         for (index, group) in footer.row_groups().iter().enumerate() {
             let bounds = |column: Option<usize>| group.column(column?).statistics();
-            let first = group.column(0);
-            let start = first.dictionary_page_offset().unwrap_or_else(|| first.data_page_offset());
-            if range.is_some_and(|range| !range.contains(start)) {
+            let begins = |range: &FileRange| {
+                let first = group.columns().first();
+                let start =
+                    first.map(|first| first.dictionary_page_offset().unwrap_or_else(|| first.data_page_offset()));
+                start.is_some_and(|start| range.contains(start))
+            };
+            if range.is_some_and(|range| !begins(range)) {
                 continue;
             }
             if !self.may_have_device(bounds(device)) || !self.may_have_time(bounds(ts)) {
@@ -492,7 +512,8 @@ impl Wanted {
             let pages = |column: Option<usize>| Pages::of(footer, index, column?, rows);
             let of_device = self.devices.as_ref().zip(pages(device));
             let of_device = of_device.map(|(devices, pages)| pages.select(|page| pages.has_device(page, devices)));
-            let of_time = pages(ts).map(|pages| pages.select(|page| pages.has_time(page, self.first, self.last)));
+            let of_time = self.some_times().then(|| pages(ts)).flatten();
+            let of_time = of_time.map(|pages| pages.select(|page| pages.has_time(page, self.first, self.last)));
             let selected = match (of_device, of_time) {
                 (Some(one), Some(other)) => one.intersection(&other),
                 (one, other) => one.or(other).unwrap_or_else(|| vec![RowSelector::select(rows)].into()),
@@ -516,6 +537,11 @@ impl Wanted {
         let kept = BooleanBuffer::collect_bool(keys.len(), is_named);
         // Where there is none, the index is of any.
         Ok(filter_record_batch(rows, &BooleanArray::new(kept, keys.nulls().cloned()))?)
+    }
+
+    /// Whether not every time is wanted.
+    fn some_times(&self) -> bool {
+        (self.first, self.last) != (i64::MIN, i64::MAX)
     }
 
     fn may_have_device(&self, bounds: Option<&ColumnBounds>) -> bool {
@@ -543,7 +569,10 @@ impl<'a> Pages<'a> {
         let pages = footer.offset_index()?.get(group)?.get(column)?.page_locations();
         let starts = pages.iter().map(|page| usize::try_from(page.first_row_index).ok());
         let starts = starts.chain([Some(rows)]).collect::<Option<Vec<_>>>()?;
-        Some(Self { index, starts })
+        // What is not there, or contradicts itself, says nothing.
+        let is_there = !matches!(index, ColumnIndexMetaData::NONE) && index.num_pages() == pages.len() as u64;
+        (is_there && starts.first() == Some(&0) && starts.is_sorted_by(|one, next| one < next))
+            .then_some(Self { index, starts })
     }
 
     fn select(&self, has: impl Fn(usize) -> bool) -> RowSelection {

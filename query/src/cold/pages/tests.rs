@@ -148,7 +148,11 @@ async fn every_wanted_row_comes_once_however_files_are_written() {
         }
         let (mut found, mut rows_read) = (Vec::new(), 0);
         let kept_max = [0, 3_000, 100_000_000][random.random_range(0..3)];
-        let config = SessionConfig::new().with_extension(Arc::new(KeptPages::new(kept_max)));
+        let mut pages = KeptPages::new(kept_max);
+        if kept_max == 3_000 {
+            pages.rows_max = random.random_range(0..30);
+        }
+        let config = SessionConfig::new().with_extension(Arc::new(pages));
         let (schema, session) = (Arc::new(Schema::new(fields)), SessionContext::new_with_config(config));
         let rows = written.num_rows() as i64;
         let with = match random.random_bool(0.5) {
